@@ -1,0 +1,258 @@
+"""The one door for compilation: flags, the kernel cache on disk, threads.
+
+A *body* works on one tile of data and is called by other kernels; a *launch* is what Python calls: it splits the work
+into tiles and runs them on the thread pool.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import stat
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import llvmlite
+import numba
+from numba.core import event
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
+
+from ..errors import ForkedProcess
+from . import _target
+
+logger = logging.getLogger(__name__)
+
+# NaN and Inf keep their meaning ("nnan" and "ninf" are left out); reassoc lets sums run in vector lanes.
+FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
+_OPTIONS = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy", "boundscheck": False}
+
+
+# ---- the cache folder -------------------------------------------------------------------------------------------------
+
+
+def _content_key() -> str:
+    """Hash of everything that machine code depends on and Numba's own key leaves out."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.name.encode() + source.read_bytes())
+    versions = (numba.__version__, llvmlite.__version__, _target.LLVM_VERSION, sys.version_info[:3])
+    digest.update(repr((versions, _target.CPU_NAME, sorted(_target.FEATURES), sorted(FASTMATH))).encode())
+    return digest.hexdigest()[:20]
+
+
+def _trusted(folder: Path) -> str | None:
+    """Why code must not be loaded from this folder, or None. Cache entries are pickles: who can write them runs code."""
+    try:
+        status = folder.lstat()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not stat.S_ISDIR(status.st_mode):
+        return "is not a folder (links are not followed)"
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
+        return f"belongs to user {status.st_uid}"
+    if stat.S_IMODE(status.st_mode) & 0o022 and os.name == "posix":
+        return f"can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
+    if not os.access(folder, os.W_OK):
+        return "cannot be written"
+    return None
+
+
+def _base_folder() -> Path:
+    chosen = os.environ.get("HFOPT_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hfopt"
+
+
+@functools.lru_cache(maxsize=1)
+def cache_folder() -> tuple[Path | None, str]:
+    """(folder of compiled kernels or None, why). `HFOPT_CACHE_DIR` names another base folder, or is `off`."""
+    if os.environ.get("HFOPT_CACHE_DIR", "").lower() == "off":
+        return None, "switched off by HFOPT_CACHE_DIR"
+    base = _base_folder()
+    folder = base / _content_key()
+    try:
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        reason = f"{folder} cannot be made ({error.strerror})"
+        logger.warning("Kernels are compiled anew in every process: %s.", reason)
+        return None, reason
+    for candidate in (base, folder):
+        reason = _trusted(candidate)
+        if reason is not None:
+            logger.warning("Kernels are compiled anew in every process: %s %s.", candidate, reason)
+            return None, f"{candidate} {reason}"
+    return folder, "in use"
+
+
+class _PrivateLocator(_CacheLocator):
+    """Puts every entry into the private folder; its name already stands for the sources, so no other stamp is kept."""
+
+    def __init__(self, py_func, folder: Path):
+        self._py_file = py_func.__code__.co_filename
+        self._folder = folder
+
+    def get_cache_path(self):
+        return str(self._folder)
+
+    def get_source_stamp(self):
+        return self._folder.name
+
+    def get_disambiguator(self):
+        return "hfopt"
+
+
+class _PrivateCacheImpl(CompileResultCacheImpl):
+    def __init__(self, py_func, folder: Path):
+        self._lineno = py_func.__code__.co_firstlineno
+        self._locator = _PrivateLocator(py_func, folder)
+        name = f"{py_func.__module__.rpartition('.')[2]}.{py_func.__qualname__}"
+        self._filename_base = self.get_filename_base(name, getattr(sys, "abiflags", ""))
+
+
+class _ChecksummedFile(IndexDataCacheFile):
+    """Index and data files in which the machine code carries its SHA-256: damaged code is never run."""
+
+    def _save_data(self, name, data):
+        payload = self._dump(data)
+        with self._open_for_write(self._data_path(name)) as file:
+            file.write(hashlib.sha256(payload).digest() + payload)
+
+    def _load_data(self, name):
+        content = Path(self._data_path(name)).read_bytes()
+        digest, payload = content[:32], content[32:]
+        if hashlib.sha256(payload).digest() != digest:
+            raise ValueError("its checksum is wrong")
+        return pickle.loads(payload)
+
+
+class _PrivateCache(FunctionCache):
+    """Numba's function cache in the private folder. A damaged entry is compiled again instead of raising."""
+
+    def __init__(self, py_func, folder: Path):
+        self._name = repr(py_func)
+        self._py_func = py_func
+        self._impl = _PrivateCacheImpl(py_func, folder)
+        self._cache_path = str(folder)
+        self._cache_file = _ChecksummedFile(self._cache_path, self._impl.filename_base, folder.name)
+        self.enable()
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # noqa: BLE001 (a damaged pickle raises nearly anything)
+            logger.warning("Cached kernel %s is damaged (%s); compiling it again.", self._name, error)
+            self.flush()
+            return None
+
+    def save_overload(self, sig, data):
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            logger.warning("Kernel %s could not be cached: %s", self._name, error)
+
+
+compile_listeners: list[Callable[[str], None]] = []
+
+
+class _CompileListener(event.Listener):
+    """Tells `compile_listeners` the name of each launch that Numba starts to compile."""
+
+    def on_start(self, event):
+        name = event.data["dispatcher"].py_func.__name__
+        if event.data["dispatcher"].targetoptions.get("parallel"):
+            logger.info("Compiling kernel %s (once on this machine).", name)
+            for listener in list(compile_listeners):
+                listener(name)
+
+    def on_end(self, event):
+        pass
+
+
+# ---- threads ----------------------------------------------------------------------------------------------------------
+
+_forked = False
+_workqueue_lock = threading.RLock()
+_layer: str | None = None
+_threads = threading.local()
+
+
+def _mark_forked() -> None:
+    global _forked
+    _forked = _layer is not None and _layer != "tbb"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_forked)
+
+
+def threading_layer() -> str | None:
+    """Name of the threading layer that Numba loaded, or None before the first launch."""
+    return _layer
+
+
+def use_threads(count: int) -> None:
+    """Run the launches of this Python thread on `count` threads, at most as many as Numba started with."""
+    if getattr(_threads, "count", None) != count:
+        numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
+        _threads.count = count
+
+
+class Launch:
+    """A parallel kernel. Calling it compiles, or loads from the cache, the variant for the types of the arguments."""
+
+    def __init__(self, py_func: Callable):
+        self._dispatcher = numba.njit(parallel=True, **_OPTIONS)(py_func)
+        self._with_cache = False
+        functools.update_wrapper(self, py_func)
+
+    def _enable_cache(self) -> None:
+        folder, _ = cache_folder()
+        if folder is not None:
+            self._dispatcher._cache = _PrivateCache(self._dispatcher.py_func, folder)
+        self._with_cache = True
+
+    def compile(self, signature) -> None:
+        """Compile for a Numba signature without running."""
+        if not self._with_cache:
+            self._enable_cache()
+        self._dispatcher.compile(signature)
+
+    @property
+    def dispatcher(self):
+        """Numba's dispatcher, for `inspect_asm` and the like."""
+        return self._dispatcher
+
+    def __call__(self, *args):
+        global _layer
+        if _forked:
+            raise ForkedProcess(
+                "This process was forked after hfopt had run kernels, so the kernels' threads do not exist here. "
+                "Start workers with the 'spawn' method, or fork before the first call of hfopt.optimize."
+            )
+        if _layer is None or _layer == "workqueue":
+            # this layer aborts the process when two Python threads enter it, and until the first launch is over
+            # nobody knows which layer it will be
+            with _workqueue_lock:
+                if not self._with_cache:
+                    self._enable_cache()
+                result = self._dispatcher(*args)
+                _layer = numba.threading_layer()
+                return result
+        if not self._with_cache:
+            self._enable_cache()
+        return self._dispatcher(*args)
+
+
+def launch(py_func: Callable) -> Launch:
+    """Decorator of a parallel kernel: arrays in, arrays out."""
+    return Launch(py_func)
+
+
+def body(py_func: Callable):
+    """Decorator of a function on one tile of work, for other kernels to call."""
+    return numba.njit(**_OPTIONS)(py_func)

@@ -1,0 +1,347 @@
+"""Register tiles of matrix products, each unrolled by one intrinsic.
+
+`dot` is one step of a product on 32-bit units: a multiply-add of float32, or of pairs of bfloat16
+(`vdpbf16ps` where the target has it, two widened multiply-adds elsewhere), always into float32 sums.
+"""
+
+import llvmlite.ir as ir
+from numba import types
+from numba.core import cgutils
+from numba.core.errors import RequireLiteralValue
+from numba.extending import intrinsic
+
+from . import _simd, _target
+from ._simd import BF16X2, F32, F32X, I16, I32, I32X, LANES
+
+_INTP = ir.IntType(64)
+# A sum is carried over at most this many units before it is added to the total: the rounding errors of one long
+# chain of adds grow with its length.
+_SUM_DEPTH = 128
+
+
+def _is_pairs(pointer: types.CPointer) -> bool:
+    return pointer.dtype in (types.uint16, types.uint32)
+
+
+def _halves(builder, units):
+    """Both bfloat16 of each 32-bit unit, widened: (low, high)."""
+    low = builder.bitcast(builder.shl(units, _simd.splat_int(16)), F32X)
+    high = builder.bitcast(builder.and_(units, _simd.splat_int(-65536)), F32X)
+    return low, high
+
+
+def _dot(builder, total, a, b):
+    """total + a * b lane by lane; int32 operands are pairs of bfloat16, whose products are added."""
+    if a.type == F32X:
+        return _simd.emit_fma(builder, a, b, total)
+    if _target.HAS_AVX512_BF16:
+        pairs = [builder.bitcast(x, BF16X2) for x in (a, b)]
+        return _simd.emit_call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X, [total, *pairs])
+    (a_low, a_high), (b_low, b_high) = _halves(builder, a), _halves(builder, b)
+    return _simd.emit_fma(builder, a_high, b_high, _simd.emit_fma(builder, a_low, b_low, total))
+
+
+def _literal_ints(*values) -> list[int]:
+    for value in values:
+        if not isinstance(value, types.IntegerLiteral):
+            raise RequireLiteralValue("tile sizes are literals")
+    return [value.literal_value for value in values]
+
+
+def _accumulators(builder, count):
+    zero = ir.Constant(F32X, None)
+    slots = [cgutils.alloca_once(builder, F32X) for _ in range(count)]
+    for slot in slots:
+        builder.store(zero, slot)
+    return slots
+
+
+def _outlined(builder, name, args, emit):
+    """Calls a function of its own for `emit(builder, args)`, one a module.
+
+    Numba optimises the code of a kernel again for every caller that it is linked into; a large unrolled block in a
+    function that is not inlined is copied nowhere, and a call of it costs nothing against its loop.
+    """
+    function_type = ir.FunctionType(ir.VoidType(), [a.type for a in args])
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, function_type, name)
+        function.linkage = "linkonce_odr"
+        function.attributes.add("noinline")
+        function.attributes.add("nounwind")
+        inner = ir.IRBuilder(function.append_basic_block("entry"))
+        emit(inner, function.args)
+        inner.ret_void()
+    builder.call(function, args)
+
+
+def _add_into(builder, slot, a, b):
+    builder.store(_dot(builder, builder.load(slot), a, b), slot)
+
+
+@intrinsic(prefer_literal=True)
+def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, sums, accumulate, n_x, n_w, unroll):
+    """sums[i, j] (+)= products of x row i and w row j, kept as 16 partial sums a pair, for literal n_x and n_w.
+
+    A chunk is 16 units (16 float32 or 32 bfloat16). x is packed: chunk c of row i at x + c * x_step + 16 i units, padded with
+    zeros. w is row-major, w_stride elements a row; of the chunk after the last whole one `tail` elements are read.
+    sums is float32 [n_x, 16, 16]. `unroll` independent sums (literal) hide the latency of the multiply-adds.
+    """
+    rows, columns, unrolled = _literal_ints(n_x, n_w, unroll)
+    signature = types.void(
+        x, types.intp, w, types.intp, types.intp, types.intp, sums, types.boolean, n_x, n_w, unroll
+    )
+    pairs = _is_pairs(w)
+    width = 2 * LANES if pairs else LANES
+
+    def emit(builder, args):
+        x, x_step, w, w_stride, chunks, tail, sums, accumulate = args
+        vector = I32X if pairs else F32X
+        slots = _accumulators(builder, rows * columns * unrolled)
+        places = [ir.Constant(_INTP, (i * LANES + j) * LANES) for i in range(rows) for j in range(columns)]
+        with builder.if_then(accumulate):
+            for pair, place in enumerate(places):
+                builder.store(_simd.emit_load(builder, sums, place, F32X, 4), slots[pair * unrolled])
+        w_rows = [builder.gep(w, [builder.mul(w_stride, ir.Constant(_INTP, j))]) for j in range(columns)]
+
+        def add_chunk(chunk, which, load):
+            start = builder.mul(chunk, ir.Constant(_INTP, width))
+            w_values = [load(row, start) for row in w_rows]
+            x_chunk = builder.mul(chunk, x_step)
+            for i in range(rows):
+                x_place = builder.add(x_chunk, ir.Constant(_INTP, i * LANES))
+                x_value = _simd.emit_load(builder, x, x_place, vector, 4)
+                for j, w_value in enumerate(w_values):
+                    _add_into(builder, slots[(i * columns + j) * unrolled + which], x_value, w_value)
+
+        ahead = builder.mul(w_stride, ir.Constant(_INTP, columns))
+
+        def whole(row, start):
+            # The next rows' same columns are asked for now: a cut row is too short for the hardware's prefetcher to
+            # learn, and without this the product waits for memory instead of overlapping with it.
+            _simd.emit_prefetch(builder, row, builder.add(start, ahead))
+            return _simd.emit_load(builder, row, start, vector, 2 if pairs else 4)
+
+        def part(row, start):
+            if pairs:
+                bits = ir.VectorType(I16, 2 * LANES)
+                return builder.bitcast(_simd.emit_load_masked(builder, row, start, tail, bits, 2), I32X)
+            return _simd.emit_load_masked(builder, row, start, tail, F32X, 4)
+
+        several = ir.Constant(_INTP, unrolled)
+        rounds = builder.udiv(chunks, several)
+        with cgutils.for_range(builder, rounds) as loop:
+            first = builder.mul(loop.index, several)
+            for u in range(unrolled):
+                add_chunk(builder.add(first, ir.Constant(_INTP, u)), u, whole)
+        if unrolled > 1:
+            done = builder.mul(rounds, several)
+            with cgutils.for_range(builder, builder.sub(chunks, done)) as loop:
+                add_chunk(builder.add(done, loop.index), 0, whole)
+        with builder.if_then(builder.icmp_signed(">", tail, ir.Constant(_INTP, 0)), likely=False):
+            add_chunk(chunks, 0, part)
+        for pair, place in enumerate(places):
+            total = builder.load(slots[pair * unrolled])
+            for u in range(1, unrolled):
+                total = builder.fadd(total, builder.load(slots[pair * unrolled + u]))
+            target = builder.bitcast(builder.gep(sums, [place]), F32X.as_pointer())
+            builder.store(total, target, align=4)
+
+    def codegen(context, builder, sig, args):
+        name = f"hfopt.dot_tile.{rows}.{columns}.{unrolled}.{'pairs' if pairs else 'floats'}"
+        _outlined(builder, name, args[:8], emit)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _transpose(builder, rows):
+    """16 vectors of 16 lanes, transposed: a butterfly that swaps off-diagonal blocks of 1, 2, 4 and 8 lanes."""
+    rows = list(rows)
+    span = 1
+    while span < LANES:
+        first = [k if not k & span else LANES + k - span for k in range(LANES)]
+        second = [k + span if not k & span else LANES + k for k in range(LANES)]
+        lanes = [ir.Constant(ir.VectorType(I32, LANES), order) for order in (first, second)]
+        for j in range(LANES):
+            if not j & span:
+                pair = rows[j], rows[j + span]
+                rows[j] = builder.shuffle_vector(*pair, lanes[0])
+                rows[j + span] = builder.shuffle_vector(*pair, lanes[1])
+        span *= 2
+    return rows
+
+
+@intrinsic
+def sum_rows(typingctx, p):
+    """16 sums of 16 float32 each: lane j is the sum of p[16 j] ... p[16 j + 15]."""
+
+    def emit(builder, args):
+        source, target = args
+        rows = [_simd.emit_load(builder, source, ir.Constant(_INTP, j * LANES), F32X, 4) for j in range(LANES)]
+        rows = _transpose(builder, rows)
+        while len(rows) > 1:  # a fixed tree of adds
+            rows = [builder.fadd(rows[i], rows[i + 1]) for i in range(0, len(rows), 2)]
+        builder.store(rows[0], target)
+
+    def codegen(context, builder, sig, args):
+        result = cgutils.alloca_once(builder, F32X)
+        _outlined(builder, "hfopt.sum_rows", [args[0], result], emit)
+        return builder.load(result)
+
+    return _simd.float32x(p), codegen
+
+
+@intrinsic(prefer_literal=True)
+def outer_tile(typingctx, a, b, size, out, n_rows, n_vectors, accumulate):
+    """out[i, :] (+)= sum over k < size of a[k * n_rows + i] b[k, :], rows of 16 * n_vectors (literals).
+
+    a and b are packed 32-bit units (`CPointer(float32)` or pairs of bfloat16 as `CPointer(uint32)`), out is float32.
+    """
+    rows, vectors = _literal_ints(n_rows, n_vectors)
+    signature = types.void(a, b, types.intp, out, n_rows, n_vectors, types.boolean)
+
+    pairs = _is_pairs(a)
+
+    def emit(builder, args):
+        a, b, size, out, accumulated = args
+        vector = I32X if pairs else F32X
+        zero, depth = ir.Constant(_INTP, 0), ir.Constant(_INTP, _SUM_DEPTH)
+        slots = _accumulators(builder, rows * vectors)
+        places = [ir.Constant(_INTP, p * LANES) for p in range(rows * vectors)]
+
+        def add_unit(unit):
+            a_row = builder.mul(unit, ir.Constant(_INTP, rows))
+            b_row = builder.mul(unit, ir.Constant(_INTP, vectors * LANES))
+            b_values = [
+                _simd.emit_load(builder, b, builder.add(b_row, ir.Constant(_INTP, j * LANES)), vector, 4)
+                for j in range(vectors)
+            ]
+            for i in range(rows):
+                value = builder.load(builder.gep(a, [builder.add(a_row, ir.Constant(_INTP, i))]), align=4)
+                a_value = _simd.emit_splat(builder, value, vector)
+                for j, b_value in enumerate(b_values):
+                    _add_into(builder, slots[i * vectors + j], a_value, b_value)
+
+        rounds = builder.udiv(builder.add(size, ir.Constant(_INTP, _SUM_DEPTH - 1)), depth)
+        with cgutils.for_range(builder, rounds) as blocks:
+            first = builder.mul(blocks.index, depth)
+            left = builder.sub(size, first)
+            count = builder.select(builder.icmp_signed("<", left, depth), left, depth)
+            for slot in slots:
+                builder.store(ir.Constant(F32X, None), slot)
+            with cgutils.for_range(builder, count) as loop:
+                add_unit(builder.add(first, loop.index))
+            fresh = builder.and_(builder.icmp_signed("==", first, zero), builder.not_(accumulated))
+            with builder.if_else(fresh) as (is_fresh, is_more):
+                for case, more in ((is_fresh, False), (is_more, True)):
+                    with case:
+                        for slot, place in zip(slots, places, strict=True):
+                            value = builder.load(slot)
+                            if more:
+                                value = builder.fadd(value, _simd.emit_load(builder, out, place, F32X, 4))
+                            target = builder.bitcast(builder.gep(out, [place]), F32X.as_pointer())
+                            builder.store(value, target, align=4)
+
+    def codegen(context, builder, sig, args):
+        name = f"hfopt.outer_tile.{rows}.{vectors}.{'pairs' if pairs else 'floats'}"
+        _outlined(builder, name, [*args[:4], args[6]], emit)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def transpose_block(typingctx, source, source_stride, target, target_stride):
+    """target[k * target_stride + j] = source[j * source_stride + k] for 16 x 16 32-bit units.
+
+    `source_stride` counts elements of `source` (bfloat16 bits or float32), `target_stride` units.
+    """
+    signature = types.void(source, types.intp, target, types.intp)
+
+    def emit(builder, args):
+        source, source_stride, target, target_stride = args
+        rows = [
+            _simd.emit_load(builder, source, builder.mul(source_stride, ir.Constant(_INTP, j)), I32X, 2)
+            for j in range(LANES)
+        ]
+        rows = _transpose(builder, rows)
+        for k, row in enumerate(rows):
+            place = builder.gep(target, [builder.mul(target_stride, ir.Constant(_INTP, k))])
+            builder.store(row, builder.bitcast(place, I32X.as_pointer()), align=4)
+
+    def codegen(context, builder, sig, args):
+        name = f"hfopt.transpose_block.{sig.args[0].dtype}"
+        _outlined(builder, name, args, emit)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def stack_floats(typingctx, count):
+    """Uninitialised float32 on the stack of the calling body, 64-byte aligned; `count` is a literal."""
+    (size,) = _literal_ints(count)
+
+    def codegen(context, builder, sig, args):
+        block = cgutils.alloca_once(builder, ir.ArrayType(F32, size))
+        block.align = 64
+        return builder.bitcast(block, F32.as_pointer())
+
+    return types.CPointer(types.float32)(count), codegen
+
+
+@intrinsic
+def copy_unit(typingctx, source, index, valid, target, place):
+    """target[place] = the 32-bit unit that starts at source[index], of which `valid` elements exist; zero elsewhere."""
+    signature = types.void(source, types.intp, types.intp, target, types.intp)
+
+    def codegen(context, builder, sig, args):
+        source, index, valid, target, place = args
+        pairs = _is_pairs(sig.args[0])
+        there = builder.gep(target, [place])
+        builder.store(ir.Constant(there.type.pointee, None if not pairs else 0), there)
+        with builder.if_then(builder.icmp_signed(">", valid, ir.Constant(_INTP, 0))):
+            value = builder.load(builder.gep(source, [index]))
+            builder.store(builder.zext(value, I32) if pairs else value, there)
+            if pairs:
+                with builder.if_then(builder.icmp_signed(">", valid, ir.Constant(_INTP, 1))):
+                    second = builder.gep(source, [builder.add(index, ir.Constant(_INTP, 1))])
+                    upper = builder.shl(builder.zext(builder.load(second), I32), ir.Constant(I32, 16))
+                    builder.store(builder.or_(builder.load(there), upper), there)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def copy_chunk(typingctx, source, index, target, place):
+    """16 units from source[index] (elements) to target[place] (units)."""
+
+    def codegen(context, builder, sig, args):
+        source, index, target, place = args
+        value = _simd.emit_load(builder, source, index, I32X, 2)
+        where = builder.bitcast(builder.gep(target, [place]), I32X.as_pointer())
+        builder.store(value, where, align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, target, types.intp), codegen
+
+
+@intrinsic
+def units_ratio(typingctx, p):
+    """Elements of p in a 32-bit unit: 1 for float32, 2 for bfloat16."""
+    ratio = 2 if _is_pairs(p) else 1
+    return types.intp(p), lambda context, builder, sig, args: ir.Constant(_INTP, ratio)
+
+
+@intrinsic
+def to_cache_line(typingctx, p):
+    """Elements from p to the next 64-byte boundary, for 4-byte elements on a 4-byte boundary."""
+
+    def codegen(context, builder, sig, args):
+        address = builder.ptrtoint(args[0], _INTP)
+        missing = builder.and_(builder.neg(address), ir.Constant(_INTP, 63))
+        return builder.lshr(missing, ir.Constant(_INTP, 2))
+
+    return types.intp(p), codegen
