@@ -1,0 +1,71 @@
+"""RowMap: which physical row of the cache holds what a logical row (a beam, say) reads."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_COLUMN_STEP = 64
+
+
+def rounded(n_columns: int) -> int:
+    """`n_columns` or a few more: what is stored grows in steps."""
+    return -(-n_columns // _COLUMN_STEP) * _COLUMN_STEP
+
+
+class RowMap:
+    """Logical row r reads row `trunk_row[r]` of the trunk, and column b of row `table[r, b]` of the branch.
+
+    Shared by the layers of a cache, which are extended one after the other: between steps, `n_branch` is the
+    branch length of all of them. New tokens of row r always go to physical row r, and its new columns say so.
+    """
+
+    def __init__(self, n_rows: int = 0) -> None:
+        self.start(n_rows)
+
+    def start(self, n_rows: int) -> None:
+        """Every row reads its own trunk row, and there is no branch."""
+        self.n_rows = n_rows
+        self.is_identity = True
+        self.trunk_row = np.arange(n_rows, dtype=np.int32)
+        self.table = np.empty((n_rows, 0), dtype=np.int32)
+        self.n_branch = 0
+
+    def cut(self, n_branch: int) -> RowMap:
+        """A copy for a layer with `n_branch` branch tokens."""
+        rows = copy.copy(self)
+        rows.table, rows.n_branch = self.table.copy(), n_branch
+        return rows
+
+    def extend(self, n_branch: int) -> None:
+        """Columns up to `n_branch`, in which every row reads itself."""
+        if n_branch > self.table.shape[1]:
+            n_columns = rounded(max(n_branch, self.table.shape[1] * 2))
+            table = np.empty((self.n_rows, n_columns), dtype=np.int32)
+            table[:, : self.n_branch] = self.table[:, : self.n_branch]
+            self.table = table
+        self.table[:, self.n_branch : n_branch] = np.arange(self.n_rows, dtype=np.int32)[:, None]
+        self.n_branch = n_branch
+
+    def _select(self, indices: Tensor) -> None:
+        chosen = indices.numpy()
+        if self.is_identity and np.array_equal(chosen, self.trunk_row):
+            return
+        self.trunk_row = self.trunk_row[chosen]
+        self.table = self.table[chosen]
+        self.n_rows = len(chosen)
+        self.is_identity = False
+
+    # These bear the names of the cache's methods, and raise what torch raises there.
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(torch.arange(self.n_rows).index_select(0, beam_idx.to("cpu")))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(torch.arange(self.n_rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(torch.arange(self.n_rows)[indices, ...])

@@ -1,0 +1,58 @@
+"""How much memory this process may still take."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_PROC = Path("/proc")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int:
+    """Bytes that can still be allocated: the smaller of the machine's and the control groups' headroom.
+
+    `sys.maxsize` where neither is known (systems other than Linux).
+    """
+    return min(_machine_headroom(), _cgroup_headroom())
+
+
+def _machine_headroom() -> int:
+    fields = _fields(_PROC / "meminfo")
+    return fields["MemAvailable:"] * 1024 if "MemAvailable:" in fields else sys.maxsize
+
+
+def _cgroup_headroom() -> int:
+    headroom = sys.maxsize
+    for line in _text(_PROC / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage, cached = _CGROUP, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = _CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
+            continue
+        # Every ancestor has its own limit. In a container the path may be the host's: only the root exists.
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            allowed, used = _text(folder / limit).strip(), _text(folder / usage).strip()
+            if allowed.isdigit() and used.isdigit():
+                # File pages that nobody uses are counted as used, and dropped when memory is wanted.
+                dropped = _fields(folder / "memory.stat").get(cached, 0)
+                headroom = min(headroom, max(0, int(allowed) - int(used) + dropped))
+            if folder == root:
+                break
+    return headroom
+
+
+def _fields(file: Path) -> dict[str, int]:
+    pairs = (line.split()[:2] for line in _text(file).splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
