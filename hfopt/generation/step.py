@@ -1,0 +1,118 @@
+"""The forward passes of one request: the prompt, then one token a row at a time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationConfig, GenerationMixin
+
+from ..errors import InvalidInput
+from ._types import Model, Outputs
+from .inputs import position_limit
+
+# What a text decoder is given besides its tokens; anything else is left to `prepare_inputs_for_generation`.
+_CONSTANT = ("use_cache", "logits_to_keep", "output_attentions", "output_hidden_states")
+_PLAIN = {"past_key_values", "attention_mask", "position_ids", "inputs_embeds", *_CONSTANT}
+_PREPARING = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+
+
+class Steps:
+    """Calls the model with what `generate` prepared (`model_kwargs`).
+
+    After the prompt, a text decoder with a cache needs one token, one position and one more column of the
+    mask: that is built directly (`plain`). All others are prepared by their own methods, from sequences.
+    """
+
+    def __init__(self, model: Model, generation_config: GenerationConfig, model_kwargs: dict[str, Any]):
+        self.model = model
+        self.generation_config = generation_config
+        self.model_kwargs = model_kwargs
+        self.plain = False
+        self._limit = position_limit(model, generation_config.max_length)
+        self._position = 0
+
+    def prompt(self, input_ids: Tensor) -> Outputs:
+        """The outputs for the prompt, int64 [n_rows, prompt length]; only its last logits are promised."""
+        outputs = self.model._prefill(
+            input_ids,
+            self.generation_config,
+            self.model_kwargs,
+            is_first_iteration=not self.generation_config.is_assistant,
+        )
+        self._update(outputs)
+        self.plain = self._is_plain(input_ids.device)
+        if self.plain and self.model_kwargs.get("position_ids") is not None:
+            self.model_kwargs["position_ids"] = self.model_kwargs["position_ids"][..., -1:].contiguous()
+        if self._limit is not None and self.model_kwargs.get("position_ids") is not None:
+            self._position = int(self.model_kwargs["position_ids"][..., -1].max())
+        return outputs
+
+    def next(self, tokens: Tensor, sequences: Tensor | None) -> Outputs:
+        """The outputs for one more token a row, int64 [n_rows]; all `sequences` are needed unless `plain`."""
+        if self._limit is not None and self._position >= self._limit:
+            raise InvalidInput(
+                f"max_length={self.generation_config.max_length}: the next token would have position "
+                f"{self._position}, and the model's table of positions ends at {self._limit - 1}"
+            )
+        self._position += 1
+        if not self.plain:
+            model_inputs = self.model.prepare_inputs_for_generation(
+                sequences,
+                next_sequence_length=1 if self.model_kwargs["use_cache"] else None,
+                **self.model_kwargs,
+            )
+            outputs = self.model(**model_inputs, return_dict=True)
+            self._update(outputs)
+            return outputs
+        given = self.model_kwargs
+        model_inputs = {key: given[key] for key in _CONSTANT if key in given}
+        position_ids, attention_mask = given.get("position_ids"), given.get("attention_mask")
+        if position_ids is not None:
+            model_inputs["position_ids"] = position_ids
+            given["position_ids"] = position_ids + 1
+        if attention_mask is not None:
+            model_inputs["attention_mask"] = attention_mask
+            given["attention_mask"] = torch.cat(
+                [attention_mask, attention_mask.new_ones((len(tokens), 1))], dim=-1
+            )
+        return self.model(
+            input_ids=tokens[:, None],
+            past_key_values=given["past_key_values"],
+            return_dict=True,
+            **model_inputs,
+        )
+
+    @property
+    def cache(self) -> Any:
+        return self.model_kwargs.get("past_key_values")
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i of the cache goes on from row `rows[i]`, int32 [n_rows]."""
+        if self.cache is None:
+            return
+        if hasattr(self.model, "_reorder_cache"):
+            self.model_kwargs["past_key_values"] = self.model._reorder_cache(self.cache, rows)
+        elif hasattr(self.cache, "reorder_cache"):
+            self.cache.reorder_cache(rows)
+        else:
+            raise ValueError(
+                f"beam search needs a cache that can be reordered, and {type(self.cache)} cannot"
+            )
+
+    def _update(self, outputs: Outputs) -> None:
+        self.model_kwargs = self.model._update_model_kwargs_for_generation(
+            outputs, self.model_kwargs, is_encoder_decoder=False
+        )
+
+    def _is_plain(self, device: torch.device) -> bool:
+        model, cache = self.model, self.cache
+        return (
+            all(name not in model.__dict__ for name in _PREPARING)
+            and all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in _PREPARING)
+            and not model.is_remote_code()
+            and model.device.type in (device.type, "meta")
+            and bool(self.model_kwargs["use_cache"])
+            and isinstance(cache, Cache)
+            and not cache.is_compileable
+            and self.model_kwargs.keys() <= _PLAIN
+        )

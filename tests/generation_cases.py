@@ -1,0 +1,100 @@
+"""Small random models of the three families, prompts, and the comparison of two results of `generate`."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+VOCABULARY = 211
+Model: TypeAlias = Any  # transformers leaves the methods of GenerationMixin untyped
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Models this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def llama(**changes: Any) -> Model:
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return _random(LlamaForCausalLM, LlamaConfig, **{**sizes, **changes})
+
+
+def gptj(**changes: Any) -> Model:
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "rotary_dim": 8, "n_positions": 96}
+    return _random(GPTJForCausalLM, GPTJConfig, **{**sizes, **changes})
+
+
+def opt(**changes: Any) -> Model:
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
+    norms = {"do_layer_norm_before": False, "max_position_embeddings": 96, "init_std": 0.3}
+    return _random(OPTForCausalLM, OPTConfig, **{**sizes, **norms, **changes})
+
+
+FAMILIES: dict[str, Callable[..., Model]] = {"llama": llama, "gptj": gptj, "opt": opt}
+
+
+def _random(model_class: Any, config_class: Any, **sizes: Any) -> Model:
+    torch.manual_seed(7)
+    ids = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    config = config_class(vocab_size=VOCABULARY, **{"initializer_range": 0.3, **ids, **sizes})
+    return model_class(config).eval()
+
+
+def prompts(n_rows: int = 3, length: int = 9) -> dict[str, Any]:
+    """Distinct tokens, rows 1, 2, ... padded on the left by 3, 6, ..."""
+    generator = torch.Generator().manual_seed(11)
+    ids = torch.stack(
+        [torch.randperm(VOCABULARY - 2, generator=generator)[:length] + 2 for _ in range(n_rows)]
+    )
+    attention_mask = torch.ones_like(ids)
+    for row in range(n_rows):
+        attention_mask[row, : min(3 * row, length - 1)] = 0
+    return {"input_ids": ids * attention_mask, "attention_mask": attention_mask}
+
+
+def assert_same(ours: Any, stock: Any) -> None:
+    """Tokens and indices equal, floats close, classes and nesting alike."""
+    assert type(ours) is type(stock)
+    if isinstance(ours, Tensor):
+        assert ours.dtype == stock.dtype and ours.shape == stock.shape
+        if ours.is_floating_point():
+            torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(ours, stock)
+    elif isinstance(ours, dict):
+        assert list(ours) == list(stock)
+        for name in ours:
+            if name == "past_key_values":
+                assert ours[name].get_seq_length() == stock[name].get_seq_length()
+            else:
+                assert_same(ours[name], stock[name])
+    elif isinstance(ours, tuple):
+        assert len(ours) == len(stock)
+        for one, other in zip(ours, stock, strict=True):
+            assert_same(one, other)
