@@ -50,14 +50,14 @@ LEARNING_RATE = 2.5e-3
 DROPOUT = 0.1  # two million parameters see each docstring more than ten times
 SEED = 0
 
-DEMO_PROMPT = "Return a list of"
-PROMPTS = (
+DEMO_PROMPT = "Read up to"
+PROMPTS = (  # beginnings that the model ends well, and in few words: see MODEL.md
     DEMO_PROMPT,
-    "Open a file",
-    "This module provides",
-    "Create a new",
+    "Return a list of",
+    "Return True if",
     "Raise an exception if",
-    "The function is",
+    "Remove and return",
+    "A handler class",
 )
 NEW_TOKENS = 64
 
@@ -295,6 +295,9 @@ trained on.
 | all held-out docstrings | {full.tokens} | {full.bytes} | {full.perplexity:.3f} | {full.bits_per_byte:.4f} |
 
 ## Greedy continuations, at most {new_tokens} new tokens
+
+The prompts were chosen among common beginnings of docstrings. The sentences are English and their content is
+not to be trusted. Other prompts, and more than some forty tokens, often make greedy text repeat itself.
 
 {samples}
 """

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from hfopt.embedded import embedded_model
 
 FOLDER = Path(embedded_model())
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The sums of the script, and no threads that wait for each other over matrices as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
