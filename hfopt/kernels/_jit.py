@@ -21,13 +21,13 @@ from numba.core import event
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
 
 from ..errors import ForkedProcess
-from . import _target
+from . import _openmp, _target
 
 logger = logging.getLogger(__name__)
 
 # NaN and Inf keep their meaning ("nnan" and "ninf" are left out); reassoc lets sums run in vector lanes.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
-_OPTIONS = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy", "boundscheck": False}
+OPTIONS = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy", "boundscheck": False}
 
 
 # ---- the cache folder -------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def _content_key() -> str:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
     versions = (numba.__version__, llvmlite.__version__, _target.LLVM_VERSION, sys.version_info[:3])
-    digest.update(repr((versions, _target.CPU_NAME, sorted(_target.FEATURES), sorted(FASTMATH))).encode())
+    digest.update(repr((versions, _target.CPU_NAME, sorted(_target.FEATURES), sorted(FASTMATH), bool(_openmp.RUNTIME))).encode())
     return digest.hexdigest()[:20]
 
 
@@ -157,14 +157,16 @@ class _PrivateCache(FunctionCache):
 
 
 compile_listeners: list[Callable[[str], None]] = []
+_launched: set[Callable] = set()  # the functions that launches were made of
 
 
 class _CompileListener(event.Listener):
     """Tells `compile_listeners` the name of each launch that Numba starts to compile."""
 
     def on_start(self, event):
-        name = event.data["dispatcher"].py_func.__name__
-        if event.data["dispatcher"].targetoptions.get("parallel"):
+        py_func = event.data["dispatcher"].py_func
+        if py_func in _launched:
+            name = py_func.__name__
             logger.info("Compiling kernel %s (once on this machine).", name)
             for listener in list(compile_listeners):
                 listener(name)
@@ -173,17 +175,22 @@ class _CompileListener(event.Listener):
         pass
 
 
+event.register("numba:compile", _CompileListener())
+
+
 # ---- threads ----------------------------------------------------------------------------------------------------------
 
+_ran = False
 _forked = False
 _workqueue_lock = threading.RLock()
-_layer: str | None = None
+_layer: str | None = "torch's OpenMP" if _openmp.RUNTIME else None
 _threads = threading.local()
 
 
 def _mark_forked() -> None:
+    # the workers of OpenMP stay behind in the parent, and a team waits for them for ever; other layers start anew
     global _forked
-    _forked = _layer is not None and _layer != "tbb"
+    _forked = _ran and _layer in ("omp", "torch's OpenMP")
 
 
 if hasattr(os, "register_at_fork"):
@@ -191,36 +198,33 @@ if hasattr(os, "register_at_fork"):
 
 
 def threading_layer() -> str | None:
-    """Name of the threading layer that Numba loaded, or None before the first launch."""
+    """What runs the launches: "torch's OpenMP", or the layer that Numba loaded (None before the first launch)."""
     return _layer
 
 
 def use_threads(count: int) -> None:
-    """Run the launches of this Python thread on `count` threads, at most as many as Numba started with."""
-    if getattr(_threads, "count", None) != count:
+    """Run the launches of this Python thread on `count` threads, where the pool does not know its number itself."""
+    if not _openmp.RUNTIME and getattr(_threads, "count", None) != count:
         numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
         _threads.count = count
 
 
 class Launch:
-    """A parallel kernel. Calling it compiles, or loads from the cache, the variant for the types of the arguments."""
+    """A kernel that Python calls. A call compiles the variant for the types of its arguments, or loads it from the cache."""
 
     def __init__(self, py_func: Callable):
-        self._dispatcher = numba.njit(parallel=True, **_OPTIONS)(py_func)
+        self._dispatcher = numba.njit(**OPTIONS)(py_func)
         self._with_cache = False
+        _launched.add(py_func)
         functools.update_wrapper(self, py_func)
 
     def _enable_cache(self) -> None:
+        if not _openmp.RUNTIME:
+            numba.get_num_threads()  # loads Numba's threading layer, whose functions cached code calls by name
         folder, _ = cache_folder()
         if folder is not None:
             self._dispatcher._cache = _PrivateCache(self._dispatcher.py_func, folder)
         self._with_cache = True
-
-    def compile(self, signature) -> None:
-        """Compile for a Numba signature without running."""
-        if not self._with_cache:
-            self._enable_cache()
-        self._dispatcher.compile(signature)
 
     @property
     def dispatcher(self):
@@ -228,31 +232,25 @@ class Launch:
         return self._dispatcher
 
     def __call__(self, *args):
-        global _layer
+        global _layer, _ran
         if _forked:
             raise ForkedProcess(
                 "This process was forked after hfopt had run kernels, so the kernels' threads do not exist here. "
                 "Start workers with the 'spawn' method, or fork before the first call of hfopt.optimize."
             )
+        _ran = True
+        if not self._with_cache:
+            self._enable_cache()
         if _layer is None or _layer == "workqueue":
-            # this layer aborts the process when two Python threads enter it, and until the first launch is over
+            # this layer of Numba aborts the process when two Python threads enter it, and until the first launch is over
             # nobody knows which layer it will be
             with _workqueue_lock:
-                if not self._with_cache:
-                    self._enable_cache()
                 result = self._dispatcher(*args)
                 _layer = numba.threading_layer()
                 return result
-        if not self._with_cache:
-            self._enable_cache()
         return self._dispatcher(*args)
 
 
 def launch(py_func: Callable) -> Launch:
-    """Decorator of a parallel kernel: arrays in, arrays out."""
+    """Decorator of a kernel that Python calls: arrays in, arrays out."""
     return Launch(py_func)
-
-
-def body(py_func: Callable):
-    """Decorator of a function on one tile of work, for other kernels to call."""
-    return numba.njit(**_OPTIONS)(py_func)

@@ -18,6 +18,8 @@ from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
+from . import _target
+
 LANES = 16
 
 F32 = ir.FloatType()
@@ -118,7 +120,15 @@ def emit_widen(builder, bits16):
 
 def emit_round(builder, value):
     """float32 -> bfloat16 bits, to nearest even; a NaN stays a NaN."""
-    return builder.bitcast(builder.fptrunc(value, BF16X), I16X)
+    if _target.HAS_AVX512_BF16:
+        return builder.bitcast(builder.fptrunc(value, BF16X), I16X)
+    # elsewhere fptrunc would call a function of the C compiler's library, which is not there
+    bits = builder.bitcast(value, I32X)
+    odd = builder.and_(builder.lshr(bits, splat_int(16)), splat_int(1))
+    rounded = builder.add(bits, builder.add(odd, splat_int(0x7FFF)))
+    quiet = builder.or_(bits, splat_int(0x400000))
+    chosen = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.trunc(builder.lshr(chosen, splat_int(16)), I16X)
 
 
 def _polynomial(builder, x, coefficients):
@@ -330,7 +340,7 @@ def store_scalar(typingctx, p, index, value):
     def codegen(context, builder, sig, args):
         where, index, value = args
         if _is_bits(sig.args[0]):
-            value = builder.bitcast(builder.fptrunc(value, _BFloatType()), I16)
+            value = builder.extract_element(emit_round(builder, emit_splat(builder, value, F32X)), ir.Constant(I32, 0))
         builder.store(value, builder.gep(where, [index]))
         return context.get_dummy_value()
 
@@ -486,5 +496,15 @@ def doubled(typingctx, x):
     def codegen(context, builder, sig, args):
         order = ir.Constant(ir.VectorType(I32, LANES), [k // 2 for k in range(LANES)])
         return builder.shuffle_vector(args[0], args[0], order)
+
+    return float32x(float32x), codegen
+
+
+@intrinsic
+def fence(typingctx, x):
+    """x, as a whole: no operation is moved across it, so (a - b) - c stays what it says."""
+
+    def codegen(context, builder, sig, args):
+        return emit_call(builder, "llvm.arithmetic.fence.v16f32", F32X, [args[0]])
 
     return float32x(float32x), codegen

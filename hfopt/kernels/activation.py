@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ._jit import body
+from ._parallel import body
 from ._simd import erf, exp, maximum, splat, tanh
 
 NONE, RELU, SILU, GELU, GELU_TANH, QUICK_GELU, TANH, SIGMOID = range(8)

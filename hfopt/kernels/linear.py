@@ -7,11 +7,11 @@ A *block* is 16 output columns of one matrix, with `gated` the same 16 columns o
 summed by one thread in a fixed order, so the bits do not depend on the number of threads.
 """
 
-import numba
 import numpy as np
 
 from . import _simd, _tile
-from ._jit import body, launch
+from ._jit import launch
+from ._parallel import body, parallel_for, usable_threads
 from ._simd import LANES, address_as, as_units, load, load_part, pointer, shifted, store, store_part
 from .activation import activate
 
@@ -142,7 +142,7 @@ def _dot_block(x, n_rows, size, w, n_columns, sums):
 
 
 @body
-def rows_block(x, n_rows, size, table, index, gated, code, residuals, out, width, item_size):
+def rows_block(index, x, n_rows, size, table, gated, code, residuals, out, width, item_size):
     """One block of up to 16 rows, straight from the row-major weights; x packed by `_pack_chunks`."""
     sums = _tile.stack_floats(16 * 16 * 16)
     gate = _tile.stack_floats(16 * 16 * 16)
@@ -175,25 +175,13 @@ def linear_rows(x, table, gated, code, residuals, out):
     """
     n_rows, size = x.shape
     n_units = (size * x.itemsize + 3) // 4
-    packed = np.empty((n_units + LANES) * n_rows + LANES, np.float32)
-    aligned = as_units(shifted(pointer(packed), _tile.to_cache_line(pointer(packed))), pointer(x))
-    _pack_chunks(pointer(x), n_rows, size, aligned)
-    blocks = count_blocks(table, gated)
-    for index in numba.prange(blocks):
-        # prange counts in uint64; one integer type for bodies means that each is compiled once
-        rows_block(
-            as_units(shifted(pointer(packed), _tile.to_cache_line(pointer(packed))), pointer(x)),
-            n_rows,
-            size,
-            table,
-            np.intp(index),
-            gated,
-            code,
-            residuals,
-            pointer(out),
-            out.shape[1],
-            out.itemsize,
-        )
+    room = np.empty((n_units + LANES) * n_rows + LANES, np.float32)
+    packed = as_units(shifted(pointer(room), _tile.to_cache_line(pointer(room))), pointer(x))
+    _pack_chunks(pointer(x), n_rows, size, packed)
+    n_blocks = count_blocks(table, gated)
+    arguments = (packed, n_rows, size, table, gated, code, residuals, pointer(out), out.shape[1], out.itemsize)
+    parallel_for(rows_block, min(usable_threads(), n_blocks), n_blocks, arguments)
+    room[0] = 0  # the last use of the scratch: it must live until here
 
 
 # ---- many rows: packed panels and register tiles --------------------------------------------------------------------
@@ -294,6 +282,46 @@ def panel_group(
                     _finish_tile(here, row, rows, table, panel, gated, code, residuals, out, width, item_size)
 
 
+@body
+def _pack_tile(tile, x, n_rows, size, per_unit, packed, tile_rows):
+    """One tile of x into its place in `packed`."""
+    n_units = (size + per_unit - 1) // per_unit
+    row = tile * tile_rows
+    target = shifted(packed, tile * (n_units * tile_rows + LANES))
+    rows = min(tile_rows, n_rows - row)
+    _pack(shifted(x, row * size), rows, n_rows - row, size, 0, n_units, per_unit, target, tile_rows, tile_rows)
+
+
+@body
+def _panels_chunk(
+    chunk, packed, n_rows, size, table, gated, code, residuals, out, width, item_size, panels, sums, tile_rows
+):
+    """The chunk-th share of all panels, with scratch of its own."""
+    n_panels = (count_blocks(table, gated) + (0 if gated else 1)) // (1 if gated else 2)
+    n_chunks = panels.shape[0]
+    room = as_units(shifted(pointer(panels), chunk * panels.shape[1]), out)
+    here = shifted(pointer(sums), chunk * sums.shape[1])
+    end = (chunk + 1) * n_panels // n_chunks
+    for start in range(chunk * n_panels // n_chunks, end, PANELS):
+        panel_group(
+            packed,
+            n_rows,
+            size,
+            table,
+            start,
+            min(start + PANELS, end),
+            gated,
+            code,
+            residuals,
+            out,
+            width,
+            item_size,
+            room,
+            here,
+            tile_rows,
+        )
+
+
 @launch
 def linear_tiles(x, table, gated, code, residuals, out, packed, panels, sums, tile_rows):
     """out = epilogue(x W^T + b) for many rows; arguments as in `linear_rows`, and scratch (see `tile_scratch`).
@@ -301,40 +329,14 @@ def linear_tiles(x, table, gated, code, residuals, out, packed, panels, sums, ti
     tile_rows is 14 or 8: rows of one register tile.
     """
     n_rows, size = x.shape
-    per_unit = 4 // x.itemsize
-    n_units = (size + per_unit - 1) // per_unit
     n_tiles = (n_rows + tile_rows - 1) // tile_rows
-    for item in numba.prange(n_tiles):
-        tile = np.intp(item)
-        row = tile * tile_rows
-        target = shifted(as_units(pointer(packed), pointer(x)), tile * (n_units * tile_rows + LANES))
-        source = shifted(pointer(x), row * size)
-        rows = min(tile_rows, n_rows - row)
-        _pack(source, rows, n_rows - row, size, 0, n_units, per_unit, target, tile_rows, tile_rows)
-    n_panels = (count_blocks(table, gated) + (0 if gated else 1)) // (1 if gated else 2)
+    units = as_units(pointer(packed), pointer(x))
+    packing = (pointer(x), n_rows, size, 4 // x.itemsize, units, tile_rows)
+    parallel_for(_pack_tile, min(usable_threads(), n_tiles), n_tiles, packing)
     n_chunks = panels.shape[0]
-    for item in numba.prange(n_chunks):
-        chunk = np.intp(item)
-        room = as_units(shifted(pointer(panels), chunk * panels.shape[1]), pointer(x))
-        end = (chunk + 1) * n_panels // n_chunks
-        for start in range(chunk * n_panels // n_chunks, end, PANELS):
-            panel_group(
-                as_units(pointer(packed), pointer(x)),
-                n_rows,
-                size,
-                table,
-                start,
-                min(start + PANELS, end),
-                gated,
-                code,
-                residuals,
-                pointer(out),
-                out.shape[1],
-                out.itemsize,
-                room,
-                shifted(pointer(sums), chunk * sums.shape[1]),
-                tile_rows,
-            )
+    arguments = (units, n_rows, size, table, gated, code, residuals, pointer(out), out.shape[1], out.itemsize)
+    scratch = (panels, sums, tile_rows)
+    parallel_for(_panels_chunk, min(usable_threads(), n_chunks), n_chunks, arguments + scratch)
 
 
 def tile_scratch(n_rows: int, size: int, item_size: int, n_chunks: int) -> tuple[tuple, tuple, tuple, int]:

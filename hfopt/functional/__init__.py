@@ -1,0 +1,28 @@
+"""Operations on torch tensors: check, allocate, call a kernel.
+
+Forward only: results carry no gradients. Tensors that a kernel cannot work on raise
+`hfopt.errors.InvalidInput`.
+"""
+
+from .activation import ACTIVATIONS
+from .attention import Mask, attend, prepare_mask
+from .linear import LinearWeights, linear
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .rotary import rotate_and_store
+from .sampling import argmax, log_softmax_top_k
+
+__all__ = [
+    "ACTIVATIONS",
+    "LinearWeights",
+    "Mask",
+    "add_layer_norm",
+    "add_rms_norm",
+    "argmax",
+    "attend",
+    "layer_norm",
+    "linear",
+    "log_softmax_top_k",
+    "prepare_mask",
+    "rms_norm",
+    "rotate_and_store",
+]

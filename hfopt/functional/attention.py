@@ -1,0 +1,140 @@
+"""Attention over the cache, and the forms of mask that it takes."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfopt.errors import InvalidInput
+from hfopt.kernels import attention as decode
+from hfopt.kernels import attention_prefill as prefill
+
+from .checks import array_of, prepare_threads
+from .rotary import check_qkv
+
+if TYPE_CHECKING:
+    from hfopt.cache import Appended
+
+_NO_BYTES = np.zeros((0, 0, 0), np.uint8)
+
+
+class Mask(NamedTuple):
+    """Which keys each new token sees: all ("none"), those up to itself ("causal"), or those whose byte is
+    not 0 ("bytes").
+
+    "unsupported" stands for a mask that hides nothing but changes scores, or has another form.
+    """
+
+    kind: str
+    bytes: np.ndarray = _NO_BYTES  # uint8 [n_rows, n_new, n_keys] of kind "bytes"
+
+
+_KINDS = {"none": prefill.ALL, "causal": prefill.CAUSAL, "bytes": prefill.BYTES}
+
+
+def prepare_mask(attention_mask: object, n_rows: int, n_new: int, n_keys: int) -> Mask:
+    """Mask of n_new tokens a row over n_keys keys, of which the new tokens' are the last.
+
+    attention_mask: None (causal), or [1 or n_rows, 1, n_new, >= n_keys], bool (True: seen) or floating
+    point (0: seen, the dtype's minimum or -inf: not). Others are "unsupported". Raises `InvalidInput` for a
+    shape that does not fit.
+    """
+    if attention_mask is None:
+        return Mask("none" if n_new == 1 else "causal")
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4 or attention_mask.shape[1] != 1:
+        return Mask("unsupported")
+    if not attention_mask.is_cpu:
+        raise InvalidInput(
+            f"attention_mask is on device {attention_mask.device}: only tensors in CPU memory are allowed"
+        )
+    rows, _, queries, keys = attention_mask.shape
+    if rows not in (1, n_rows) or queries != n_new or keys < n_keys:
+        raise InvalidInput(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: "
+            f"[1 or {n_rows}, 1, {n_new}, {n_keys} or more] is needed"
+        )
+    seen = attention_mask[:, 0, :, :n_keys]
+    if seen.dtype is not torch.bool:
+        if not seen.is_floating_point():
+            return Mask("unsupported")
+        scores = seen
+        seen = scores == 0
+        # masks are added to each other, so a hidden key may have twice the minimum, which is -inf
+        if not bool((seen | (scores <= torch.finfo(scores.dtype).min / 2)).all()):
+            return Mask("unsupported")
+    if bool(seen.all()):
+        return Mask("none")
+    if n_new > 1:
+        causal = torch.ones(n_new, n_keys, dtype=torch.bool).tril_(n_keys - n_new)
+        if torch.equal(seen, causal.expand_as(seen)):
+            return Mask("causal")
+    return Mask("bytes", seen.expand(n_rows, -1, -1).contiguous().view(torch.uint8).numpy())
+
+
+def attend(
+    qkv: Tensor,
+    appended: "Appended",
+    mask: Mask,
+    scale: float,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+) -> Tensor:
+    """softmax(scale * q k^T) v over the cached keys and values: [n_rows, n_new, n_heads * head_dim].
+
+    qkv: [n_rows, n_new, (n_heads + 2 * n_kv_heads) * head_dim], contiguous, float32 or bfloat16 as the
+    cache; of it only the queries, its first channels,
+    are read: `rotate_and_store` has put the keys and values into the cache. Keys that a mask hides are not
+    looked at, whatever they hold; a token that sees no key gets 0. Raises `InvalidInput`.
+    """
+    check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
+    n_rows, n_new, width = qkv.shape
+    n_keys = appended.trunk_len + appended.branch_len
+    _check_lengths(appended, n_rows)
+    if mask.kind not in _KINDS:
+        raise InvalidInput(f"mask is of kind {mask.kind!r}: {', '.join(map(repr, _KINDS))} are allowed")
+    masked = mask.kind == "bytes"
+    if masked and (mask.bytes.shape != (n_rows, n_new, n_keys) or mask.bytes.dtype != np.uint8):
+        raise InvalidInput(
+            f"mask has bytes {mask.bytes.dtype} {mask.bytes.shape}: uint8 {(n_rows, n_new, n_keys)} is needed"
+        )
+    out = torch.empty((n_rows, n_new, n_heads * head_dim), dtype=qkv.dtype)
+    if not out.numel():
+        return out
+    prepare_threads()
+    q, result = array_of(qkv).reshape(-1, width), array_of(out).reshape(-1, n_heads * head_dim)
+    cache = (
+        appended.trunk,
+        appended.branch,
+        appended.trunk_len,
+        appended.branch_len,
+        appended.trunk_row,
+        appended.table,
+    )
+    if n_new == 1:
+        wrong = decode.attend_decode(q, *cache, masked, mask.bytes, np.float32(scale), n_heads, result)
+    else:
+        kind = _KINDS[mask.kind]
+        wrong = prefill.attend_prefill(q, n_new, *cache, kind, mask.bytes, np.float32(scale), n_heads, result)
+    if wrong:
+        raise InvalidInput("appended names rows in trunk_row or table that the cache has not")
+    return out
+
+
+def _check_lengths(appended: "Appended", n_rows: int) -> None:
+    if not 0 <= appended.trunk_len <= appended.trunk.shape[3]:
+        raise InvalidInput(
+            f"appended.trunk_len is {appended.trunk_len}: up to {appended.trunk.shape[3]} is allowed"
+        )
+    if not 0 <= appended.branch_len <= appended.branch.shape[3]:
+        raise InvalidInput(
+            f"appended.branch_len is {appended.branch_len}: up to {appended.branch.shape[3]} is allowed"
+        )
+    for name, array, shortest in (
+        ("trunk_row", appended.trunk_row, (n_rows,)),
+        ("table", appended.table, (n_rows, appended.branch_len)),
+    ):
+        fits = array.ndim == len(shortest) and all(a >= b for a, b in zip(array.shape, shortest, strict=True))
+        if array.dtype != np.int32 or not array.flags.c_contiguous or not fits:
+            raise InvalidInput(f"appended.{name} has {array.dtype} {array.shape}: int32 {shortest} is needed")

@@ -1,0 +1,140 @@
+"""Linear layers over one or several weight matrices, with everything that follows them in one kernel."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfopt.errors import InvalidInput
+from hfopt.kernels import linear as kernels
+
+from .activation import CODES
+from .checks import array_of, check_contiguous, check_floats, check_rows, check_shape, check_vector, prepare_threads
+
+_NO_RESIDUALS = np.empty(0, np.int64)
+
+
+class _Fingerprint(NamedTuple):
+    """What must not change about a tensor while its address is in use."""
+
+    address: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "_Fingerprint | None":
+        return None if tensor is None else cls(tensor.data_ptr(), tensor.dtype, tensor.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearWeights:
+    """One or several `[out_i, in]` matrices with their biases, as kernels read them: in place, by address.
+
+    The tensors are kept alive. Weights that are moved or replaced are noticed by `reads`; build a new record then.
+    """
+
+    table: np.ndarray
+    in_features: int
+    out_features: int
+    smallest: int
+    dtype: torch.dtype
+    tensors: tuple[Tensor | None, ...]
+    fingerprints: tuple[_Fingerprint | None, ...]
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> "LinearWeights":
+        """Record of the matrices `weights` ([out_i, in] each) and `biases` ([out_i] or None each).
+
+        Raises `InvalidInput` unless all are contiguous CPU tensors of one dtype, float32 or bfloat16.
+        """
+        if not weights or len(biases) != len(weights):
+            raise InvalidInput(f"weights and biases have {len(weights)} and {len(biases)} entries: as many are needed")
+        for index, weight in enumerate(weights):
+            check_floats(f"weights[{index}]", weight, weights[0].dtype if index else None)
+            if weight.ndim != 2:
+                raise InvalidInput(f"weights[{index}] has shape {tuple(weight.shape)}: [out, in] is needed")
+            check_shape(f"weights[{index}]", weight, (weight.shape[0], weights[0].shape[1]))
+            check_contiguous(f"weights[{index}]", weight)
+        dtype = weights[0].dtype
+        table = np.zeros((len(weights), 4), np.int64)
+        column = 0
+        for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            address = 0 if bias is None else check_vector(f"biases[{index}]", bias, weight.shape[0], dtype)
+            table[index] = weight.data_ptr(), address, weight.shape[0], column
+            column += weight.shape[0]
+        tensors = (*weights, *biases)
+        return cls(
+            table=table,
+            in_features=weights[0].shape[1],
+            out_features=column,
+            smallest=min(weight.shape[0] for weight in weights),
+            dtype=dtype,
+            tensors=tensors,
+            fingerprints=tuple(_Fingerprint.of(tensor) for tensor in tensors),
+        )
+
+    def reads(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+        """Whether the record still describes exactly these tensors."""
+        return self.fingerprints == tuple(_Fingerprint.of(tensor) for tensor in (*weights, *biases))
+
+
+def linear(
+    hidden_states: Tensor,
+    weights: LinearWeights,
+    *,
+    activation: str | None = None,
+    gated: bool = False,
+    residuals: Sequence[Tensor] = (),
+) -> Tensor:
+    """y = act(x W^T + b) + residuals, the outputs of several matrices side by side.
+
+    With `gated` (two matrices of one shape): y = act(x W0^T + b0) * (x W1^T + b1) + residuals. Sums, activation and residuals are
+    float32 and are rounded once.
+
+    Args:
+        hidden_states: [..., in], the dtype of the weights, last dimension contiguous.
+        weights: the matrices, [out_i, in] each.
+        activation: None or a key of `ACTIVATIONS`.
+        residuals: tensors of the result's shape and dtype, contiguous.
+
+    Returns:
+        [..., sum of out_i], or [..., out] with `gated`.
+
+    Raises:
+        InvalidInput: for any other dtype, shape, layout, device or name.
+    """
+    if activation not in CODES:
+        raise InvalidInput(f"activation is {activation!r}: None or one of {sorted(k for k in CODES if k)} is allowed")
+    x = check_rows("hidden_states", hidden_states, weights.dtype)
+    if x.shape[-1] != weights.in_features:
+        raise InvalidInput(f"hidden_states has {x.shape[-1]} features: the weights need {weights.in_features}")
+    width = weights.out_features
+    if gated:
+        if len(weights.table) != 2 or 2 * weights.smallest != width:
+            sizes = weights.table[:, kernels.SIZE].tolist()
+            raise InvalidInput(f"gated needs two matrices of one size: weights has rows {sizes}")
+        width //= 2
+    shape = (*x.shape[:-1], width)
+    out = torch.empty(shape, dtype=x.dtype)
+    for index, residual in enumerate(residuals):
+        check_floats(f"residuals[{index}]", residual, x.dtype)
+        check_shape(f"residuals[{index}]", residual, shape)
+        check_contiguous(f"residuals[{index}]", residual)
+    addresses = np.array([residual.data_ptr() for residual in residuals], np.int64) if residuals else _NO_RESIDUALS
+    if out.numel() == 0:
+        return out
+    prepare_threads()
+    rows = array_of(x).reshape(-1, weights.in_features)
+    target = array_of(out).reshape(-1, width)
+    code = CODES[activation]
+    if len(rows) <= kernels.ROW_LIMIT:
+        kernels.linear_rows(rows, weights.table, gated, code, addresses, target)
+        return out
+    chunks = torch.get_num_threads()
+    *shapes, tile_rows = kernels.tile_scratch(len(rows), rows.shape[1], rows.itemsize, chunks)
+    packed, panels, sums = (np.empty(shape, np.float32) for shape in shapes)
+    kernels.linear_tiles(rows, weights.table, gated, code, addresses, target, packed, panels, sums, tile_rows)
+    return out

@@ -1,0 +1,58 @@
+"""Choosing tokens from logits."""
+
+import torch
+from torch import Tensor
+
+from hfopt.errors import InvalidInput
+from hfopt.kernels import sampling as kernels
+
+from .checks import array_of, check_contiguous, check_floats, check_rows, check_shape, prepare_threads
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Index of the largest value of the last dimension, the first of equals; a NaN counts as the largest.
+
+    logits [..., vocabulary], its last dimension contiguous, float32 or bfloat16; returns int64 [...].
+    Raises `InvalidInput`.
+    """
+    logits = check_rows("logits", logits)
+    size = logits.shape[-1]
+    if size == 0:
+        raise InvalidInput(f"logits has shape {tuple(logits.shape)}: a vocabulary of at least 1 is needed")
+    out = torch.empty(logits.shape[:-1], dtype=torch.int64)
+    if out.numel():
+        prepare_threads()
+        kernels.argmax(array_of(logits).reshape(-1, size), out.numpy().reshape(-1))
+    return out
+
+
+def log_softmax_top_k(
+    logits: Tensor, running_scores: Tensor, k: int, n_beams: int = 1
+) -> tuple[Tensor, Tensor]:
+    """The k best of log_softmax(logits) + running_scores over each group of n_beams rows.
+
+    logits [groups * n_beams, vocabulary], its last dimension contiguous, float32 or bfloat16;
+    running_scores float32 [groups * n_beams]. Returns (scores float32 [groups, k], best first; places int64
+    [groups, k], beam * vocabulary + token): what `torch.topk` gives for the flattened groups, of equal
+    scores the first ones. Raises `InvalidInput`.
+    """
+    logits = check_rows("logits", logits)
+    if logits.ndim != 2:
+        raise InvalidInput(f"logits has shape {tuple(logits.shape)}: [rows, vocabulary] is needed")
+    n_rows, size = logits.shape
+    if n_beams < 1 or n_rows % n_beams:
+        raise InvalidInput(f"n_beams is {n_beams}: a divisor of the number of rows, {n_rows}, is needed")
+    if not 1 <= k <= n_beams * size:
+        raise InvalidInput(f"k is {k}: 1 to {n_beams * size} is allowed")
+    check_floats("running_scores", running_scores, torch.float32)
+    check_shape("running_scores", running_scores, (n_rows,))
+    check_contiguous("running_scores", running_scores)
+    groups = n_rows // n_beams
+    scores = torch.empty((groups, k), dtype=torch.float32)
+    places = torch.empty((groups, k), dtype=torch.int64)
+    if n_rows:
+        prepare_threads()
+        kernels.log_softmax_top_k(
+            array_of(logits), array_of(running_scores), k, n_beams, scores.numpy(), places.numpy()
+        )
+    return scores, places

@@ -1,0 +1,180 @@
+"""Bodies that compile fast, and the parallel loop of a launch.
+
+Numba's `prange` compiles its loop body, and all that is linked into it, three times; and each jitted
+function is optimised and turned into machine code by itself before it is linked into its callers. Here a
+body only becomes code of the launch that calls it, and `parallel_for` hands a body straight to the threads:
+those of `_openmp`, or of Numba's threading layer without it.
+"""
+
+from collections.abc import Callable
+
+import llvmlite.ir as ir
+import numba
+from numba import types
+from numba.core import cgutils
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+from numba.extending import intrinsic
+
+from . import _jit, _openmp
+
+_INTP = ir.IntType(64)
+_I32 = ir.IntType(32)
+_BYTES = ir.IntType(8).as_pointer()
+
+
+class _NoEnvironment:
+    """Stands for the code generator where Numba would tell machine code the address of its environment."""
+
+    @staticmethod
+    def set_env(name, env):
+        pass
+
+
+class _LinkedLibrary(JITCodeLibrary):
+    """Code that is linked into other code and neither optimised nor run by itself."""
+
+    def _optimize_final_module(self):
+        pass
+
+    def _finalize_final_module(self):
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name):
+        self._ensure_finalized()
+        return 0
+
+    @property
+    def codegen(self):
+        return _NoEnvironment
+
+
+class _BodyCompiler(Compiler):
+    def __init__(self, typingctx, targetctx, library, args, return_type, flags, locals):
+        library = _LinkedLibrary(targetctx.codegen(), "body")
+        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
+
+
+def body(py_func: Callable):
+    """Decorator of a function on one tile of work, for launches and other bodies to call (not for Python)."""
+    return numba.njit(
+        pipeline_class=_BodyCompiler, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_jit.OPTIONS
+    )(py_func)
+
+
+def _call(builder, name, result, args):
+    function_type = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
+
+
+@intrinsic
+def usable_threads(typingctx):
+    """Threads that `parallel_for` may use."""
+
+    def codegen(context, builder, sig, args):
+        # Numba's own function of this name holds a pointer, which keeps its callers out of the disk cache
+        name = _openmp.LIMIT if _openmp.RUNTIME else "get_num_threads"
+        return builder.sext(_call(builder, name, _I32, args), _INTP)
+
+    return types.intp(), codegen
+
+
+def _emit_range(context, builder, compiled, argument_types, record_type, data, first, count):
+    """The body on `count` indices from `first`."""
+    record = builder.load(builder.bitcast(data, record_type.as_pointer()))
+    values = [builder.extract_value(record, i) for i in range(len(record_type.elements))]
+    function = context.declare_function(builder.module, compiled.fndesc)
+    with cgutils.for_range(builder, count) as loop:
+        index = builder.add(first, loop.index)
+        context.call_conv.call_function(builder, function, types.none, argument_types, [index, *values])
+
+
+def _emit_openmp_loop(builder, name, emit_range, record_type, record, n_threads, n):
+    """`n` indices in contiguous shares on a team of OpenMP threads."""
+    whole = ir.LiteralStructType([_INTP, record_type])  # what the threads are given: n and the arguments
+    task = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_BYTES]), name)
+    task.linkage = "internal"
+    inner = ir.IRBuilder(task.append_basic_block("entry"))
+    shared = inner.bitcast(task.args[0], whole.as_pointer())
+    total = inner.load(cgutils.gep_inbounds(inner, shared, 0, 0))
+    arguments = inner.bitcast(cgutils.gep_inbounds(inner, shared, 0, 1), _BYTES)
+    thread = inner.sext(_call(inner, _openmp.THREAD, _I32, []), _INTP)
+    team = inner.sext(_call(inner, _openmp.TEAM, _I32, []), _INTP)
+    first = inner.sdiv(inner.mul(thread, total), team)
+    end = inner.sdiv(inner.mul(inner.add(thread, ir.Constant(_INTP, 1)), total), team)
+    emit_range(inner, arguments, first, inner.sub(end, first))
+    inner.ret_void()
+
+    values = builder.insert_value(ir.Constant(whole, ir.Undefined), n, 0)
+    values = builder.insert_value(values, record, 1)
+    data = builder.bitcast(cgutils.alloca_once_value(builder, values), _BYTES)
+    threads = builder.trunc(n_threads, _I32)
+    _call(
+        builder,
+        _openmp.PARALLEL,
+        ir.VoidType(),
+        [builder.bitcast(task, _BYTES), data, threads, ir.Constant(_I32, 0)],
+    )
+
+
+def _emit_numba_loop(builder, name, emit_range, record, n_threads, n):
+    """The same by Numba's threading layer, which shares out the elements of "arrays"."""
+    words = _INTP.as_pointer()
+    function_type = ir.FunctionType(ir.VoidType(), [_BYTES.as_pointer(), words, words, _BYTES])
+    task = ir.Function(builder.module, function_type, name)
+    task.linkage = "internal"
+    inner = ir.IRBuilder(task.append_basic_block("entry"))
+    positions, counts, _, arguments = task.args
+    emit_range(inner, arguments, inner.ptrtoint(inner.load(positions), _INTP), inner.load(counts))
+    inner.ret_void()
+
+    data = builder.bitcast(cgutils.alloca_once_value(builder, record), _BYTES)
+    # the one "array" starts at address 0 and has steps of 1: a share's address is its first index
+    position = cgutils.alloca_once_value(builder, ir.Constant(_BYTES, None))
+    step = cgutils.alloca_once_value(builder, ir.Constant(_INTP, 1))
+    count = cgutils.alloca_once_value(builder, n)
+    task_address, threads = builder.bitcast(task, _BYTES), builder.trunc(n_threads, _I32)
+    nothing, one = ir.Constant(_INTP, 0), ir.Constant(_INTP, 1)
+    arguments = [task_address, position, count, step, data, nothing, one, threads]
+    _call(builder, "numba_parallel_for", ir.VoidType(), arguments)
+
+
+@intrinsic
+def parallel_for(typingctx, task, n_threads, n, arguments):
+    """task(i, *arguments) for i < n in contiguous shares on n_threads threads; a task returns nothing."""
+    argument_types = (types.intp, *arguments)
+    task.get_call_type(typingctx, argument_types, {})
+
+    def codegen(context, builder, sig, args):
+        _, n_threads, n, packed = args
+        compiled = task.dispatcher.get_compile_result(types.none(*argument_types))
+        context.add_linking_libs([compiled.library])
+        values = cgutils.unpack_tuple(builder, packed, len(arguments))
+        record_type = ir.LiteralStructType([value.type for value in values])
+        record = ir.Constant(record_type, ir.Undefined)
+        for place, value in enumerate(values):
+            record = builder.insert_value(record, value, place)
+
+        def emit_range(inner, data, first, count):
+            _emit_range(context, inner, compiled, argument_types, record_type, data, first, count)
+
+        name = builder.module.get_unique_name("hfopt.task")
+        with builder.if_else(builder.icmp_signed(">", n_threads, ir.Constant(_INTP, 1))) as (several, alone):
+            with several:
+                if _openmp.RUNTIME:
+                    _emit_openmp_loop(builder, name, emit_range, record_type, record, n_threads, n)
+                else:
+                    _emit_numba_loop(builder, name, emit_range, record, n_threads, n)
+            with alone:
+                data = builder.bitcast(cgutils.alloca_once_value(builder, record), _BYTES)
+                emit_range(builder, data, ir.Constant(_INTP, 0), n)
+        return context.get_dummy_value()
+
+    return types.void(task, types.intp, types.intp, arguments), codegen
+
+
+@body
+def threads_for(n_tiles, work, enough):
+    """Threads for n_tiles tiles: one if `work` is below `enough`. Results must not depend on it."""
+    return 1 if work < enough else max(min(usable_threads(), n_tiles), 1)

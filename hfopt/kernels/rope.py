@@ -1,0 +1,126 @@
+"""Rotary position embedding, fused with the write of new keys and values into the cache."""
+
+from ._jit import launch
+from ._parallel import body, parallel_for, threads_for
+from ._simd import (
+    LANES,
+    doubled,
+    fma,
+    load,
+    load_part,
+    pointer,
+    rotated_pairs,
+    shifted,
+    store,
+    store_part,
+)
+
+NONE, HALF, INTERLEAVED = range(3)
+
+_PARALLEL_SIZE = 1 << 15  # elements; below, more threads cost more than they save
+
+
+@body
+def copy_channels(x, first, last, out):
+    """out[first:last] = x[first:last]."""
+    k = first
+    while k + LANES <= last:
+        store(out, k, load(x, k))
+        k += LANES
+    if k < last:
+        store_part(out, k, last - k, load_part(x, k, last - k))
+
+
+@body
+def rotate_half(x, cos, sin, n_rotary, out):
+    """Channels i and i + n_rotary / 2 turn by the angles of which cos and sin hold n_rotary; out may be x."""
+    half = n_rotary // 2
+    k = 0
+    while k + LANES <= half:
+        low, high = load(x, k), load(x, half + k)
+        store(out, k, low * load(cos, k) - high * load(sin, k))
+        store(out, half + k, fma(high, load(cos, half + k), low * load(sin, half + k)))
+        k += LANES
+    count = half - k
+    if count > 0:
+        low, high = load_part(x, k, count), load_part(x, half + k, count)
+        turned_low = low * load_part(cos, k, count) - high * load_part(sin, k, count)
+        turned_high = fma(high, load_part(cos, half + k, count), low * load_part(sin, half + k, count))
+        store_part(out, k, count, turned_low)
+        store_part(out, half + k, count, turned_high)
+
+
+@body
+def rotate_pairs(x, cos, sin, n_rotary, out):
+    """Channels 2i and 2i + 1 turn by angle i of n_rotary / 2; out may be x."""
+    k = 0
+    while k + LANES <= n_rotary:
+        c = doubled(load_part(cos, k // 2, LANES // 2))
+        s = doubled(load_part(sin, k // 2, LANES // 2))
+        value = load(x, k)
+        store(out, k, fma(value, c, rotated_pairs(value) * s))
+        k += LANES
+    count = n_rotary - k
+    if count > 0:
+        c = doubled(load_part(cos, k // 2, count // 2))
+        s = doubled(load_part(sin, k // 2, count // 2))
+        value = load_part(x, k, count)
+        store_part(out, k, count, fma(value, c, rotated_pairs(value) * s))
+
+
+@body
+def rotate_and_store_token(qkv, cos, sin, n_rotary, kind, n_heads, n_kv_heads, size, keys, values, stride):
+    """One token: rotates its queries in place; writes keys, rotated, and values, heads `stride` apart."""
+    for head in range(n_heads + 2 * n_kv_heads):
+        source = shifted(qkv, head * size)
+        target = source
+        first = 0  # channel from which on nothing turns
+        if head >= n_heads + n_kv_heads:
+            target = shifted(values, (head - n_heads - n_kv_heads) * stride)
+        else:
+            first = n_rotary
+            if head >= n_heads:
+                target = shifted(keys, (head - n_heads) * stride)
+            if kind == HALF:
+                rotate_half(source, cos, sin, n_rotary, target)
+            elif kind == INTERLEAVED:
+                rotate_pairs(source, cos, sin, n_rotary, target)
+        if head >= n_heads:
+            copy_channels(source, first, size, target)
+
+
+@body
+def _token(index, qkv, n_new, cos, sin, n_rotary, kind, n_heads, n_kv_heads, cache, first):
+    row = index // n_new
+    token = index - row * n_new
+    _, n_cache_rows, _, capacity, size = cache.shape
+    angle = ((row if cos.shape[0] > 1 else 0) * n_new + token) * cos.shape[2]
+    place = (row * n_kv_heads * capacity + first + token) * size
+    values = n_cache_rows * n_kv_heads * capacity * size
+    rotate_and_store_token(
+        shifted(pointer(qkv), index * qkv.shape[1]),
+        shifted(pointer(cos), angle),
+        shifted(pointer(sin), angle),
+        n_rotary,
+        kind,
+        n_heads,
+        n_kv_heads,
+        size,
+        shifted(pointer(cache), place),
+        shifted(pointer(cache), values + place),
+        capacity * size,
+    )
+
+
+@launch
+def rotate_and_store(qkv, n_new, cos, sin, n_rotary, kind, n_heads, n_kv_heads, cache, first):
+    """Rotates the queries of qkv in place; writes rotated keys, and values, of n_new tokens a row to
+    columns from `first` on.
+
+    qkv [rows * n_new, (n_heads + 2 n_kv_heads) size] and cache [2, >= rows, n_kv_heads, columns, size]:
+    float32 or bfloat16 bits; cos, sin float32 [1 or rows, n_new, n_rotary], or n_rotary / 2 for
+    INTERLEAVED; n_rotary 0 for NONE.
+    """
+    threads = threads_for(qkv.shape[0], qkv.size, _PARALLEL_SIZE)
+    arguments = (qkv, n_new, cos, sin, n_rotary, kind, n_heads, n_kv_heads, cache, first)
+    parallel_for(_token, threads, qkv.shape[0], arguments)

@@ -1,0 +1,176 @@
+"""A quick check of every kernel on this machine against plain numpy, for `hfopt doctor`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import activation, attention, attention_prefill, linear, norm, rope, sampling
+
+Array = NDArray[Any]
+Case = Callable[[type], float]
+
+_TOLERANCE = {
+    np.float32: 1e-5,
+    np.uint16: 2e-2,
+}  # of values of about 1; uint16 stands for the bits of bfloat16
+_NAMES = {np.float32: "float32", np.uint16: "bfloat16"}
+
+
+def _random(dtype: type, *shape: int) -> Array:
+    """Normal random numbers, always the same for a shape."""
+    values = np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+    return values if dtype is np.float32 else (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _exact(array: Array) -> NDArray[np.float64]:
+    """The values of float32, or of the bits of bfloat16."""
+    if array.dtype == np.uint16:
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float64)
+
+
+def _error(given: Array, expected: Array) -> float:
+    """Largest difference; inf where a value is missing or not finite."""
+    difference = np.abs(_exact(given) - expected).max()
+    return float(difference) if np.isfinite(difference) else float("inf")
+
+
+def _address(array: Array) -> int:
+    return array.ctypes.data
+
+
+def _rms_norm(dtype: type) -> float:
+    x, residual, w = _random(dtype, 3, 41), _random(dtype, 1, 3, 41), _random(dtype, 41)
+    summed, out = np.zeros_like(x), np.zeros_like(x)
+    norm.rms_norm(x, _address(residual), _address(w), np.float32(1e-6), _address(summed), out)
+    s = _exact(summed)
+    expected = _exact(w) * s / np.sqrt((s**2).mean(-1, keepdims=True) + 1e-6)
+    return max(_error(summed, _exact(x) + _exact(residual[0])), _error(out, expected))
+
+
+def _layer_norm(dtype: type) -> float:
+    x, w, b = _random(dtype, 3, 41), _random(dtype, 41), _random(dtype, 1, 41)
+    out = np.zeros_like(x)
+    norm.layer_norm(x, 0, _address(w), _address(b), np.float32(1e-6), 0, out)
+    s = _exact(x)
+    s = (s - s.mean(-1, keepdims=True)) / np.sqrt(s.var(-1, keepdims=True) + 1e-6)
+    return _error(out, _exact(w) * s + _exact(b))
+
+
+def _linear(dtype: type, n_rows: int) -> float:
+    x, w, bias = _random(dtype, n_rows, 41), _random(dtype, 35, 41), _random(dtype, 35)
+    out: Array = np.zeros((n_rows, 35), dtype)
+    table = np.array([[_address(w), _address(bias), 35, 0]], np.int64)
+    arguments = (x, table, False, activation.NONE, np.zeros(0, np.int64), out)
+    if n_rows <= linear.ROW_LIMIT:
+        linear.linear_rows(*arguments)
+    else:
+        *shapes, tile_rows = linear.tile_scratch(n_rows, 41, x.itemsize, 2)
+        linear.linear_tiles(*arguments, *(np.empty(shape, np.float32) for shape in shapes), tile_rows)
+    expected = _exact(x) @ _exact(w).T + _exact(bias)
+    return _error(out, expected) / float(np.abs(expected).max())
+
+
+def _rotate_and_store(dtype: type) -> float:
+    qkv, cos, sin = _random(dtype, 4, 4 * 24), _random(np.float32, 1, 4, 24), _random(np.float32, 1, 4, 24)
+    cache: Array = np.zeros((2, 1, 1, 6, 24), dtype)
+    x = _exact(qkv).reshape(4, 4, 24)
+    turned = np.concatenate((-x[..., 12:], x[..., :12]), -1)
+    expected = x * cos[0, :, None] + turned * sin[0, :, None]
+    rope.rotate_and_store(qkv, 4, cos, sin, 24, rope.HALF, 2, 1, cache, 2)
+    stored = max(_error(cache[0, 0, 0, 2:], expected[:, 2]), _error(cache[1, 0, 0, 2:], x[:, 3]))
+    return max(_error(qkv[:, :48], expected[:, :2].reshape(4, 48)), stored)
+
+
+def _attended(q: Array, k: Array, v: Array, seen: Array) -> Array:
+    scores = np.where(seen, q @ k.T, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+def _attend_decode(dtype: type) -> float:
+    qkv, trunk, branch = (
+        _random(dtype, 2, 4 * 24),
+        _random(dtype, 2, 1, 1, 300, 24),
+        _random(dtype, 2, 2, 1, 5, 24),
+    )
+    table = np.array([[1, 0, 1, 0, 1], [0, 0, 1, 1, 1]], np.int32)
+    out: Array = np.zeros((2, 48), dtype)
+    cache = (trunk, branch, 290, 4, np.zeros(2, np.int32), table)
+    attention.attend_decode(qkv, *cache, False, np.zeros((0, 0, 0), np.uint8), np.float32(0.2), 2, out)
+    worst = 0.0
+    for row in range(2):
+        tokens = [_exact(branch[:, table[row, t], 0, t]) for t in range(4)]
+        k, v = np.concatenate((_exact(trunk[:, 0, 0, :290]), np.stack(tokens, 1)), 1)
+        q = _exact(qkv[row, :48]).reshape(2, 24) * 0.2
+        worst = max(worst, _error(out[row].reshape(2, 24), _attended(q, k, v, np.ones(294, bool))))
+    return worst
+
+
+def _attend_prefill(dtype: type) -> float:
+    qkv, trunk = _random(dtype, 70, 3 * 24), _random(dtype, 2, 1, 1, 80, 24)
+    out: Array = np.zeros((70, 24), dtype)
+    no_branch: Array = np.zeros((2, 1, 1, 0, 24), dtype)
+    cache = (
+        trunk,
+        no_branch,
+        75,
+        0,
+        np.zeros(1, np.int32),
+        np.zeros((1, 0), np.int32),
+    )
+    no_mask = np.zeros((0, 0, 0), np.uint8)
+    attention_prefill.attend_prefill(
+        qkv, 70, *cache, attention_prefill.CAUSAL, no_mask, np.float32(0.2), 1, out
+    )
+    k, v = _exact(trunk[:, 0, 0, :75])
+    return _error(out, _attended(_exact(qkv[:, :24]) * 0.2, k, v, np.tri(70, 75, 5, dtype=bool)))
+
+
+def _argmax(dtype: type) -> float:
+    x, out = _random(dtype, 3, 5000), np.zeros(3, np.int64)
+    sampling.argmax(x, out)
+    return float(np.abs(out - _exact(x).argmax(-1)).max())
+
+
+def _log_softmax_top_k(dtype: type) -> float:
+    x, running = _random(dtype, 4, 5000), _random(np.float32, 4)
+    scores, places = np.zeros((2, 8), np.float32), np.zeros((2, 8), np.int64)
+    sampling.log_softmax_top_k(x, running, 8, 2, scores, places)
+    s = _exact(x)
+    s = (s - np.log(np.exp(s).sum(-1, keepdims=True)) + _exact(running)[:, None]).reshape(2, -1)
+    found = np.take_along_axis(s, places, -1)
+    return max(_error(scores, -np.sort(-s, -1)[:, :8]), _error(scores, found))
+
+
+_CASES: tuple[tuple[str, Case], ...] = (
+    ("rms_norm", _rms_norm),
+    ("layer_norm", _layer_norm),
+    ("linear_rows", functools.partial(_linear, n_rows=3)),
+    ("linear_tiles", functools.partial(_linear, n_rows=linear.ROW_LIMIT + 1)),
+    ("rotate_and_store", _rotate_and_store),
+    ("attend_decode", _attend_decode),
+    ("attend_prefill", _attend_prefill),
+    ("argmax", _argmax),
+    ("log_softmax_top_k", _log_softmax_top_k),
+)
+
+
+def run() -> list[tuple[str, bool, str]]:
+    """(kernel and dtype, whether its results are right, detail); compiles what is not cached."""
+    results = []
+    for name, case in _CASES:
+        for dtype, tolerance in _TOLERANCE.items():
+            label = f"{name} {_NAMES[dtype]}"
+            try:
+                error = case(dtype)
+            except Exception as problem:  # noqa: BLE001 (whatever is wrong with this machine is what is asked for)
+                results.append((label, False, f"{type(problem).__name__}: {problem}"))
+            else:
+                results.append(
+                    (label, error <= tolerance, f"largest error {error:.1e}, {tolerance:.0e} allowed")
+                )
+    return results

@@ -1,0 +1,113 @@
+"""Plain float64 twins of the kernels, the rule for their errors, and guard bytes."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfopt.cache import Appended
+
+DTYPES = (torch.float32, torch.bfloat16)
+_GUARD = 64  # bytes on both sides of a guarded array
+_PATTERN = 0xA5
+
+
+# ---- twins -------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.double()
+    return weight.double() * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    x = x.double()
+    x = x - x.mean(-1, keepdim=True)
+    y = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    if weight is not None:
+        y = y * weight.double()
+    return y if bias is None else y + bias.double()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, kind: str) -> Tensor:
+    """x [B, T, heads, size] in its own dtype, as transformers computes it; cos, sin [1 or B, T, angles]."""
+    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+    if kind == "interleaved":
+        cos, sin = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    if kind == "half":
+        low, high = turned.chunk(2, -1)
+        partner = torch.cat((-high, low), -1)
+    else:
+        partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+    return torch.cat((turned * cos + partner * sin, rest), -1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """q [B, Hq, T, D]; k, v [B, Hkv, L, D]; seen bool [B, T, L]; in their own dtype; 0 where none is seen."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen[:, None], -torch.inf)
+    weights = torch.softmax(scores, -1).masked_fill(~seen.any(-1)[:, None, :, None], 0)
+    return weights @ v
+
+
+def gathered(appended: Appended, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values [rows, heads, tokens, size] that the rows of a cache read."""
+    rows = []
+    for row, p in enumerate(appended.trunk_row):
+        tokens = [_tensor(appended.trunk[:, p, :, : appended.trunk_len], dtype)]
+        for t in range(appended.branch_len):
+            tokens.append(_tensor(appended.branch[:, appended.table[row, t], :, t : t + 1], dtype))
+        rows.append(torch.cat(tokens, 2))
+    keys, values = torch.stack(rows, 1)
+    return keys, values
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(array.copy()).view(dtype)
+
+
+# ---- errors ------------------------------------------------------------------------------------------------
+
+
+def assert_as_exact_as_torch(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """Our largest error is at most twice torch's at the same dtype, or one ulp of the largest value."""
+    assert ours.dtype == theirs.dtype
+    our_error = (ours.double() - exact).abs().max().item()
+    their_error = (theirs.double() - exact).abs().max().item()
+    unit = exact.abs().max().item() * torch.finfo(ours.dtype).eps
+    assert our_error <= max(2 * their_error, unit), (our_error, their_error, unit)
+
+
+def assert_same_on_threads(work: Callable[[], Tensor]) -> None:
+    """The result has the same bits on one thread and on two."""
+    results = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        results.append(work().clone())
+    assert torch.equal(results[0].view(torch.uint8), results[1].view(torch.uint8))
+
+
+# ---- arrays for kernels ------------------------------------------------------------------------------------
+
+
+def bits(tensor: Tensor) -> np.ndarray:
+    """A tensor's memory as kernels get it."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
+
+
+class Guarded:
+    """A C-contiguous array, filled with a pattern, between guard bytes."""
+
+    def __init__(self, dtype: torch.dtype, *shape: int) -> None:
+        size = int(np.prod(shape)) * dtype.itemsize
+        self._memory = np.full(size + 2 * _GUARD, _PATTERN, np.uint8)
+        kind = np.uint16 if dtype is torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
+        self.array = self._memory[_GUARD : _GUARD + size].view(kind).reshape(shape)
+        self.tensor = torch.from_numpy(self.array).view(dtype)
+
+    def check(self) -> None:
+        assert (self._memory[:_GUARD] == _PATTERN).all(), "written before the array"
+        assert (self._memory[-_GUARD:] == _PATTERN).all(), "written behind the array"

@@ -1,0 +1,290 @@
+"""Attention over the cache, decode and prefill, against float64 and against torch."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hfopt import functional
+from hfopt.cache import Appended, IndirectCache
+from hfopt.errors import InvalidInput
+from hfopt.functional import Mask
+from hfopt.kernels import attention, attention_prefill
+from tests import reference
+from tests.reference import DTYPES, Guarded, assert_as_exact_as_torch, assert_same_on_threads, bits
+
+# (query heads, key heads, head_dim)
+HEADS = ((4, 2, 24), (4, 4, 64), (8, 1, 80), (7, 1, 40), (2, 2, 7), (6, 3, 128), (2, 1, 256), (18, 2, 32))
+
+
+def _cache(
+    dtype: torch.dtype, n_rows: int, n_trunk_rows: int, n_kv_heads: int, size: int, lengths: tuple[int, int]
+) -> Appended:
+    """A cache of random keys, values and rows, with unused columns behind them that hold NaN."""
+    trunk_len, branch_len = lengths
+    trunk = torch.randn(2, n_trunk_rows, n_kv_heads, trunk_len + 3, size).to(dtype)
+    branch = torch.randn(2, n_rows, n_kv_heads, branch_len + 2 if branch_len else 0, size).to(dtype)
+    trunk[:, :, :, trunk_len:] = torch.nan
+    branch[:, :, :, branch_len:] = torch.nan
+    rows = torch.randint(n_trunk_rows, (n_rows,), dtype=torch.int32)
+    table = torch.randint(n_rows, (n_rows, branch_len + 2), dtype=torch.int32)
+    return Appended(
+        bits(trunk), bits(branch), trunk_len, branch_len, branch_len > 0, 1, rows.numpy(), table.numpy()
+    )
+
+
+def _qkv(dtype: torch.dtype, n_rows: int, n_new: int, heads: tuple[int, int, int]) -> Tensor:
+    n_heads, n_kv_heads, size = heads
+    return torch.randn(n_rows, n_new, (n_heads + 2 * n_kv_heads) * size).to(dtype)
+
+
+def _causal(n_rows: int, n_new: int, n_keys: int) -> Tensor:
+    return torch.ones(n_rows, n_new, n_keys, dtype=torch.bool).tril(n_keys - n_new)
+
+
+def _bytes(seen: Tensor) -> Mask:
+    return Mask("bytes", seen.to(torch.uint8).numpy())
+
+
+def _queries(qkv: Tensor, heads: tuple[int, int, int]) -> Tensor:
+    n_heads, _, size = heads
+    return qkv[..., : n_heads * size].unflatten(-1, (n_heads, size)).transpose(1, 2)
+
+
+def _check(qkv: Tensor, cache: Appended, mask: Mask, seen: Tensor, heads: tuple[int, int, int]) -> Tensor:
+    """Compares `attend` with float64 and with torch at the same dtype; returns its result."""
+    scale = heads[2] ** -0.5
+    out = functional.attend(qkv, cache._replace(n_new=qkv.shape[1]), mask, scale, *heads)
+    keys, values = reference.gathered(cache, qkv.dtype)
+    # what nobody sees may be NaN, and torch cannot skip it
+    hidden = ~seen.any(1)[:, None, :, None]
+    keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
+    q = _queries(qkv, heads)
+    theirs = reference.attention(q, keys, values, seen, scale)
+    exact = reference.attention(q.double(), keys.double(), values.double(), seen, scale)
+    assert_as_exact_as_torch(out, _flat(theirs), _flat(exact))
+    return out
+
+
+def _flat(heads: Tensor) -> Tensor:
+    return heads.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(
+    ("n_rows", "n_trunk_rows", "lengths"), ((1, 1, (1, 0)), (3, 3, (300, 0)), (8, 2, (41, 270)))
+)
+def test_decode(
+    dtype: torch.dtype, heads: tuple[int, int, int], n_rows: int, n_trunk_rows: int, lengths: tuple[int, int]
+) -> None:
+    qkv = _qkv(dtype, n_rows, 1, heads)
+    cache = _cache(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
+    everything = torch.ones(n_rows, 1, sum(lengths), dtype=torch.bool)
+    out = _check(qkv, cache, Mask("none"), everything, heads)
+    assert torch.equal(functional.attend(qkv, cache, _bytes(everything), heads[2] ** -0.5, *heads), out)
+
+    seen = torch.rand(n_rows, 1, sum(lengths)) < 0.7
+    seen[0] = False
+    out = _check(qkv, cache, _bytes(seen), seen, heads)
+    assert not out[0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(
+    ("n_rows", "n_trunk_rows", "n_new", "lengths"),
+    ((1, 1, 5, (5, 0)), (2, 2, 150, (150, 0)), (2, 2, 13, (141, 0)), (4, 2, 3, (70, 9)), (4, 2, 70, (3, 71))),
+)
+def test_prefill(
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    n_rows: int,
+    n_trunk_rows: int,
+    n_new: int,
+    lengths: tuple[int, int],
+) -> None:
+    qkv = _qkv(dtype, n_rows, n_new, heads)
+    cache = _cache(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
+    causal = _causal(n_rows, n_new, sum(lengths))
+    out = _check(qkv, cache, Mask("causal"), causal, heads)
+    masked = functional.attend(qkv, cache._replace(n_new=n_new), _bytes(causal), heads[2] ** -0.5, *heads)
+    assert torch.equal(masked, out)
+
+    padded = causal.clone()
+    padded[0, :, : sum(lengths) // 2] = False  # left padding, and with it queries that see nothing
+    holes = causal & (torch.rand(causal.shape) < 0.6)
+    for seen in (padded, holes):
+        out = _check(qkv, cache, _bytes(seen), seen, heads)
+        assert not out[~seen.any(-1)].any()
+    _check(qkv, cache, Mask("none"), torch.ones_like(causal), heads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_new", (1, 9))
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+def test_hidden_keys_and_values_do_not_leak(dtype: torch.dtype, n_new: int, value: float) -> None:
+    heads = (4, 2, 24)
+    qkv = _qkv(dtype, 2, n_new, heads)
+    cache = _cache(dtype, 2, 2, 2, 24, (40, 31))
+    seen = _causal(2, n_new, 71)
+    seen[:, :, :5] = False
+    seen[:, :, 50] = False
+    expected = functional.attend(qkv, cache._replace(n_new=n_new), _bytes(seen), 0.2, *heads)
+    torch.from_numpy(cache.trunk).view(dtype)[:, :, :, :5] = value
+    torch.from_numpy(cache.branch).view(dtype)[:, :, :, 10] = value
+    assert torch.equal(
+        functional.attend(qkv, cache._replace(n_new=n_new), _bytes(seen), 0.2, *heads), expected
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_later_values_do_not_leak_into_earlier_tokens(dtype: torch.dtype) -> None:
+    heads = (4, 2, 24)
+    qkv = _qkv(dtype, 1, 70, heads)
+    cache = _cache(dtype, 1, 1, 2, 24, (70, 0))
+    expected = functional.attend(qkv, cache._replace(n_new=70), Mask("causal"), 0.2, *heads)
+    torch.from_numpy(cache.trunk).view(dtype)[:, 0, :, 33] = torch.nan
+    out = functional.attend(qkv, cache._replace(n_new=70), Mask("causal"), 0.2, *heads)
+    # packed blocks take another path where values are not finite, with sums in another order
+    torch.testing.assert_close(out[:, :33], expected[:, :33])
+    assert out[:, 33:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_new", (1, 3))
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+@pytest.mark.parametrize("place", ("keys", "values"))
+def test_values_that_are_seen_and_not_finite(
+    dtype: torch.dtype, n_new: int, value: float, place: str
+) -> None:
+    heads = (4, 2, 24)
+    qkv = _qkv(dtype, 2, n_new, heads)
+    cache = _cache(dtype, 2, 2, 2, 24, (300, 0))
+    torch.from_numpy(cache.trunk).view(dtype)[0 if place == "keys" else 1, 0, 0, 7, 3] = value
+    seen = _causal(2, n_new, 300)
+    out = functional.attend(
+        qkv, cache._replace(n_new=n_new), Mask("causal" if n_new > 1 else "none"), 0.2, *heads
+    )
+    keys, values = reference.gathered(cache, dtype)
+    theirs = _flat(reference.attention(_queries(qkv, heads), keys, values, seen, 0.2))
+    assert torch.equal(out.isnan(), theirs.isnan())
+    assert torch.equal(out.isinf(), theirs.isinf())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beams_over_many_steps_and_growth(dtype: torch.dtype) -> None:
+    heads = (4, 2, 24)
+    cache = IndirectCache(copies=3)
+
+    def step(n_rows: int, n_new: int) -> None:
+        qkv = _qkv(dtype, n_rows, n_new, heads)
+        appended = cache.append(0, n_rows, n_new, 2, 24, dtype)
+        functional.rotate_and_store(qkv, None, None, appended, *heads, "none")
+        seen = _causal(n_rows, n_new, appended.trunk_len + appended.branch_len)
+        _check(qkv, appended, functional.prepare_mask(None, n_rows, n_new, seen.shape[2]), seen, heads)
+        keys, values = reference.gathered(appended, dtype)
+        assert torch.equal(cache.layers[0].keys, keys)
+        assert torch.equal(cache.layers[0].values, values)
+
+    step(2, 9)
+    for _ in range(50):
+        step(6, 1)
+        beams = torch.randint(3, (6,)) + torch.tensor([0, 0, 0, 3, 3, 3])
+        cache.reorder_cache(beams)
+    step(6, 7)
+    step(6, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_new", "lengths"), ((1, (2000, 40)), (130, (700, 0))))
+def test_bits_do_not_depend_on_threads(dtype: torch.dtype, n_new: int, lengths: tuple[int, int]) -> None:
+    heads = (6, 3, 64)
+    qkv = _qkv(dtype, 2, n_new, heads)
+    cache = _cache(dtype, 2, 2, 3, 64, lengths)._replace(n_new=n_new)
+    mask = Mask("causal" if n_new > 1 else "none")
+    assert_same_on_threads(lambda: functional.attend(qkv, cache, mask, 0.125, *heads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS[:5])
+@pytest.mark.parametrize("n_new", (1, 5))
+def test_nothing_is_written_outside(dtype: torch.dtype, heads: tuple[int, int, int], n_new: int) -> None:
+    n_heads, n_kv_heads, size = heads
+    qkv = _qkv(dtype, 2, n_new, heads)
+    cache = _cache(dtype, 2, 2, n_kv_heads, size, (21, 5))
+    parts = (cache.trunk, cache.branch, 21, 5, cache.trunk_row, cache.table)
+    out = Guarded(dtype, 2 * n_new, n_heads * size)
+    rows, mask, scale = bits(qkv).reshape(2 * n_new, -1), np.zeros((0, 0, 0), np.uint8), np.float32(0.2)
+    if n_new == 1:
+        attention.attend_decode(rows, *parts, False, mask, scale, n_heads, out.array)
+    else:
+        kind = attention_prefill.CAUSAL
+        attention_prefill.attend_prefill(rows, n_new, *parts, kind, mask, scale, n_heads, out.array)
+    out.check()
+    expected = functional.attend(
+        qkv, cache._replace(n_new=n_new), Mask("causal" if n_new > 1 else "none"), 0.2, *heads
+    )
+    assert torch.equal(out.tensor.view_as(expected), expected)
+
+
+@pytest.mark.parametrize("n_new", (1, 5))
+@pytest.mark.parametrize("wrong", (-1, 2, 2**30))
+def test_rows_that_the_cache_has_not(n_new: int, wrong: int) -> None:
+    heads = (4, 2, 24)
+    qkv = _qkv(torch.float32, 2, n_new, heads)
+    cache = _cache(torch.float32, 2, 2, 2, 24, (21, 5))._replace(n_new=n_new)
+    for name in ("trunk_row", "table"):
+        broken = getattr(cache, name).copy()
+        broken.flat[1] = wrong
+        with pytest.raises(InvalidInput, match="trunk_row or table"):
+            functional.attend(qkv, cache._replace(**{name: broken}), Mask("causal"), 0.2, *heads)
+
+
+# ---- masks -------------------------------------------------------------------------------------------------
+
+
+def test_prepare_mask_recognises_what_needs_no_bytes() -> None:
+    assert functional.prepare_mask(None, 2, 1, 9).kind == "none"
+    assert functional.prepare_mask(None, 2, 4, 9).kind == "causal"
+    assert functional.prepare_mask(torch.ones(2, 1, 1, 9, dtype=torch.bool), 2, 1, 9).kind == "none"
+    causal = _causal(2, 4, 9)[:, None]
+    assert functional.prepare_mask(causal, 2, 4, 9).kind == "causal"
+    assert functional.prepare_mask(causal[:1], 2, 4, 9).kind == "causal"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+def test_prepare_mask_reads_additive_masks(dtype: torch.dtype) -> None:
+    seen = _causal(2, 4, 9)
+    seen[1, :, :3] = False
+    lowest = torch.finfo(dtype).min
+    for hidden in (lowest, -torch.inf):
+        additive = torch.zeros(2, 1, 4, 9, dtype=dtype).masked_fill(~seen[:, None], hidden)
+        for given in (additive, seen[:, None]):
+            mask = functional.prepare_mask(given, 2, 4, 9)
+            assert mask.kind == "bytes"
+            assert (mask.bytes == seen.numpy()).all()
+    # one mask for all rows, and longer than the keys are
+    mask = functional.prepare_mask(seen[1:, None], 3, 4, 7)
+    assert (mask.bytes == seen[1:, :, :7].expand(3, -1, -1).numpy()).all()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    (
+        torch.full((1, 1, 4, 9), 0.5),  # a bias
+        torch.full((1, 1, 4, 9), torch.nan),
+        torch.ones(1, 4, 4, 9, dtype=torch.bool),  # one mask a head
+        torch.ones(1, 9, dtype=torch.bool),
+        torch.ones(1, 1, 4, 9, dtype=torch.int64),
+        "a block mask",
+    ),
+)
+def test_prepare_mask_leaves_other_forms_alone(mask: object) -> None:
+    assert functional.prepare_mask(mask, 1, 4, 9).kind == "unsupported"
+
+
+@pytest.mark.parametrize("shape", ((3, 1, 4, 9), (2, 1, 5, 9), (2, 1, 4, 8)))
+def test_prepare_mask_refuses_other_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInput, match="attention_mask has shape"):
+        functional.prepare_mask(torch.ones(shape, dtype=torch.bool), 2, 4, 9)

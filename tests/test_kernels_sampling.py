@@ -1,0 +1,131 @@
+"""Argmax, and log-softmax with top-k over beams, against torch; the self-test, also for other CPUs."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from hfopt import functional
+from hfopt.kernels import _target, sampling, selftest
+from tests.reference import DTYPES, Guarded, assert_same_on_threads, bits
+
+SIZES = (1, 7, 41, 1024, 1025, 50257)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_argmax(dtype: torch.dtype, size: int) -> None:
+    logits = torch.randn(5, size).to(dtype)  # with equals in bfloat16
+    assert torch.equal(functional.argmax(logits), logits.double().argmax(-1))
+    assert torch.equal(functional.argmax(logits[2]), logits[2].double().argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_argmax_of_values_that_are_not_finite(dtype: torch.dtype) -> None:
+    logits = torch.full((5, 3000), -torch.inf, dtype=dtype)
+    logits[1, 100], logits[1, 2500] = torch.inf, torch.nan
+    logits[2, 7] = logits[2, 2000] = 1.0
+    logits[3, 2100] = logits[3, 2600] = torch.nan
+    logits[4, 2999] = torch.inf
+    assert functional.argmax(logits).tolist() == [0, 2500, 7, 2100, 2999]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("groups", "n_beams"), ((1, 1), (3, 1), (2, 4)))
+@pytest.mark.parametrize(("size", "k"), ((7, 7), (41, 8), (1025, 3), (50257, 8)))
+def test_log_softmax_top_k(dtype: torch.dtype, groups: int, n_beams: int, size: int, k: int) -> None:
+    logits = (4 * torch.randn(groups * n_beams, size)).to(dtype)
+    running = -5 * torch.rand(groups * n_beams)
+    scores, places = functional.log_softmax_top_k(logits, running, k, n_beams)
+    exact = (torch.log_softmax(logits.double(), -1) + running.double()[:, None]).view(groups, -1)
+    torch.testing.assert_close(scores.double(), exact.topk(k).values, rtol=0, atol=4e-6)
+    # each place holds its score, there are no two of the same, and equals come in order
+    torch.testing.assert_close(scores.double(), exact.gather(1, places), rtol=0, atol=4e-6)
+    assert all(len(set(row.tolist())) == k for row in places)
+    falling = scores[:, 1:] < scores[:, :-1]
+    assert (falling | ((scores[:, 1:] == scores[:, :-1]) & (places[:, 1:] > places[:, :-1]))).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_of_equal_scores_the_first_ones_win(dtype: torch.dtype) -> None:
+    logits = torch.zeros(4, 2500, dtype=dtype)
+    _, places = functional.log_softmax_top_k(logits, torch.zeros(4), 5, 2)
+    assert places.tolist() == [[0, 1, 2, 3, 4]] * 2
+    logits[:, 1100] = 1.0
+    _, places = functional.log_softmax_top_k(logits, torch.zeros(4), 4, 2)
+    assert places.tolist() == [[1100, 3600, 0, 1]] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_of_a_small_vocabulary(dtype: torch.dtype) -> None:
+    logits, running = torch.randn(2, 5).to(dtype), torch.randn(2)
+    scores, places = functional.log_softmax_top_k(logits, running, 10, 2)
+    assert sorted(places[0].tolist()) == list(range(10))
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_are_not_finite(dtype: torch.dtype) -> None:
+    logits = torch.full((4, 3000), -torch.inf, dtype=dtype)
+    logits[0, 2500] = 1.0  # a logits processor has left one token
+    logits[1, 7] = torch.nan
+    logits[2, 8] = torch.inf
+    scores, places = functional.log_softmax_top_k(logits, torch.zeros(4), 3)
+    assert scores[0].tolist() == [0.0, -torch.inf, -torch.inf]
+    assert places[0].tolist() == [2500, 0, 1]
+    assert scores[1:].isnan().all()  # as torch.log_softmax: one NaN or inf, or nothing but -inf, spoils a row
+    assert places[1:].tolist() == [[0, 1, 2]] * 3
+
+    running = torch.tensor([-torch.inf, 0.0])  # a beam that does not exist yet
+    logits = torch.randn(2, 3000).to(dtype)
+    _, places = functional.log_softmax_top_k(logits, running, 3, 2)
+    assert (places >= 3000).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    logits, running = torch.randn(8, 50257).to(dtype), torch.randn(8)
+    assert_same_on_threads(lambda: functional.log_softmax_top_k(logits, running, 8, 4)[0])
+    assert_same_on_threads(lambda: functional.log_softmax_top_k(logits, running, 8, 4)[1])
+    assert_same_on_threads(lambda: functional.argmax(logits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_written_outside(dtype: torch.dtype) -> None:
+    logits, running = torch.randn(4, 41).to(dtype), np.zeros(4, np.float32)
+    scores, places, best = Guarded(torch.float32, 2, 9), Guarded(torch.int64, 2, 9), Guarded(torch.int64, 4)
+    sampling.log_softmax_top_k(bits(logits), running, 9, 2, scores.array, places.array)
+    sampling.argmax(bits(logits), best.array)
+    for array in (scores, places, best):
+        array.check()
+    assert torch.equal(best.tensor, logits.double().argmax(-1))
+    assert torch.equal(places.tensor, functional.log_softmax_top_k(logits, torch.zeros(4), 9, 2)[1])
+
+
+def test_selftest_passes() -> None:
+    results = selftest.run()
+    assert results
+    assert [result for result in results if not result[1]] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "path"),
+    (("generic", None, "portable"), ("haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2", "AVX2")),
+)
+def test_kernels_compiled_for_other_cpus(name: str, features: str | None, path: str) -> None:
+    if features and not _target.FEATURES.issuperset(f.lstrip("+") for f in features.split(",")):
+        pytest.skip("this machine could not run them")
+    environment = {**os.environ, "NUMBA_CPU_NAME": name, "HFOPT_CACHE_DIR": "off"}
+    if features:
+        environment["NUMBA_CPU_FEATURES"] = features
+    code = (
+        "from hfopt.kernels import _target, selftest\n"
+        f"assert _target.PATH == {path!r}, _target.PATH\n"
+        "wrong = [result for result in selftest.run() if not result[1]]\n"
+        "assert not wrong, wrong"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
