@@ -1,0 +1,40 @@
+"""Faster generation on CPUs for the models of transformers: `hfopt.optimize(model)`."""
+
+from hfopt.cache import IndirectCache
+from hfopt.embedded import embedded_model
+from hfopt.errors import (
+    CacheFull,
+    CorruptCheckpoint,
+    ForkedProcess,
+    HfoptError,
+    InvalidInput,
+    KernelError,
+    UnsupportedDevice,
+    UnsupportedModel,
+)
+from hfopt.generation import record_latency
+from hfopt.optimize import optimize, restore
+from hfopt.report import Report, explain
+from hfopt.warmup import warmup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheFull",
+    "CorruptCheckpoint",
+    "ForkedProcess",
+    "HfoptError",
+    "IndirectCache",
+    "InvalidInput",
+    "KernelError",
+    "Report",
+    "UnsupportedDevice",
+    "UnsupportedModel",
+    "__version__",
+    "embedded_model",
+    "explain",
+    "optimize",
+    "record_latency",
+    "restore",
+    "warmup",
+]

@@ -1,0 +1,137 @@
+"""optimize() and restore(): check, plan, apply; and the way back."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from hfopt import env, generation
+from hfopt.errors import InvalidInput, UnsupportedDevice, UnsupportedModel
+from hfopt.report import Report
+
+if TYPE_CHECKING:
+    from hfopt.patches.walk import Walk
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = (torch.float32, torch.bfloat16)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def optimize(model: Model, *, dtype: torch.dtype | None = None, strict: bool = False) -> Model:
+    """Make a model generate faster on the CPU, in place; it is returned, with its report as `model.hfopt`.
+
+    Args:
+        model: a causal language model of transformers. Of other modules, known parts are swapped.
+        dtype: converts the weights first (float32 or bfloat16); None leaves them as they are.
+        strict: raise UnsupportedModel unless every part of the decoder could be swapped.
+
+    No weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
+    Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory) and UnsupportedModel; no class has
+    changed then.
+    """
+    from hfopt.patches.walk import Walk
+
+    _check(model, dtype)
+    memory = env.resident_memory()
+    if dtype is not None:
+        _convert(model, dtype)
+    walk = Walk(model)
+    walk.apply()
+    try:
+        if strict:
+            _check_complete(walk)
+        generator = _generator(model)
+        if generator is not None:
+            generation.install(generator)
+    except BaseException:
+        walk.undo()
+        raise
+    report = Report.of(walk, is_applied=True, memory_before=memory)
+    model.__dict__["hfopt"] = report
+    logger.info("%s: swapped %s", report.model_class, report.counts)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `optimize`: the same classes, methods and hooks as before, nothing left behind; returns the model.
+
+    Works on copies and on unpickled models too, and is harmless where there is nothing to undo. Raises
+    UnsupportedModel if another library has changed the class of a module since.
+    """
+    from hfopt.patches.walk import restore_classes
+
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"model is a {type(model).__name__}: a torch.nn.Module is needed")
+    restore_classes(model)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("hfopt"), Report):
+            del module.__dict__["hfopt"]
+        if isinstance(module, PreTrainedModel):
+            generation.uninstall(module)
+    return model
+
+
+def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
+    if not isinstance(model, nn.Module):
+        hint = ": pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise InvalidInput(f"model is a {type(model).__name__}, a torch.nn.Module is needed{hint}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise InvalidInput(f"dtype = {dtype}: torch.float32, torch.bfloat16 or None is allowed")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "cpu" or (parameter.is_meta and _is_offloaded(model, name)):
+            continue
+        where = "has no storage (meta device)" if parameter.is_meta else f"is on {parameter.device}"
+        raise UnsupportedDevice(f"parameter {name} {where}: all parameters have to be in CPU memory")
+
+
+def _is_offloaded(model: nn.Module, name: str) -> bool:
+    """Whether accelerate brings this parameter into memory when it is needed."""
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        if "_hf_hook" in model.get_submodule(path).__dict__:
+            return True
+    return False
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters and saved buffers; tables that modules compute for themselves keep their precision."""
+    for module in model.modules():
+        tensors: list[Any] = list(module._parameters.values())
+        computed = module._non_persistent_buffers_set
+        tensors += [value for name, value in module._buffers.items() if name not in computed]
+        for tensor in tensors:
+            if tensor is not None and tensor.is_floating_point() and tensor.dtype is not dtype:
+                tensor.data = tensor.data.to(dtype)
+
+
+def _check_complete(walk: Walk) -> None:
+    from hfopt.patches.families import FAMILIES, family_of
+
+    family = family_of(walk.model)
+    if family is None:
+        known, given = ", ".join(family.name for family in FAMILIES), type(walk.model).__name__
+        raise UnsupportedModel(f"strict: {given} is no decoder that hfopt knows whole ({known})")
+    found = {module.path: module.pattern for module in walk.swapped()}
+    reasons = {module.path: module.reason for module in walk.kept()}
+    missed = [
+        f"{path or 'the model'} ({reasons.get(path, f'it is a {found.get(path)}')})"
+        for path, _ in walk.model.named_modules()
+        if (expected := family.pattern_at(path)) is not None and found.get(path) != expected
+    ]
+    if missed:
+        more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
+        raise UnsupportedModel(f"strict: could not swap {', '.join(missed[:3])}{more}")
+
+
+def _generator(model: nn.Module) -> PreTrainedModel | None:
+    """The outermost part that generates: the model itself, or the one that an adapter is wrapped around."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and isinstance(module, GenerationMixin):
+            return module if module.can_generate() else None
+    return None

@@ -1,0 +1,340 @@
+"""Attention with separate query, key and value projections, over the keys and values of an IndirectCache."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from hfopt import functional
+from hfopt.cache import IndirectCache
+from hfopt.errors import InvalidInput
+from hfopt.patches.guards import are_readable, are_without_effect, is_sdpa, wants_attentions
+from hfopt.patches.linear import are_others_bare, is_linear, read_children
+from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
+from hfopt.patches.replacement import Replacement
+
+Rotary = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Names and sizes of the projections, and which channels turn together ("half": d and d + rot / 2)."""
+
+    output: str
+    hidden_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rotation: Literal["half", "interleaved", "none"]
+    n_positions: int | None = None
+
+    inputs = ("q_proj", "k_proj", "v_proj")
+
+    @functools.cached_property
+    def reads(self) -> tuple[str, ...]:
+        return (*self.inputs, self.output)
+
+
+def remembered(
+    cache: IndirectCache, tag: str, tensor: torch.Tensor, moment: tuple[int, ...], build: Callable[[], Any]
+) -> Any:
+    """`build()`, shared by the layers of one step.
+
+    The cache remembers by identity alone; `moment` tells steps apart that write into one tensor.
+    """
+    moment = (*moment, -1 if tensor.is_inference() else tensor._version)
+    entry: list[Any] = cache.memo(tag, tensor, lambda: [moment, build()])
+    if entry[0] != moment:
+        entry[:] = [moment, build()]
+    return entry[1]
+
+
+def _takes_appends(cache: Any, layer_idx: int) -> bool:
+    """Whether the cache is ours, and so is this layer of it (that of a sliding window is transformers')."""
+    if not isinstance(cache, IndirectCache):
+        return False
+    return layer_idx >= len(cache.layers) or hasattr(cache.layers[layer_idx], "append")
+
+
+class Attention(Replacement):
+    """What all kinds share: launches for q, k and v, for rotating and storing, for reading the cache."""
+
+    layer_idx: int
+
+    # Arguments of `forward`, and residuals. Returns `forward(...)[0]` plus these, or None, with the cache
+    # untouched, if kernels cannot do it.
+    attend: Callable[..., torch.Tensor | None]
+
+    def compute(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None] | None:
+        output = self.attend(*args, **kwargs)
+        return None if output is None else (output, None)
+
+    def _scale(self) -> float:
+        scale: float = self.__dict__["scaling"]
+        return scale
+
+    def _run(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Any,
+        kwargs: dict[str, Any],
+        residuals: Sequence[torch.Tensor],
+        rotary: Callable[[IndirectCache, int, torch.dtype], Rotary],
+    ) -> torch.Tensor | None:
+        spec = self._hfopt.spec
+        layer_idx = 0 if past_key_values is None else self.layer_idx
+        cache = IndirectCache() if past_key_values is None else past_key_values
+        if not _takes_appends(cache, layer_idx) or not are_without_effect(kwargs) or wants_attentions(self):
+            return None
+        inputs = read_children(self, "inputs", spec.inputs)
+        output = read_children(self, "output", (spec.output,))
+        if inputs is None or output is None or output.dtype is not inputs.dtype:
+            return None
+        if hidden_states.dim() != 3 or not are_readable((hidden_states, *residuals), inputs.dtype):
+            return None
+        if not are_others_bare(self):
+            return None
+
+        n_rows, n_new, _ = hidden_states.shape
+        n_past = cache.get_seq_length(layer_idx)
+        mask = self._mask(cache, attention_mask, n_rows, n_new, n_past + n_new)
+        if mask is None or mask.kind == "unsupported":
+            return None
+        cos, sin = rotary(cache, n_past, inputs.dtype)
+
+        qkv = functional.linear(hidden_states.contiguous(), inputs)
+        heads = (spec.n_heads, spec.n_kv_heads, spec.head_dim)
+        appended = cache.append(layer_idx, n_rows, n_new, spec.n_kv_heads, spec.head_dim, inputs.dtype)
+        functional.rotate_and_store(qkv, cos, sin, appended, *heads, rotation=spec.rotation)
+        attended = functional.attend(qkv, appended, mask, self._scale(), *heads)
+        return functional.linear(
+            attended, output, residuals=[residual.contiguous() for residual in residuals]
+        )
+
+    def _mask(self, cache: IndirectCache, attention_mask: Any, n_rows: int, n_new: int, n_keys: int) -> Any:
+        sizes = (n_rows, n_new, n_keys)
+        if attention_mask is None:
+            # without a mask, only torch's own attention takes several tokens as causal
+            return functional.prepare_mask(None, *sizes) if n_new == 1 or is_sdpa(self) else None
+        if type(attention_mask) is not torch.Tensor:
+            return None
+        return remembered(
+            cache, "mask", attention_mask, sizes, lambda: functional.prepare_mask(attention_mask, *sizes)
+        )
+
+
+class RotaryAttention(Attention):
+    """Llama's: the model hands down cos and sin."""
+
+    def attend(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        residuals: Sequence[torch.Tensor] = (),
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        if position_embeddings is None:
+            return None
+        cos, sin = position_embeddings
+
+        def rotary(cache: IndirectCache, n_past: int, dtype: torch.dtype) -> Rotary:
+            if dtype is torch.float32:
+                return cos, sin
+            found: Rotary = remembered(cache, "rotary", cos, (n_past,), lambda: (cos.float(), sin.float()))
+            return found
+
+        return self._run(hidden_states, attention_mask, past_key_values, kwargs, residuals, rotary)
+
+
+class UnrotatedAttention(Attention):
+    """OPT's: positions are in the hidden states already."""
+
+    def attend(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        *,
+        residuals: Sequence[torch.Tensor] = (),
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        if output_attentions:
+            return None
+        return self._run(
+            hidden_states, attention_mask, past_key_values, kwargs, residuals, lambda *_: (None, None)
+        )
+
+
+class TableAttention(Attention):
+    """GPT-J's: each layer looks sin and cos up in a table, by position."""
+
+    def _scale(self) -> float:
+        return 1.0 / float(self.__dict__["scale_attn"])
+
+    def attend(
+        self,
+        hidden_states: torch.Tensor,
+        layer_past: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = False,
+        output_attentions: bool | None = False,
+        *,
+        residuals: Sequence[torch.Tensor] = (),
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        if output_attentions or type(position_ids) is not torch.Tensor or position_ids.dim() != 2:
+            return None
+        positions: torch.Tensor = position_ids
+
+        def rotary(cache: IndirectCache, n_past: int, dtype: torch.dtype) -> Rotary:
+            build = functools.partial(self._look_up, positions, dtype)
+            found: Rotary = remembered(cache, "rotary", positions, (n_past,), build)
+            return found
+
+        return self._run(hidden_states, attention_mask, layer_past, kwargs, residuals, rotary)
+
+    def _look_up(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        table: Any = self._buffers["embed_positions"]
+        lowest, highest = position_ids.aminmax()
+        if lowest < 0 or highest >= table.shape[0]:
+            raise InvalidInput(
+                f"position_ids: {int(lowest if lowest < 0 else highest)} is outside the model's positions,"
+                f" 0 to {table.shape[0] - 1}"
+            )
+        # the module rounds to its own dtype first
+        sin, cos = table[position_ids].to(dtype).float().chunk(2, dim=-1)
+        return cos.contiguous(), sin.contiguous()
+
+
+# ---- recognition -------------------------------------------------------------------------------------------
+
+_ROTARY_PARTS = ("head_dim", "is_causal", "layer_type", "num_key_value_groups", "scaling", "sliding_window")
+_UNROTATED_PARTS = ("dropout", "embed_dim", "enable_bias", "head_dim", "is_causal", "num_heads", "scaling")
+_TABLE_PARTS = (
+    "embed_dim", "embed_positions", "head_dim", "is_causal", "max_positions", "num_attention_heads",
+    "pos_embd_dim", "rotary_dim", "scale_attn",
+)  # fmt: skip
+
+
+def _projections(module: Any, output: str) -> tuple[int, int, int] | str:
+    """(hidden size, query heads, key and value heads), or what is wrong with the projections."""
+    names = (*AttentionSpec.inputs, output)
+    wrapped = next((name for name in names if not is_linear(module._modules[name])), None)
+    if wrapped is not None:
+        return f"{wrapped} is a {type(module._modules[wrapped]).__name__}, not a plain Linear"
+    q, k, v, o = (module._modules[name] for name in names)
+    head_dim = module.head_dim
+    fits = q.in_features == k.in_features == v.in_features == o.out_features
+    fits = fits and k.out_features == v.out_features and o.in_features == q.out_features
+    if not fits or q.out_features % k.out_features or k.out_features % head_dim:
+        return "its projections do not fit together"
+    return q.in_features, q.out_features // head_dim, k.out_features // head_dim
+
+
+def _flaw(module: Any, forward: Callable[..., Any], parts: Sequence[str]) -> str | None:
+    if module.is_causal is not True:
+        return "its attention is not causal"
+    if not isinstance(module.layer_idx, int):
+        return "it has no layer_idx"
+    return unknown_parts(module, forward, parts)
+
+
+def _recognise_rotary(module: Any) -> AttentionSpec | str | None:
+    if not has_children(module, ("q_proj", "k_proj", "v_proj", "o_proj")):
+        resembles = {"q_proj", "k_proj", "v_proj", "o_proj"} <= set(module._modules)
+        return f"unknown children beside its projections ({_others(module, 'o_proj')})" if resembles else None
+    if not owns_nothing(module):
+        return "parameters or buffers of its own"
+    if not {"head_dim", "is_causal", "layer_idx", "scaling"} <= set(vars(module)):
+        return "no head_dim, is_causal, layer_idx or scaling"
+    flaw = _flaw(module, RotaryAttention.attend, _ROTARY_PARTS)
+    sizes = flaw or _projections(module, "o_proj")
+    return sizes if isinstance(sizes, str) else AttentionSpec("o_proj", *sizes, module.head_dim, "half")
+
+
+def _recognise_unrotated(module: Any) -> AttentionSpec | str | None:
+    if not has_children(module, ("q_proj", "k_proj", "v_proj", "out_proj")) or not owns_nothing(module):
+        return None
+    if not {"head_dim", "is_causal", "layer_idx", "scaling"} <= set(vars(module)):
+        return "no head_dim, is_causal, layer_idx or scaling"
+    flaw = _flaw(module, UnrotatedAttention.attend, _UNROTATED_PARTS)
+    sizes = flaw or _projections(module, "out_proj")
+    return sizes if isinstance(sizes, str) else AttentionSpec("out_proj", *sizes, module.head_dim, "none")
+
+
+def _recognise_table(module: Any) -> AttentionSpec | str | None:
+    required = ("q_proj", "k_proj", "v_proj", "out_proj", "attn_dropout", "resid_dropout")
+    if (
+        not has_children(module, required)
+        or module._parameters
+        or set(module._buffers) != {"embed_positions"}
+    ):
+        return None
+    flaw = _flaw(module, TableAttention.attend, _TABLE_PARTS)
+    sizes = flaw or _projections(module, "out_proj")
+    if isinstance(sizes, str):
+        return sizes
+    return AttentionSpec("out_proj", *sizes, module.head_dim, "interleaved", module.embed_positions.shape[0])
+
+
+def _others(module: Any, output: str) -> str:
+    return ", ".join(sorted(set(module._modules) - {*AttentionSpec.inputs, output}))
+
+
+# ---- proof -------------------------------------------------------------------------------------------------
+
+
+def _rotary_arguments(spec: AttentionSpec, scene: Any, step: Any) -> dict[str, Any]:
+    angles = scene.rotary(step.hidden_states, step.position_ids)
+    return {"position_embeddings": angles, "past_key_values": scene.cache}
+
+
+def _unrotated_arguments(spec: AttentionSpec, scene: Any, step: Any) -> dict[str, Any]:
+    return {"past_key_values": scene.cache}
+
+
+def _table_arguments(spec: AttentionSpec, scene: Any, step: Any) -> dict[str, Any]:
+    return {"position_ids": step.position_ids % spec.n_positions, "layer_past": scene.cache}
+
+
+def _trial(
+    arguments: Callable[..., dict[str, Any]], call: Any, spec: AttentionSpec, scene: Any
+) -> list[torch.Tensor]:
+    outputs = []
+    for step in scene.steps(spec.hidden_size):
+        named = arguments(spec, scene, step)
+        output = call(hidden_states=step.hidden_states, attention_mask=step.attention_mask, **named)
+        outputs.append(step.valid(output[0]))
+    return outputs
+
+
+def _scale(module: Any, spec: AttentionSpec) -> float:
+    """Size of inputs that spread scores by about 2: smaller ones hide the rotation, larger ones most keys."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = module.q_proj.weight.dtype
+    hidden_states = torch.randn(16, spec.hidden_size, generator=generator).to(dtype)
+    query = module.q_proj.forward(hidden_states).float().unflatten(-1, (spec.n_heads, spec.head_dim))
+    key = module.k_proj.forward(hidden_states).float().unflatten(-1, (spec.n_kv_heads, spec.head_dim))
+    key = key.repeat_interleave(spec.n_heads // spec.n_kv_heads, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * spec.head_dim**-0.5
+    spread = float(scores.std())
+    return min(max((2.0 / spread) ** 0.5, 0.03), 30.0) if spread > 0 else 1.0
+
+
+def _pattern(name: str, replacement: type[Attention], recognise: Any, arguments: Any) -> Pattern:
+    return Pattern(name, "attention", replacement, recognise, functools.partial(_trial, arguments), _scale)
+
+
+ROTARY_ATTENTION = _pattern("rotary_attention", RotaryAttention, _recognise_rotary, _rotary_arguments)
+UNROTATED_ATTENTION = _pattern(
+    "unrotated_attention", UnrotatedAttention, _recognise_unrotated, _unrotated_arguments
+)
+TABLE_ATTENTION = _pattern("table_attention", TableAttention, _recognise_table, _table_arguments)

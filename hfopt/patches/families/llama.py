@@ -1,0 +1,17 @@
+"""Llama: sequential layers, RMSNorm, rotated heads, a gated feed-forward block."""
+
+from hfopt.patches.families.family import Family
+
+LLAMA = Family(
+    name="Llama",
+    model_type="llama",
+    parts={
+        r"layers\.\d+": "sequential_layer",
+        "self_attn": "rotary_attention",
+        "mlp": "gated_mlp",
+        "input_layernorm": "rms_norm",
+        "post_attention_layernorm": "rms_norm",
+        "norm": "rms_norm",
+        "lm_head": "linear",
+    },
+)

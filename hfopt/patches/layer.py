@@ -1,0 +1,266 @@
+"""Decoder layers: norms, attention, feed-forward block, and the residuals in the kernels' epilogues.
+
+A part that kernels cannot do as it is now (hooks on it, an adapter in it, attentions wanted) is called as a
+module.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hfopt import functional
+from hfopt.patches.activation import match_activation
+from hfopt.patches.attention import Attention, RotaryAttention, TableAttention
+from hfopt.patches.guards import is_bare, is_readable, wants_attentions
+from hfopt.patches.linear import is_linear, read_children
+from hfopt.patches.mlp import Mlp, activate
+from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
+from hfopt.patches.replacement import Replacement, is_swapped
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Names of the children; `inner`: Linears and activation of a block without a module of its own."""
+
+    attention: str
+    norms: tuple[str, ...]
+    hidden_size: int
+    mlp: str | None = None
+    inner: tuple[str, str, str] | None = None
+    activation: str | None = None
+
+    @functools.cached_property
+    def reads(self) -> tuple[str, ...]:
+        return () if self.inner is None else (self.inner[0], self.inner[2])
+
+
+def attend(
+    attention: Any, residuals: Sequence[torch.Tensor], hidden_states: torch.Tensor, **named: Any
+) -> torch.Tensor:
+    """Attention plus the residuals."""
+    if isinstance(attention, Attention) and is_bare(attention):
+        output = attention.attend(hidden_states, residuals=residuals, **named)
+        if output is not None:
+            return output
+    return _add(attention(hidden_states=hidden_states, **named)[0], residuals)
+
+
+def feed(mlp: Any, residuals: Sequence[torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
+    """Feed-forward block plus the residuals."""
+    if isinstance(mlp, Mlp) and is_bare(mlp):
+        output = mlp.feed(hidden_states, residuals)
+        if output is not None:
+            return output
+    return _add(mlp(hidden_states), residuals)
+
+
+def normalize(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Norm of the states."""
+    if is_swapped(norm) and is_bare(norm):
+        output: torch.Tensor | None = norm.compute(hidden_states)
+        if output is not None:
+            return output
+    normed: torch.Tensor = norm(hidden_states)
+    return normed
+
+
+def _add(output: torch.Tensor, residuals: Sequence[torch.Tensor]) -> torch.Tensor:
+    for residual in residuals:
+        output = output + residual
+    return output
+
+
+class SequentialLayer(Replacement):
+    """Llama's: `h = x + attention(norm(x))`, `h + mlp(norm(h))`."""
+
+    def compute(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        spec, children = self._hfopt.spec, self._modules
+        norm_before_attention, norm_before_mlp = (children[name] for name in spec.norms)
+        attended = attend(
+            children[spec.attention],
+            (hidden_states,),
+            normalize(norm_before_attention, hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        return feed(children[spec.mlp], (attended,), normalize(norm_before_mlp, attended))
+
+
+class ParallelLayer(Replacement):
+    """GPT-J's: `x + attention(norm(x)) + mlp(norm(x))`."""
+
+    def compute(
+        self,
+        hidden_states: torch.Tensor,
+        layer_past: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = False,
+        output_attentions: bool | None = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None] | None:
+        spec, children = self._hfopt.spec, self._modules
+        attention: Any = children[spec.attention]
+        if output_attentions or wants_attentions(attention):
+            return None
+        normed = normalize(children[spec.norms[0]], hidden_states)
+        attended = attend(
+            attention,
+            (),
+            normed,
+            layer_past=layer_past,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+        )
+        return feed(children[spec.mlp], (attended, hidden_states), normed), None
+
+
+class InlineLayer(Replacement):
+    """OPT's: the feed-forward block is in the layer itself, and norms stand before or after both parts."""
+
+    do_layer_norm_before: bool
+
+    def compute(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        spec, children = self._hfopt.spec, self._modules
+        first, activation_name, second = spec.inner
+        activation: Any = children[activation_name]
+        inputs, output = read_children(self, "inputs", (first,)), read_children(self, "output", (second,))
+        if inputs is None or output is None or output.dtype is not inputs.dtype:
+            return None
+        if not is_bare(activation) or not is_readable(hidden_states, inputs.dtype):
+            return None
+        attention_norm: Any = children[spec.norms[0]]
+        final_norm: Any = children[spec.norms[1]]
+        is_pre_norm = self.do_layer_norm_before
+
+        attended = attend(
+            children[spec.attention],
+            (hidden_states,),
+            normalize(attention_norm, hidden_states) if is_pre_norm else hidden_states,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        if not is_pre_norm:
+            attended = normalize(attention_norm, attended)
+        shape = attended.shape
+        attended = attended.reshape(-1, shape[-1])
+        inner = activate(
+            self._hfopt, activation, normalize(final_norm, attended) if is_pre_norm else attended, inputs
+        )
+        hidden_states = functional.linear(inner, output, residuals=(attended.contiguous(),)).view(shape)
+        return hidden_states if is_pre_norm else normalize(final_norm, hidden_states)
+
+
+# ---- recognition -------------------------------------------------------------------------------------------
+
+_UNSWAPPED = "neither its attention nor its feed-forward block is swapped"
+
+
+def _recognise_sequential(module: Any) -> LayerSpec | str | None:
+    norms = ("input_layernorm", "post_attention_layernorm")
+    if not has_children(module, ("self_attn", "mlp", *norms)) or not owns_nothing(module):
+        return None
+    unknown = unknown_parts(module, SequentialLayer.compute, ("hidden_size", "attention_type", "layer_type"))
+    if unknown is not None:
+        return unknown
+    return _swapped_parts(module, RotaryAttention, "self_attn", norms)
+
+
+def _recognise_parallel(module: Any) -> LayerSpec | str | None:
+    if not has_children(module, ("ln_1", "attn", "mlp")) or not owns_nothing(module):
+        return None
+    unknown = unknown_parts(module, ParallelLayer.compute, ())
+    return unknown or _swapped_parts(module, TableAttention, "attn", ("ln_1",))
+
+
+def _swapped_parts(
+    module: Any, kind: type[Attention], attention: str, norms: tuple[str, ...]
+) -> LayerSpec | str:
+    attention_module, mlp = module._modules[attention], module._modules["mlp"]
+    if isinstance(attention_module, kind):
+        hidden_size: int = attention_module._hfopt.spec.hidden_size
+    elif isinstance(mlp, Mlp):
+        hidden_size = mlp._hfopt.spec.hidden_size
+    else:
+        return _UNSWAPPED
+    return LayerSpec(attention, norms, hidden_size, mlp="mlp")
+
+
+def _recognise_inline(module: Any) -> LayerSpec | str | None:
+    norms, inner = ("self_attn_layer_norm", "final_layer_norm"), ("fc1", "activation_fn", "fc2")
+    if not has_children(module, ("self_attn", *norms, *inner)) or not owns_nothing(module):
+        return None
+    unknown = unknown_parts(module, InlineLayer.compute, ("do_layer_norm_before", "dropout", "embed_dim"))
+    if unknown is not None:
+        return unknown
+    if not is_linear(module.fc1) or not is_linear(module.fc2):
+        return "fc1 or fc2 is not a plain Linear"
+    activation = match_activation(module.activation_fn)
+    return LayerSpec("self_attn", norms, module.fc1.in_features, inner=inner, activation=activation)
+
+
+# ---- proof -------------------------------------------------------------------------------------------------
+
+
+def _sequential_arguments(scene: Any, step: Any) -> dict[str, Any]:
+    angles = scene.rotary(step.hidden_states, step.position_ids)
+    return {"position_ids": step.position_ids, "past_key_values": scene.cache, "position_embeddings": angles}
+
+
+def _parallel_arguments(scene: Any, step: Any) -> dict[str, Any]:
+    # few positions, so that every table has them
+    return {"position_ids": step.position_ids % 2, "layer_past": scene.cache}
+
+
+def _inline_arguments(scene: Any, step: Any) -> dict[str, Any]:
+    return {"position_ids": step.position_ids, "past_key_values": scene.cache}
+
+
+def _trial(
+    arguments: Callable[..., dict[str, Any]], call: Any, spec: LayerSpec, scene: Any
+) -> list[torch.Tensor]:
+    outputs = []
+    for step in scene.steps(spec.hidden_size):
+        output = call(
+            step.hidden_states, attention_mask=step.attention_mask, use_cache=True, **arguments(scene, step)
+        )
+        outputs.append(step.valid(output[0] if isinstance(output, tuple) else output))
+    return outputs
+
+
+def _pattern(name: str, replacement: type[Replacement], recognise: Any, arguments: Any) -> Pattern:
+    trial = functools.partial(_trial, arguments)
+    return Pattern(name, "layer", replacement, recognise, trial)
+
+
+SEQUENTIAL_LAYER = _pattern("sequential_layer", SequentialLayer, _recognise_sequential, _sequential_arguments)
+PARALLEL_LAYER = _pattern("parallel_layer", ParallelLayer, _recognise_parallel, _parallel_arguments)
+INLINE_LAYER = _pattern("inline_layer", InlineLayer, _recognise_inline, _inline_arguments)

@@ -1,0 +1,88 @@
+"""Linear layers: `y = x W^T + b` over the weights where they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfopt import functional
+from hfopt.errors import InvalidInput
+from hfopt.functional import LinearWeights
+from hfopt.patches.guards import is_bare, is_readable
+from hfopt.patches.pattern import Pattern
+from hfopt.patches.replacement import Record, Replacement, original_class
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    in_features: int
+    out_features: int
+    bias: bool
+
+    reads = ("",)
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether the module is torch's own Linear or ours in its place, not an adapter's or a quantised one."""
+    return module is not None and original_class(module) is nn.Linear
+
+
+def read_weights(record: Record, role: str, linears: Sequence[Any]) -> LinearWeights | None:
+    """The weights of these Linears as one record, or None where kernels cannot read them."""
+    weights = [linear._parameters["weight"] for linear in linears]
+    biases = [linear._parameters["bias"] for linear in linears]
+    known = record.weights.get(role)
+    if known is not None and known.reads(weights, biases):
+        return known
+    # a stale record would keep the old weights in memory
+    record.weights.pop(role, None)
+    if any(type(weight) is not nn.Parameter for weight in weights):
+        return None
+    try:
+        known = record.weights[role] = LinearWeights.of(weights, biases)
+    except InvalidInput:
+        return None
+    return known
+
+
+def read_children(module: Replacement, role: str, names: Sequence[str]) -> LinearWeights | None:
+    """The weights of these children, or None if one has to be called itself (an adapter, a hook)."""
+    children = module._modules
+    linears = [children[name] for name in names]
+    for linear in linears:
+        if not is_linear(linear) or not is_bare(linear):  # type: ignore[arg-type]
+            return None
+    return read_weights(module._hfopt, role, linears)
+
+
+def are_others_bare(module: Replacement) -> bool:
+    """Whether the children that are no such Linears (activations, dropouts) may be bypassed."""
+    reads = module._hfopt.spec.reads
+    others = (child for name, child in module._modules.items() if name not in reads)
+    return all(is_bare(child) for child in others)  # type: ignore[arg-type]
+
+
+class Linear(Replacement):
+    """Replaces `nn.Linear`."""
+
+    def compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        (hidden_states,) = args or kwargs.values()
+        weights = read_weights(self._hfopt, "own", (self,))
+        if weights is None or not is_readable(hidden_states, weights.dtype):
+            return None
+        return functional.linear(hidden_states.contiguous(), weights)
+
+
+def _recognise(module: Any) -> LinearSpec | None:
+    if type(module) is not nn.Linear:
+        return None
+    return LinearSpec(module.in_features, module.out_features, module.bias is not None)
+
+
+def _trial(call: Any, spec: LinearSpec, scene: Any) -> list[torch.Tensor]:
+    return [call(scene.hidden_states(1, 3, spec.in_features))]
+
+
+LINEAR = Pattern("linear", "linear", Linear, _recognise, _trial)

@@ -1,0 +1,84 @@
+"""Norms over the last dimension: RMSNorm as Llama computes it, and LayerNorm."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfopt import functional
+from hfopt.patches.guards import is_readable
+from hfopt.patches.pattern import Pattern, attributes, takes_one_input
+from hfopt.patches.replacement import Replacement
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    size: int
+    eps_name: str
+    eps: float
+    affine: bool = True
+    bias: bool = False
+
+    reads = ("",)
+
+
+class RMSNorm(Replacement):
+    """`x / sqrt(mean(x^2) + eps) * weight`."""
+
+    def compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        (hidden_states,) = args or kwargs.values()
+        weight = self._parameters["weight"]
+        if type(weight) is not nn.Parameter or not is_readable(hidden_states, weight.dtype):
+            return None
+        return functional.rms_norm(
+            hidden_states.contiguous(), weight, self.__dict__[self._hfopt.spec.eps_name]
+        )
+
+
+class LayerNorm(Replacement):
+    """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, where there is a weight or a bias."""
+
+    def compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        (hidden_states,) = args or kwargs.values()
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        dtype = hidden_states.dtype if weight is None else weight.dtype
+        if not is_readable(hidden_states, dtype) or (bias is not None and bias.dtype is not dtype):
+            return None
+        return functional.layer_norm(hidden_states.contiguous(), weight, bias, self.__dict__["eps"])
+
+
+def _recognise_rms_norm(module: Any) -> NormSpec | None:
+    weight = module._parameters.get("weight")
+    if (
+        len(module._parameters) != 1
+        or weight is None
+        or weight.dim() != 1
+        or module._buffers
+        or module._modules
+    ):
+        return None
+    eps_name = next((name for name in ("variance_epsilon", "eps") if name in attributes(module)), None)
+    if eps_name is None or not isinstance(getattr(module, eps_name), float) or not takes_one_input(module):
+        return None
+    return NormSpec(weight.shape[0], eps_name, getattr(module, eps_name))
+
+
+def _recognise_layer_norm(module: Any) -> NormSpec | str | None:
+    if not isinstance(module, nn.LayerNorm) or not takes_one_input(module):
+        return None
+    if len(module.normalized_shape) != 1:
+        return "it normalises several dimensions"
+    size = module.normalized_shape[0]
+    return NormSpec(size, "eps", module.eps, module.weight is not None, module.bias is not None)
+
+
+def _trial(call: Any, spec: NormSpec, scene: Any) -> list[torch.Tensor]:
+    # the small input shows where eps goes
+    return list(
+        call(torch.stack([scene.hidden_states(3, spec.size), scene.hidden_states(3, spec.size) / 128]))
+    )
+
+
+RMS_NORM = Pattern("rms_norm", "norm", RMSNorm, _recognise_rms_norm, _trial)
+LAYER_NORM = Pattern("layer_norm", "norm", LayerNorm, _recognise_layer_norm, _trial)

@@ -1,0 +1,198 @@
+"""The proof of a match: original and replacement run on small random inputs and have to agree."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from hfopt.cache import IndirectCache
+from hfopt.errors import ForkedProcess, KernelError
+from hfopt.patches.pattern import Pattern
+from hfopt.patches.replacement import Record, Replacement, replacement_class
+
+# Largest difference allowed, as a share of the largest value.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+# More is allowed, up to a limit, where the original itself answers a last-bit change of its input with more.
+_NOISE_FACTOR, _NOISE_LIMIT = 2.0, 0.1
+
+# Two rows, the second padded on the left, then one more token. Gaps between positions turn more channels.
+_PREFILL_POSITIONS = torch.tensor([[0, 1, 3, 7, 12], [1, 1, 0, 2, 5]])
+_STEP_POSITIONS = torch.tensor([[20], [9]])
+_N_PADDED = 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """Inputs of a forward: hidden_states [2, n_new, hidden_size], additive mask, position_ids [2, n_new]."""
+
+    hidden_states: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+
+    def valid(self, output: torch.Tensor) -> torch.Tensor:
+        """The output, without that of the padding (which has to be finite all the same)."""
+        if output.shape[1] == 1 or not bool(output.isfinite().all()):
+            return output
+        return torch.cat([output[0], output[1, _N_PADDED:]])
+
+
+class Scene:
+    """The inputs of one trial. A second scene with the same arguments gives the same ones."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        scale: float,
+        cache: DynamicCache,
+        rotary: nn.Module | None,
+        *,
+        shaken: bool = False,
+    ) -> None:
+        self.cache = cache
+        self._shaken = shaken
+        self._dtype = dtype
+        self._scale = scale
+        self._rotary = rotary
+        self._generator = torch.Generator().manual_seed(1)
+
+    def hidden_states(self, *shape: int) -> torch.Tensor:
+        """Random normal numbers times the scale; a shaken scene changes half of them in the last bit."""
+        numbers = (torch.randn(shape, generator=self._generator) * self._scale).to(self._dtype)
+        if self._shaken:
+            numbers[..., ::2] *= 1 + torch.finfo(self._dtype).eps
+        return numbers
+
+    def rotary(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        """What the model's own rotary module gives for these positions."""
+        if self._rotary is None:
+            raise LookupError("the model has no rotary module above it")
+        return type(self._rotary).forward(self._rotary, hidden_states, position_ids)
+
+    def steps(self, hidden_size: int) -> Iterator[Step]:
+        """Five tokens in two rows, two of them padding, then a token that is read after these."""
+        n_prompt = _PREFILL_POSITIONS.shape[1]
+        is_seen = torch.ones(2, 1, n_prompt + 1, n_prompt + 1, dtype=torch.bool).tril()
+        is_seen[1, :, :, :_N_PADDED] = False
+        mask = torch.zeros(is_seen.shape, dtype=self._dtype).masked_fill(
+            ~is_seen, torch.finfo(self._dtype).min
+        )
+        for rows, positions in (
+            (slice(0, n_prompt), _PREFILL_POSITIONS),
+            (slice(n_prompt, None), _STEP_POSITIONS),
+        ):
+            hidden_states = self.hidden_states(*positions.shape, hidden_size)
+            yield Step(hidden_states, mask[:, :, rows, : rows.stop].contiguous(), positions.clone())
+
+
+@contextlib.contextmanager
+def undisturbed(*modules: nn.Module) -> Iterator[None]:
+    """Within, the modules are in evaluation mode and no hook fires; after, they are exactly as before."""
+    everything = [part for module in modules for part in module.modules()]
+    before = [(part, type(part), part.__dict__.copy(), part._buffers.copy()) for part in everything]
+    try:
+        for part in everything:
+            part.__dict__.update(training=False, _forward_hooks={}, _forward_pre_hooks={})
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        for part, kind, state, buffers in before:
+            part.__class__ = kind
+            part.__dict__.clear()
+            part.__dict__.update(state)
+            part._buffers.clear()
+            part._buffers.update(buffers)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Largest difference of the outputs as a share of the largest value; or in words, why there is no proof.
+
+    `is_general` tells whether that holds for other modules of the same class and configuration.
+    """
+
+    figure: float = float("nan")
+    flaw: str | None = None
+    is_general: bool = True
+
+
+def prove(
+    pattern: Pattern, module: nn.Module, spec: Any, dtype: torch.dtype, rotary: nn.Module | None
+) -> Proof:
+    """Run the module as it is and as its replacement, without a trace in the module or the random state.
+
+    Raises KernelError and ForkedProcess, which say nothing about the module.
+    """
+    original = type(module)
+    # swapped parts are proven already, and run in kernels only over our cache: the rest is left to prove
+    has_swapped_parts = any(isinstance(part, Replacement) for part in module.modules())
+    new_cache = IndirectCache if has_swapped_parts else DynamicCache
+    with undisturbed(module, *([] if rotary is None else [rotary])):
+        scale = pattern.scale(module, spec)
+        try:
+            expected = pattern.trial(module.forward, spec, Scene(dtype, scale, new_cache(), rotary))
+        except Exception as error:  # noqa: BLE001  (whatever a foreign forward raises)
+            return Proof(flaw=f"it cannot be probed ({_in_words(error)})")
+        module.__class__ = replacement_class(pattern.replacement, original)
+        module.__dict__["_hfopt"] = Record(spec)
+        try:
+            found = pattern.trial(_Computed(module), spec, Scene(dtype, scale, IndirectCache(), rotary))
+        except (KernelError, ForkedProcess):
+            raise
+        except Exception as error:  # noqa: BLE001  (a failure here is a reason to keep the module)
+            return Proof(flaw=f"the replacement failed ({_in_words(error)})")
+        proof = _compare(expected, found)
+        if proof.figure > _TOLERANCES[dtype]:
+            module.__class__ = original
+            shaken = pattern.trial(
+                module.forward, spec, Scene(dtype, scale, new_cache(), rotary, shaken=True)
+            )
+            noise = min(_compare(expected, shaken).figure, _NOISE_LIMIT)
+            if proof.figure > _NOISE_FACTOR * noise:
+                figure = f"{proof.figure:.2g}"
+                return Proof(
+                    flaw=f"the probe differs by {figure} of the largest value: it computes something else"
+                )
+    return proof
+
+
+class _Computed:
+    """Calls the replacement without its way out to the original, which would prove nothing."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._module.compute(*args, **kwargs)
+        if output is None:
+            raise NotImplementedError("its kernels do not take this module")
+        return output
+
+
+def _compare(expected: list[Any], found: list[torch.Tensor]) -> Proof:
+    worst = 0.0
+    for theirs, ours in zip(expected, found, strict=True):
+        if (
+            not isinstance(theirs, torch.Tensor)
+            or theirs.shape != ours.shape
+            or theirs.dtype is not ours.dtype
+        ):
+            return Proof(flaw="the replacement gives another kind of output")
+        theirs, ours = theirs.double(), ours.double()
+        if not theirs.isfinite().all():
+            return Proof(flaw="its output is not finite (NaN or infinite weights?)", is_general=False)
+        largest = float(theirs.abs().max())
+        if largest == 0:
+            return Proof(flaw="its output is all zeros, which proves nothing", is_general=False)
+        figure = float((theirs - ours).abs().max()) / largest
+        worst = max(worst, figure if math.isfinite(figure) else math.inf)
+    return Proof(worst)
+
+
+def _in_words(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

@@ -1,0 +1,113 @@
+"""The change of class: a module stays the same object with all it holds, and gets a subclass of its class."""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfopt.functional import LinearWeights
+from hfopt.patches.guards import is_plain_inference
+
+_CLASSES: dict[Any, Any] = {}
+
+
+class Record:
+    """What a swapped module carries: what was recognised, the proof's figure, what follows from its weights.
+
+    Only the first two are pickled or copied; the rest follows from the module itself.
+    """
+
+    __slots__ = ("activation", "proof", "spec", "weights")
+
+    def __init__(self, spec: Any, proof: float | None = None) -> None:
+        self.spec = spec
+        self.proof = proof
+        self.weights: dict[str, LinearWeights] = {}
+        self.activation: tuple[nn.Module, str | None] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[Any, float | None]]:
+        return Record, (self.spec, self.proof)
+
+
+class Replacement(nn.Module):
+    """What every replacement class is: `compute` where our kernels can do the call, else the original."""
+
+    _hfopt: Record
+    _hfopt_original: type[nn.Module]
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's `forward` in our kernels; None, nothing touched, if they cannot do this call."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and is_swapped(self) and is_plain_inference(self, args, kwargs):
+            output = self.compute(*args, **kwargs)
+            if output is not None:
+                return output
+        return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A fresh process does not know classes made at run time: pickle what they are made from.
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        kind = next(base for base in type(self).__mro__ if "_hfopt_original" in base.__dict__)
+        return _rebuild, (kind.__bases__[0], kind.__bases__[1]), *reduced[2:]
+
+
+def _rebuild(replacement: type[Replacement], original: type[nn.Module]) -> nn.Module:
+    kind = replacement_class(replacement, original)
+    return kind.__new__(kind)
+
+
+def replacement_class(replacement: type[Replacement], original: type[nn.Module]) -> type[Replacement]:
+    """The subclass of both that instances of `original` are swapped to.
+
+    It keeps the original's name, which device maps and sharding policies look for; `hfopt.explain` tells the
+    two apart.
+    """
+    known = _CLASSES.get((replacement, original))
+    if known is not None:
+        return known
+    parents = f"{original.__module__}.{original.__qualname__}".replace(".", "_")
+    qualname = f"{replacement.__name__}_{parents}"
+    content: Mapping[str, Any] = {
+        "__module__": replacement.__module__,
+        "__qualname__": qualname,
+        "__doc__": original.__doc__,
+        "_hfopt_original": original,
+    }
+    kind = type(original.__name__, (replacement, original), dict(content))
+    setattr(sys.modules[replacement.__module__], qualname, kind)
+    _CLASSES[replacement, original] = kind
+    return kind
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether the module's class is one of ours, not another library's (a parametrization's) on top of it."""
+    return "_hfopt_original" in type(module).__dict__
+
+
+def swap(module: nn.Module, replacement: type[Replacement], record: Record) -> None:
+    """Give the module its replacement class."""
+    module.__class__ = replacement_class(replacement, type(module))
+    module.__dict__["_hfopt"] = record
+
+
+def unswap(module: nn.Module) -> None:
+    """Give the module its original class back, and leave nothing behind."""
+    ours = type(module)
+    module.__class__ = original_class(module)
+    module.__dict__.pop("_hfopt", None)
+    # accelerate keeps the bound `forward` of the class that it found
+    for name, value in module.__dict__.items():
+        if inspect.ismethod(value) and value.__self__ is module and value.__func__ is ours.forward:
+            module.__dict__[name] = MethodType(type(module).forward, module)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module has without us."""
+    original: type[nn.Module] = type(module).__dict__.get("_hfopt_original", type(module))
+    return original

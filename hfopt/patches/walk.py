@@ -1,0 +1,229 @@
+"""Find, prove, swap, undo: from a model to a list of what was swapped and what was kept."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hfopt.errors import UnsupportedModel
+from hfopt.patches.attention import ROTARY_ATTENTION, TABLE_ATTENTION, UNROTATED_ATTENTION
+from hfopt.patches.guards import is_bare
+from hfopt.patches.layer import INLINE_LAYER, PARALLEL_LAYER, SEQUENTIAL_LAYER
+from hfopt.patches.linear import LINEAR
+from hfopt.patches.mlp import GATED_MLP, PLAIN_MLP
+from hfopt.patches.norm import LAYER_NORM, RMS_NORM
+from hfopt.patches.pattern import Pattern, obstacle
+from hfopt.patches.probe import Proof, prove
+from hfopt.patches.replacement import Record, Replacement, is_swapped, original_class, swap, unswap
+
+logger = logging.getLogger(__name__)
+
+# In this order: a layer is recognised by its swapped parts, and a Linear stands for itself if no other
+# pattern reads it.
+PATTERNS = (
+    ROTARY_ATTENTION,
+    UNROTATED_ATTENTION,
+    TABLE_ATTENTION,
+    GATED_MLP,
+    PLAIN_MLP,
+    RMS_NORM,
+    LAYER_NORM,
+    SEQUENTIAL_LAYER,
+    PARALLEL_LAYER,
+    INLINE_LAYER,
+    LINEAR,
+)
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A module that runs in our kernels: its pattern, its classes, and the proof's figure (see `Proof`)."""
+
+    path: str
+    pattern: str
+    kind: str
+    old_class: str
+    new_class: str
+    proof: float | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A module that stays as it was, and why."""
+
+    path: str
+    old_class: str
+    reason: str
+
+
+class Walk:
+    """One pass over a model. `swapped_now` are the modules whose class this pass has changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.swapped_now: list[nn.Module] = []
+        self._modules = dict(model.named_modules())
+        self._dtype = next(
+            (weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32
+        )
+        self._proofs: dict[Any, Proof] = {}
+        self._reasons: dict[str, str] = {}
+        self._readers = {
+            path + "." + name if path else name: path
+            for path, module in self._modules.items()
+            if isinstance(module, Replacement)
+            for name in module._hfopt.spec.reads
+            if name
+        }
+
+    def apply(self) -> None:
+        """Swap every module that matches a pattern and passes its proof; all or, if an error occurs, none."""
+        try:
+            for pattern in PATTERNS:
+                for path, module in self._modules.items():
+                    if not isinstance(module, (Replacement, PreTrainedModel)) and path not in self._readers:
+                        self._apply(pattern, path, module)
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Give the modules that this pass has swapped their classes back."""
+        while self.swapped_now:
+            unswap(self.swapped_now.pop())
+
+    def _apply(self, pattern: Pattern, path: str, module: nn.Module) -> None:
+        spec = pattern.recognise(module)
+        if spec is None:
+            return
+        if isinstance(spec, str):
+            self._reasons.setdefault(path, spec)
+            return
+        reason = obstacle(module, spec)
+        if reason is None:
+            proof = self._proof(pattern, path, module, spec)
+            reason = proof.flaw
+            if reason is None:
+                swap(module, pattern.replacement, Record(spec, proof.figure))
+                self.swapped_now.append(module)
+                self._readers.update(
+                    {f"{path}.{name}" if path else name: path for name in spec.reads if name}
+                )
+                return
+            logger.debug("%s (%s) is kept: %s", path, type(module).__name__, reason)
+        self._reasons.setdefault(path, reason)
+
+    def _proof(self, pattern: Pattern, path: str, module: nn.Module, spec: Any) -> Proof:
+        weights = [weight for weight in module.parameters() if weight.is_floating_point()]
+        dtype = weights[0].dtype if weights else self._dtype
+        key = (pattern.name, type(module), spec, dtype, _configuration(module))
+        proof = self._proofs.get(key)
+        if proof is None:
+            rotary = next(self._rotaries_above(path), None)
+            proof = prove(pattern, module, spec, dtype, rotary)
+            if proof.is_general:
+                self._proofs[key] = proof
+        return proof
+
+    def _rotaries_above(self, path: str) -> Iterator[nn.Module]:
+        """Modules that hold rotary frequencies, the nearest first."""
+        while path:
+            path = path.rpartition(".")[0]
+            for child in self._modules[path].children():
+                if any(name.endswith("inv_freq") for name in child._buffers):
+                    yield child
+
+    # ---- what came of it -----------------------------------------------------------------------------------
+
+    def swapped(self) -> list[Swapped]:
+        """Every swapped module of the model, in its order."""
+        kinds = {pattern.replacement: pattern for pattern in PATTERNS}
+        found = []
+        for path, module in self._modules.items():
+            if isinstance(module, Replacement):
+                replacement = next(base for base in type(module).__mro__ if base in kinds)
+                pattern = kinds[replacement]
+                original = original_class(module)
+                new_class = f"{replacement.__module__}.{replacement.__name__}"
+                record = module._hfopt
+                found.append(
+                    Swapped(path, pattern.name, pattern.kind, _class_name(original), new_class, record.proof)
+                )
+        return found
+
+    def kept(self) -> list[Kept]:
+        """Every other module that has a forward of its own, with its reason."""
+        return [
+            Kept(path, _class_name(type(module)), self._reason(path, module))
+            for path, module in self._modules.items()
+            if not isinstance(module, Replacement) and type(module).forward is not nn.Module.forward
+        ]
+
+    def idle(self) -> dict[str, str]:
+        """Swapped modules that cannot run in kernels as they are now, and why."""
+        reasons = {
+            path: _idle_reason(module)
+            for path, module in self._modules.items()
+            if isinstance(module, Replacement)
+        }
+        return {path: reason for path, reason in reasons.items() if reason is not None}
+
+    def _reason(self, path: str, module: nn.Module) -> str:
+        if path in self._reasons:
+            return self._reasons[path]
+        parent = self._modules[path.rpartition(".")[0]]
+        if path in self._readers:
+            return f"{type(parent).__name__} reads its weights"
+        if isinstance(parent, Replacement):
+            return f"part of {type(parent).__name__}"
+        if isinstance(module, PreTrainedModel):
+            return "a PreTrainedModel keeps its class"
+        return "it matches no pattern"
+
+
+def _configuration(module: nn.Module) -> tuple[Any, ...]:
+    """The plain values among a module's attributes, by which instances of one class may differ."""
+    state = vars(module)
+    plain = (
+        (name, value)
+        for name, value in state.items()
+        if name not in ("layer_idx", "training") and isinstance(value, (bool, int, float, str, type(None)))
+    )
+    return (id(state.get("config")), *sorted(plain, key=lambda item: item[0]))
+
+
+def _class_name(kind: type[nn.Module]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def restore_classes(model: nn.Module) -> None:
+    """Give every swapped module its class back.
+
+    Raises UnsupportedModel if another library has put a class of its own on top of one of ours.
+    """
+    swapped = {path: module for path, module in model.named_modules() if isinstance(module, Replacement)}
+    for path, module in swapped.items():
+        if not is_swapped(module):
+            raise UnsupportedModel(
+                f"{path} has become a {type(module).__qualname__} since optimize(): undo that change first"
+                " (a parametrization, say, is undone with torch.nn.utils.parametrize.remove_parametrizations)"
+            )
+    for module in swapped.values():
+        unswap(module)
+
+
+def _idle_reason(module: Replacement) -> str | None:
+    """In words, why a swapped module cannot run in kernels as it is now; None if it can."""
+    for name in module._hfopt.spec.reads:
+        if not name:
+            continue
+        child = module._modules[name]
+        if child is None or original_class(child) is not nn.Linear:
+            return f"{name} is a {type(child).__name__} now"
+        if not is_bare(child) and not child.training:
+            return f"{name} has hooks or a forward of its own"
+    return None

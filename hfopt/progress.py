@@ -1,0 +1,41 @@
+"""Progress while kernels are compiled, which happens once on a machine and takes seconds."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers.utils.logging import tqdm
+
+_lock = threading.Lock()
+_depth = 0
+
+
+@contextmanager
+def compile_progress() -> Iterator[None]:
+    """Shows a bar on standard error if kernels are compiled in the block, and nothing otherwise.
+
+    It is transformers' own kind of bar: `transformers.utils.logging.disable_progress_bar()` hides it.
+    """
+    global _depth
+    from hfopt.kernels import _jit  # here, because `import hfopt` must not load Numba
+
+    with _lock:
+        outermost, _depth = _depth == 0, _depth + 1
+    bars: list[tqdm] = []
+
+    def count(kernel: str) -> None:
+        if not bars:
+            bars.append(tqdm(desc="hfopt compiles its kernels, once on this machine", unit=" kernels"))
+        bars[0].update()
+
+    if outermost:
+        _jit.compile_listeners.append(count)
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+        if outermost:
+            _jit.compile_listeners.remove(count)
+        for bar in bars:
+            bar.close()

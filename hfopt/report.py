@@ -1,0 +1,182 @@
+"""Report: what of a model runs in kernels, what does not and why."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from hfopt import env
+from hfopt.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from hfopt.patches.walk import Kept, Swapped, Walk
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `optimize` has done to a model, and on what machine.
+
+    memory_before, memory_after: resident memory of the process around `optimize`, in bytes. is_applied: False
+    for what `optimize` would do. idle: swapped modules that cannot run in kernels as they are now, and why.
+    """
+
+    model_class: str
+    dtype: str
+    is_applied: bool
+    swapped: tuple[Swapped, ...]
+    kept: tuple[Kept, ...]
+    idle: dict[str, str]
+    cpu_path: str
+    threads: int
+    threading_layer: str
+    memory_before: int
+    memory_after: int
+
+    @classmethod
+    def of(cls, walk: Walk, *, is_applied: bool, memory_before: int) -> Report:
+        """The report of a pass over a model that has just ended."""
+        dtypes = Counter(str(weight.dtype).removeprefix("torch.") for weight in walk.model.parameters())
+        return cls(
+            model_class=type(walk.model).__qualname__,
+            dtype=", ".join(sorted(dtypes)) or "no parameters",
+            is_applied=is_applied,
+            swapped=tuple(walk.swapped()),
+            kept=tuple(walk.kept()),
+            idle=walk.idle(),
+            cpu_path=env.cpu_path(),
+            threads=env.threads(),
+            threading_layer=env.threading_layer(),
+            memory_before=memory_before,
+            memory_after=env.resident_memory(),
+        )
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of swapped modules by kind."""
+        return dict(Counter(module.kind for module in self.swapped))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able data."""
+        return {**asdict(self), "counts": self.counts}
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{number} {kind}" for kind, number in self.counts.items()) or "nothing"
+        verb = "swapped" if self.is_applied else "not optimized; optimize() would swap"
+        grown = (self.memory_after - self.memory_before) / 2**20
+        lines = [
+            f"{self.model_class}: {verb} {counts}",
+            f"{self.dtype}; {self.cpu_path}; {self.threads} threads, {self.threading_layer};"
+            f" memory {self.memory_before / 2**20:,.0f} MiB before, {grown:+,.1f} MiB after",
+        ]
+        if self.swapped:
+            lines += ["", *_table(("swapped", "from", "to", "probe differs by"), self._swapped_rows())]
+        if self.idle:
+            lines += [
+                "",
+                *_table(
+                    ("swapped, but not in use now", "reason"),
+                    _grouped((p, (r,)) for p, r in self.idle.items()),
+                ),
+            ]
+        if self.kept:
+            rows = _grouped((module.path, (_short(module.old_class), module.reason)) for module in self.kept)
+            lines += ["", *_table(("kept", "class", "reason"), rows)]
+        return "\n".join(lines)
+
+    def _swapped_rows(self) -> list[tuple[str, ...]]:
+        worst: dict[tuple[str, str], float] = {}
+        for module in self.swapped:
+            key = (module.old_class, module.new_class)
+            worst[key] = max(worst.get(key, 0.0), module.proof or 0.0)
+        return _grouped(
+            (
+                module.path,
+                (
+                    _short(module.old_class),
+                    _short(module.new_class),
+                    f"{worst[module.old_class, module.new_class]:.1e}",
+                ),
+            )
+            for module in self.swapped
+        )
+
+
+def explain(model: nn.Module) -> Report:
+    """What of this model runs in kernels, what does not and why; before `optimize`, what would.
+
+    Raises InvalidInput for anything but a module, and what `optimize` raises.
+    """
+    from hfopt.patches.walk import Walk
+
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"model is a {type(model).__name__}: a torch.nn.Module is needed")
+    memory = env.resident_memory()
+    walk = Walk(model)
+    # the model may have been wrapped since, by an adapter say
+    reports = (module.__dict__.get("hfopt") for module in model.modules())
+    done = next((report for report in reports if isinstance(report, Report)), None)
+    if done is None:
+        walk.apply()
+        try:
+            return Report.of(walk, is_applied=False, memory_before=memory)
+        finally:
+            walk.undo()
+    now = Report.of(walk, is_applied=True, memory_before=done.memory_before)
+    reasons = {module.path: module.reason for module in done.kept}
+    kept = tuple(replace(module, reason=reasons.get(module.path, module.reason)) for module in now.kept)
+    return replace(now, kept=kept, memory_after=done.memory_after)
+
+
+def _short(class_name: str) -> str:
+    return class_name.rpartition(".")[2]
+
+
+def _grouped(entries: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """Rows of (paths, *columns): paths that differ only in numbers or in their last name are put together."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for path, columns in entries:
+        groups.setdefault((re.sub(r"\d+", "#", path), columns), []).append(path)
+    siblings: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (_, columns), paths in groups.items():
+        parent, _, name = _merged(paths).rpartition(".")
+        siblings.setdefault((parent, columns), []).append(name)
+    return [(_joined(parent, names), *columns) for (parent, columns), names in siblings.items()]
+
+
+def _joined(parent: str, names: list[str]) -> str:
+    """`layers.0-15.mlp`, or `layers.0-15.{mlp, self_attn}` for several names."""
+    together = names[0] if len(names) == 1 else f"{{{', '.join(names)}}}"
+    return f"{parent}.{together}" if parent else together or "(the model itself)"
+
+
+def _merged(paths: list[str]) -> str:
+    texts = re.split(r"\d+", paths[0])
+    numbers = zip(*(map(int, re.findall(r"\d+", path)) for path in paths), strict=True)
+    merged = texts[0]
+    for text, values in zip(texts[1:], numbers, strict=True):
+        merged += _ranges(sorted(set(values))) + text
+    return merged
+
+
+def _ranges(values: list[int]) -> str:
+    parts: list[list[int]] = []
+    for value in values:
+        if parts and value == parts[-1][-1] + 1:
+            parts[-1].append(value)
+        else:
+            parts.append([value])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    rule = tuple("-" * width for width in widths)
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, rule, *rows)
+    ]

@@ -1,0 +1,119 @@
+"""The stairs of the house: which part may import which, and what `import hfopt` loads."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "hfopt"
+
+# Part of the package (a module or a folder) -> the parts that it may import. A new part needs a line here.
+ALLOWED = {
+    "errors": set(),
+    "_memory": set(),
+    "shapes": set(),
+    "limits": set(),
+    "embedded": set(),
+    "kernels": {"errors"},
+    "env": {"kernels"},
+    "_cache_rows": {"errors", "kernels"},
+    "_cache_layer": {"errors", "kernels", "_cache_rows", "_memory"},
+    "cache": {"errors", "kernels", "_cache_rows", "_cache_layer"},
+    "functional": {"errors", "kernels", "cache"},
+    "modules": {"errors", "functional", "cache"},
+    "patches": {"errors", "functional", "cache", "modules"},
+    "progress": {"kernels"},
+    "generation": {"errors", "functional", "cache", "progress"},
+    "report": {"errors", "env", "patches", "progress"},
+    "optimize": {"errors", "env", "patches", "generation", "report", "progress"},
+    "warmup": {"optimize", "progress"},
+    "__init__": {"errors", "cache", "generation", "optimize", "report", "warmup", "embedded"},
+    # the public names of hfopt, and what describes the machine
+    "cli": {"__init__", "errors", "env", "limits", "shapes", "kernels.selftest"},
+}
+# Foreign packages that only some parts may import.
+ONLY_IN = {
+    "numba": {"kernels"},
+    "llvmlite": {"kernels"},
+    "rich": {"cli"},
+    "torch": set(ALLOWED) - {"kernels"},
+}
+ONLY_IN["transformers"] = ONLY_IN["torch"]
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(source: Path) -> str:
+    return source.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(source: Path) -> set[str]:
+    """Full names of all modules that a file imports, at any depth; `from a import b` is a and a.b."""
+    package = ("hfopt", *source.relative_to(PACKAGE).parent.parts)
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_parts(source: Path) -> set[str]:
+    """Parts of the package that a file imports; a public name of `hfopt` itself counts as `__init__`."""
+    parts = set()
+    for name in imported(source):
+        first, _, rest = name.partition(".")
+        if first == "hfopt" and rest:
+            part = rest.split(".")[0]
+            is_part = (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").exists()
+            parts.add(part if is_part else "__init__")
+    return parts
+
+
+def test_every_part_has_its_rule() -> None:
+    assert {part_of(source) for source in SOURCES} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_imports_go_one_way(source: Path) -> None:
+    part = part_of(source)
+    allowed = ALLOWED[part] | {part}
+    for other in own_parts(source) - allowed:
+        inner = {name for name in imported(source) if name.startswith(f"hfopt.{other}")}
+        permitted = {f"hfopt.{name}" for name in allowed if name.startswith(f"{other}.")}
+        assert permitted and inner <= permitted | {f"hfopt.{other}"}, (
+            f"{part} must not import {sorted(inner)}"
+        )
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: str(source.relative_to(PACKAGE)))
+def test_foreign_packages_stay_in_their_parts(source: Path) -> None:
+    for package in {name.split(".")[0] for name in imported(source)} & set(ONLY_IN):
+        assert part_of(source) in ONLY_IN[package], f"{part_of(source)} must not import {package}"
+
+
+def test_the_rules_see_relative_and_nested_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "cache.py").touch()
+    source = tmp_path / "kernels" / "bad.py"
+    source.write_text(
+        "def f():\n    from .. import cache\n    import numba.core\n    from ..cache import x\n"
+    )
+    assert own_parts(source) == {"cache"}
+    assert "numba.core" in imported(source)
+
+
+def test_importing_the_package_loads_neither_numba_nor_kernels() -> None:
+    code = (
+        "import sys, hfopt;"
+        "print([name for name in sys.modules if name.split('.')[0] in ('numba', 'llvmlite', 'rich')"
+        " or name.startswith('hfopt.kernels')])"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
