@@ -1,0 +1,50 @@
+"""The command `hfopt`: run, bench, explain, doctor, warmup."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hfopt.errors import HfoptError
+
+_ABOUT = {
+    "run": "generate text and say how long it took",
+    "bench": "measure the table of the README on this machine",
+    "explain": "list the modules of a model: swapped by what, or kept and why",
+    "doctor": "look at this machine, test the kernels, give advice",
+    "warmup": "compile the kernels now, so that no first run has to",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import bench, doctor, explain, run, warmup
+
+    commands = {"run": run, "bench": bench, "explain": explain, "doctor": doctor, "warmup": warmup}
+    parser = argparse.ArgumentParser(
+        prog="hfopt", description="Faster generation on CPUs for transformers models."
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in commands.items():
+        subparser = subparsers.add_parser(name, help=_ABOUT[name], description=command.__doc__)
+        command.add_arguments(subparser)
+        subparser.set_defaults(function=command.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (default: the process's own); the exit code, 2 for what the user can mend."""
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        sys.stderr.write('hfopt: the command line needs rich: pip install "hfopt[cli]"\n')
+        return 2
+    from .output import show_messages
+
+    show_messages()
+    args = _parser().parse_args(arguments)
+    try:
+        return args.function(args)
+    except HfoptError as error:
+        sys.stderr.write(f"hfopt: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,201 @@
+"""`hfopt bench`: the stock and the optimised model in turn, the memory bandwidth measured in between."""
+
+import argparse
+import statistics
+import tempfile
+from typing import Any
+
+import torch
+
+from hfopt import env, limits
+from hfopt.errors import InvalidInput
+
+from . import first_use, models
+from .bench_rows import ROWS, Row, cases_of, figures_of, line_of
+from .measure import alternate
+from .output import progress, say, show_table, write_json
+from .run import positive
+
+_FIRST_USE = "first-use"
+_QUICK = {"repetitions": 2, "prompt_tokens": 64, "new_tokens": 8}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `hfopt bench`."""
+    names = [*ROWS, _FIRST_USE]
+    parser.add_argument(
+        "--rows", default=",".join(names), help="which rows, separated by commas (default: all: %(default)s)"
+    )
+    parser.add_argument(
+        "--shape",
+        default="llama-3.2-1b",
+        metavar="CONFIG",
+        help="a named shape or config.json (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--small-shape",
+        default="llama-160m",
+        metavar="CONFIG",
+        help="of the row decode-small (default: %(default)s)",
+    )
+    parser.add_argument("--layers", type=positive, metavar="N", help="shrink the shapes to N layers")
+    parser.add_argument("--repetitions", type=positive, default=5, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--prompt-tokens", type=positive, default=512, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=32, metavar="N", help="at least 2 (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"a rough look: {_QUICK}")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="figures as JSON to FILE, or instead of the text"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; the exit code."""
+    if args.quick:
+        vars(args).update(_QUICK)
+    names = args.rows.split(",")
+    unknown = sorted(set(names) - {*ROWS, _FIRST_USE})
+    if unknown or args.new_tokens < 2:
+        raise InvalidInput(
+            f"--rows={args.rows} must name some of {', '.join([*ROWS, _FIRST_USE])}; "
+            f"--new-tokens={args.new_tokens} must be at least 2"
+        )
+    report: dict[str, Any] = {"configuration": _configuration(args), "rows": {}}
+    if args.json != "-":
+        for key, value in report["configuration"].items():
+            say(f"{key:<18}{value}")
+        say("")
+    lines = []
+    groups = dict.fromkeys((ROWS[name].small, ROWS[name].dtype) for name in names if name in ROWS)
+    for small, dtype in groups:
+        chosen = {n: ROWS[n] for n in names if n in ROWS and (ROWS[n].small, ROWS[n].dtype) == (small, dtype)}
+        figures = _measure(args, args.small_shape if small else args.shape, dtype, chosen)
+        report["rows"] |= figures["rows"]
+        report.setdefault("samples", []).append(figures["samples"])
+        lines += [line_of(row) for row in figures["rows"].values()]
+    # which layer Numba loads shows after the first kernel
+    report["configuration"]["threading layer"] = env.threading_layer()
+    if args.json != "-" and lines:
+        columns = [
+            "row",
+            "stock",
+            "optimized",
+            "ratio",
+            "wanted",
+            "of the limit, stock / optimized",
+        ]
+        say(f"{'threading layer':<18}{env.threading_layer()}")
+        show_table(columns, lines)
+        say("")
+    if _FIRST_USE in names:
+        report["rows"][_FIRST_USE] = _first_use(args)
+        if args.json != "-":
+            _show_first_use(report["rows"][_FIRST_USE])
+    if args.json is not None:
+        write_json(args.json, report)
+    return 0
+
+
+def _configuration(args: argparse.Namespace) -> dict[str, Any]:
+    cores = env.usable_cores()
+    return {
+        "cpu": env.cpu_model(),
+        "cpu path": env.cpu_path(),
+        "cores": f"{cores.usable}: {cores.reason}",
+        "threads": env.threads(),
+        "versions": " ".join(f"{name} {version}" for name, version in env.versions().items()),
+        "shape": args.shape,
+        "small shape": args.small_shape,
+        "layers": args.layers or "all",
+        "prompt tokens": args.prompt_tokens,
+        "new tokens": args.new_tokens,
+        "repetitions": args.repetitions,
+    }
+
+
+def _measure(
+    args: argparse.Namespace, shape: str, dtype: torch.dtype, rows: dict[str, Row]
+) -> dict[str, Any]:
+    """The figures of the rows of one model, and all samples."""
+    name = str(dtype).removeprefix("torch.")
+    with progress(f"Making random weights of {shape} in {name}"):
+        model = models.random_model(models.named_config(shape, args.layers), dtype)
+    cases = cases_of(list(rows.values()), model, args.prompt_tokens, args.new_tokens)
+    with progress(f"Measuring {shape} in {name}", (args.repetitions + 1) * len(cases)) as advance:
+        samples = alternate(model, cases, args.repetitions, 1, advance)
+    rate = limits.matmul_rate(dtype)
+    figures = {
+        row_name: figures_of(row, model, samples, args.prompt_tokens, args.new_tokens, rate)
+        for row_name, row in rows.items()
+    }
+    return {
+        "rows": figures,
+        "samples": {
+            "shape": shape,
+            "dtype": name,
+            "matmul_rate": rate,
+            "cases": {case: [sample.to_dict() for sample in chosen] for case, chosen in samples.items()},
+        },
+    }
+
+
+def _first_use(args: argparse.Namespace) -> dict[str, Any]:
+    """Costs of `optimize` and of the first `generate`: nothing cached, and in later processes."""
+    arguments = [args.shape, *(["--layers", str(args.layers)] if args.layers else [])]
+    later, stock = [], []
+    rounds = 1 if args.quick else 3
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        progress("First use in new processes", 1 + 2 * rounds) as advance,
+    ):
+        cold = first_use.measured(folder, *arguments, "--optimize")
+        advance()
+        for _ in range(rounds):
+            stock.append(first_use.measured(folder, *arguments))
+            advance()
+            later.append(first_use.measured(folder, *arguments, "--optimize"))
+            advance()
+    stock_seconds = statistics.median(sample["generate"] for sample in stock)
+
+    def over_stock(sample: dict[str, Any]) -> float:
+        return sample["optimize"] + sample["generate"] - stock_seconds
+
+    return {
+        "optimize": statistics.median(sample["optimize"] for sample in later),
+        "optimize_again": statistics.median(sample["optimize_again"] for sample in later),
+        "optimize_memory": statistics.median(sample["optimize_memory"] for sample in later),
+        "optimize_again_memory": statistics.median(sample["optimize_again_memory"] for sample in later),
+        "first_generate_cold": over_stock(cold),
+        "first_generate_later": statistics.median(over_stock(sample) for sample in later),
+        "samples": {"stock": stock, "cold": cold, "later": later},
+    }
+
+
+def _show_first_use(figures: dict[str, Any]) -> None:
+    again, memory_again = figures["optimize_again"], figures["optimize_again_memory"] / 2**20
+    show_table(
+        ["first use", "measured", "wanted"],
+        [
+            ["optimize(), first in a process", f"{figures['optimize']:.2f} s", "≤ 0.5 s"],
+            ["optimize(), again", f"{again:.3f} s", "≤ 0.5 s"],
+            [
+                "memory of the first optimize(), libraries included",
+                f"{figures['optimize_memory'] / 2**20:.0f} MiB",
+                "",
+            ],
+            ["memory of optimize(), again", f"{memory_again:.0f} MiB", "≤ 50 MiB"],
+            [
+                "first generate() over stock's, nothing cached",
+                f"{figures['first_generate_cold']:.1f} s",
+                "≤ 25 s",
+            ],
+            [
+                "first generate() over stock's, later processes",
+                f"{figures['first_generate_later']:.2f} s",
+                "≤ 2 s",
+            ],
+        ],
+    )

@@ -1,0 +1,100 @@
+"""`hfopt doctor`: what this machine offers, whether the kernels work on it, advice for each problem."""
+
+import argparse
+import os
+from collections.abc import Iterator
+
+from packaging.version import Version
+
+from hfopt import env, limits
+
+from .output import progress, say, show_table
+
+# 0.63 mended cached callers of parallel functions
+_OLDEST = {"numba": "0.66", "transformers": "4.57"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `hfopt doctor`: none."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 1 if a kernel fails its self-test."""
+    from hfopt.kernels import selftest  # here, because it loads Numba, which no other command needs at once
+
+    load = os.getloadavg()[0]  # before the tests add their own
+    with progress("Testing the kernels (the first time on a machine they are compiled)"):
+        results = selftest.run()
+    with progress("Measuring the memory bandwidth"):
+        bandwidth = limits.BandwidthMeter().measure()
+    _show_machine(bandwidth)
+    show_table(
+        ["kernel", "result", "detail"],
+        [[name, "ok" if passed else "FAILED", detail] for name, passed, detail in results],
+    )
+    advice = list(_advice(load))
+    failed = [name for name, passed, _ in results if not passed]
+    if failed:
+        advice.append(
+            f"These kernels fail here: {', '.join(failed)}. Delete the cache folder and try again; "
+            "NUMBA_CPU_NAME=generic compiles portable ones."
+        )
+    say("")
+    for line in advice or ["No problem found."]:
+        say(f"- {line}")
+    return 1 if failed else 0
+
+
+def _show_machine(bandwidth: float) -> None:
+    cores = env.usable_cores()
+    folder, state = env.cache_folder()
+    rows = [
+        ["CPU", f"{env.cpu_model()} (kernels for {env.target_cpu()})"],
+        ["CPU path", env.cpu_path()],
+        ["Features", _known_features()],
+        ["Cores", f"{cores.usable}: {cores.reason}"],
+        ["Threads", str(env.threads())],
+        ["Threading layer", env.threading_layer()],
+        ["OpenMP runtimes", "\n".join(env.openmp_copies()) or "none"],
+        ["Kernel cache", f"{folder or 'none'}: {state}"],
+        ["Memory bandwidth", f"{bandwidth / 1e9:.1f} GB/s"],
+        ["Versions", ", ".join(f"{name} {version}" for name, version in env.versions().items())],
+    ]
+    for name, value in rows:
+        say(f"{name:<18}" + value.replace("\n", "\n" + " " * 18))
+    say("")
+
+
+def _known_features() -> str:
+    """The features that kernels or the reader of a report may ask about, of the compilation target."""
+    wanted = ("avx2", "fma", "f16c", "avx512", "amx", "neon", "sve", "bf16", "dotprod", "i8mm")
+    return " ".join(sorted(name for name in env.features() if name.startswith(wanted))) or "none"
+
+
+def _advice(load: float) -> Iterator[str]:
+    cores, threads = env.usable_cores(), env.threads()
+    if threads > cores.usable:
+        yield f"{threads} threads, {cores.usable} cores ({cores.reason}): set OMP_NUM_THREADS={cores.usable}."
+    elif threads < cores.usable:
+        yield f"Only {threads} of {cores.usable} usable cores are used: set OMP_NUM_THREADS={cores.usable}."
+    if load > 0.5 * cores.usable:
+        yield (
+            f"Other work keeps the cores busy (load {load:.1f}), and spinning threads then cost much: "
+            "stop it, or set OMP_WAIT_POLICY=PASSIVE."
+        )
+    if env.threading_layer() == "workqueue":
+        yield "Numba found no OpenMP, and its own thread pool is slow: install libgomp (with gcc), or tbb."
+    if len(env.openmp_copies()) > 1 and "OMP_WAIT_POLICY" not in os.environ and threads > 1:
+        yield (
+            "torch and numba have an OpenMP runtime each; that is usual and harmless on quiet machines. "
+            "If steps take unevenly long, set OMP_WAIT_POLICY=PASSIVE."
+        )
+    folder, state = env.cache_folder()
+    if folder is None:
+        yield f"Every process compiles all kernels ({state}): set HFOPT_CACHE_DIR to a folder of your own."
+    if env.cpu_path() == "portable":
+        yield "No AVX2 or AVX-512: kernels run in their portable form, which may be no faster than torch."
+    for package, oldest in _OLDEST.items():
+        version = env.versions()[package]
+        if version != "not installed" and Version(version) < Version(oldest):
+            yield f"{package} {version} is older than {oldest}, the oldest that works: upgrade it."

@@ -1,0 +1,141 @@
+"""Timed generation: one run, alternating runs of the stock and the optimised model, their summary."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import hfopt
+from hfopt import env, limits
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure: the stock or the optimised model, and what `generate` gets."""
+
+    name: str
+    optimized: bool
+    inputs: dict[str, torch.Tensor]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One `generate`. Seconds, bytes, bytes a second."""
+
+    sequences: torch.Tensor = field(repr=False)
+    total: float
+    first: float
+    next: list[float]
+    peak_memory: int
+    bandwidth: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, for programs."""
+        figures = asdict(self)
+        del figures["sequences"]
+        return figures
+
+
+def generate(model: Any, case: Case) -> Sample:
+    """Run one case on a model that already is in the state that the case asks for."""
+    torch.manual_seed(0)
+    env.reset_peak_memory()
+    begin = time.perf_counter()
+    with hfopt.record_latency(model) as timings:
+        sequences = model.generate(**case.inputs, **case.options)
+    total = time.perf_counter() - begin
+    return Sample(sequences, total, statistics.fmean(timings.first), list(timings.next), env.peak_memory())
+
+
+def alternate(
+    model: PreTrainedModel,
+    cases: Sequence[Case],
+    repetitions: int,
+    warmup: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, list[Sample]]:
+    """Measure the cases in turn on one model object; the first `warmup` rounds do not count.
+
+    Each sample carries the mean of the bandwidths measured just before and just after it. The model is left
+    as the last case asks for.
+    """
+    meter = limits.BandwidthMeter()
+    before = meter.measure()
+    samples: dict[str, list[Sample]] = {case.name: [] for case in cases}
+    for index in range(warmup + repetitions):
+        for case in cases:
+            if case.optimized:
+                hfopt.optimize(model)
+            else:
+                hfopt.restore(model)
+            sample = generate(model, case)
+            after = meter.measure()
+            if index >= warmup:
+                samples[case.name].append(replace(sample, bandwidth=(before + after) / 2))
+            before = after
+            advance()
+    return samples
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` of all values lie below: ipex.llm's definition, sorted[int(n * share)]."""
+    return sorted(values)[int(len(values) * share)]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The figures of a case over its repetitions. Seconds; `next_*` are None when one token was generated."""
+
+    latency: float
+    first: float
+    next_mean: float | None
+    next_p90: float | None
+    next_p99: float | None
+    tokens_per_second: float
+    peak_memory: int
+    bandwidth: float
+    bandwidth_used: float | None
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], n_rows: int, n_new: int, step_bytes: float) -> "Summary":
+        """Of samples of `n_rows` texts with `n_new` tokens each, whose steps read `step_bytes` at least."""
+        latency = statistics.fmean(sample.total for sample in samples)
+        steps = [seconds for sample in samples for seconds in sample.next]
+        bandwidth = statistics.fmean(sample.bandwidth for sample in samples)
+        return cls(
+            latency=latency,
+            first=statistics.fmean(sample.first for sample in samples),
+            next_mean=statistics.fmean(steps) if steps else None,
+            next_p90=percentile(steps, 0.9) if steps else None,
+            next_p99=percentile(steps, 0.99) if steps else None,
+            tokens_per_second=n_rows * n_new / latency,
+            peak_memory=max(sample.peak_memory for sample in samples),
+            bandwidth=bandwidth,
+            bandwidth_used=step_bytes / statistics.fmean(steps) if steps else None,
+        )
+
+    def lines(self) -> Iterator[str]:
+        """The summary as ipex.llm's run.py words it, then what it does not say."""
+        yield f"Inference latency: {self.latency:.5f} sec."
+        yield f"First token average latency: {self.first:.5f} sec."
+        if self.next_mean is not None:
+            yield f"Average 2... latency: {self.next_mean:.5f} sec."
+            yield f"P90 2... latency: {self.next_p90:.5f} sec."
+            yield f"P99 2... latency: {self.next_p99:.5f} sec."
+        yield f"Throughput: {self.tokens_per_second:.1f} tokens/s"
+        yield f"Peak memory: {self.peak_memory / 2**20:.0f} MiB"
+        if self.bandwidth_used is not None:
+            yield (
+                f"Memory bandwidth: {self.bandwidth_used / self.bandwidth:.0%} of the measured "
+                f"{self.bandwidth / 1e9:.1f} GB/s (weights and cache at {self.bandwidth_used / 1e9:.1f} GB/s)"
+            )
+
+
+def paired_ratio(stock: Sequence[float], optimized: Sequence[float]) -> float:
+    """Median over the repetitions of stock seconds / optimised seconds: how many times as fast."""
+    return statistics.median(slow / fast for slow, fast in zip(stock, optimized, strict=True))

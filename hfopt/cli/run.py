@@ -1,0 +1,245 @@
+"""`hfopt run`: generate text and say how long it took. The flags are those of ipex.llm's run.py, and more."""
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+import hfopt
+from hfopt import limits
+from hfopt.errors import InvalidInput
+
+from . import models, prompts
+from .measure import Case, Sample, Summary, alternate, generate, paired_ratio
+from .output import progress, say, write_json
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_BEAMS = 4
+_STOCK, _OPTIMIZED = "stock", "optimized"
+
+
+def positive(text: str) -> int:
+    """The argparse type of counts."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose a model, `model_id` apart."""
+    parser.add_argument(
+        "--random-weights",
+        metavar="CONFIG",
+        help=f"random weights instead of a checkpoint: a config.json or one of {', '.join(models.SHAPES)}",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code from the checkpoint (default: never)"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `hfopt run`."""
+    parser.add_argument("-m", "--model-id", help="a folder or hub id (default: the embedded model)")
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", help="the text to continue")
+    parser.add_argument(
+        "--input-tokens", type=positive, metavar="N", help="a prompt of N tokens instead of --prompt"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=32, metavar="N", help="exactly N (default: %(default)s)"
+    )
+    parser.add_argument("--greedy", action="store_true", help="the same as --num-beams 1")
+    parser.add_argument(
+        "--num-beams", type=positive, default=_BEAMS, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sample", action="store_true", help="sample instead of taking the most likely token"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=1, metavar="N", help="texts at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-iter",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="runs, warm-up included (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-warmup", type=int, default=1, metavar="N", help="runs that do not count (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--token-latency", action="store_true", help="print the time of every token of the last run"
+    )
+    parser.add_argument(
+        "--streaming", action="store_true", help="print the text while it is made (one text, no beams)"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="profile one more run and print where the time went"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="the unpatched model too, in turn with the optimised one"
+    )
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="figures as JSON to FILE, or instead of the text"
+    )
+
+
+def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model that the flags ask for; random weights have no tokenizer."""
+    dtype = DTYPES[args.dtype]
+    if args.random_weights is None:
+        return models.load(args.model_id or hfopt.embedded_model(), dtype, args.trust_remote_code)
+    if args.model_id is not None:
+        raise InvalidInput("--model-id and --random-weights exclude each other")
+    with progress(f"Making random weights of {args.random_weights}"):
+        return models.random_model(models.named_config(args.random_weights), dtype), None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; the exit code."""
+    if not 0 <= args.num_warmup < args.num_iter:
+        raise InvalidInput(
+            f"--num-warmup={args.num_warmup} must be at least 0 and below --num-iter={args.num_iter}"
+        )
+    model, tokenizer = load_model(args)
+    inputs = _inputs(args, model, tokenizer)
+    options = _options(args, tokenizer)
+    names = [_STOCK, _OPTIMIZED] if args.compare else [_OPTIMIZED]
+    cases = [Case(name, name == _OPTIMIZED, inputs, options) for name in names]
+
+    total = args.num_iter * len(cases)
+    with progress("Generating", total, hidden=args.streaming) as advance:
+        samples = alternate(model, cases, args.num_iter - args.num_warmup, args.num_warmup, advance)
+
+    step_bytes = limits.bytes_per_step(
+        model,
+        args.batch_size,
+        inputs["input_ids"].shape[1],
+        args.batch_size * options["num_beams"],
+        args.max_new_tokens,
+    )
+    summaries = {
+        name: Summary.of(samples[name], args.batch_size, args.max_new_tokens, step_bytes) for name in names
+    }
+    if args.json != "-":
+        _print_text(args, samples[_OPTIMIZED][-1], inputs, tokenizer)
+        _print_summaries(args, samples, summaries)
+    if args.json is not None:
+        write_json(args.json, _figures(args, samples, summaries))
+    if args.profile:
+        _profile(model, cases[-1])
+    return 0
+
+
+def _inputs(
+    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, torch.Tensor]:
+    if args.prompt is not None and args.input_tokens is not None:
+        raise InvalidInput("--prompt and --input-tokens exclude each other")
+    if tokenizer is None:
+        if args.prompt is not None:
+            raise InvalidInput("--prompt needs a tokenizer, and random weights have none: use --input-tokens")
+        return prompts.random_ids(model, args.input_tokens or 32, args.batch_size)
+    if args.input_tokens is not None:
+        return prompts.of_length(tokenizer, args.input_tokens, args.batch_size)
+    return prompts.of_text(
+        tokenizer, prompts.DEFAULT_PROMPT if args.prompt is None else args.prompt, args.batch_size
+    )
+
+
+def _options(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    num_beams = 1 if args.greedy else args.num_beams
+    options: dict[str, Any] = {
+        "do_sample": args.sample,
+        "num_beams": num_beams,
+        "max_new_tokens": args.max_new_tokens,
+        "min_new_tokens": args.max_new_tokens,
+    }
+    if args.streaming:
+        if tokenizer is None or num_beams > 1 or args.batch_size > 1:
+            logger.warning("--streaming is ignored: it needs a tokenizer, --greedy and --batch-size 1")
+        else:
+            options["streamer"] = TextStreamer(tokenizer)
+    return options
+
+
+def _print_text(
+    args: argparse.Namespace,
+    sample: Sample,
+    inputs: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    say(f"---- Prompt size: {inputs['input_ids'].shape[1]}")
+    for row in sample.sequences:
+        if tokenizer is None:
+            say(f"new tokens: {row[inputs['input_ids'].shape[1] :].tolist()}")
+        else:
+            say(str(tokenizer.decode(row, skip_special_tokens=True)))
+    if args.token_latency:
+        latencies = " ".join(f"{seconds:.5f}" for seconds in (sample.first, *sample.next))
+        say(f"Latency of each token, sec.: {latencies}")
+
+
+def _print_summaries(
+    args: argparse.Namespace, samples: dict[str, list[Sample]], summaries: dict[str, Summary]
+) -> None:
+    for name, summary in summaries.items():
+        title = f"Summary: {name}" if args.compare else "Summary:"
+        say(f"\n ---------- {title} ----------")
+        for line in summary.lines():
+            say(line)
+    if args.compare:
+        ratios = _ratios(samples)
+        say("\n ---------- stock / optimized ----------")
+        say(f"First token: {ratios['first']:.2f} times as fast")
+        if "next" in ratios:
+            say(f"2... tokens: {ratios['next']:.2f} times as fast")
+        say(f"Same tokens: {'yes' if ratios['same_tokens'] else 'no'}")
+
+
+def _ratios(samples: dict[str, list[Sample]]) -> dict[str, float | bool]:
+    stock, optimized = samples[_STOCK], samples[_OPTIMIZED]
+    ratios: dict[str, float | bool] = {
+        "first": paired_ratio([sample.first for sample in stock], [sample.first for sample in optimized]),
+        "same_tokens": torch.equal(stock[-1].sequences, optimized[-1].sequences),
+    }
+    if stock[0].next:
+        ratios["next"] = paired_ratio(
+            [sum(sample.next) for sample in stock], [sum(sample.next) for sample in optimized]
+        )
+    return ratios
+
+
+def _figures(
+    args: argparse.Namespace, samples: dict[str, list[Sample]], summaries: dict[str, Summary]
+) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "arguments": {key: value for key, value in vars(args).items() if key != "function"}
+    }
+    for name, summary in summaries.items():
+        figures[name] = dataclasses.asdict(summary) | {
+            "sequences": samples[name][-1].sequences.tolist(),
+            "samples": [sample.to_dict() for sample in samples[name]],
+        }
+    if args.compare:
+        figures["ratio"] = _ratios(samples)
+    return figures
+
+
+def _profile(model: PreTrainedModel, case: Case) -> None:
+    schedule = torch.profiler.schedule(wait=1, warmup=3, active=1)
+    activities: Sequence[torch.profiler.ProfilerActivity] = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
+        for _ in range(5):
+            generate(model, case)
+            profiler.step()
+    say(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=-1))

@@ -1,0 +1,10 @@
+"""`hfopt bench` without installing the package; `--help` lists the flags."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from hfopt.cli import main
+
+sys.exit(main(["bench", *sys.argv[1:]]))

@@ -1,0 +1,176 @@
+"""The figures of `hfopt bench` and of the summaries, from samples whose figures are known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hfopt import limits
+from hfopt.cli import bench_rows, main, measure
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def sample(first: float, later: list[float], bandwidth: float = 1e9, total: float = 1.0) -> measure.Sample:
+    return measure.Sample(torch.zeros(1, 3), total, first, later, peak_memory=1 << 20, bandwidth=bandwidth)
+
+
+def test_percentiles_are_those_of_ipex() -> None:
+    values = list(range(100, 0, -1))
+    assert measure.percentile(values, 0.9) == 91
+    assert measure.percentile(values, 0.99) == 100
+    assert measure.percentile([5.0], 0.99) == 5.0
+
+
+def test_the_summary_pools_the_later_tokens() -> None:
+    samples = [sample(2.0, [0.1] * 9, total=3.0), sample(4.0, [0.1] * 9 + [0.2] * 2, total=5.0)]
+    summary = measure.Summary.of(samples, n_rows=2, n_new=10, step_bytes=6e7)
+    assert summary.latency == 4.0
+    assert summary.first == 3.0
+    assert summary.next_mean == pytest.approx((18 * 0.1 + 2 * 0.2) / 20)
+    assert (summary.next_p90, summary.next_p99) == (0.2, 0.2)
+    assert summary.tokens_per_second == 5.0
+    assert summary.bandwidth_used == pytest.approx(6e7 / 0.11)
+    lines = list(summary.lines())
+    assert lines[:3] == [
+        "Inference latency: 4.00000 sec.",
+        "First token average latency: 3.00000 sec.",
+        "Average 2... latency: 0.11000 sec.",
+    ]
+    assert "55%" in lines[-1]
+
+
+def test_a_summary_of_one_token_has_no_later_ones() -> None:
+    summary = measure.Summary.of([sample(2.0, [])], n_rows=1, n_new=1, step_bytes=1.0)
+    assert summary.next_mean is None
+    assert not any("2..." in line for line in summary.lines())
+
+
+def test_ratios_are_medians_of_neighbours() -> None:
+    # the machine was slow in the middle: medians of each alone would say 3 / 1
+    assert measure.paired_ratio([2.0, 30.0, 3.0], [1.0, 15.0, 1.0]) == 2.0
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**SHAPE))
+
+
+def samples_of(
+    stock: list[measure.Sample], optimized: list[measure.Sample], beams: int = 1
+) -> dict[str, Any]:
+    return {
+        bench_rows.case_name(False, 1, beams): stock,
+        bench_rows.case_name(True, 1, beams): optimized,
+    }
+
+
+def test_a_decode_row(model: LlamaForCausalLM) -> None:
+    needed = limits.bytes_per_step(model, 1, 10, 1, 4)
+    # the second half of the run had half the bandwidth
+    stock = [sample(9.0, [0.4, 0.4, 9.0], needed * 10), sample(9.0, [0.8, 0.8, 0.1], needed * 5)]
+    optimized = [sample(9.0, [0.2, 0.2, 0.2], needed * 10), sample(9.0, [0.4, 0.4, 0.4], needed * 5)]
+    row = bench_rows.ROWS["decode-bf16"]
+    figures = bench_rows.figures_of(row, model, samples_of(stock, optimized), 10, 4, 1.0)
+    assert figures["ratio"] == 2.0
+    assert figures["stock"]["seconds"] == pytest.approx(0.6)
+    assert figures["stock"]["limit"] == pytest.approx(0.25)
+    assert figures["optimized"]["limit"] == pytest.approx(0.5)
+    assert "2.00 ×" in bench_rows.line_of(figures)
+
+
+def test_a_prefill_row(model: LlamaForCausalLM) -> None:
+    operations = limits.prefill_operations(model, 1, 10)
+    row = bench_rows.ROWS["prefill-bf16"]
+    samples = samples_of([sample(0.5, [1.0])], [sample(0.25, [1.0])])
+    figures = bench_rows.figures_of(row, model, samples, 10, 4, rate=operations * 8)
+    assert figures["ratio"] == 2.0
+    assert figures["optimized"] == {"seconds": 0.25, "limit": 0.5, "tokens_per_second": 40.0}
+
+
+def test_a_beam_row_compares_with_greedy(model: LlamaForCausalLM) -> None:
+    samples = samples_of([sample(1.0, [0.1])], [sample(1.0, [0.1])])
+    samples |= samples_of([sample(4.0, [0.3])], [sample(1.05, [0.12])], beams=4)
+    first, later = (
+        bench_rows.figures_of(bench_rows.ROWS[name], model, samples, 10, 4, 1.0)
+        for name in ("beam-first", "beam-next")
+    )
+    assert (first["stock"]["ratio"], first["optimized"]["ratio"]) == (4.0, 1.05)
+    assert later["optimized"]["ratio"] == pytest.approx(1.2)
+    assert "≤ 1.1 ×" in bench_rows.line_of(first)
+
+
+def test_rows_share_their_cases(model: LlamaForCausalLM) -> None:
+    rows = [bench_rows.ROWS[name] for name in ("decode-bf16", "prefill-bf16", "beam-first", "beam-next")]
+    cases = bench_rows.cases_of(rows, model, 10, 4)
+    assert [(case.optimized, case.options["num_beams"]) for case in cases] == [
+        (False, 1),
+        (True, 1),
+        (False, 4),
+        (True, 4),
+    ]
+
+
+def test_cases_alternate_on_one_model_and_are_left_as_the_last_asks(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(measure.hfopt, "optimize", lambda model: seen.append("optimize"))
+    monkeypatch.setattr(measure.hfopt, "restore", lambda model: seen.append("restore"))
+    monkeypatch.setattr(
+        measure.limits, "BandwidthMeter", lambda: iter_meter([9.0, 9.0, 4.0, 2.0, 1.0, 1.0, 3.0])
+    )
+    cases = bench_rows.cases_of([bench_rows.ROWS["decode-bf16"]], model, 5, 3)
+    samples = measure.alternate(model, cases, repetitions=2, warmup=1)
+    assert seen == ["restore", "optimize"] * 3
+    stock, optimized = samples.values()
+    assert [one.bandwidth for one in stock] == [3.0, 1.0]
+    assert [one.bandwidth for one in optimized] == [1.5, 2.0]
+    assert all(len(one.next) == 2 for one in stock + optimized)
+
+
+def iter_meter(values: list[float]) -> Any:
+    """A bandwidth meter that reads these values."""
+
+    class Meter:
+        measure = iter(values).__next__
+
+    return Meter()
+
+
+def test_the_command_on_a_small_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape, target = tmp_path / "config.json", tmp_path / "bench.json"
+    shape.write_text(json.dumps(SHAPE | {"model_type": "llama", "num_hidden_layers": 3}))
+    arguments = ["--shape", str(shape), "--small-shape", str(shape), "--layers", "2", "--quick"]
+    assert (
+        main(
+            [
+                "bench",
+                *arguments,
+                "--rows",
+                "decode-small,beam-next,prefill-f32",
+                "--json",
+                str(target),
+            ]
+        )
+        == 0
+    )
+    output = capsys.readouterr().out
+    for text in ("versions", "threading layer", "small shape", "prefill float32"):
+        assert text in output
+    figures = json.loads(target.read_text())
+    assert set(figures["rows"]) == {"beam-next", "decode-small", "prefill-f32"}
+    assert figures["configuration"]["repetitions"] == 2
+    for group in figures["samples"]:
+        for samples in group["cases"].values():
+            assert len(samples) == 2
+            assert all(one["bandwidth"] > 0 for one in samples)

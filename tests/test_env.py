@@ -1,0 +1,193 @@
+"""env and limits: what they read from the system, and what they count of a model."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from hfopt import env, limits
+
+
+def in_process(code: str, **variables: str) -> str:
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return finished.stdout.strip()
+
+
+CPU_PATH = "from hfopt import env; print(env.cpu_path())"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features", "path"),
+    [
+        ("generic", "", "portable"),
+        ("x86-64", "+avx2,+fma,-avx512f", "AVX2"),
+        ("x86-64", "+avx2,+fma,+avx512f", "AVX-512"),
+        ("x86-64", "+avx2,+fma,+avx512f,+avx512bf16", "AVX-512 BF16"),
+    ],
+)
+def test_cpu_path_follows_the_compilation_target(cpu: str, features: str, path: str) -> None:
+    assert in_process(CPU_PATH, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features) == path
+
+
+def test_features_of_the_host_agree_with_the_kernel_of_the_system() -> None:
+    if "NUMBA_CPU_NAME" in os.environ or "NUMBA_CPU_FEATURES" in os.environ:
+        pytest.skip("the target is not the host")
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "flags" not in flags:
+        pytest.skip("no x86 flags to compare with")
+    for flag, feature in (("avx2", "avx2"), ("fma", "fma"), ("avx512_bf16", "avx512bf16")):
+        assert (f" {flag} " in flags) == (feature in env.features())
+
+
+@pytest.fixture(scope="module")
+def restricted() -> dict[str, Any]:
+    """What env says in a new process on one core, without a cache folder, that ran no kernel."""
+    code = (
+        "import json, os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"
+        "from hfopt import env; cores = env.usable_cores();"
+        "print(json.dumps([cores.usable, cores.reason, env.cache_folder(), env.threading_layer()]))"
+    )
+    keys = ("cores", "reason", "cache folder", "layer")
+    return dict(zip(keys, json.loads(in_process(code, HFOPT_CACHE_DIR="off")), strict=True))
+
+
+def test_usable_cores_follow_the_affinity_mask(restricted: dict[str, Any]) -> None:
+    assert restricted["cores"] == 1
+    if (os.cpu_count() or 1) > 1 and env.cpu_quota() is None:
+        assert "affinity mask allows 1" in restricted["reason"]
+
+
+def test_cache_folder_says_why_there_is_none(restricted: dict[str, Any]) -> None:
+    folder, state = restricted["cache folder"]
+    assert folder is None
+    assert "HFOPT_CACHE_DIR" in state
+
+
+def test_threading_layer_is_known_only_after_a_kernel_ran(restricted: dict[str, Any]) -> None:
+    assert restricted["layer"] == "not loaded yet"
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "cores"),
+    [
+        ("0::/pod/box\n", {"cpu.max": "max 100000", "pod/cpu.max": "150000 100000"}, 1.5),
+        ("0::/pod/box\n", {"pod/cpu.max": "150000 100000", "pod/box/cpu.max": "50000 100000"}, 0.5),
+        ("0::/not/here\n", {"cpu.max": "300000 100000"}, 3.0),
+        ("4:cpu,cpuacct:/box\n0::/\n", {"cpu/box/cpu.cfs_quota_us": "200000"}, 2.0),
+        ("4:cpu,cpuacct:/box\n0::/\n", {"cpu/box/cpu.cfs_quota_us": "-1"}, None),
+        ("0::/\n", {}, None),
+    ],
+)
+def test_cpu_quota_is_the_smallest_of_all_groups(
+    membership: str,
+    files: dict[str, str],
+    cores: float | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listing = tmp_path / "membership"
+    listing.write_text(membership)
+    root = tmp_path / "cgroup"
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content + "\n")
+    monkeypatch.setattr(env, "_CGROUPS", root)
+    monkeypatch.setattr(env, "_MEMBERSHIP", listing)
+    assert env.cpu_quota() == cores
+
+
+def test_openmp_copies_name_the_one_that_torch_brought() -> None:
+    torch.ones(1000).sum()
+    copies = env.openmp_copies()
+    assert copies == sorted(set(copies))
+    if sys.platform == "linux":
+        assert any("omp" in Path(copy).name for copy in copies)
+
+
+def test_peak_memory_is_measured_anew_after_a_reset() -> None:
+    if env.resident_memory() == 0:
+        pytest.skip("the system does not tell")
+    block = np.ones(64 << 20, dtype=np.uint8)
+    with_block = env.peak_memory()
+    assert with_block >= env.resident_memory() >= block.nbytes
+    del block
+    env.reset_peak_memory()
+    if env.peak_memory() == with_block:
+        pytest.skip("the system does not allow a reset")
+    assert env.peak_memory() < with_block - (32 << 20)
+
+
+def test_versions_name_what_results_depend_on() -> None:
+    versions = env.versions()
+    assert versions["torch"] == torch.__version__
+    assert set(versions) >= {"python", "transformers", "numba", "llvmlite"}
+
+
+def llama(tied: bool) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=101,
+            hidden_size=48,
+            intermediate_size=72,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_reads_an_embedding_only_as_the_lm_head(tied: bool) -> None:
+    model = llama(tied)
+    layer = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 72 + 2 * 48
+    weights = 4 * (3 * layer + 48 + 101 * 48)
+    assert sum(weight.nbytes for weight in limits.read_weights(model)) == weights
+    token = 4 * 2 * 3 * 2 * 12  # float32, keys and values, layers, heads, channels
+    assert limits.bytes_per_token_in_cache(model) == token
+    assert limits.bytes_per_step(model, 2, 10, 8, 6) == weights + token * (2 * 10 + 8 * 3)
+
+
+def test_position_tables_are_not_read() -> None:
+    config = OPTConfig(
+        vocab_size=50,
+        hidden_size=16,
+        ffn_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=1000,
+        word_embed_proj_dim=16,
+    )
+    read = limits.read_weights(OPTForCausalLM(config))
+    assert max(weight.shape[0] for weight in read) == 50
+
+
+def test_prefill_operations_are_two_a_weight_and_token() -> None:
+    model = llama(tied=True)
+    layer = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 72
+    attention = 3 * 2 * 2 * 48 * 10 * 10 / 2
+    assert limits.prefill_operations(model, 2, 10) == 2 * (2 * 3 * layer * 10 + attention + 2 * 101 * 48)
+
+
+def test_bandwidth_is_the_size_of_the_buffer_over_the_time_of_a_pass() -> None:
+    meter = limits.BandwidthMeter()
+    begin = time.perf_counter()
+    rate = meter.measure(passes=2)
+    seconds = time.perf_counter() - begin
+    # three passes went by, the fastest of which counts
+    assert rate >= 2 * limits._MIN_BUFFER / seconds
+    assert rate < 1e13
