@@ -11,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from hfopt import env, generation
 from hfopt.errors import InvalidInput, UnsupportedDevice, UnsupportedModel
+from hfopt.progress import compile_progress
 from hfopt.report import Report
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def optimize(model: Model, *, dtype: torch.dtype | None = None, strict: bool = F
     if dtype is not None:
         _convert(model, dtype)
     walk = Walk(model)
-    walk.apply()
+    with compile_progress():
+        walk.apply()
     try:
         if strict:
             _check_complete(walk)

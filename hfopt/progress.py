@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers.utils.logging import tqdm
 
@@ -21,7 +22,7 @@ def compile_progress() -> Iterator[None]:
 
     with _lock:
         outermost, _depth = _depth == 0, _depth + 1
-    bars: list[tqdm] = []
+    bars: list[Any] = []
 
     def count(kernel: str) -> None:
         if not bars:

@@ -42,5 +42,10 @@ def warmup() -> None:
                 tokens = torch.arange(_PROMPT)[None]
                 for num_beams in (1, 2):
                     model.generate(
-                        tokens, max_new_tokens=3, do_sample=False, num_beams=num_beams, eos_token_id=None, pad_token_id=0
+                        tokens,
+                        max_new_tokens=3,
+                        do_sample=False,
+                        num_beams=num_beams,
+                        eos_token_id=None,
+                        pad_token_id=0,
                     )

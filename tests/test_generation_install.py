@@ -198,7 +198,7 @@ def copied(model: Model, how: str) -> Model:
 def test_a_copy_is_on_its_own(model: Model, how: str) -> None:
     install(model)
     other = copied(model, how)
-    assert other.generate.args[0] is other and other._prepare_cache_for_generation.args[0] is other
+    assert other.generate._model() is other and other._prepare_cache_for_generation._model() is other
     expected = tokens_of(model, num_beams=3)
     with torch.no_grad():
         for parameter in model.parameters():

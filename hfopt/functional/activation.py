@@ -32,5 +32,7 @@ _RECORDS = {
     "sigmoid": Activation(codes.SIGMOID, torch.sigmoid),
 }
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {name: record.reference for name, record in _RECORDS.items()}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    name: record.reference for name, record in _RECORDS.items()
+}
 CODES: dict[str | None, int] = {None: codes.NONE} | {name: record.code for name, record in _RECORDS.items()}

@@ -12,7 +12,15 @@ from hfopt.errors import InvalidInput
 from hfopt.kernels import linear as kernels
 
 from .activation import CODES
-from .checks import array_of, check_contiguous, check_floats, check_rows, check_shape, check_vector, prepare_threads
+from .checks import (
+    array_of,
+    check_contiguous,
+    check_floats,
+    check_rows,
+    check_shape,
+    check_vector,
+    prepare_threads,
+)
 
 _NO_RESIDUALS = np.empty(0, np.int64)
 
@@ -51,7 +59,9 @@ class LinearWeights:
         Raises `InvalidInput` unless all are contiguous CPU tensors of one dtype, float32 or bfloat16.
         """
         if not weights or len(biases) != len(weights):
-            raise InvalidInput(f"weights and biases have {len(weights)} and {len(biases)} entries: as many are needed")
+            raise InvalidInput(
+                f"weights and biases have {len(weights)} and {len(biases)} entries: as many are needed"
+            )
         for index, weight in enumerate(weights):
             check_floats(f"weights[{index}]", weight, weights[0].dtype if index else None)
             if weight.ndim != 2:
@@ -91,8 +101,8 @@ def linear(
 ) -> Tensor:
     """y = act(x W^T + b) + residuals, the outputs of several matrices side by side.
 
-    With `gated` (two matrices of one shape): y = act(x W0^T + b0) * (x W1^T + b1) + residuals. Sums, activation and residuals are
-    float32 and are rounded once.
+    With `gated` (two matrices of one shape): y = act(x W0^T + b0) * (x W1^T + b1) + residuals. Sums, activation and
+    residuals are float32 and are rounded once.
 
     Args:
         hidden_states: [..., in], the dtype of the weights, last dimension contiguous.
@@ -107,10 +117,14 @@ def linear(
         InvalidInput: for any other dtype, shape, layout, device or name.
     """
     if activation not in CODES:
-        raise InvalidInput(f"activation is {activation!r}: None or one of {sorted(k for k in CODES if k)} is allowed")
+        raise InvalidInput(
+            f"activation is {activation!r}: None or one of {sorted(k for k in CODES if k)} is allowed"
+        )
     x = check_rows("hidden_states", hidden_states, weights.dtype)
     if x.shape[-1] != weights.in_features:
-        raise InvalidInput(f"hidden_states has {x.shape[-1]} features: the weights need {weights.in_features}")
+        raise InvalidInput(
+            f"hidden_states has {x.shape[-1]} features: the weights need {weights.in_features}"
+        )
     width = weights.out_features
     if gated:
         if len(weights.table) != 2 or 2 * weights.smallest != width:
@@ -123,7 +137,9 @@ def linear(
         check_floats(f"residuals[{index}]", residual, x.dtype)
         check_shape(f"residuals[{index}]", residual, shape)
         check_contiguous(f"residuals[{index}]", residual)
-    addresses = np.array([residual.data_ptr() for residual in residuals], np.int64) if residuals else _NO_RESIDUALS
+    addresses = (
+        np.array([residual.data_ptr() for residual in residuals], np.int64) if residuals else _NO_RESIDUALS
+    )
     if out.numel() == 0:
         return out
     prepare_threads()

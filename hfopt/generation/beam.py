@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from ._types import Ids, Model
+from .choice import continuations, select
 from .step import Steps
 from .stopping import Stopping
 
@@ -98,40 +99,6 @@ def beam_search(
         hidden_states=hidden_states,
         past_key_values=steps.cache,
     )
-
-
-def continuations(logits: Tensor, beam_scores: Tensor, n_candidates: int) -> tuple[Tensor, Tensor]:
-    """The best of `beam_scores + log_softmax(logits)` over all beams of a prompt, best first.
-
-    logits [n_prompts * num_beams, n_tokens], beam_scores float32 [n_prompts, num_beams]
-    -> scores float32 and beam * n_tokens + token int64, both [n_prompts, n_candidates].
-    """
-    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    n_prompts, num_beams = beam_scores.shape
-    n_tokens = logits.shape[-1]
-    if n_tokens < n_candidates:
-        return select(log_probs, beam_scores, n_candidates, do_sample=False)
-    # no beam can give more than n_candidates of them, and short rows are searched in parallel
-    row_scores, row_tokens = torch.topk(log_probs, n_candidates)
-    row_scores = row_scores.view(n_prompts, num_beams, -1) + beam_scores[:, :, None]
-    top_scores, top = torch.topk(row_scores.flatten(1), n_candidates)
-    tokens = row_tokens.view(n_prompts, -1).gather(1, top)
-    return top_scores, top // n_candidates * n_tokens + tokens
-
-
-def select(
-    log_probs: Tensor, beam_scores: Tensor, n_candidates: int, do_sample: bool
-) -> tuple[Tensor, Tensor]:
-    """`continuations` from log-probabilities that processors have seen; or a sample without replacement.
-
-    One search over all beams, as in transformers: where a processor leaves fewer tokens than candidates, the
-    order among equal scores decides what is returned.
-    """
-    total = (log_probs.view(*beam_scores.shape, -1) + beam_scores[:, :, None]).flatten(1)
-    if not do_sample:
-        return torch.topk(total, n_candidates)
-    top = torch.multinomial(torch.softmax(total, dim=-1), num_samples=n_candidates)
-    return total.gather(1, top), top
 
 
 class Candidates:

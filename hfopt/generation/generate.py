@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 
 from ..cache import IndirectCache
+from ..progress import compile_progress
 from ._types import Model
 from .beam import beam_search
 from .binding import Bound
@@ -84,21 +85,22 @@ def generate(
     if custom_generate is None and not assists and kwargs.get("cache_implementation") != "paged":
         check_inputs(model, inputs, kwargs)
         custom_generate = _loop(model, generation_config, synced_gpus, assistant_model, streamer, kwargs)
-    return type(model).generate(
-        model,
-        inputs,
-        generation_config,
-        logits_processor=logits_processor,
-        stopping_criteria=stopping_criteria,
-        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-        synced_gpus=synced_gpus,
-        assistant_model=assistant_model,
-        streamer=streamer,
-        negative_prompt_ids=negative_prompt_ids,
-        negative_prompt_attention_mask=negative_prompt_attention_mask,
-        custom_generate=custom_generate,
-        **kwargs,
-    )
+    with compile_progress():
+        return type(model).generate(
+            model,
+            inputs,
+            generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            synced_gpus=synced_gpus,
+            assistant_model=assistant_model,
+            streamer=streamer,
+            negative_prompt_ids=negative_prompt_ids,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            custom_generate=custom_generate,
+            **kwargs,
+        )
 
 
 def prepare_cache(

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ._types import Ids, Model
+from .choice import argmax
 from .step import Steps
 from .stopping import Stopping
 
@@ -80,8 +81,3 @@ def sample(
         hidden_states=hidden_states,
         past_key_values=steps.cache,
     )
-
-
-def argmax(logits: Tensor) -> Tensor:
-    """The first index of the largest logit of each row: [n_rows, n_tokens] to int64 [n_rows]."""
-    return torch.argmax(logits, dim=-1)

@@ -39,7 +39,11 @@ def _content_key() -> str:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
     versions = (numba.__version__, llvmlite.__version__, _target.LLVM_VERSION, sys.version_info[:3])
-    digest.update(repr((versions, _target.CPU_NAME, sorted(_target.FEATURES), sorted(FASTMATH), bool(_openmp.RUNTIME))).encode())
+    digest.update(
+        repr(
+            (versions, _target.CPU_NAME, sorted(_target.FEATURES), sorted(FASTMATH), bool(_openmp.RUNTIME))
+        ).encode()
+    )
     return digest.hexdigest()[:20]
 
 
@@ -82,10 +86,10 @@ def cache_folder() -> tuple[Path | None, str]:
         logger.warning("Kernels are compiled anew in every process: %s.", reason)
         return None, reason
     for candidate in (base, folder):
-        reason = _trusted(candidate)
-        if reason is not None:
-            logger.warning("Kernels are compiled anew in every process: %s %s.", candidate, reason)
-            return None, f"{candidate} {reason}"
+        doubt = _trusted(candidate)
+        if doubt is not None:
+            logger.warning("Kernels are compiled anew in every process: %s %s.", candidate, doubt)
+            return None, f"{candidate} {doubt}"
     return folder, "in use"
 
 

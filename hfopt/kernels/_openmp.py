@@ -2,7 +2,8 @@
 
 A second pool, such as the one that Numba would bring along, costs dearly: the workers of either spin for milliseconds
 after their last task, on the cores that the other one wants. In torch's own pool the kernels also follow
-`torch.set_num_threads` without being told. Without such a runtime (another platform, no torch) Numba's threading layer serves.
+`torch.set_num_threads` without being told. Without such a runtime (another platform, no torch) Numba's threading layer
+serves.
 
 The entry points are those of GNU libgomp, which the OpenMP libraries of LLVM and Intel have on Linux as well:
 `GOMP_parallel(function, data, n_threads, flags)` runs function(data) on every thread of a team.
@@ -41,7 +42,8 @@ def _register() -> str | None:
         try:
             library = ctypes.CDLL(path)
             addresses = {
-                name: ctypes.cast(getattr(library, entry), ctypes.c_void_p).value for name, entry in _ENTRIES.items()
+                name: ctypes.cast(getattr(library, entry), ctypes.c_void_p).value
+                for name, entry in _ENTRIES.items()
             }
         except (OSError, AttributeError):
             continue

@@ -156,7 +156,14 @@ def emit_exp(builder, x):
     p = _polynomial(
         builder,
         r,
-        [1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1],
+        [
+            1.9875691500e-4,
+            1.3981999507e-3,
+            8.3334519073e-3,
+            4.1665795894e-2,
+            1.6666665459e-1,
+            5.0000001201e-1,
+        ],
     )
     p = emit_fma(builder, p, builder.fmul(r, r), builder.fadd(r, splat_float(1.0)))
     # n reaches 128, one more than an exponent holds: 2^n is applied as 2^(n/2) twice
@@ -196,15 +203,31 @@ def emit_tanh(builder, x):
     return builder.select(builder.fcmp_unordered("<", size, splat_float(0.625)), near, far)
 
 
+_ERF_NUMERATOR = [
+    -2.72614225801306e-10,
+    2.77068142495902e-08,
+    -2.10102402082508e-06,
+    -5.69250639462346e-05,
+    -7.34990630326855e-04,
+    -2.95459980854025e-03,
+    -1.60960333262415e-02,
+]
+_ERF_DENOMINATOR = [
+    -1.45660718464996e-05,
+    -2.13374055278905e-04,
+    -1.68282697438203e-03,
+    -7.37332916720468e-03,
+    -1.42647390514189e-02,
+]
+
+
 def emit_erf(builder, x):
     """Rational minimax approximation of Eigen (erf for float)."""
     return _rational(
         builder,
         x,
-        [-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05]
-        + [-7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02],
-        [-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03]
-        + [-7.37332916720468e-03, -1.42647390514189e-02],
+        _ERF_NUMERATOR,
+        _ERF_DENOMINATOR,
         4.0,
     )
 
@@ -279,8 +302,8 @@ def load_part(typingctx, p, index, count):
 
     def codegen(context, builder, sig, args):
         if _is_bits(sig.args[0]):
-            return emit_widen(builder, emit_load_masked(builder, *args, I16X, 2))
-        return emit_load_masked(builder, *args, F32X, 4)
+            return emit_widen(builder, emit_load_masked(builder, args[0], args[1], args[2], I16X, 2))
+        return emit_load_masked(builder, args[0], args[1], args[2], F32X, 4)
 
     return float32x(p, types.intp, types.intp), codegen
 
@@ -340,7 +363,9 @@ def store_scalar(typingctx, p, index, value):
     def codegen(context, builder, sig, args):
         where, index, value = args
         if _is_bits(sig.args[0]):
-            value = builder.extract_element(emit_round(builder, emit_splat(builder, value, F32X)), ir.Constant(I32, 0))
+            value = builder.extract_element(
+                emit_round(builder, emit_splat(builder, value, F32X)), ir.Constant(I32, 0)
+            )
         builder.store(value, builder.gep(where, [index]))
         return context.get_dummy_value()
 

@@ -83,8 +83,8 @@ def _add_into(builder, slot, a, b):
 def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, sums, accumulate, n_x, n_w, unroll):
     """sums[i, j] (+)= products of x row i and w row j, kept as 16 partial sums a pair, for literal n_x and n_w.
 
-    A chunk is 16 units (16 float32 or 32 bfloat16). x is packed: chunk c of row i at x + c * x_step + 16 i units, padded with
-    zeros. w is row-major, w_stride elements a row; of the chunk after the last whole one `tail` elements are read.
+    A chunk is 16 units (16 float32 or 32 bfloat16). x is packed: chunk c of row i at x + c * x_step + 16 i units, padded
+    with zeros. w is row-major, w_stride elements a row; of the chunk after the last whole one `tail` elements are read.
     sums is float32 [n_x, 16, 16]. `unroll` independent sums (literal) hide the latency of the multiply-adds.
     """
     rows, columns, unrolled = _literal_ints(n_x, n_w, unroll)
@@ -117,9 +117,10 @@ def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, sums, accumulate, 
         ahead = builder.mul(w_stride, ir.Constant(_INTP, columns))
 
         def whole(row, start):
-            # The next rows' same columns are asked for now: a cut row is too short for the hardware's prefetcher to
-            # learn, and without this the product waits for memory instead of overlapping with it.
-            _simd.emit_prefetch(builder, row, builder.add(start, ahead))
+            if rows >= 8:
+                # Rows of w that are cut for many rows of x are too short for the hardware's prefetcher to learn: ask for
+                # the next rows' same columns now, so that the product overlaps with memory.
+                _simd.emit_prefetch(builder, row, builder.add(start, ahead))
             return _simd.emit_load(builder, row, start, vector, 2 if pairs else 4)
 
         def part(row, start):
@@ -178,7 +179,9 @@ def sum_rows(typingctx, p):
 
     def emit(builder, args):
         source, target = args
-        rows = [_simd.emit_load(builder, source, ir.Constant(_INTP, j * LANES), F32X, 4) for j in range(LANES)]
+        rows = [
+            _simd.emit_load(builder, source, ir.Constant(_INTP, j * LANES), F32X, 4) for j in range(LANES)
+        ]
         rows = _transpose(builder, rows)
         while len(rows) > 1:  # a fixed tree of adds
             rows = [builder.fadd(rows[i], rows[i + 1]) for i in range(0, len(rows), 2)]

@@ -9,7 +9,7 @@ summed by one thread in a fixed order, so the bits do not depend on the number o
 
 import numpy as np
 
-from . import _simd, _tile
+from . import _tile
 from ._jit import launch
 from ._parallel import body, parallel_for, usable_threads
 from ._simd import LANES, address_as, as_units, load, load_part, pointer, shifted, store, store_part
@@ -18,8 +18,12 @@ from .activation import activate
 WEIGHT, BIAS, SIZE, COLUMN = range(4)
 
 ROW_LIMIT = 16  # most rows of `linear_rows`; a literal below, in the size of its stack
-DEPTH_UNITS = 4096  # units of x that a block of weights is multiplied with before the next ones: half an L1 cache
-TILE_ROWS = 14  # 14 rows x 2 vectors of sums, 2 of weights and one of x fill the 32 vector registers of AVX-512
+DEPTH_UNITS = (
+    4096  # units of x that a block of weights is multiplied with before the next ones: half an L1 cache
+)
+TILE_ROWS = (
+    14  # 14 rows x 2 vectors of sums, 2 of weights and one of x fill the 32 vector registers of AVX-512
+)
 TILE_COLUMNS = 2 * LANES
 # Packed weights at a time: 4 panels x 512 units x 32 columns x 4 bytes stay in an L2 cache (256 KB), and the part of x that
 # they meet (14 rows x 512 units, 28 KB) in an L1 cache; x is read once for every 128 columns.
@@ -94,48 +98,57 @@ def _pack_chunks(x, n_rows, size, target):
 
 
 @body
+def _dot_columns(x, n_rows, w, size, chunks, tail, sums, more):
+    """Products of all packed rows of x with four rows of w."""
+    row = 0
+    x_step = n_rows * LANES
+    while row < n_rows:
+        left = n_rows - row
+        x_here, out = shifted(x, row * LANES), shifted(sums, row * LANES * LANES)
+        if left >= 8:
+            _tile.dot_tile(x_here, x_step, w, size, chunks, tail, out, more, 8, 2, 1)
+            w_next, out = shifted(w, 2 * size), shifted(out, 2 * LANES)
+            _tile.dot_tile(x_here, x_step, w_next, size, chunks, tail, out, more, 8, 2, 1)
+            row += 8
+        elif left >= 4:
+            _tile.dot_tile(x_here, x_step, w, size, chunks, tail, out, more, 4, 4, 1)
+            row += 4
+        elif left >= 2:
+            _tile.dot_tile(x_here, x_step, w, size, chunks, tail, out, more, 2, 4, 2)
+            row += 2
+        else:
+            _tile.dot_tile(x_here, x_step, w, size, chunks, tail, out, more, 1, 4, 2)
+            row += 1
+
+
+@body
 def _dot_block(x, n_rows, size, w, n_columns, sums):
     """sums[i, j, :] = partial sums of x[i] . w[j] for all (packed) rows and up to 16 columns.
 
-    The depth is cut so that the part of x in use stays in the L1 cache while 16 rows of w pass by.
+    For one row of x, the rows of w pass by one after the other: a single stream through memory is read faster than
+    several at once. More rows share loads of x and w in tiles; from 8 on the depth is cut so that the part of x in use
+    stays in the L1 cache.
     """
     width = LANES * _tile.units_ratio(w)
     whole = size // width
-    step = whole if n_rows == 1 else max(16, DEPTH_UNITS // (LANES * n_rows))
+    step = max(16, DEPTH_UNITS // (LANES * n_rows)) if n_rows >= 8 else whole
     first = 0
     while True:
         last = min(first + step, whole)
         tail = size - whole * width if last == whole else 0
         more = first > 0
+        x_here = shifted(x, first * n_rows * LANES)
         column = 0
         while column < n_columns:
-            group = 4 if column + 4 <= n_columns else 1
-            w_here = shifted(w, column * size + first * width)
-            row = 0
-            while row < n_rows:
-                left = n_rows - row
-                x_here = shifted(x, (first * n_rows + row) * LANES)
-                out = shifted(sums, (row * LANES + column) * LANES)
-                x_step = n_rows * LANES
-                if group == 1:
-                    _tile.dot_tile(x_here, x_step, w_here, size, last - first, tail, out, more, 1, 1, 4)
-                    row += 1
-                elif left >= 8:
-                    _tile.dot_tile(x_here, x_step, w_here, size, last - first, tail, out, more, 8, 2, 1)
-                    second = shifted(w_here, 2 * size)
-                    out = shifted(out, 2 * LANES)
-                    _tile.dot_tile(x_here, x_step, second, size, last - first, tail, out, more, 8, 2, 1)
-                    row += 8
-                elif left >= 4:
-                    _tile.dot_tile(x_here, x_step, w_here, size, last - first, tail, out, more, 4, 4, 1)
-                    row += 4
-                elif left >= 2:
-                    _tile.dot_tile(x_here, x_step, w_here, size, last - first, tail, out, more, 2, 4, 2)
-                    row += 2
-                else:
-                    _tile.dot_tile(x_here, x_step, w_here, size, last - first, tail, out, more, 1, 4, 2)
-                    row += 1
-            column += group
+            w_here, out = shifted(w, column * size + first * width), shifted(sums, column * LANES)
+            if n_rows > 1 and column + 4 <= n_columns:
+                _dot_columns(x_here, n_rows, w_here, size, last - first, tail, out, more)
+                column += 4
+            else:
+                for row in range(n_rows):
+                    x_row, to = shifted(x_here, row * LANES), shifted(out, row * LANES * LANES)
+                    _tile.dot_tile(x_row, n_rows * LANES, w_here, size, last - first, tail, to, more, 1, 1, 4)
+                column += 1
         first = last
         if first == whole:
             break
@@ -170,8 +183,8 @@ def rows_block(index, x, n_rows, size, table, gated, code, residuals, out, width
 def linear_rows(x, table, gated, code, residuals, out):
     """out = epilogue(x W^T + b) for 1 to 16 rows.
 
-    x [n, in], out [n, width]: float32 or bfloat16 bits, C-contiguous; table int64 [matrices, 4]; residuals int64 addresses of
-    arrays like out; code from `activation`.
+    x [n, in], out [n, width]: float32 or bfloat16 bits, C-contiguous; table int64 [matrices, 4]; residuals int64 addresses
+    of arrays like out; code from `activation`.
     """
     n_rows, size = x.shape
     n_units = (size * x.itemsize + 3) // 4
@@ -179,7 +192,18 @@ def linear_rows(x, table, gated, code, residuals, out):
     packed = as_units(shifted(pointer(room), _tile.to_cache_line(pointer(room))), pointer(x))
     _pack_chunks(pointer(x), n_rows, size, packed)
     n_blocks = count_blocks(table, gated)
-    arguments = (packed, n_rows, size, table, gated, code, residuals, pointer(out), out.shape[1], out.itemsize)
+    arguments = (
+        packed,
+        n_rows,
+        size,
+        table,
+        gated,
+        code,
+        residuals,
+        pointer(out),
+        out.shape[1],
+        out.itemsize,
+    )
     parallel_for(rows_block, min(usable_threads(), n_blocks), n_blocks, arguments)
     room[0] = 0  # the last use of the scratch: it must live until here
 
@@ -248,12 +272,26 @@ def _finish_tile(sums, first_row, n_rows, table, panel, gated, code, residuals, 
 
 @body
 def panel_group(
-    packed, n_rows, size, table, start, end, gated, code, residuals, out, width, item_size, room, sums, tile_rows
+    packed,
+    n_rows,
+    size,
+    table,
+    start,
+    end,
+    gated,
+    code,
+    residuals,
+    out,
+    width,
+    item_size,
+    room,
+    sums,
+    tile_rows,
 ):
     """Panels start to end (at most PANELS; 32 output columns each, 16 of both matrices with `gated`) of all rows.
 
-    packed: x as `linear_tiles` packs it; room: units for the packed panels; sums: float32 [PANELS, tiles, tile_rows, 32]. A tile
-    of x is multiplied with every panel of the group while it is in the L1 cache.
+    packed: x as `linear_tiles` packs it; room: units for the packed panels; sums: float32 [PANELS, tiles, tile_rows, 32].
+    A tile of x is multiplied with every panel of the group while it is in the L1 cache.
     """
     per_unit = 4 // item_size
     n_units = (size + per_unit - 1) // per_unit
@@ -289,7 +327,9 @@ def _pack_tile(tile, x, n_rows, size, per_unit, packed, tile_rows):
     row = tile * tile_rows
     target = shifted(packed, tile * (n_units * tile_rows + LANES))
     rows = min(tile_rows, n_rows - row)
-    _pack(shifted(x, row * size), rows, n_rows - row, size, 0, n_units, per_unit, target, tile_rows, tile_rows)
+    _pack(
+        shifted(x, row * size), rows, n_rows - row, size, 0, n_units, per_unit, target, tile_rows, tile_rows
+    )
 
 
 @body

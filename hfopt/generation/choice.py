@@ -1,0 +1,49 @@
+"""Choosing tokens: in one kernel where it can read the logits, in torch elsewhere.
+
+The kernels are imported at the first call, because `import hfopt` must not load Numba.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _is_readable(logits: Tensor) -> bool:
+    return logits.is_cpu and logits.dtype in (torch.float32, torch.bfloat16) and logits.stride(-1) == 1
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The first index of the largest logit of each row: [n_rows, n_tokens] to int64 [n_rows]."""
+    if not _is_readable(logits):
+        return torch.argmax(logits, dim=-1)
+    from ..functional.sampling import argmax as kernel
+
+    return kernel(logits)
+
+
+def continuations(logits: Tensor, beam_scores: Tensor, n_candidates: int) -> tuple[Tensor, Tensor]:
+    """The best of `beam_scores + log_softmax(logits)` over all beams of a prompt, best first.
+
+    logits [n_prompts * num_beams, n_tokens], beam_scores float32 [n_prompts, num_beams]
+    -> scores float32 and beam * n_tokens + token int64, both [n_prompts, n_candidates].
+    """
+    if not _is_readable(logits):
+        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        return select(log_probs, beam_scores, n_candidates, do_sample=False)
+    from ..functional.sampling import log_softmax_top_k
+
+    return log_softmax_top_k(logits, beam_scores.flatten(), n_candidates, beam_scores.shape[1])
+
+
+def select(
+    log_probs: Tensor, beam_scores: Tensor, n_candidates: int, do_sample: bool
+) -> tuple[Tensor, Tensor]:
+    """`continuations` from log-probabilities that processors have seen; or a sample without replacement.
+
+    One search over all beams, as in transformers: where a processor leaves fewer tokens than candidates, the
+    order among equal scores decides what is returned.
+    """
+    total = (log_probs.view(*beam_scores.shape, -1) + beam_scores[:, :, None]).flatten(1)
+    if not do_sample:
+        return torch.topk(total, n_candidates)
+    top = torch.multinomial(torch.softmax(total, dim=-1), num_samples=n_candidates)
+    return total.gather(1, top), top
