@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PROMPT ?= Return a list of the
+PROMPT ?= Read up to
 
 .PHONY: help setup demo test slow lint bench clean
 

@@ -19,8 +19,9 @@ import llvmlite
 import numba
 from numba.core import event
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
+from numba.core.errors import NumbaError
 
-from ..errors import ForkedProcess
+from ..errors import ForkedProcess, KernelError
 from . import _openmp, _target
 
 logger = logging.getLogger(__name__)
@@ -249,10 +250,16 @@ class Launch:
             # this layer of Numba aborts the process when two Python threads enter it, and until the first launch is over
             # nobody knows which layer it will be
             with _workqueue_lock:
-                result = self._dispatcher(*args)
+                result = self._run(args)
                 _layer = numba.threading_layer()
                 return result
-        return self._dispatcher(*args)
+        return self._run(args)
+
+    def _run(self, args):
+        try:
+            return self._dispatcher(*args)
+        except NumbaError as error:
+            raise KernelError(f"kernel {self.__name__} cannot be compiled here: {error}") from error
 
 
 def launch(py_func: Callable) -> Launch:

@@ -461,7 +461,7 @@ def lane(typingctx, x, index):
 
 def emit_prefetch(builder, pointer, index):
     where = builder.bitcast(builder.gep(pointer, [index]), ir.IntType(8).as_pointer())
-    hints = [ir.Constant(I32, value) for value in (0, 3, 1)]  # for reading, to every cache level, data
+    hints = [ir.Constant(I32, value) for value in (0, 2, 1)]  # for reading, up to the L2 cache, data
     emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [where, *hints])
 
 

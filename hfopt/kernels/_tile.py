@@ -117,9 +117,9 @@ def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, sums, accumulate, 
         ahead = builder.mul(w_stride, ir.Constant(_INTP, columns))
 
         def whole(row, start):
-            if rows >= 8:
-                # Rows of w that are cut for many rows of x are too short for the hardware's prefetcher to learn: ask for
-                # the next rows' same columns now, so that the product overlaps with memory.
+            if rows > 1:
+                # Several short rows at a time are more than the hardware's prefetcher keeps up with: ask for the next rows'
+                # same columns now, into the L2 cache, so that the product overlaps with memory.
                 _simd.emit_prefetch(builder, row, builder.add(start, ahead))
             return _simd.emit_load(builder, row, start, vector, 2 if pairs else 4)
 

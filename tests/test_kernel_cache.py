@@ -1,0 +1,127 @@
+"""The folder of compiled kernels, and kernels in forked processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Runs one kernel, and says what became of the cache.
+_PROGRAM = """
+import json, logging, torch
+messages = []
+class Keep(logging.Handler):
+    def emit(self, record): messages.append(record.getMessage())
+logging.getLogger("hfopt").addHandler(Keep())
+from hfopt import functional
+from hfopt.kernels import _jit
+compiled = []
+_jit.compile_listeners.append(compiled.append)
+x, weight = torch.randn(2, 64), torch.rand(64)
+exact = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+right = torch.allclose(functional.rms_norm(x, weight, 1e-5), exact, atol=1e-5)
+folder, reason = _jit.cache_folder()
+print(json.dumps([right, compiled, messages, folder and str(folder), reason]))
+"""
+
+
+def _run(cache: str) -> dict[str, Any]:
+    environment = {**os.environ, "HFOPT_CACHE_DIR": cache}
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    keys = ("right", "compiled", "messages", "folder", "reason")
+    return dict(zip(keys, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder into which one process has compiled a kernel."""
+    base = tmp_path_factory.mktemp("kernels") / "base"
+    first = _run(str(base))
+    assert first["right"] and first["compiled"] == ["rms_norm"]
+    return base
+
+
+def test_the_next_process_compiles_nothing(filled: Path) -> None:
+    again = _run(str(filled))
+    assert again["right"] and again["compiled"] == [] and again["messages"] == []
+
+
+def test_the_folder_is_private(filled: Path) -> None:
+    (folder,) = filled.iterdir()
+    assert filled.stat().st_mode & 0o777 == 0o700 and folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty index"])
+def test_a_damaged_entry_is_compiled_again(filled: Path, damage: str) -> None:
+    suffix = "*/*.nbi" if damage == "empty index" else "*/*.nbc"
+    for entry in filled.glob(suffix):
+        content = bytearray(entry.read_bytes())
+        if damage == "truncated":
+            content = content[: len(content) // 2]
+        elif damage == "flipped":
+            content[len(content) // 2] ^= 1
+        else:
+            content = bytearray()
+        entry.write_bytes(content)
+    run = _run(str(filled))
+    assert run["right"] and run["compiled"] == ["rms_norm"]
+    assert any("damaged" in message for message in run["messages"])
+    assert _run(str(filled))["compiled"] == []  # mended
+
+
+def test_a_folder_that_others_can_write_is_not_used(tmp_path: Path) -> None:
+    base = tmp_path / "open"
+    base.mkdir()
+    base.chmod(0o777)
+    run = _run(str(base))
+    assert run["right"] and run["folder"] is None
+    assert "can be written by others" in run["reason"] and any(str(base) in text for text in run["messages"])
+
+
+def test_a_folder_that_cannot_be_made_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = _run(str(tmp_path / "file" / "base"))
+    assert run["right"] and run["folder"] is None and "cannot be made" in run["reason"]
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    run = _run(str(tmp_path / "link"))
+    assert run["right"] and run["folder"] is None and "links are not followed" in run["reason"]
+
+
+def test_off() -> None:
+    run = _run("off")
+    assert run["right"] and run["folder"] is None and run["compiled"] == ["rms_norm"]
+
+
+_FORK = """
+import os, sys, torch
+from hfopt import errors, functional
+x, weight = torch.randn(2, 64), torch.rand(64)
+functional.rms_norm(x, weight, 1e-5)
+child = os.fork()
+if child == 0:
+    try:
+        functional.rms_norm(x, weight, 1e-5)
+    except errors.ForkedProcess as error:
+        os._exit(7 if "spawn" in str(error) else 8)
+    os._exit(9)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_gets_a_clear_error() -> None:
+    done = subprocess.run([sys.executable, "-c", _FORK], cwd=Path(__file__).parents[1], timeout=120)
+    assert done.returncode == 7

@@ -1,0 +1,54 @@
+"""The thread pool of the kernels: torch's own, or Numba's threading layer where there is none."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from hfopt import env, functional
+from hfopt.kernels import _openmp
+
+_WITHOUT_RUNTIME = """
+import sys, types
+# what the module is like in a process without an OpenMP runtime
+sys.modules["hfopt.kernels._openmp"] = types.SimpleNamespace(RUNTIME=None)
+import threading, torch
+import hfopt.kernels
+hfopt.kernels._openmp = sys.modules["hfopt.kernels._openmp"]
+from hfopt import functional
+from hfopt.kernels import _jit
+x, weight = torch.randn(3, 96), torch.randn(70, 96)
+exact, weights = x @ weight.T, functional.LinearWeights.of([weight], [None])
+results = {}
+def work(name):
+    for _ in range(50):
+        results[name] = functional.linear(x, weights)
+threads = [threading.Thread(target=work, args=(name,)) for name in range(3)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert len(results) == 3
+for result in results.values():
+    torch.testing.assert_close(result, exact, atol=1e-4, rtol=1e-4)
+print(_jit.threading_layer())
+"""
+
+
+def test_without_an_openmp_runtime_numbas_layer_serves_several_threads(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_RUNTIME],
+        cwd=Path(__file__).parents[1],
+        env={"PATH": "", "HFOPT_CACHE_DIR": str(tmp_path / "cache"), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("omp", "tbb", "workqueue")
+
+
+def test_no_second_pool_is_loaded() -> None:
+    assert _openmp.RUNTIME is not None  # torch for Linux brings one
+    x, weight = torch.randn(3, 96), torch.randn(70, 96)
+    functional.linear(x, functional.LinearWeights.of([weight], [None]))
+    assert env.threading_layer() == "torch's OpenMP"
+    assert len(env.openmp_copies()) == 1
