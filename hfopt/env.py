@@ -114,7 +114,7 @@ def threads() -> int:
 
 
 def threading_layer() -> str:
-    """Numba's layer that was loaded: 'omp', 'tbb' or 'workqueue'; before any kernel 'not loaded yet'."""
+    """What runs the kernels: "torch's OpenMP", or Numba's 'omp', 'tbb' or 'workqueue' ('not loaded yet' before any ran)."""
     from hfopt.kernels import _jit
 
     return _jit.threading_layer() or "not loaded yet"

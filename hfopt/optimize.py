@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -35,15 +38,16 @@ def optimize(model: Model, *, dtype: torch.dtype | None = None, strict: bool = F
     Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory) and UnsupportedModel; no class has
     changed then.
     """
-    from hfopt.patches.walk import Walk
-
-    _check(model, dtype)
     memory = env.resident_memory()
-    if dtype is not None:
-        _convert(model, dtype)
-    walk = Walk(model)
-    with compile_progress():
-        walk.apply()
+    with _collections_paused():
+        from hfopt.patches.walk import Walk
+
+        _check(model, dtype)
+        if dtype is not None:
+            _convert(model, dtype)
+        walk = Walk(model)
+        with compile_progress():
+            walk.apply()
     try:
         if strict:
             _check_complete(walk)
@@ -76,6 +80,22 @@ def restore(model: Model) -> Model:
         if isinstance(module, PreTrainedModel):
             generation.uninstall(module)
     return model
+
+
+@contextmanager
+def _collections_paused() -> Iterator[None]:
+    """No run of the garbage collector in the block.
+
+    Loading Numba makes hundreds of thousands of objects that live on, and a collector that goes through all of torch's
+    and transformers' every so often meanwhile takes a third of the time of the first `optimize`.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
