@@ -259,7 +259,9 @@ class Launch:
         try:
             return self._dispatcher(*args)
         except NumbaError as error:
-            raise KernelError(f"kernel {self._dispatcher.__name__} cannot be compiled here: {error}") from error
+            raise KernelError(
+                f"kernel {self._dispatcher.__name__} cannot be compiled here: {error}"
+            ) from error
 
 
 def launch(py_func: Callable) -> Launch:
