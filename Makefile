@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python scripts/run.py --compare --greedy --prompt "$(PROMPT)"
+	$(BIN)/python scripts/run.py --compare --greedy --dtype float32 --prompt "$(PROMPT)"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

@@ -203,7 +203,12 @@ def _print_summaries(
         say(f"First token: {ratios['first']:.2f} times as fast")
         if "next" in ratios:
             say(f"2... tokens: {ratios['next']:.2f} times as fast")
-        say(f"Same tokens: {'yes' if ratios['same_tokens'] else 'no'}")
+        if ratios["same_tokens"]:
+            say("Same tokens: yes")
+        elif args.dtype == "float32":
+            say("Same tokens: no")
+        else:
+            say("Same tokens: no (in bfloat16 both round, at different places; float32 gives the same)")
 
 
 def _ratios(samples: dict[str, list[Sample]]) -> dict[str, float | bool]:
