@@ -65,7 +65,10 @@ def unknown_parts(module: nn.Module, function: Callable[..., Any], known: Iterab
     theirs = _arguments(original_class(module).forward)
     # what only ours has can be given by name alone
     ours = [name for name, kind in _arguments(function).items() if kind is not inspect.Parameter.KEYWORD_ONLY]
-    return None if list(theirs) == ours else f"its forward takes other arguments ({', '.join(theirs)})"
+    further = set(theirs) - set(ours)
+    # transformers 4 hands cache_position down, behind all others and by name; nothing in ours depends on it
+    fits = list(theirs)[: len(ours)] == ours and further <= {"cache_position"}
+    return None if fits else f"its forward takes other arguments ({', '.join(theirs)})"
 
 
 def _arguments(function: Callable[..., Any]) -> dict[str, Any]:
