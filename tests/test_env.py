@@ -77,10 +77,8 @@ def test_cache_folder_says_why_there_is_none(restricted: dict[str, Any]) -> None
     assert "HFOPT_CACHE_DIR" in state
 
 
-def test_threading_layer_without_a_runtime_is_known_only_after_a_kernel_ran(
-    restricted: dict[str, Any],
-) -> None:
-    assert restricted["layer"] in ("torch's OpenMP", "not loaded yet")
+def test_threading_layer_is_torchs_before_any_kernel_ran(restricted: dict[str, Any]) -> None:
+    assert restricted["layer"] == "torch's OpenMP"
 
 
 @pytest.mark.parametrize(
