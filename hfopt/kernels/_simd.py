@@ -1,6 +1,6 @@
 """SIMD vectors as Numba values.
 
-A `Vector` type is an LLVM vector (`<16 x float>`, `<16 x i32>`); a kernel holds it in a local variable like any number,
+A `Vector` type is an LLVM vector, `<16 x float>`; a kernel holds it in a local variable like any number,
 and every operation is an intrinsic that emits one instruction or a short fixed sequence. All vectors have 16 lanes:
 LLVM splits what is wider than the machine's registers, so one source serves AVX-512, AVX2 and NEON.
 
@@ -46,21 +46,19 @@ BF16X2 = ir.VectorType(_BFloatType(), 2 * LANES)
 
 
 class Vector(types.Type):
-    """Numba type of a vector of 16 float32 or int32."""
+    """Numba type of a vector of 16 float32."""
 
-    def __init__(self, element: types.Type):
-        self.element = element
-        super().__init__(name=f"vector<{LANES} x {element}>")
+    def __init__(self):
+        super().__init__(name=f"vector<{LANES} x float32>")
 
 
-float32x = Vector(types.float32)
-int32x = Vector(types.int32)
+float32x = Vector()
 
 
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, F32X if fe_type.element is types.float32 else I32X)
+        super().__init__(dmm, fe_type, F32X)
 
 
 # ---- emitters: what the intrinsics here and the register tiles in _tile.py are made of --------------------------------
@@ -402,7 +400,6 @@ exp = _unary(emit_exp, "e^x.")
 tanh = _unary(emit_tanh, "Hyperbolic tangent.")
 erf = _unary(emit_erf, "Error function.")
 absolute = _unary(lambda b, x: emit_call(b, "llvm.fabs.v16f32", F32X, [x]), "|x|.")
-square_root = _unary(lambda b, x: emit_call(b, "llvm.sqrt.v16f32", F32X, [x]), "Square root.")
 sum_lanes = _reduction("fadd", "Sum of the 16 lanes.", first=-0.0)
 max_lanes = _reduction("fmaximum", "Largest of the 16 lanes; NaN if one is.")
 
@@ -463,17 +460,6 @@ def emit_prefetch(builder, pointer, index):
     where = builder.bitcast(builder.gep(pointer, [index]), ir.IntType(8).as_pointer())
     hints = [ir.Constant(I32, value) for value in (0, 2, 1)]  # for reading, up to the L2 cache, data
     emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [where, *hints])
-
-
-@intrinsic
-def prefetch(typingctx, p, index):
-    """Hint that p + index is read soon."""
-
-    def codegen(context, builder, sig, args):
-        emit_prefetch(builder, *args)
-        return context.get_dummy_value()
-
-    return types.void(p, types.intp), codegen
 
 
 def _binary_operator(op, method):

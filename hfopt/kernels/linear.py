@@ -18,12 +18,9 @@ from .activation import activate
 WEIGHT, BIAS, SIZE, COLUMN = range(4)
 
 ROW_LIMIT = 16  # most rows of `linear_rows`; a literal below, in the size of its stack
-DEPTH_UNITS = (
-    4096  # units of x that a block of weights is multiplied with before the next ones: half an L1 cache
-)
-TILE_ROWS = (
-    14  # 14 rows x 2 vectors of sums, 2 of weights and one of x fill the 32 vector registers of AVX-512
-)
+# units of x that a block of weights is multiplied with before the next ones: half an L1 cache
+DEPTH_UNITS = 4096
+# 14 rows x 2 vectors of sums, 2 of weights and one of x fill the 32 vector registers of AVX-512
 TILE_COLUMNS = 2 * LANES
 # Packed weights at a time: 4 panels x 512 units x 32 columns x 4 bytes stay in an L2 cache (256 KB), and the part of x that
 # they meet (14 rows x 512 units, 28 KB) in an L1 cache; x is read once for every 128 columns.
