@@ -9,8 +9,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import _simd
-from ._simd import F32X, I16X, I32, I32X, LANES
-from ._tile import _INTP, _accumulators, _add_into, _is_pairs, _literal_ints
+from ._simd import F32X, I16X, I32X, LANES
+from ._tile import _INTP, _accumulators, _add_into, _is_pairs, _literal_ints, add_lanes
 
 offset_pointer = types.CPointer(types.int64)
 
@@ -66,23 +66,6 @@ def where_bytes(typingctx, p, index, count, inside, outside):
     return _simd.float32x(types.CPointer(types.uint8), types.intp, types.intp, inside, outside), codegen
 
 
-def _add_lanes(builder, vectors):
-    """Vector of the sums of the lanes of 16 vectors: halves are folded together until one vector is left."""
-    span = LANES // 2
-    while span:
-        # lanes with bit `span` clear take the first vector of a pair, the others the second
-        first = [k if not k & span else LANES + k - span for k in range(LANES)]
-        second = [k + span if not k & span else LANES + k for k in range(LANES)]
-        lanes = [ir.Constant(ir.VectorType(I32, LANES), order) for order in (first, second)]
-        half = len(vectors) // 2
-        vectors = [
-            builder.fadd(*(builder.shuffle_vector(a, b, order) for order in lanes))
-            for a, b in zip(vectors[:half], vectors[half:], strict=True)
-        ]
-        span //= 2
-    return vectors[0]
-
-
 @intrinsic
 def dot_scattered(typingctx, q, keys, offsets, size):
     """Lane j = sum over i < size of q[i] keys[offsets[j] + i], for 16 offsets; q and keys of one type."""
@@ -112,7 +95,7 @@ def dot_scattered(typingctx, q, keys, offsets, size):
             q_value = part(q)
             for slot, row in zip(sums, rows, strict=True):
                 _add_into(builder, slot, q_value, part(row))
-        return _add_lanes(builder, [builder.load(slot) for slot in sums])
+        return add_lanes(builder, [builder.load(slot) for slot in sums])
 
     return _simd.float32x(q, keys, offset_pointer, types.intp), codegen
 

@@ -80,31 +80,30 @@ def _add_into(builder, slot, a, b):
 
 
 @intrinsic(prefer_literal=True)
-def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, sums, accumulate, n_x, n_w, unroll):
+def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, ahead, sums, accumulate, n_x, n_w, n_ahead):
     """sums[i, j] (+)= products of x row i and w row j, kept as 16 partial sums a pair, for literal n_x and n_w.
 
     A chunk is 16 units (16 float32 or 32 bfloat16). x is packed: chunk c of row i at x + c * x_step + 16 i units, padded
     with zeros. w is row-major, w_stride elements a row; of the chunk after the last whole one `tail` elements are read.
-    sums is float32 [n_x, 16, 16]. `unroll` independent sums (literal) hide the latency of the multiply-adds.
+    sums is float32 [n_x, 16, 16]. Beside each chunk, that of n_ahead rows (literal) from `ahead` on is asked for.
     """
-    rows, columns, unrolled = _literal_ints(n_x, n_w, unroll)
+    rows, columns, requests = _literal_ints(n_x, n_w, n_ahead)
     signature = types.void(
-        x, types.intp, w, types.intp, types.intp, types.intp, sums, types.boolean, n_x, n_w, unroll
+        x, types.intp, w, types.intp, types.intp, types.intp, w, sums, types.boolean, n_x, n_w, n_ahead
     )
     pairs = _is_pairs(w)
     width = 2 * LANES if pairs else LANES
 
     def emit(builder, args):
-        x, x_step, w, w_stride, chunks, tail, sums, accumulate = args
+        x, x_step, w, w_stride, chunks, tail, ahead, sums, accumulate = args
         vector = I32X if pairs else F32X
-        slots = _accumulators(builder, rows * columns * unrolled)
+        slots = _accumulators(builder, rows * columns)
         places = [ir.Constant(_INTP, (i * LANES + j) * LANES) for i in range(rows) for j in range(columns)]
-        with builder.if_then(accumulate):
-            for pair, place in enumerate(places):
-                builder.store(_simd.emit_load(builder, sums, place, F32X, 4), slots[pair * unrolled])
-        w_rows = [builder.gep(w, [builder.mul(w_stride, ir.Constant(_INTP, j))]) for j in range(columns)]
+        strides = [builder.mul(w_stride, ir.Constant(_INTP, j)) for j in range(max(columns, requests))]
+        w_rows = [builder.gep(w, [stride]) for stride in strides[:columns]]
+        next_rows = [builder.gep(ahead, [stride]) for stride in strides[:requests]]
 
-        def add_chunk(chunk, which, load):
+        def add_chunk(chunk, load):
             start = builder.mul(chunk, ir.Constant(_INTP, width))
             w_values = [load(row, start) for row in w_rows]
             x_chunk = builder.mul(chunk, x_step)
@@ -112,15 +111,9 @@ def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, sums, accumulate, 
                 x_place = builder.add(x_chunk, ir.Constant(_INTP, i * LANES))
                 x_value = _simd.emit_load(builder, x, x_place, vector, 4)
                 for j, w_value in enumerate(w_values):
-                    _add_into(builder, slots[(i * columns + j) * unrolled + which], x_value, w_value)
-
-        ahead = builder.mul(w_stride, ir.Constant(_INTP, columns))
+                    _add_into(builder, slots[i * columns + j], x_value, w_value)
 
         def whole(row, start):
-            if rows > 1:
-                # Several short rows at a time are more than the hardware's prefetcher keeps up with: ask for the next rows'
-                # same columns now, into the L2 cache, so that the product overlaps with memory.
-                _simd.emit_prefetch(builder, row, builder.add(start, ahead))
             return _simd.emit_load(builder, row, start, vector, 2 if pairs else 4)
 
         def part(row, start):
@@ -129,28 +122,24 @@ def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, sums, accumulate, 
                 return builder.bitcast(_simd.emit_load_masked(builder, row, start, tail, bits, 2), I32X)
             return _simd.emit_load_masked(builder, row, start, tail, F32X, 4)
 
-        several = ir.Constant(_INTP, unrolled)
-        rounds = builder.udiv(chunks, several)
-        with cgutils.for_range(builder, rounds) as loop:
-            first = builder.mul(loop.index, several)
-            for u in range(unrolled):
-                add_chunk(builder.add(first, ir.Constant(_INTP, u)), u, whole)
-        if unrolled > 1:
-            done = builder.mul(rounds, several)
-            with cgutils.for_range(builder, builder.sub(chunks, done)) as loop:
-                add_chunk(builder.add(done, loop.index), 0, whole)
+        with cgutils.for_range(builder, chunks) as loop:
+            for row in next_rows:
+                _simd.emit_prefetch(builder, row, builder.mul(loop.index, ir.Constant(_INTP, width)))
+            add_chunk(loop.index, whole)
         with builder.if_then(builder.icmp_signed(">", tail, ir.Constant(_INTP, 0)), likely=False):
-            add_chunk(chunks, 0, part)
-        for pair, place in enumerate(places):
-            total = builder.load(slots[pair * unrolled])
-            for u in range(1, unrolled):
-                total = builder.fadd(total, builder.load(slots[pair * unrolled + u]))
+            add_chunk(chunks, part)
+        # what is there is added last: short chains of additions round less
+        with builder.if_then(accumulate):
+            for slot, place in zip(slots, places, strict=True):
+                before = _simd.emit_load(builder, sums, place, F32X, 4)
+                builder.store(builder.fadd(before, builder.load(slot)), slot)
+        for slot, place in zip(slots, places, strict=True):
             target = builder.bitcast(builder.gep(sums, [place]), F32X.as_pointer())
-            builder.store(total, target, align=4)
+            builder.store(builder.load(slot), target, align=4)
 
     def codegen(context, builder, sig, args):
-        name = f"hfopt.dot_tile.{rows}.{columns}.{unrolled}.{'pairs' if pairs else 'floats'}"
-        _outlined(builder, name, args[:8], emit)
+        name = f"hfopt.dot_tile.{rows}.{columns}.{requests}.{'pairs' if pairs else 'floats'}"
+        _outlined(builder, name, args[:9], emit)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -173,6 +162,23 @@ def _transpose(builder, rows):
     return rows
 
 
+def add_lanes(builder, vectors):
+    """Vector of the sums of the lanes of 16 vectors: halves are folded together until one vector is left."""
+    span = LANES // 2
+    while span:
+        # lanes with bit `span` clear take the first vector of a pair, the others the second
+        first = [k if not k & span else LANES + k - span for k in range(LANES)]
+        second = [k + span if not k & span else LANES + k for k in range(LANES)]
+        lanes = [ir.Constant(ir.VectorType(I32, LANES), order) for order in (first, second)]
+        half = len(vectors) // 2
+        vectors = [
+            builder.fadd(*(builder.shuffle_vector(a, b, order) for order in lanes))
+            for a, b in zip(vectors[:half], vectors[half:], strict=True)
+        ]
+        span //= 2
+    return vectors[0]
+
+
 @intrinsic
 def sum_rows(typingctx, p):
     """16 sums of 16 float32 each: lane j is the sum of p[16 j] ... p[16 j + 15]."""
@@ -182,10 +188,7 @@ def sum_rows(typingctx, p):
         rows = [
             _simd.emit_load(builder, source, ir.Constant(_INTP, j * LANES), F32X, 4) for j in range(LANES)
         ]
-        rows = _transpose(builder, rows)
-        while len(rows) > 1:  # a fixed tree of adds
-            rows = [builder.fadd(rows[i], rows[i + 1]) for i in range(0, len(rows), 2)]
-        builder.store(rows[0], target)
+        builder.store(add_lanes(builder, rows), target)
 
     def codegen(context, builder, sig, args):
         result = cgutils.alloca_once(builder, F32X)

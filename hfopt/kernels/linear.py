@@ -11,21 +11,20 @@ import numpy as np
 
 from . import _tile
 from ._jit import launch
-from ._parallel import body, parallel_for, usable_threads
+from ._parallel import body, parallel_for, threads_for, usable_threads
 from ._simd import LANES, address_as, as_units, load, load_part, pointer, shifted, store, store_part
 from .activation import activate
 
 WEIGHT, BIAS, SIZE, COLUMN = range(4)
 
-ROW_LIMIT = 16  # most rows of `linear_rows`; a literal below, in the size of its stack
-# units of x that a block of weights is multiplied with before the next ones: half an L1 cache
-DEPTH_UNITS = 4096
+ROW_LIMIT = 32  # most rows of `linear_rows`; a literal below, in the size of its stack
 # 14 rows x 2 vectors of sums, 2 of weights and one of x fill the 32 vector registers of AVX-512
 TILE_COLUMNS = 2 * LANES
 # Packed weights at a time: 4 panels x 512 units x 32 columns x 4 bytes stay in an L2 cache (256 KB), and the part of x that
 # they meet (14 rows x 512 units, 28 KB) in an L1 cache; x is read once for every 128 columns.
 PANELS = 4
 PANEL_UNITS = 512
+_PARALLEL_SIZE = 1 << 16  # elements of x; below, more threads cost more in packing than they save
 
 
 @body
@@ -80,71 +79,98 @@ def _offset(address, count, item_size):
 
 
 @body
-def _pack_chunks(x, n_rows, size, target):
-    """Rows of x chunk by chunk (16 units of every row, then the next 16), zeros behind the end; see `_tile.dot_tile`."""
+def _pack_chunks(row, x, n_rows, size, target, n_packed):
+    """One row of x among n_packed, chunk by chunk (16 units of every row, then the next 16); see `_tile.dot_tile`.
+
+    Rows from n_rows on, and what is behind the end of a row, become zero.
+    """
     per_unit = _tile.units_ratio(x)
     n_units = (size + per_unit - 1) // per_unit
-    for row in range(n_rows):
-        source = shifted(x, row * size)
-        whole = size // (per_unit * LANES)
-        for chunk in range(whole):
-            _tile.copy_chunk(source, chunk * LANES * per_unit, target, (chunk * n_rows + row) * LANES)
-        for unit in range(whole * LANES, (n_units + LANES - 1) // LANES * LANES):
-            place = (unit // LANES * n_rows + row) * LANES + unit % LANES
-            _tile.copy_unit(source, unit * per_unit, min(per_unit, size - unit * per_unit), target, place)
+    source = shifted(x, row * size)
+    whole = size // (per_unit * LANES) if row < n_rows else 0
+    for chunk in range(whole):
+        _tile.copy_chunk(source, chunk * LANES * per_unit, target, (chunk * n_packed + row) * LANES)
+    for unit in range(whole * LANES, (n_units + LANES - 1) // LANES * LANES):
+        valid = min(per_unit, size - unit * per_unit) if row < n_rows else 0
+        place = (unit // LANES * n_packed + row) * LANES + unit % LANES
+        _tile.copy_unit(source, unit * per_unit, valid, target, place)
 
 
 @body
-def _dot_columns(x, n_rows, w, size, chunks, tail, sums, more):
-    """Products of all packed rows of x with four rows of w."""
-    row = 0
+def _packed_rows(n_rows):
+    """Rows of packed x: tiles have 1, 2 or 4 rows, and up to 8 rows cost what memory costs in any case."""
+    return n_rows if n_rows <= 2 else (n_rows + 3) // 4 * 4
+
+
+@body
+def _steps(n_rows):
+    """(chunks of all columns of a block that are worked on before the next ones; chunks that are asked for in advance).
+
+    The part of x in use stays in the L1 cache; the distances were measured.
+    """
+    if n_rows <= 2:
+        return 64, 64
+    return (32, 64) if n_rows == 4 else (16, 32)
+
+
+@body
+def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, sums, more):
+    """Products of all packed rows of x with eight rows of w for 1 or 2 rows of x, with four for more."""
     x_step = n_rows * LANES
-    while row < n_rows:
-        left = n_rows - row
-        x_here, out = shifted(x, row * LANES), shifted(sums, row * LANES * LANES)
-        if left >= 8:
-            _tile.dot_tile(x_here, x_step, w, size, chunks, tail, out, more, 8, 2, 1)
-            w_next, out = shifted(w, 2 * size), shifted(out, 2 * LANES)
-            _tile.dot_tile(x_here, x_step, w_next, size, chunks, tail, out, more, 8, 2, 1)
-            row += 8
-        elif left >= 4:
-            _tile.dot_tile(x_here, x_step, w, size, chunks, tail, out, more, 4, 4, 1)
-            row += 4
-        elif left >= 2:
-            _tile.dot_tile(x_here, x_step, w, size, chunks, tail, out, more, 2, 4, 2)
-            row += 2
-        else:
-            _tile.dot_tile(x_here, x_step, w, size, chunks, tail, out, more, 1, 4, 2)
-            row += 1
+    if n_rows == 1:
+        _tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, sums, more, 1, 8, 8)
+    elif n_rows == 2:
+        _tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, sums, more, 2, 8, 8)
+    elif n_rows == 4:
+        _tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, sums, more, 4, 4, 4)
+    else:
+        # the requests are spread over the tiles, since a core can only wait for so many lines at a time
+        asked = 0
+        for row in range(0, n_rows, 4):
+            x_here, out = shifted(x, row * LANES), shifted(sums, row * LANES * LANES)
+            there = shifted(ahead, asked % 4 * size)
+            if n_rows == 8 or (n_rows == 12 and row == 0):
+                _tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, out, more, 4, 4, 2)
+                asked += 2
+            else:
+                _tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, out, more, 4, 4, 1)
+                asked += 1
 
 
 @body
-def _dot_block(x, n_rows, size, w, n_columns, sums):
-    """sums[i, j, :] = partial sums of x[i] . w[j] for all (packed) rows and up to 16 columns.
+def _dot_block(x, n_rows, size, w, n_columns, following, sums):
+    """sums[i, j, :] = partial sums of x[i] . w[j] for all packed rows and up to 16 columns.
 
-    For one row of x, the rows of w pass by one after the other: a single stream through memory is read faster than
-    several at once. More rows share loads of x and w in tiles; from 8 on the depth is cut so that the part of x in use
-    stays in the L1 cache.
+    Several rows of w pass at a time, and what comes next is asked for early, into the L2 cache: the same columns further
+    on in these rows, and in the end the first ones of the block at `following`.
     """
     width = LANES * _tile.units_ratio(w)
     whole = size // width
-    step = max(16, DEPTH_UNITS // (LANES * n_rows)) if n_rows >= 8 else whole
+    step, distance = _steps(n_rows)
+    together = 8 if n_rows <= 2 else 4
     first = 0
     while True:
         last = min(first + step, whole)
         tail = size - whole * width if last == whole else 0
-        more = first > 0
         x_here = shifted(x, first * n_rows * LANES)
         column = 0
         while column < n_columns:
             w_here, out = shifted(w, column * size + first * width), shifted(sums, column * LANES)
-            if n_rows > 1 and column + 4 <= n_columns:
-                _dot_columns(x_here, n_rows, w_here, size, last - first, tail, out, more)
-                column += 4
+            if column + together <= n_columns:
+                if first + distance < whole:
+                    ahead = shifted(w_here, distance * width)
+                else:
+                    passed = max(first + distance - (whole + step - 1) // step * step, 0)
+                    ahead = shifted(following, column * size + passed * width)
+                _dot_columns(x_here, n_rows, w_here, size, last - first, tail, ahead, out, first > 0)
+                column += together
             else:
                 for row in range(n_rows):
                     x_row, to = shifted(x_here, row * LANES), shifted(out, row * LANES * LANES)
-                    _tile.dot_tile(x_row, n_rows * LANES, w_here, size, last - first, tail, to, more, 1, 1, 4)
+                    chunks, more = last - first, first > 0
+                    _tile.dot_tile(
+                        x_row, n_rows * LANES, w_here, size, chunks, tail, w_here, to, more, 1, 1, 0
+                    )
                 column += 1
         first = last
         if first == whole:
@@ -152,20 +178,23 @@ def _dot_block(x, n_rows, size, w, n_columns, sums):
 
 
 @body
-def rows_block(index, x, n_rows, size, table, gated, code, residuals, out, width, item_size):
-    """One block of up to 16 rows, straight from the row-major weights; x packed by `_pack_chunks`."""
-    sums = _tile.stack_floats(16 * 16 * 16)
-    gate = _tile.stack_floats(16 * 16 * 16)
+def rows_block(index, x, n_packed, n_rows, size, table, gated, code, residuals, out, width, item_size):
+    """One block of up to 32 rows, straight from the row-major weights; x packed by `_pack_chunks`."""
+    sums = _tile.stack_floats(32 * 16 * 16)
+    gate = _tile.stack_floats(32 * 16 * 16)
     if gated:
         matrix, first = 1, index * LANES
         n_columns = min(table[0, SIZE] - first, LANES)
         w = shifted(address_as(table[0, WEIGHT], out), first * size)
-        _dot_block(x, n_rows, size, w, n_columns, gate)
+        up = shifted(address_as(table[1, WEIGHT], out), first * size)
+        _dot_block(x, n_packed, size, w, n_columns, up, gate)
+        following = shifted(w, LANES * size)
     else:
         matrix, first = _block_of(table, index)
         n_columns = min(table[matrix, SIZE] - first, LANES)
+        following = shifted(address_as(table[matrix, WEIGHT], out), (first + LANES) * size)
     w = shifted(address_as(table[matrix, WEIGHT], out), first * size)
-    _dot_block(x, n_rows, size, w, n_columns, sums)
+    _dot_block(x, n_packed, size, w, n_columns, following, sums)
     bias = _offset(table[matrix, BIAS], first, item_size)
     gate_bias = _offset(table[0, BIAS], first, item_size)
     column = first if gated else table[matrix, COLUMN] + first
@@ -178,19 +207,22 @@ def rows_block(index, x, n_rows, size, table, gated, code, residuals, out, width
 
 @launch
 def linear_rows(x, table, gated, code, residuals, out):
-    """out = epilogue(x W^T + b) for 1 to 16 rows.
+    """out = epilogue(x W^T + b) for 1 to 32 rows.
 
     x [n, in], out [n, width]: float32 or bfloat16 bits, C-contiguous; table int64 [matrices, 4]; residuals int64 addresses
     of arrays like out; code from `activation`.
     """
     n_rows, size = x.shape
+    n_packed = _packed_rows(n_rows)
     n_units = (size * x.itemsize + 3) // 4
-    room = np.empty((n_units + LANES) * n_rows + LANES, np.float32)
+    room = np.empty((n_units + LANES) * n_packed + LANES, np.float32)
     packed = as_units(shifted(pointer(room), _tile.to_cache_line(pointer(room))), pointer(x))
-    _pack_chunks(pointer(x), n_rows, size, packed)
+    packing = (pointer(x), n_rows, size, packed, n_packed)
+    parallel_for(_pack_chunks, threads_for(n_packed, x.size, _PARALLEL_SIZE), n_packed, packing)
     n_blocks = count_blocks(table, gated)
     arguments = (
         packed,
+        n_packed,
         n_rows,
         size,
         table,
