@@ -4,7 +4,10 @@ On a shared machine the bandwidth swings within minutes, so a share of it means 
 figure from just before and just after.
 """
 
+import statistics
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from transformers import PreTrainedModel
 
 _MIN_BUFFER = 256 << 20
 _MATMUL_SIZE = 1536
+_RESTS, _REST = 15, 0.02  # how often, seconds
 
 
 def _last_level_cache() -> int:
@@ -27,20 +31,97 @@ def _last_level_cache() -> int:
 
 
 class BandwidthMeter:
-    """Measures the streaming read bandwidth of torch's threads over a buffer far larger than the caches."""
+    """Measures the streaming read bandwidth of torch's threads over memory far larger than the caches.
 
-    def __init__(self) -> None:
-        size = max(_MIN_BUFFER, 4 * _last_level_cache())
-        self._buffer = torch.ones(size // 4)
+    Two ways of reading are tried in turn, torch's sum and a kernel of our own, and the better one counts.
+
+    Args:
+        tensors: contiguous ones that are read one after the other; by default one is made.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor] = ()) -> None:
+        self._buffers = [tensor.view(-1).view(torch.float32) for tensor in tensors]
+        if not tensors:
+            size = max(_MIN_BUFFER, 4 * _last_level_cache())
+            self._buffers = [torch.ones(size // 4)]
+        self._arrays = [buffer.numpy() for buffer in self._buffers]
+        self._sums = torch.empty(torch.get_num_threads()).numpy()
+        self.n_bytes = sum(buffer.nbytes for buffer in self._buffers)
+
+    def read_with_torch(self) -> None:
+        """Read everything once with `torch.sum`."""
+        for buffer in self._buffers:
+            buffer.sum()
+
+    def read_with_kernel(self) -> None:
+        """Read everything once with a kernel."""
+        from hfopt.kernels import _jit, peak
+
+        _jit.use_threads(torch.get_num_threads())
+        for array in self._arrays:
+            peak.read(array, self._sums)
 
     def measure(self, passes: int = 5) -> float:
-        """Bytes a second of the fastest of `passes` sums over the buffer (about 10 ms each)."""
-        seconds = []
-        for _ in range(passes + 1):
-            begin = time.perf_counter()
-            self._buffer.sum()
-            seconds.append(time.perf_counter() - begin)
-        return self._buffer.nbytes / min(seconds[1:])
+        """Bytes a second of the fastest of `passes` passes in each of the two ways (about 10 ms each)."""
+        ways = (self.read_with_torch, self.read_with_kernel)
+        seconds = [_seconds(way) for _ in range(passes + 1) for way in ways]
+        return self.n_bytes / min(seconds[len(ways) :])
+
+
+class MultiplyAdd:
+    """The most multiply-adds that torch's threads can do: a register tile on operands that stay in an L1 cache.
+
+    dtype: float32, or bfloat16 with float32 sums.
+    """
+
+    _ROUNDS = 5_000
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        from hfopt.kernels import peak
+
+        units = torch.uint32 if dtype is torch.bfloat16 else torch.float32
+        threads = torch.get_num_threads()
+        self._operands = [
+            torch.zeros(peak.DEPTH, width).view(units).numpy() for width in (peak.ROWS, peak.COLUMNS)
+        ]
+        self._out = torch.empty(threads, peak.ROWS, peak.COLUMNS).numpy()
+        per_unit = 4 // dtype.itemsize
+        #: of one `run`, a multiply-add being two
+        self.operations = 2 * self._ROUNDS * threads * peak.DEPTH * peak.ROWS * peak.COLUMNS * per_unit
+
+    def run(self) -> None:
+        """Do them."""
+        from hfopt.kernels import _jit, peak
+
+        _jit.use_threads(torch.get_num_threads())
+        peak.multiply_add(*self._operands, self._out, self._ROUNDS)
+
+
+def empty_launch(parallel: bool) -> Callable[[], object]:
+    """A kernel that does nothing, on the calling thread or on all threads of the pool."""
+    from hfopt.kernels import _jit, peak
+
+    _jit.use_threads(torch.get_num_threads())
+    array = torch.empty(1).numpy()
+    return partial(peak.start_threads if parallel else peak.start, array)
+
+
+def launch_cost(launches: int = 200) -> tuple[float, float]:
+    """Median seconds of an empty launch on all threads: (one right after the other, after 20 ms without work)."""
+    launch = empty_launch(parallel=True)
+    launch()
+    busy = [_seconds(launch) for _ in range(launches)]
+    rested = []
+    for _ in range(_RESTS):
+        time.sleep(_REST)
+        rested.append(_seconds(launch))
+    return statistics.median(busy), statistics.median(rested)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
 
 
 def matmul_rate(dtype: torch.dtype, repetitions: int = 3) -> float:

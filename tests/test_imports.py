@@ -14,7 +14,7 @@ ALLOWED = {
     "errors": set(),
     "_memory": set(),
     "shapes": set(),
-    "limits": set(),
+    "limits": {"kernels._jit", "kernels.peak"},
     "embedded": set(),
     "kernels": {"errors"},
     "env": {"kernels"},
@@ -31,7 +31,17 @@ ALLOWED = {
     "warmup": {"optimize", "progress"},
     "__init__": {"errors", "cache", "generation", "optimize", "report", "warmup", "embedded"},
     # the public names of hfopt, and what describes the machine
-    "cli": {"__init__", "errors", "env", "limits", "shapes", "kernels.selftest"},
+    "cli": {
+        "__init__",
+        "errors",
+        "env",
+        "limits",
+        "shapes",
+        "functional",
+        "cache",
+        "kernels.selftest",
+        "kernels._jit",
+    },
 }
 # Foreign packages that only some parts may import.
 ONLY_IN = {

@@ -462,6 +462,17 @@ def emit_prefetch(builder, pointer, index):
     emit_call(builder, "llvm.prefetch.p0", ir.VoidType(), [where, *hints])
 
 
+@intrinsic
+def prefetch(typingctx, p, index):
+    """Hint that p + index is read soon."""
+
+    def codegen(context, builder, sig, args):
+        emit_prefetch(builder, *args)
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp), codegen
+
+
 def _binary_operator(op, method):
     @infer_global(op)
     class _Template(AbstractTemplate):
