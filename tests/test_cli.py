@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import hfopt
-from hfopt.cli import main, models
+from hfopt.cli import doctor, main, models
 from hfopt.shapes import SHAPES
 
 ROOT = Path(__file__).parents[1]
@@ -394,10 +394,44 @@ def test_explain_prints_the_report(config_file: str, capsys: pytest.CaptureFixtu
 def test_doctor_tests_the_kernels_and_names_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     output = capsys.readouterr().out
-    for line in ("CPU path", "Cores", "Threads", "OpenMP runtimes", "Kernel cache", "Versions", "rms_norm"):
+    for line in (
+        "CPU path",
+        "Cores",
+        "Threads",
+        "OpenMP runtimes",
+        "Kernel cache",
+        "Thread pool",
+        "Versions",
+        "rms_norm",
+    ):
         assert line in output
     layer = re.search(r"^Threading layer +(.+)$", output, re.MULTILINE)
     assert layer and layer.group(1).strip() in ("torch's OpenMP", "omp", "tbb", "workqueue")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "OMP_WAIT_POLICY and GOMP_SPINCOUNT are not set"),
+        ({"GOMP_SPINCOUNT": "100"}, "as GOMP_SPINCOUNT=100 says"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "as OMP_WAIT_POLICY=PASSIVE says"),
+    ],
+)
+def test_doctor_says_what_a_launch_costs_and_how_threads_wait(
+    settings: dict[str, str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    doctor._show_machine(bandwidth=5e10, launch=1.44e-6, rested_launch=84.4e-6)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Thread pool")]
+    assert "1.4 µs" in line
+    assert "after a rest 84 µs" in line
+    assert words in line
 
 
 def test_warmup_names_the_cache_folder(capsys: pytest.CaptureFixture[str]) -> None:

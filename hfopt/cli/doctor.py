@@ -13,6 +13,8 @@ from .output import progress, say, show_table
 # 0.63 mended cached callers of parallel functions
 _OLDEST = {"numba": "0.66", "transformers": "4.57"}
 
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `hfopt doctor`: none."""
@@ -25,9 +27,10 @@ def run(args: argparse.Namespace) -> int:
     load = os.getloadavg()[0]  # before the tests add their own
     with progress("Testing the kernels (the first time on a machine they are compiled)"):
         results = selftest.run()
-    with progress("Measuring the memory bandwidth"):
+    with progress("Measuring the memory bandwidth and the thread pool"):
         bandwidth = limits.BandwidthMeter().measure()
-    _show_machine(bandwidth)
+        pool = limits.launch_cost()
+    _show_machine(bandwidth, *pool)
     show_table(
         ["kernel", "result", "detail"],
         [[name, "ok" if passed else "FAILED", detail] for name, passed, detail in results],
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _show_machine(bandwidth: float) -> None:
+def _show_machine(bandwidth: float, launch: float, rested_launch: float) -> None:
     cores = env.usable_cores()
     folder, state = env.cache_folder()
     rows = [
@@ -55,6 +58,10 @@ def _show_machine(bandwidth: float) -> None:
         ["Cores", f"{cores.usable}: {cores.reason}"],
         ["Threads", str(env.threads())],
         ["Threading layer", env.threading_layer()],
+        [
+            "Thread pool",
+            f"an empty launch takes {launch * 1e6:.1f} µs, after a rest {rested_launch * 1e6:.0f} µs; {_waiting()}",
+        ],
         ["OpenMP runtimes", "\n".join(env.openmp_copies()) or "none"],
         ["Kernel cache", f"{folder or 'none'}: {state}"],
         ["Memory bandwidth", f"{bandwidth / 1e9:.1f} GB/s"],
@@ -63,6 +70,14 @@ def _show_machine(bandwidth: float) -> None:
     for name, value in rows:
         say(f"{name:<18}" + value.replace("\n", "\n" + " " * 18))
     say("")
+
+
+def _waiting() -> str:
+    """What the threads do between two launches, in words."""
+    settings = [f"{name}={os.environ[name]}" for name in _WAITING if name in os.environ]
+    if settings:
+        return f"idle threads wait as {', '.join(settings)} says"
+    return f"idle threads spin for a while, then sleep (the default: {' and '.join(_WAITING)} are not set)"
 
 
 def _known_features() -> str:
