@@ -284,6 +284,7 @@ def test_weights_that_are_pickles_are_not_read(
         (["run", "--random-weights", "CONFIG", "--num-warmup", "-1"], "--num-warmup=-1"),
         (["bench", "--rows", "decode-bf16,speed"], "speed"),
         (["bench", "--new-tokens", "1"], "--new-tokens=1"),
+        (["bench", "--kernels", "linear,speed"], "--kernels=linear,speed"),
     ],
 )
 def test_wrong_arguments_get_one_line(

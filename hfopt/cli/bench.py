@@ -46,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-tokens", type=int, default=32, metavar="N", help="at least 2 (default: %(default)s)"
     )
+    parser.add_argument(
+        "--kernels",
+        nargs="?",
+        const="all",
+        metavar="NAMES",
+        help="measure single kernels instead: linear, attention, small, sampling, launch, separated by commas "
+        "(default: all)",
+    )
     parser.add_argument("--quick", action="store_true", help=f"a rough look: {_QUICK}")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="figures as JSON to FILE, or instead of the text"
@@ -54,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code."""
+    if args.kernels is not None:
+        from . import bench_kernels  # here, because it loads Numba
+
+        return bench_kernels.run(args, _machine())
     if args.quick:
         vars(args).update(_QUICK)
     names = args.rows.split(",")
@@ -99,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _configuration(args: argparse.Namespace) -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
     cores = env.usable_cores()
     return {
         "cpu": env.cpu_model(),
@@ -107,6 +119,11 @@ def _configuration(args: argparse.Namespace) -> dict[str, Any]:
         "cores": f"{cores.usable}: {cores.reason}",
         "threads": env.threads(),
         "versions": " ".join(f"{name} {version}" for name, version in env.versions().items()),
+    }
+
+
+def _configuration(args: argparse.Namespace) -> dict[str, Any]:
+    return _machine() | {
         "shape": args.shape,
         "small shape": args.small_shape,
         "layers": args.layers or "all",

@@ -1,0 +1,137 @@
+"""The cases of `hfopt bench --kernels` that attend."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+
+from hfopt.cache import Appended, IndirectCache
+from hfopt.functional import attend, prepare_mask
+
+from .kernel_case import (
+    DTYPES,
+    PEAK,
+    STREAM,
+    Call,
+    Case,
+    Sizes,
+    Target,
+    each,
+    name_of,
+    peak,
+    random,
+    rounds_up,
+    stream,
+)
+
+_GENERATED = 16  # tokens that beams have of their own
+
+Heads = tuple[int, int, int]  # of queries, of keys and values, channels of one
+
+
+def filled(dtype: torch.dtype, n_tokens: int, n_kv_heads: int, head_dim: int) -> Appended:
+    """A new layer of one row after `n_tokens` random keys and values were written to it."""
+    appended = IndirectCache().append(0, 1, n_tokens, n_kv_heads, head_dim, dtype)
+    _fill(appended, dtype)
+    return appended
+
+
+def _fill(appended: Appended, dtype: torch.dtype) -> None:
+    trunk = torch.from_numpy(appended.trunk).view(dtype)
+    trunk.copy_(random(dtype, *trunk.shape))
+
+
+def _beams(dtype: torch.dtype, n_beams: int, n_prompt: int, n_kv_heads: int, head_dim: int) -> Appended:
+    """A layer whose rows share a prompt and continue each other's tokens."""
+    cache = IndirectCache(copies=n_beams)
+    appended = cache.append(0, 1, n_prompt, n_kv_heads, head_dim, dtype)
+    _fill(appended, dtype)
+    cache.fork()
+    for _ in range(_GENERATED):
+        appended = cache.append(0, n_beams, 1, n_kv_heads, head_dim, dtype)
+        appended.branch[:] = 0
+        if n_beams > 1:
+            cache.reorder_cache(torch.arange(n_beams).flip(0))
+    return appended
+
+
+def _step(layers: list[Appended], dtype: torch.dtype, heads: Heads) -> Call:
+    """A decode step over each of the layers."""
+    n_heads, n_kv_heads, head_dim = heads
+    n_rows, n_prompt = len(layers[0].trunk_row), layers[0].trunk_len
+    qkv = random(dtype, n_rows, 1, (n_heads + 2 * n_kv_heads) * head_dim)
+    mask = prepare_mask(None, n_rows, 1, n_prompt + layers[0].branch_len)
+    run = each(lambda layer: attend(qkv, layer, mask, head_dim**-0.5, *heads), layers)
+    return Call(run, len(layers), n_bytes=2 * n_prompt * n_kv_heads * head_dim * dtype.itemsize)
+
+
+def _stream(layers: list[Appended]) -> dict[str, Call]:
+    return stream([torch.from_numpy(layer.trunk) for layer in layers])
+
+
+def _n_layers(sizes: Sizes, dtype: torch.dtype, n_keys: int, heads: Heads) -> int:
+    """So many that keys and values come from memory."""
+    return rounds_up(sizes.streamed // 2, 2 * n_keys * heads[1] * heads[2] * dtype.itemsize)
+
+
+def _decode(sizes: Sizes, dtype: torch.dtype, heads: Heads) -> dict[str, Call]:
+    layers = [
+        filled(dtype, sizes.keys, *heads[1:])._replace(n_new=1)
+        for _ in range(_n_layers(sizes, dtype, sizes.keys, heads))
+    ]
+    return _stream(layers) | {"hfopt": _step(layers, dtype, heads)}
+
+
+def _shared(sizes: Sizes, dtype: torch.dtype, heads: Heads) -> dict[str, Call]:
+    calls: dict[str, Call] = {}
+    for name, n_beams in (("1 beam", 1), ("4 beams", 4)):
+        layers = [
+            _beams(dtype, n_beams, sizes.shared_keys, *heads[1:])
+            for _ in range(_n_layers(sizes, dtype, sizes.shared_keys, heads))
+        ]
+        calls[name] = _step(layers, dtype, heads)
+    return _stream(layers) | calls
+
+
+def _prefill(dtype: torch.dtype, heads: Heads, n_tokens: int) -> dict[str, Call]:
+    n_heads, n_kv_heads, head_dim = heads
+    layer = filled(dtype, n_tokens, n_kv_heads, head_dim)
+    qkv = random(dtype, 1, n_tokens, (n_heads + 2 * n_kv_heads) * head_dim)
+    mask = prepare_mask(None, 1, n_tokens, n_tokens)
+    q = qkv[:, :, : n_heads * head_dim].view(1, n_tokens, n_heads, head_dim).transpose(1, 2)
+    k, v = torch.from_numpy(layer.trunk).view(dtype)[:, :, :, :n_tokens]
+    group = n_heads // n_kv_heads
+    runs = {
+        # as transformers calls it; keys repeated beforehand are no faster here
+        "SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1),
+        "hfopt": lambda: attend(qkv, layer, mask, head_dim**-0.5, *heads),
+    }
+    operations = 2 * n_heads * head_dim * n_tokens * (n_tokens + 1)
+    return {
+        name: Call(run, n_operations=operations, result_bytes=q.nbytes) for name, run in runs.items()
+    } | peak(dtype)
+
+
+def attention_cases(sizes: Sizes) -> Iterator[Case]:
+    """Steps over a long context and over a prompt that beams share, bound by memory; prompts, bound by arithmetic."""
+    for dtype in DTYPES:
+        for heads in sizes.heads:
+            text = f"{name_of(dtype)} {heads[0]}/{heads[1]}×{heads[2]}"
+            yield Case(
+                f"{text}, {sizes.keys} keys",
+                partial(_decode, sizes, dtype, heads),
+                (Target("decode attention", "hfopt", "share", 0.85, limits=STREAM),),
+            )
+            if heads == sizes.heads[0]:
+                yield Case(
+                    f"{text}, {sizes.shared_keys} shared keys",
+                    partial(_shared, sizes, dtype, heads),
+                    (Target("decode attention, 4 beams", "4 beams", "slower", 1.25, "1 beam", STREAM),),
+                )
+            for n_tokens in sizes.prompts if heads == sizes.heads[0] else sizes.prompts[:1]:
+                yield Case(
+                    f"{text}, {n_tokens} tokens",
+                    partial(_prefill, dtype, heads, n_tokens),
+                    (Target("prefill attention, causal", "hfopt", "faster", 1.2, "SDPA", PEAK),),
+                )
