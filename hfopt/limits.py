@@ -149,7 +149,7 @@ def read_weights(model: PreTrainedModel) -> list[torch.Tensor]:
     return list(weights.values())
 
 
-def _attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
+def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
     """(layers, query heads, key and value heads, channels of a head)."""
     config: Any = model.config.get_text_config(decoder=True)
     n_heads = config.num_attention_heads
@@ -164,7 +164,7 @@ def _attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
 
 def bytes_per_token_in_cache(model: PreTrainedModel) -> int:
     """Bytes of one token's keys and values in all layers."""
-    n_layers, _, n_kv_heads, head_dim = _attention_shape(model)
+    n_layers, _, n_kv_heads, head_dim = attention_shape(model)
     return 2 * n_layers * n_kv_heads * head_dim * model.dtype.itemsize
 
 
@@ -180,9 +180,17 @@ def bytes_per_step(
     return weights + cached * bytes_per_token_in_cache(model)
 
 
+def step_operations(model: PreTrainedModel, n_rows: int, context: float) -> float:
+    """Operations of a decode step of `n_rows` rows behind `context` tokens each."""
+    n_layers, n_heads, _, head_dim = attention_shape(model)
+    size = sum(weight.numel() for weight in read_weights(model) if weight.ndim == 2)
+    # scores and weighted values, two operations each
+    return n_rows * (2 * size + 4 * n_layers * n_heads * head_dim * context)
+
+
 def prefill_operations(model: PreTrainedModel, n_prompts: int, prompt_length: int) -> float:
     """Operations of reading `n_prompts` prompts, with the lm_head on the last position only."""
-    n_layers, n_heads, _, head_dim = _attention_shape(model)
+    n_layers, n_heads, _, head_dim = attention_shape(model)
     head = model.get_output_embeddings()
     matrices = [weight for weight in read_weights(model) if weight.ndim == 2]
     head_size = head.weight.numel() if head is not None else 0

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfopt import limits
-from hfopt.cli import bench_rows, main, measure
+from hfopt.cli import bench_cases, bench_rows, main, measure
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 100,
@@ -18,6 +18,7 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
+GREEDY = bench_cases.Workload(prompt_tokens=10, new_tokens=4)
 
 
 def sample(first: float, later: list[float], bandwidth: float = 1e9, total: float = 1.0) -> measure.Sample:
@@ -66,11 +67,11 @@ def model() -> LlamaForCausalLM:
 
 
 def samples_of(
-    stock: list[measure.Sample], optimized: list[measure.Sample], beams: int = 1
+    stock: list[measure.Sample], optimized: list[measure.Sample], workload: bench_cases.Workload = GREEDY
 ) -> dict[str, Any]:
     return {
-        bench_rows.case_name(False, 1, beams): stock,
-        bench_rows.case_name(True, 1, beams): optimized,
+        bench_cases.case_name(False, workload): stock,
+        bench_cases.case_name(True, workload): optimized,
     }
 
 
@@ -85,7 +86,19 @@ def test_a_decode_row(model: LlamaForCausalLM) -> None:
     assert figures["stock"]["seconds"] == pytest.approx(0.6)
     assert figures["stock"]["limit"] == pytest.approx(0.25)
     assert figures["optimized"]["limit"] == pytest.approx(0.5)
-    assert "2.00 ×" in bench_rows.line_of(figures)
+    cells = bench_rows.line_of(figures)
+    assert cells[3:] == ["2.00 ×", "≥ 2.0 ×, ≥ 85%", "25% / 50%"]
+
+
+def test_a_row_with_a_length_of_its_own(model: LlamaForCausalLM) -> None:
+    row = bench_rows.ROWS["decode-bf16-8k"]
+    workload = bench_cases.Workload(8192, 4, filled=True)
+    assert row.workloads(10, 4) == [workload]
+    needed = limits.bytes_per_step(model, 1, 8192, 1, 4)
+    samples = samples_of([sample(9.0, [0.4], needed * 10)], [sample(9.0, [0.2], needed * 10)], workload)
+    figures = bench_rows.figures_of(row, model, samples, 10, 4, 1.0)
+    assert figures["optimized"]["limit"] == pytest.approx(0.5)
+    assert bench_rows.line_of(figures)[4] == "≥ 80%"
 
 
 def test_a_prefill_row(model: LlamaForCausalLM) -> None:
@@ -99,19 +112,21 @@ def test_a_prefill_row(model: LlamaForCausalLM) -> None:
 
 def test_a_beam_row_compares_with_greedy(model: LlamaForCausalLM) -> None:
     samples = samples_of([sample(1.0, [0.1])], [sample(1.0, [0.1])])
-    samples |= samples_of([sample(4.0, [0.3])], [sample(1.05, [0.12])], beams=4)
+    beams = bench_cases.Workload(10, 4, num_beams=4)
+    samples |= samples_of([sample(4.0, [0.3])], [sample(1.05, [0.12])], beams)
     first, later = (
         bench_rows.figures_of(bench_rows.ROWS[name], model, samples, 10, 4, 1.0)
         for name in ("beam-first", "beam-next")
     )
-    assert (first["stock"]["ratio"], first["optimized"]["ratio"]) == (4.0, 1.05)
-    assert later["optimized"]["ratio"] == pytest.approx(1.2)
-    assert "≤ 1.1 ×" in bench_rows.line_of(first)
+    assert (first["stock"]["over_greedy"], first["optimized"]["over_greedy"]) == (4.0, 1.05)
+    assert later["optimized"]["over_greedy"] == pytest.approx(1.2)
+    assert later["ratio"] == pytest.approx(2.5)
+    assert bench_rows.line_of(first)[3:5] == ["1.05 × (stock 4.00 ×)", "≤ 1.1 ×"]
 
 
 def test_rows_share_their_cases(model: LlamaForCausalLM) -> None:
     rows = [bench_rows.ROWS[name] for name in ("decode-bf16", "prefill-bf16", "beam-first", "beam-next")]
-    cases = bench_rows.cases_of(rows, model, 10, 4)
+    cases = bench_cases.cases_of(model, [workload for row in rows for workload in row.workloads(10, 4)])
     assert [(case.optimized, case.options["num_beams"]) for case in cases] == [
         (False, 1),
         (True, 1),
@@ -129,7 +144,7 @@ def test_cases_alternate_on_one_model_and_are_left_as_the_last_asks(
     monkeypatch.setattr(
         measure.limits, "BandwidthMeter", lambda: iter_meter([9.0, 9.0, 4.0, 2.0, 1.0, 1.0, 3.0])
     )
-    cases = bench_rows.cases_of([bench_rows.ROWS["decode-bf16"]], model, 5, 3)
+    cases = bench_cases.cases_of(model, [bench_cases.Workload(5, 3)])
     samples = measure.alternate(model, cases, repetitions=2, warmup=1)
     assert seen == ["restore", "optimize"] * 3
     stock, optimized = samples.values()
@@ -157,7 +172,7 @@ def test_the_command_on_a_small_shape(tmp_path: Path, capsys: pytest.CaptureFixt
                 "bench",
                 *arguments,
                 "--rows",
-                "decode-small,beam-next,prefill-f32",
+                "decode-small,beam-next,decode-bf16-8k,decode-f32-b8,prefill-f32",
                 "--json",
                 str(target),
             ]
@@ -165,10 +180,17 @@ def test_the_command_on_a_small_shape(tmp_path: Path, capsys: pytest.CaptureFixt
         == 0
     )
     output = capsys.readouterr().out
-    for text in ("versions", "threading layer", "small shape", "prefill float32"):
+    for text in (
+        "versions",
+        "threading layer",
+        "small shape",
+        "prefill float32",
+        "decode-bf16-8k is left out",
+    ):
         assert text in output
     figures = json.loads(target.read_text())
-    assert set(figures["rows"]) == {"beam-next", "decode-small", "prefill-f32"}
+    assert set(figures["rows"]) == {"beam-next", "decode-small", "decode-f32-b8", "prefill-f32"}
+    assert figures["left out"] == ["decode-bf16-8k"]  # the model has positions for 2,048 tokens
     assert figures["configuration"]["repetitions"] == 2
     for group in figures["samples"]:
         for samples in group["cases"].values():

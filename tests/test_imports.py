@@ -48,6 +48,7 @@ ONLY_IN = {
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "rich": {"cli"},
+    "matplotlib": {"cli"},
     "torch": set(ALLOWED) - {"kernels"},
 }
 ONLY_IN["transformers"] = ONLY_IN["torch"]
@@ -122,7 +123,7 @@ def test_the_rules_see_relative_and_nested_imports(tmp_path: Path, monkeypatch: 
 def test_importing_the_package_loads_neither_numba_nor_kernels() -> None:
     code = (
         "import sys, hfopt;"
-        "print([name for name in sys.modules if name.split('.')[0] in ('numba', 'llvmlite', 'rich')"
+        "print([name for name in sys.modules if name.split('.')[0] in ('numba', 'llvmlite', 'rich', 'matplotlib')"
         " or name.startswith('hfopt.kernels')])"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

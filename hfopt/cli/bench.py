@@ -10,8 +10,9 @@ import torch
 from hfopt import env, limits
 from hfopt.errors import InvalidInput
 
-from . import first_use, models
-from .bench_rows import ROWS, Row, cases_of, figures_of, line_of
+from . import bench_growth, first_use, models
+from .bench_cases import cases_of, has_positions
+from .bench_rows import ROWS, Row, figures_of, line_of
 from .measure import alternate
 from .output import progress, say, show_table, write_json
 from .run import positive
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="figures as JSON to FILE, or instead of the text"
     )
+    bench_growth.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         return bench_kernels.run(args, _machine())
     if args.quick:
         vars(args).update(_QUICK)
+    if bench_growth.is_asked_for(args):
+        return bench_growth.run(args, _configuration(args))
     names = args.rows.split(",")
     unknown = sorted(set(names) - {*ROWS, _FIRST_USE})
     if unknown or args.new_tokens < 2:
@@ -80,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         for key, value in report["configuration"].items():
             say(f"{key:<18}{value}")
         say("")
-    lines = []
+    lines: list[list[str]] = []
     groups = dict.fromkeys((ROWS[name].small, ROWS[name].dtype) for name in names if name in ROWS)
     for small, dtype in groups:
         chosen = {n: ROWS[n] for n in names if n in ROWS and (ROWS[n].small, ROWS[n].dtype) == (small, dtype)}
@@ -88,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         report["rows"] |= figures["rows"]
         report.setdefault("samples", []).append(figures["samples"])
         lines += [line_of(row) for row in figures["rows"].values()]
+    measured = {*report["rows"], _FIRST_USE}
+    report["left out"] = [name for name in names if name not in measured]
     # which layer Numba loads shows after the first kernel
     report["configuration"]["threading layer"] = env.threading_layer()
     if args.json != "-" and lines:
@@ -101,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
         ]
         say(f"{'threading layer':<18}{env.threading_layer()}")
         show_table(columns, lines)
+        for name in report["left out"]:
+            say(f"{name} is left out: the shape has positions for fewer tokens")
         say("")
     if _FIRST_USE in names:
         report["rows"][_FIRST_USE] = _first_use(args)
@@ -140,14 +148,13 @@ def _measure(
     name = str(dtype).removeprefix("torch.")
     with progress(f"Making random weights of {shape} in {name}"):
         model = models.random_model(models.named_config(shape, args.layers), dtype)
-    cases = cases_of(list(rows.values()), model, args.prompt_tokens, args.new_tokens)
+    lengths = args.prompt_tokens, args.new_tokens
+    rows = {key: row for key, row in rows.items() if has_positions(model.config, row.workload(*lengths))}
+    cases = cases_of(model, [workload for row in rows.values() for workload in row.workloads(*lengths)])
     with progress(f"Measuring {shape} in {name}", (args.repetitions + 1) * len(cases)) as advance:
         samples = alternate(model, cases, args.repetitions, 1, advance)
     rate = limits.matmul_rate(dtype)
-    figures = {
-        row_name: figures_of(row, model, samples, args.prompt_tokens, args.new_tokens, rate)
-        for row_name, row in rows.items()
-    }
+    figures = {row_name: figures_of(row, model, samples, *lengths, rate) for row_name, row in rows.items()}
     return {
         "rows": figures,
         "samples": {

@@ -1,78 +1,77 @@
-"""The rows of `hfopt bench`: what each one measures, and its figures from the samples."""
+"""The rows of `hfopt bench`: what each one measures and what is wanted of it."""
 
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hfopt import limits
-
-from . import prompts
-from .measure import Case, Sample, paired_ratio
+from .bench_cases import Part, Workload, case_name, cells_of, compared, seconds_of
+from .measure import Sample, paired_ratio
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the table.
 
-    part: "first" times the prompt and its first token, "next" every later token.
     num_beams above 1: the figure is the time with beams over that of greedy search, at most `wanted`;
     else it is the stock model's time over the optimised one's, at least `wanted`.
+    wanted_limit: the least share of the limit for the optimised model.
+    prompt_tokens: where they are not those of all rows. filled: see `Workload`.
     """
 
     title: str
     small: bool
     dtype: torch.dtype
-    part: Literal["first", "next"]
-    wanted: float
+    part: Part
+    wanted: float | None
     n_rows: int = 1
     num_beams: int = 1
+    wanted_limit: float | None = None
+    prompt_tokens: int | None = None
+    filled: bool = False
+
+    def workload(self, prompt_tokens: int, new_tokens: int) -> Workload:
+        """What is run for the row, where rows without a length of their own have `prompt_tokens`."""
+        return Workload(
+            self.prompt_tokens or prompt_tokens, new_tokens, self.n_rows, self.num_beams, self.filled
+        )
+
+    def workloads(self, prompt_tokens: int, new_tokens: int) -> list[Workload]:
+        """All that its figures need: beams bring greedy search along."""
+        own = self.workload(prompt_tokens, new_tokens)
+        return list(dict.fromkeys([_greedy(own), own]))
 
 
 _BF16, _F32 = torch.bfloat16, torch.float32
 
 ROWS: dict[str, Row] = {
-    "decode-bf16": Row("decode bfloat16, batch 1", False, _BF16, "next", 1.8),
-    "prefill-bf16": Row("prefill bfloat16", False, _BF16, "first", 1.0),
+    "decode-bf16": Row("decode bfloat16, batch 1", False, _BF16, "next", 2.0, wanted_limit=0.85),
+    "decode-bf16-b8": Row("decode bfloat16, batch 8", False, _BF16, "next", 2.0, n_rows=8, filled=True),
+    "decode-bf16-8k": Row(
+        "decode bfloat16, batch 1, context 8,192",
+        False,
+        _BF16,
+        "next",
+        None,
+        wanted_limit=0.8,
+        prompt_tokens=8192,
+        filled=True,
+    ),
+    "prefill-bf16": Row("prefill bfloat16", False, _BF16, "first", 1.25),
     "beam-first": Row(
         "beam search, 4 beams: first token / greedy's", False, _BF16, "first", 1.1, num_beams=4
     ),
     "beam-next": Row("beam search, 4 beams: next token / greedy's", False, _BF16, "next", 1.25, num_beams=4),
-    "decode-f32": Row("decode float32, batch 1", False, _F32, "next", 1.9),
-    "decode-f32-b8": Row("decode float32, batch 8", False, _F32, "next", 3.0, n_rows=8),
-    "prefill-f32": Row("prefill float32", False, _F32, "first", 1.5),
+    "decode-f32": Row("decode float32, batch 1", False, _F32, "next", 2.2),
+    "decode-f32-b8": Row("decode float32, batch 8", False, _F32, "next", 4.0, n_rows=8, filled=True),
+    "prefill-f32": Row("prefill float32", False, _F32, "first", 1.8),
     "decode-small": Row("decode bfloat16, batch 1, small shape", True, _BF16, "next", 2.0),
 }
 
 
-def case_name(optimized: bool, n_rows: int, num_beams: int) -> str:
-    """Name of the case that measures these settings."""
-    return f"{'optimized' if optimized else 'stock'}, batch {n_rows}, {num_beams} beams"
-
-
-def cases_of(rows: Sequence[Row], model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> list[Case]:
-    """The cases that rows of one model need, stock and optimised side by side; beams bring greedy along."""
-    settings = dict.fromkeys(
-        setting for row in rows for setting in ((row.n_rows, 1), (row.n_rows, row.num_beams))
-    )
-    return [
-        Case(
-            case_name(optimized, n_rows, num_beams),
-            optimized,
-            prompts.random_ids(model, prompt_tokens, n_rows),
-            {"do_sample": False, "num_beams": num_beams, "max_new_tokens": new_tokens},
-        )
-        for n_rows, num_beams in settings
-        for optimized in (False, True)
-    ]
-
-
-def _seconds(samples: Sequence[Sample], part: Literal["first", "next"]) -> list[float]:
-    """One figure a repetition: the first token's time, or the median of the later ones'."""
-    return [sample.first if part == "first" else statistics.median(sample.next) for sample in samples]
+def _greedy(workload: Workload) -> Workload:
+    return Workload(workload.prompt_tokens, workload.new_tokens, workload.n_rows, filled=workload.filled)
 
 
 def figures_of(
@@ -83,43 +82,29 @@ def figures_of(
     new_tokens: int,
     rate: float,
 ) -> dict[str, Any]:
-    """The figures of a row. Seconds are medians over the repetitions, ratios medians of ratios of neighbours.
-
-    `limit` is the share of what the machine could do in the same minute: of the measured bandwidth for
-    decoding, of `rate`, torch's matrix multiplication in operations a second, for reading prompts.
-    """
-    figures: dict[str, Any] = {"title": row.title, "wanted": row.wanted}
-    for who, optimized in (("stock", False), ("optimized", True)):
-        chosen = samples[case_name(optimized, row.n_rows, row.num_beams)]
-        seconds = _seconds(chosen, row.part)
-        figures[who] = {"seconds": statistics.median(seconds)}
-        if row.num_beams > 1:
-            greedy = _seconds(samples[case_name(optimized, row.n_rows, 1)], row.part)
-            figures[who]["ratio"] = paired_ratio(seconds, greedy)
-        elif row.part == "next":
-            needed = limits.bytes_per_step(model, row.n_rows, prompt_tokens, row.n_rows, new_tokens)
-            shares = [needed / (one.bandwidth * time) for one, time in zip(chosen, seconds, strict=True)]
-            figures[who]["limit"] = statistics.median(shares)
-        else:
-            operations = limits.prefill_operations(model, row.n_rows, prompt_tokens)
-            figures[who]["limit"] = operations / statistics.median(seconds) / rate
-            figures[who]["tokens_per_second"] = row.n_rows * prompt_tokens / statistics.median(seconds)
-    if row.num_beams == 1:
-        stock, optimized_samples = (samples[case_name(who, row.n_rows, 1)] for who in (False, True))
-        figures["ratio"] = paired_ratio(_seconds(stock, row.part), _seconds(optimized_samples, row.part))
+    """The figures of a row, as `compared` has them; with beams, each model's ratio to its greedy search too."""
+    workload = row.workload(prompt_tokens, new_tokens)
+    figures: dict[str, Any] = {"title": row.title, "wanted": row.wanted, "wanted_limit": row.wanted_limit}
+    figures |= compared(model, workload, row.part, samples, rate)
+    if row.num_beams > 1:
+        for who, optimized in (("stock", False), ("optimized", True)):
+            beams, greedy = (
+                seconds_of(samples[case_name(optimized, one)], row.part)
+                for one in (workload, _greedy(workload))
+            )
+            figures[who]["over_greedy"] = paired_ratio(beams, greedy)
     return figures
 
 
 def line_of(figures: dict[str, Any]) -> list[str]:
     """The cells of the table: title, stock, optimised, ratio, wanted, shares of the limit."""
-    stock, optimized = figures["stock"], figures["optimized"]
-    cells = [figures["title"], f"{stock['seconds'] * 1e3:.1f} ms", f"{optimized['seconds'] * 1e3:.1f} ms"]
-    if "ratio" in figures:
-        cells += [f"{figures['ratio']:.2f} ×", f"≥ {figures['wanted']} ×"]
-        return [*cells, f"{stock['limit']:.0%} / {optimized['limit']:.0%}"]
-    return [
-        *cells,
-        f"{optimized['ratio']:.2f} × (stock {stock['ratio']:.2f} ×)",
-        f"≤ {figures['wanted']} ×",
-        "",
-    ]
+    stock, optimized, ratio, shares = cells_of(figures)
+    sign = "≥"
+    if "over_greedy" in figures["optimized"]:
+        both = (figures[who]["over_greedy"] for who in ("optimized", "stock"))
+        ratio = "{:.2f} × (stock {:.2f} ×)".format(*both)
+        sign = "≤"
+    wanted = [] if figures["wanted"] is None else [f"{sign} {figures['wanted']} ×"]
+    if figures["wanted_limit"] is not None:
+        wanted.append(f"≥ {figures['wanted_limit']:.0%}")
+    return [figures["title"], stock, optimized, ratio, ", ".join(wanted), shares]
