@@ -16,7 +16,6 @@ from .bench_cases import (
     Part,
     Workload,
     bytes_of,
-    case_name,
     cases_of,
     cells_of,
     compared,
@@ -70,6 +69,7 @@ def run(args: argparse.Namespace, configuration: dict[str, Any]) -> int:
             raise InvalidInput(f"--from={args.plot_from} needs --plot=FILE")
         bench_plot.draw(bench_plot.figures_from(args.plot_from), args.plot)
         return 0
+    configuration.pop("small shape")  # of the rows only
     report = measured(args)
     report["configuration"] = configuration | report["configuration"]
     if args.json != "-":
@@ -129,9 +129,12 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     lines: dict[Point, dict[str, Any]] = {}
     samples = []
     for size in sorted({point.n_layers for point in points}, reverse=True):
-        more, cases = _measure(args, size, [point for point in points if point.n_layers == size])
+        more, group = _measure(args, size, [point for point in points if point.n_layers == size])
         lines |= more
-        samples.append({"layers": size, "cases": cases})
+        samples.append(group)
+    bandwidths = [
+        one["bandwidth"] for group in samples for chosen in group["cases"].values() for one in chosen
+    ]
     return {
         "configuration": {
             "layers": n_layers,
@@ -141,8 +144,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             "left out": ", ".join(point.title for point in all_points if point not in points) or "nothing",
         },
         "growth": {
-            "bandwidth": statistics.median(line["bandwidth"] for line in lines.values()),
-            "rate": statistics.median(line["rate"] for line in lines.values()),
+            "bandwidth": statistics.median(bandwidths),
+            "rate": statistics.median(group["matmul_rate"] for group in samples),
             "lines": [lines[point] for point in points],
         },
         "samples": samples,
@@ -152,23 +155,26 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 def _measure(
     args: argparse.Namespace, n_layers: int, points: Sequence[Point]
 ) -> tuple[dict[Point, dict[str, Any]], dict[str, Any]]:
-    """The lines of one model, and the figures of all samples by the names of their cases."""
+    """The lines of one model, and all its samples."""
     with progress(f"Making random weights of {args.shape} with {n_layers} layers"):
         model = models.random_model(models.named_config(args.shape, n_layers), _DTYPE)
     cases = cases_of(model, [point.workload for point in points])
     with progress(f"Measuring {n_layers} layers", (args.repetitions + 1) * len(cases)) as advance:
         samples = alternate(model, cases, args.repetitions, 1, advance)
     rate = limits.matmul_rate(_DTYPE)
-    lines = {}
-    for point in points:
-        both = [sample for who in (False, True) for sample in samples[case_name(who, point.workload)]]
-        lines[point] = {
+    lines = {
+        point: {
             "series": point.series,
             "size": point.size,
             "title": point.title,
             "operations": operations_of(model, point.workload, point.part),
             "bytes": bytes_of(model, point.workload, point.part),
-            "bandwidth": statistics.median(sample.bandwidth for sample in both),
-            "rate": rate,
-        } | compared(model, point.workload, point.part, samples, rate)
-    return lines, {name: [sample.to_dict() for sample in chosen] for name, chosen in samples.items()}
+        }
+        | compared(model, point.workload, point.part, samples, rate)
+        for point in points
+    }
+    return lines, {
+        "layers": n_layers,
+        "matmul_rate": rate,
+        "cases": {case: [sample.to_dict() for sample in chosen] for case, chosen in samples.items()},
+    }

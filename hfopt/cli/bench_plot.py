@@ -72,6 +72,8 @@ def _series(growth: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 def _draw_roofline(axes: "Axes", growth: dict[str, Any]) -> None:
     """Operations per byte against operations per second (https://doi.org/10.1145/1498765.1498785)."""
+    from matplotlib.ticker import LogLocator
+
     bandwidth, rate = growth["bandwidth"], growth["rate"]
     intensities = [line["operations"] / line["bytes"] for line in growth["lines"]]
     ridge = rate / bandwidth
@@ -86,10 +88,11 @@ def _draw_roofline(axes: "Axes", growth: dict[str, Any]) -> None:
         fontsize="small",
     )
     axes.annotate(
-        f"{bandwidth / 1e9:.0f} GB/s (streaming reads)",
-        (corners[0], corners[0] * bandwidth / 1e9),
-        (2, 22),
+        f"{bandwidth / 1e9:.0f} GB/s\n(streaming reads)",
+        (ridge / 2, rate / 2e9),
+        (-6, 4),
         textcoords="offset points",
+        ha="right",
         fontsize="small",
     )
     for who, (label, color) in _MODELS.items():
@@ -111,6 +114,10 @@ def _draw_roofline(axes: "Axes", growth: dict[str, Any]) -> None:
         xlabel="operations per byte that must be read",
         ylabel="GFLOP/s",
     )
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,g}")
     axes.legend(fontsize="small", loc="lower right")
 
 
@@ -133,14 +140,14 @@ def _draw_latency(axes: "Axes", growth: dict[str, Any]) -> None:
         )
     axes.plot(
         sizes,
-        [line["bytes"] / line["bandwidth"] * 1e3 for line in lines],
+        [line["bytes"] / growth["bandwidth"] * 1e3 for line in lines],
         color=_LIMIT,
         linestyle="--",
         linewidth=1,
-        label="bandwidth limit",
+        label=f"all weights, keys and values at {growth['bandwidth'] / 1e9:.0f} GB/s",
     )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.set_ylim(bottom=0)
-    axes.set(title="A token, batch 1", xlabel="tokens of context", ylabel="ms")
+    axes.set(title="Decoding a token, batch 1", xlabel="tokens of context", ylabel="ms")
     axes.legend(fontsize="small")
