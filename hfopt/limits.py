@@ -16,7 +16,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 _MIN_BUFFER = 256 << 20
-_MATMUL_SIZE = 1536
 _RESTS, _REST = 15, 0.02  # how often, seconds
 
 
@@ -96,6 +95,10 @@ class MultiplyAdd:
         _jit.use_threads(torch.get_num_threads())
         peak.multiply_add(*self._operands, self._out, self._ROUNDS)
 
+    def measure(self, passes: int = 3) -> float:
+        """Operations a second of the fastest of `passes` runs."""
+        return self.operations / min([_seconds(self.run) for _ in range(passes + 1)][1:])
+
 
 def empty_launch(parallel: bool) -> Callable[[], object]:
     """A kernel that does nothing, on the calling thread or on all threads of the pool."""
@@ -122,18 +125,6 @@ def _seconds(function: Callable[[], object]) -> float:
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
-
-
-def matmul_rate(dtype: torch.dtype, repetitions: int = 3) -> float:
-    """Operations a second that `torch.matmul` reaches on square matrices (the fastest of `repetitions`)."""
-    left = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE).to(dtype)
-    right = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE).to(dtype)
-    seconds = []
-    for _ in range(repetitions + 1):
-        begin = time.perf_counter()
-        torch.matmul(left, right.T)
-        seconds.append(time.perf_counter() - begin)
-    return 2 * _MATMUL_SIZE**3 / min(seconds[1:])
 
 
 def read_weights(model: PreTrainedModel) -> list[torch.Tensor]:

@@ -153,14 +153,14 @@ def _measure(
     cases = cases_of(model, [workload for row in rows.values() for workload in row.workloads(*lengths)])
     with progress(f"Measuring {shape} in {name}", (args.repetitions + 1) * len(cases)) as advance:
         samples = alternate(model, cases, args.repetitions, 1, advance)
-    rate = limits.matmul_rate(dtype)
+    rate = limits.MultiplyAdd(dtype).measure()
     figures = {row_name: figures_of(row, model, samples, *lengths, rate) for row_name, row in rows.items()}
     return {
         "rows": figures,
         "samples": {
             "shape": shape,
             "dtype": name,
-            "matmul_rate": rate,
+            "peak_rate": rate,
             "cases": {case: [sample.to_dict() for sample in chosen] for case, chosen in samples.items()},
         },
     }

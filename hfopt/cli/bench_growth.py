@@ -145,7 +145,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         },
         "growth": {
             "bandwidth": statistics.median(bandwidths),
-            "rate": statistics.median(group["matmul_rate"] for group in samples),
+            "rate": statistics.median(group["peak_rate"] for group in samples),
             "lines": [lines[point] for point in points],
         },
         "samples": samples,
@@ -161,7 +161,7 @@ def _measure(
     cases = cases_of(model, [point.workload for point in points])
     with progress(f"Measuring {n_layers} layers", (args.repetitions + 1) * len(cases)) as advance:
         samples = alternate(model, cases, args.repetitions, 1, advance)
-    rate = limits.matmul_rate(_DTYPE)
+    rate = limits.MultiplyAdd(_DTYPE).measure()
     lines = {
         point: {
             "series": point.series,
@@ -175,6 +175,6 @@ def _measure(
     }
     return lines, {
         "layers": n_layers,
-        "matmul_rate": rate,
+        "peak_rate": rate,
         "cases": {case: [sample.to_dict() for sample in chosen] for case, chosen in samples.items()},
     }

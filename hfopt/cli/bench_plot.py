@@ -80,7 +80,7 @@ def _draw_roofline(axes: "Axes", growth: dict[str, Any]) -> None:
     corners = [min(*intensities, ridge) / 2, ridge, max(*intensities, ridge) * 2]
     axes.plot(corners, [min(bandwidth * at, rate) / 1e9 for at in corners], color=_LIMIT, linewidth=1)
     axes.annotate(
-        f"{rate / 1e9:,.0f} GFLOP/s (matrix product)",
+        f"{rate / 1e9:,.0f} GFLOP/s (multiply-adds)",
         (corners[-1], rate / 1e9),
         (0, 4),
         textcoords="offset points",
