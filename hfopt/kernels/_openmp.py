@@ -15,11 +15,10 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-PARALLEL, THREAD, TEAM, LIMIT = "hfopt_omp_parallel", "hfopt_omp_thread", "hfopt_omp_team", "hfopt_omp_limit"
+PARALLEL, TEAM, LIMIT = "hfopt_omp_parallel", "hfopt_omp_team", "hfopt_omp_limit"
 
 _ENTRIES = {
     PARALLEL: "GOMP_parallel",
-    THREAD: "omp_get_thread_num",
     TEAM: "omp_get_num_threads",
     LIMIT: "omp_get_max_threads",
 }

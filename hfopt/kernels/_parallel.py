@@ -90,24 +90,62 @@ def _emit_range(context, builder, compiled, argument_types, record_type, data, f
         context.call_conv.call_function(builder, function, types.none, argument_types, [index, *values])
 
 
+def _emit_share(builder, counter, total, team):
+    """Takes the next share of the indices below `total`: (first, end); empty when none is left.
+
+    A share is an equal part of half of what is left (at least one index), so the first ones are long runs through memory
+    and the last ones short: a thread that others hold up takes fewer, and no thread waits long for the last
+    (guided self-scheduling, https://doi.org/10.1109/TC.1987.5009495).
+    """
+    zero, one = ir.Constant(_INTP, 0), ir.Constant(_INTP, 1)
+    start = builder.load_atomic(counter, "monotonic", 8)
+    entry, loop, done = (
+        builder.block,
+        builder.append_basic_block("share"),
+        builder.append_basic_block("taken"),
+    )
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    first = builder.phi(_INTP)
+    first.add_incoming(start, entry)
+    left = builder.sub(total, first)
+    part = builder.sdiv(left, builder.shl(team, one))
+    size = builder.select(builder.icmp_signed(">", part, one), part, one)
+    size = builder.select(builder.icmp_signed(">", left, zero), size, zero)
+    end = builder.add(first, size)
+    outcome = builder.cmpxchg(counter, first, end, "monotonic", "monotonic")
+    first.add_incoming(builder.extract_value(outcome, 0), loop)
+    builder.cbranch(builder.extract_value(outcome, 1), done, loop)
+    builder.position_at_end(done)
+    return first, end
+
+
 def _emit_openmp_loop(builder, name, emit_range, record_type, record, n_threads, n):
-    """`n` indices in contiguous shares on a team of OpenMP threads."""
-    whole = ir.LiteralStructType([_INTP, record_type])  # what the threads are given: n and the arguments
+    """`n` indices in shares on a team of OpenMP threads."""
+    # what the threads are given: the first index that is not taken, n, and the arguments
+    whole = ir.LiteralStructType([_INTP, _INTP, record_type])
     task = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_BYTES]), name)
     task.linkage = "internal"
     inner = ir.IRBuilder(task.append_basic_block("entry"))
     shared = inner.bitcast(task.args[0], whole.as_pointer())
-    total = inner.load(cgutils.gep_inbounds(inner, shared, 0, 0))
-    arguments = inner.bitcast(cgutils.gep_inbounds(inner, shared, 0, 1), _BYTES)
-    thread = inner.sext(_call(inner, _openmp.THREAD, _I32, []), _INTP)
+    counter = cgutils.gep_inbounds(inner, shared, 0, 0)
+    total = inner.load(cgutils.gep_inbounds(inner, shared, 0, 1))
+    arguments = inner.bitcast(cgutils.gep_inbounds(inner, shared, 0, 2), _BYTES)
     team = inner.sext(_call(inner, _openmp.TEAM, _I32, []), _INTP)
-    first = inner.sdiv(inner.mul(thread, total), team)
-    end = inner.sdiv(inner.mul(inner.add(thread, ir.Constant(_INTP, 1)), total), team)
+    take, work, done = (inner.append_basic_block(label) for label in ("take", "work", "done"))
+    inner.branch(take)
+    inner.position_at_end(take)
+    first, end = _emit_share(inner, counter, total, team)
+    inner.cbranch(inner.icmp_signed("<", first, end), work, done)
+    inner.position_at_end(work)
     emit_range(inner, arguments, first, inner.sub(end, first))
+    inner.branch(take)
+    inner.position_at_end(done)
     inner.ret_void()
 
-    values = builder.insert_value(ir.Constant(whole, ir.Undefined), n, 0)
-    values = builder.insert_value(values, record, 1)
+    values = builder.insert_value(ir.Constant(whole, ir.Undefined), ir.Constant(_INTP, 0), 0)
+    values = builder.insert_value(values, n, 1)
+    values = builder.insert_value(values, record, 2)
     data = builder.bitcast(cgutils.alloca_once_value(builder, values), _BYTES)
     threads = builder.trunc(n_threads, _I32)
     _call(
@@ -142,7 +180,7 @@ def _emit_numba_loop(builder, name, emit_range, record, n_threads, n):
 
 @intrinsic
 def parallel_for(typingctx, task, n_threads, n, arguments):
-    """task(i, *arguments) for i < n in contiguous shares on n_threads threads; a task returns nothing."""
+    """task(i, *arguments) for i < n, in order on one thread, in shares on n_threads; a task returns nothing."""
     argument_types = (types.intp, *arguments)
     task.get_call_type(typingctx, argument_types, {})
 
