@@ -6,7 +6,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -26,13 +26,22 @@ _DTYPES = (torch.float32, torch.bfloat16)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def optimize(model: Model, *, dtype: torch.dtype | None = None, strict: bool = False) -> Model:
+def optimize(
+    model: Model,
+    *,
+    dtype: torch.dtype | None = None,
+    strict: bool = False,
+    kernels: Literal["auto", "hfopt", "torch"] = "auto",
+) -> Model:
     """Make a model generate faster on the CPU, in place; it is returned, with its report as `model.hfopt`.
 
     Args:
         model: a causal language model of transformers. Of other modules, known parts are swapped.
         dtype: converts the weights first (float32 or bfloat16); None leaves them as they are.
         strict: raise UnsupportedModel unless every part of the decoder could be swapped.
+        kernels: whose kernels compute linear layers, and attention of several new tokens. "auto" takes torch's where a
+            timing on this machine has shown them to be faster; with "hfopt" results have the same bits at any number of
+            threads. Everything else always runs in hfopt's.
 
     No weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
     Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory) and UnsupportedModel; no class has
@@ -40,9 +49,11 @@ def optimize(model: Model, *, dtype: torch.dtype | None = None, strict: bool = F
     """
     memory = env.resident_memory()
     with _collections_paused():
+        from hfopt.functional.choice import check_kernels
         from hfopt.patches.walk import Walk
 
         _check(model, dtype)
+        check_kernels("kernels", kernels)
         if dtype is not None:
             _convert(model, dtype)
         walk = Walk(model)
@@ -57,6 +68,7 @@ def optimize(model: Model, *, dtype: torch.dtype | None = None, strict: bool = F
     except BaseException:
         walk.undo()
         raise
+    walk.use(kernels)
     report = Report.of(walk, is_applied=True, memory_before=memory)
     model.__dict__["hfopt"] = report
     logger.info("%s: swapped %s", report.model_class, report.counts)

@@ -14,6 +14,7 @@ from hfopt import env
 from hfopt.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from hfopt.functional.choice import Choice
     from hfopt.patches.walk import Kept, Swapped, Walk
 
 
@@ -23,6 +24,7 @@ class Report:
 
     memory_before, memory_after: resident memory of the process around `optimize`, in bytes. is_applied: False
     for what `optimize` would do. idle: swapped modules that cannot run in kernels as they are now, and why.
+    kernels: the argument of `optimize`. choices: what "auto" takes for this model's dtypes.
     """
 
     model_class: str
@@ -34,12 +36,16 @@ class Report:
     cpu_path: str
     threads: int
     threading_layer: str
+    kernels: str
+    choices: tuple[Choice, ...]
     memory_before: int
     memory_after: int
 
     @classmethod
     def of(cls, walk: Walk, *, is_applied: bool, memory_before: int) -> Report:
         """The report of a pass over a model that has just ended."""
+        from hfopt.functional import choice  # here, because `import hfopt` must not load Numba
+
         dtypes = Counter(str(weight.dtype).removeprefix("torch.") for weight in walk.model.parameters())
         return cls(
             model_class=type(walk.model).__qualname__,
@@ -51,6 +57,8 @@ class Report:
             cpu_path=env.cpu_path(),
             threads=env.threads(),
             threading_layer=env.threading_layer(),
+            kernels=walk.kernels() if is_applied else "auto",
+            choices=tuple(each for each in choice.choices() if each.dtype in dtypes),
             memory_before=memory_before,
             memory_after=env.resident_memory(),
         )
@@ -71,6 +79,7 @@ class Report:
         lines = [
             f"{self.model_class}: {verb} {counts}",
             f"{self.dtype}; {self.cpu_path}; {self.threads} threads, {self.threading_layer};"
+            f" kernels {self.kernels or 'unused'};"
             f" memory {self.memory_before / 2**20:,.0f} MiB before, {grown:+,.1f} MiB after",
         ]
         if self.swapped:
@@ -86,7 +95,17 @@ class Report:
         if self.kept:
             rows = _grouped((module.path, (_short(module.old_class), module.reason)) for module in self.kept)
             lines += ["", *_table(("kept", "class", "reason"), rows)]
+        if "auto" in self.kernels:
+            head = (f"auto with {self.threads} threads", "kernels", "torch's time / hfopt's")
+            lines += ["", *_table(head, self._choice_rows())]
         return "\n".join(lines)
+
+    def _choice_rows(self) -> list[tuple[str, ...]]:
+        needed = [each for each in self.choices if each.kernels is not None]
+        rows: list[tuple[str, ...]] = [(each.label, *each.outcome) for each in needed]
+        if len(needed) < len(self.choices):
+            rows.append(("other sizes" if needed else "all sizes", "not needed yet", ""))
+        return rows
 
     def _swapped_rows(self) -> list[tuple[str, ...]]:
         worst: dict[tuple[str, str], float] = {}

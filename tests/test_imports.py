@@ -21,14 +21,14 @@ ALLOWED = {
     "_cache_rows": {"errors", "kernels"},
     "_cache_layer": {"errors", "kernels", "_cache_rows", "_memory"},
     "cache": {"errors", "kernels", "_cache_rows", "_cache_layer"},
-    "functional": {"errors", "kernels", "cache"},
+    "functional": {"errors", "kernels", "cache", "env", "_memory"},
     "modules": {"errors", "functional", "cache"},
     "patches": {"errors", "functional", "cache", "modules"},
     "progress": {"kernels"},
     "generation": {"errors", "functional", "cache", "progress"},
-    "report": {"errors", "env", "patches", "progress"},
-    "optimize": {"errors", "env", "patches", "generation", "report", "progress"},
-    "warmup": {"optimize", "progress"},
+    "report": {"errors", "env", "functional", "patches", "progress"},
+    "optimize": {"errors", "env", "functional", "patches", "generation", "report", "progress"},
+    "warmup": {"functional", "optimize", "progress"},
     "__init__": {"errors", "cache", "generation", "optimize", "report", "warmup", "embedded"},
     # the public names of hfopt, and what describes the machine
     "cli": {

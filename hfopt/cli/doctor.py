@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if a kernel fails its self-test."""
-    from hfopt.kernels import selftest  # here, because it loads Numba, which no other command needs at once
+    # here, because these load Numba, which no other command needs at once
+    from hfopt.functional import choice
+    from hfopt.kernels import selftest
 
     load = os.getloadavg()[0]  # before the tests add their own
     with progress("Testing the kernels (the first time on a machine they are compiled)"):
@@ -34,6 +36,11 @@ def run(args: argparse.Namespace) -> int:
     show_table(
         ["kernel", "result", "detail"],
         [[name, "ok" if passed else "FAILED", detail] for name, passed, detail in results],
+    )
+    say("")
+    show_table(
+        [f'kernels="auto" with {env.threads()} threads', "takes", "torch's time / hfopt's"],
+        [[each.label, *each.outcome] for each in choice.choices()],
     )
     advice = list(_advice(load))
     failed = [name for name, passed, _ in results if not passed]

@@ -6,6 +6,7 @@ Forward only: results carry no gradients. Tensors that a kernel cannot work on r
 
 from .activation import ACTIVATIONS
 from .attention import Mask, attend, prepare_mask
+from .choice import Kernels
 from .linear import LinearWeights, linear
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .rotary import rotate_and_store
@@ -13,6 +14,7 @@ from .sampling import argmax, log_softmax_top_k
 
 __all__ = [
     "ACTIVATIONS",
+    "Kernels",
     "LinearWeights",
     "Mask",
     "add_layer_norm",

@@ -5,17 +5,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hfopt.errors import InvalidInput
 from hfopt.kernels import attention as decode
 from hfopt.kernels import attention_prefill as prefill
 
 from .checks import array_of, prepare_threads
+from .choice import Kernels, takes_torch
 from .rotary import check_qkv
 
 if TYPE_CHECKING:
     from hfopt.cache import Appended
 
+_WRONG_ROWS = "appended names rows in trunk_row or table that the cache has not"
 _NO_BYTES = np.zeros((0, 0, 0), np.uint8)
 
 
@@ -80,13 +83,17 @@ def attend(
     n_heads: int,
     n_kv_heads: int,
     head_dim: int,
+    *,
+    by: Kernels = "hfopt",
 ) -> Tensor:
     """softmax(scale * q k^T) v over the cached keys and values: [n_rows, n_new, n_heads * head_dim].
 
     qkv: [n_rows, n_new, (n_heads + 2 * n_kv_heads) * head_dim], contiguous, float32 or bfloat16 as the
     cache; of it only the queries, its first channels,
     are read: `rotate_and_store` has put the keys and values into the cache. Keys that a mask hides are not
-    looked at, whatever they hold; a token that sees no key gets 0. Raises `InvalidInput`.
+    looked at, whatever they hold; a token that sees no key gets 0. by: "hfopt", "torch", or "auto" (what is
+    faster for this many new tokens, see `choice`); one new token a row is always hfopt's, and so are infinite and NaN
+    keys and values behind a mask, which torch would spread. Raises `InvalidInput`.
     """
     check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
     n_rows, n_new, width = qkv.shape
@@ -102,6 +109,10 @@ def attend(
     out = torch.empty((n_rows, n_new, n_heads * head_dim), dtype=qkv.dtype)
     if not out.numel():
         return out
+    if n_new > 1 and by != "hfopt" and takes_torch(by, "attention", qkv.dtype, n_new):
+        attended = _attend_in_torch(qkv, appended, mask, scale, n_heads, head_dim)
+        if attended is not None:
+            return attended
     prepare_threads()
     q, result = array_of(qkv).reshape(-1, width), array_of(out).reshape(-1, n_heads * head_dim)
     cache = (
@@ -118,8 +129,56 @@ def attend(
         kind = _KINDS[mask.kind]
         wrong = prefill.attend_prefill(q, n_new, *cache, kind, mask.bytes, np.float32(scale), n_heads, result)
     if wrong:
-        raise InvalidInput("appended names rows in trunk_row or table that the cache has not")
+        raise InvalidInput(_WRONG_ROWS)
     return out
+
+
+@torch.no_grad()
+def _attend_in_torch(
+    qkv: Tensor, appended: "Appended", mask: Mask, scale: float, n_heads: int, head_dim: int
+) -> Tensor | None:
+    """`attend` by `scaled_dot_product_attention`; None if a mask hides something that is not finite."""
+    n_rows, n_new, _ = qkv.shape
+    stored = _gathered(appended, n_rows, qkv.dtype)
+    keys, values = stored
+    n_keys = keys.shape[2]
+    # 0 * NaN is NaN, and torch multiplies by the weights of hidden keys too
+    if mask.kind != "none" and not (stored.amin().isfinite() and stored.amax().isfinite()):
+        return None
+    seen = None
+    if mask.kind == "bytes":
+        seen = (torch.from_numpy(mask.bytes) != 0)[:, None]
+    elif mask.kind == "causal" and n_new < n_keys:
+        seen = torch.ones(n_new, n_keys, dtype=torch.bool).tril_(n_keys - n_new)
+    heads = F.scaled_dot_product_attention(
+        qkv[..., : n_heads * head_dim].unflatten(-1, (n_heads, head_dim)).transpose(1, 2),
+        keys,
+        values,
+        attn_mask=seen,
+        is_causal=mask.kind == "causal" and n_new == n_keys,
+        scale=scale,
+        enable_gqa=True,
+    )
+    if mask.kind == "bytes" and seen is not None:
+        heads = heads.masked_fill(~seen.any(-1, keepdim=True), 0)
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _gathered(appended: "Appended", n_rows: int, dtype: torch.dtype) -> Tensor:
+    """Keys and values as the rows read them, [2, n_rows, n_kv_heads, n_keys, head_dim]; a view if they are in order."""
+    trunk, branch = (torch.from_numpy(array).view(dtype) for array in (appended.trunk, appended.branch))
+    trunk_row, table = appended.trunk_row[:n_rows], appended.table[:n_rows, : appended.branch_len]
+    for rows, n_stored in ((trunk_row, trunk.shape[1]), (table, branch.shape[1])):
+        if rows.size and not 0 <= rows.min() <= rows.max() < n_stored:
+            raise InvalidInput(_WRONG_ROWS)
+    trunk = trunk[:, :, :, : appended.trunk_len]
+    if trunk.shape[1] != n_rows or not np.array_equal(trunk_row, np.arange(n_rows)):
+        trunk = trunk.index_select(1, torch.from_numpy(trunk_row))
+    if not appended.branch_len:
+        return trunk
+    # the two indices bring [n_rows, branch_len] to the front
+    indices, columns = torch.from_numpy(table.astype(np.int64)), torch.arange(appended.branch_len)
+    return torch.cat([trunk, branch[:, indices, :, columns].permute(2, 0, 3, 1, 4)], dim=3)
 
 
 def _check_lengths(appended: "Appended", n_rows: int) -> None:

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hfopt.errors import InvalidInput
 from hfopt.kernels import linear as kernels
 
-from .activation import CODES
+from .activation import ACTIVATIONS, CODES
 from .checks import (
     array_of,
     check_contiguous,
@@ -21,6 +22,7 @@ from .checks import (
     check_vector,
     prepare_threads,
 )
+from .choice import Kernels, takes_torch
 
 _NO_RESIDUALS = np.empty(0, np.int64)
 
@@ -98,17 +100,19 @@ def linear(
     activation: str | None = None,
     gated: bool = False,
     residuals: Sequence[Tensor] = (),
+    by: Kernels = "hfopt",
 ) -> Tensor:
     """y = act(x W^T + b) + residuals, the outputs of several matrices side by side.
 
-    With `gated` (two matrices of one shape): y = act(x W0^T + b0) * (x W1^T + b1) + residuals. Sums, activation and
-    residuals are float32 and are rounded once.
+    With `gated` (two matrices of one shape): y = act(x W0^T + b0) * (x W1^T + b1) + residuals. In hfopt's kernels sums,
+    activation and residuals are float32 and are rounded once; torch rounds after each operation.
 
     Args:
         hidden_states: [..., in], the dtype of the weights, last dimension contiguous.
         weights: the matrices, [out_i, in] each.
         activation: None or a key of `ACTIVATIONS`.
         residuals: tensors of the result's shape and dtype, contiguous.
+        by: "hfopt", "torch", or "auto": what is faster for this number of rows (see `choice`).
 
     Returns:
         [..., sum of out_i], or [..., out] with `gated`.
@@ -142,6 +146,8 @@ def linear(
     )
     if out.numel() == 0:
         return out
+    if by != "hfopt" and takes_torch(by, "linear", x.dtype, out.numel() // width):
+        return _linear_in_torch(x, weights, activation, gated, residuals)
     prepare_threads()
     rows = array_of(x).reshape(-1, weights.in_features)
     target = array_of(out).reshape(-1, width)
@@ -154,3 +160,21 @@ def linear(
     packed, panels, sums = (np.empty(shape, np.float32) for shape in shapes)
     kernels.linear_tiles(rows, weights.table, gated, code, addresses, target, packed, panels, sums, tile_rows)
     return out
+
+
+@torch.no_grad()
+def _linear_in_torch(
+    x: Tensor, weights: LinearWeights, activation: str | None, gated: bool, residuals: Sequence[Tensor]
+) -> Tensor:
+    """`linear` as the modules of transformers compute it."""
+    n_matrices = len(weights.table)
+    pairs = zip(weights.tensors[:n_matrices], weights.tensors[n_matrices:], strict=True)
+    parts = [F.linear(x, weight, bias) for weight, bias in pairs]  # type: ignore[arg-type]
+    y = parts[0] if gated or n_matrices == 1 else torch.cat(parts, -1)
+    if activation is not None:
+        y = ACTIVATIONS[activation](y)
+    if gated:
+        y *= parts[1]
+    for residual in residuals:
+        y += residual
+    return y

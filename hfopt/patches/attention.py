@@ -84,7 +84,7 @@ class Attention(Replacement):
         residuals: Sequence[torch.Tensor],
         rotary: Callable[[IndirectCache, int, torch.dtype], Rotary],
     ) -> torch.Tensor | None:
-        spec = self._hfopt.spec
+        spec, by = self._hfopt.spec, self._hfopt.kernels
         layer_idx = 0 if past_key_values is None else self.layer_idx
         cache = IndirectCache() if past_key_values is None else past_key_values
         if not _takes_appends(cache, layer_idx) or not are_without_effect(kwargs) or wants_attentions(self):
@@ -105,14 +105,13 @@ class Attention(Replacement):
             return None
         cos, sin = rotary(cache, n_past, inputs.dtype)
 
-        qkv = functional.linear(hidden_states.contiguous(), inputs)
+        qkv = functional.linear(hidden_states.contiguous(), inputs, by=by)
         heads = (spec.n_heads, spec.n_kv_heads, spec.head_dim)
         appended = cache.append(layer_idx, n_rows, n_new, spec.n_kv_heads, spec.head_dim, inputs.dtype)
         functional.rotate_and_store(qkv, cos, sin, appended, *heads, rotation=spec.rotation)
-        attended = functional.attend(qkv, appended, mask, self._scale(), *heads)
-        return functional.linear(
-            attended, output, residuals=[residual.contiguous() for residual in residuals]
-        )
+        attended = functional.attend(qkv, appended, mask, self._scale(), *heads, by=by)
+        residuals = [residual.contiguous() for residual in residuals]
+        return functional.linear(attended, output, residuals=residuals, by=by)
 
     def _mask(self, cache: IndirectCache, attention_mask: Any, n_rows: int, n_new: int, n_keys: int) -> Any:
         sizes = (n_rows, n_new, n_keys)

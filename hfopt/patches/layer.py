@@ -175,7 +175,9 @@ class InlineLayer(Replacement):
         inner = activate(
             self._hfopt, activation, normalize(final_norm, attended) if is_pre_norm else attended, inputs
         )
-        hidden_states = functional.linear(inner, output, residuals=(attended.contiguous(),)).view(shape)
+        hidden_states = functional.linear(
+            inner, output, residuals=(attended.contiguous(),), by=self._hfopt.kernels
+        ).view(shape)
         return hidden_states if is_pre_norm else normalize(final_norm, hidden_states)
 
 

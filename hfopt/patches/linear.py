@@ -72,7 +72,7 @@ class Linear(Replacement):
         weights = read_weights(self._hfopt, "own", (self,))
         if weights is None or not is_readable(hidden_states, weights.dtype):
             return None
-        return functional.linear(hidden_states.contiguous(), weights)
+        return functional.linear(hidden_states.contiguous(), weights, by=self._hfopt.kernels)
 
 
 def _recognise(module: Any) -> LinearSpec | None:

@@ -39,8 +39,8 @@ def activate(
     """`act(x W^T + b)`; the activation runs as an epilogue where the kernels know it, else in torch."""
     name = fused_activation(record, activation)
     if name is not None:
-        return functional.linear(hidden_states, weights, activation=name)
-    return activation(functional.linear(hidden_states, weights))
+        return functional.linear(hidden_states, weights, activation=name, by=record.kernels)
+    return activation(functional.linear(hidden_states, weights, by=record.kernels))
 
 
 class Mlp(Replacement):
@@ -64,7 +64,8 @@ class Mlp(Replacement):
         if not are_readable((hidden_states, *residuals), inputs.dtype) or not are_others_bare(self):
             return None
         inner = self.project_in(hidden_states.contiguous(), inputs, self._modules[spec.activation_module])
-        return functional.linear(inner, output, residuals=[residual.contiguous() for residual in residuals])
+        residuals = [residual.contiguous() for residual in residuals]
+        return functional.linear(inner, output, residuals=residuals, by=self._hfopt.kernels)
 
     def compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         (hidden_states,) = args or kwargs.values()
@@ -77,10 +78,10 @@ class GatedMlp(Mlp):
     def project_in(
         self, hidden_states: torch.Tensor, weights: LinearWeights, activation: Any
     ) -> torch.Tensor:
-        name = fused_activation(self._hfopt, activation)
+        name, by = fused_activation(self._hfopt, activation), self._hfopt.kernels
         if name is not None:
-            return functional.linear(hidden_states, weights, activation=name, gated=True)
-        gate, up = functional.linear(hidden_states, weights).chunk(2, dim=-1)
+            return functional.linear(hidden_states, weights, activation=name, gated=True, by=by)
+        gate, up = functional.linear(hidden_states, weights, by=by).chunk(2, dim=-1)
         product: torch.Tensor = activation(gate) * up
         return product
 

@@ -9,28 +9,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfopt.functional import LinearWeights
+from hfopt.functional import Kernels, LinearWeights
 from hfopt.patches.guards import is_plain_inference
 
 _CLASSES: dict[Any, Any] = {}
 
 
 class Record:
-    """What a swapped module carries: what was recognised, the proof's figure, what follows from its weights.
+    """What a swapped module carries: what was recognised, the proof's figure, whose kernels it takes where
+    torch has one too, what follows from its weights.
 
-    Only the first two are pickled or copied; the rest follows from the module itself.
+    Only the first three are pickled or copied; the rest follows from the module itself.
     """
 
-    __slots__ = ("activation", "proof", "spec", "weights")
+    __slots__ = ("activation", "kernels", "proof", "spec", "weights")
 
-    def __init__(self, spec: Any, proof: float | None = None) -> None:
+    def __init__(self, spec: Any, proof: float | None = None, kernels: Kernels = "hfopt") -> None:
         self.spec = spec
         self.proof = proof
+        self.kernels = kernels
         self.weights: dict[str, LinearWeights] = {}
         self.activation: tuple[nn.Module, str | None] | None = None
 
-    def __reduce__(self) -> tuple[type, tuple[Any, float | None]]:
-        return Record, (self.spec, self.proof)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return Record, (self.spec, self.proof, self.kernels)
 
 
 class Replacement(nn.Module):

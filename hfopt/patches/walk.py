@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfopt.errors import UnsupportedModel
+from hfopt.functional import Kernels
 from hfopt.patches.attention import ROTARY_ATTENTION, TABLE_ATTENTION, UNROTATED_ATTENTION
 from hfopt.patches.guards import is_bare
 from hfopt.patches.layer import INLINE_LAYER, PARALLEL_LAYER, SEQUENTIAL_LAYER
@@ -96,6 +97,12 @@ class Walk:
         while self.swapped_now:
             unswap(self.swapped_now.pop())
 
+    def use(self, kernels: Kernels) -> None:
+        """Let every swapped module take these kernels. Until then new ones take hfopt's, which the proofs are about."""
+        for module in self._modules.values():
+            if isinstance(module, Replacement):
+                module._hfopt.kernels = kernels
+
     def _apply(self, pattern: Pattern, path: str, module: nn.Module) -> None:
         spec = pattern.recognise(module)
         if spec is None:
@@ -162,6 +169,13 @@ class Walk:
             for path, module in self._modules.items()
             if not isinstance(module, Replacement) and type(module).forward is not nn.Module.forward
         ]
+
+    def kernels(self) -> str:
+        """Whose kernels the swapped modules take; several, if parts of the model were optimized each for itself."""
+        found = {
+            module._hfopt.kernels for module in self._modules.values() if isinstance(module, Replacement)
+        }
+        return ", ".join(sorted(found))
 
     def idle(self) -> dict[str, str]:
         """Swapped modules that cannot run in kernels as they are now, and why."""
