@@ -172,6 +172,9 @@ def _content(ratios: Any, **changes: Any) -> str:
     return json.dumps({"identity": {**_IDENTITY, **changes}, "ratios": ratios})
 
 
+_WRONG: tuple[Any, ...] = (None, True, "0.1", -1.0, 0, [], 10**400)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -186,7 +189,7 @@ def _content(ratios: Any, **changes: Any) -> str:
         _content([1, 2]),
         _content("linear, float32, 1 row"),
         _content(None),
-        *(_content({"linear, float32, 1 row": wrong}) for wrong in (None, True, "0.1", -1.0, 0, [], 10**400)),
+        *(_content({"linear, float32, 1 row": wrong}) for wrong in _WRONG),
         b'{"identity": %s, "ratios": {"linear, float32, 1 row": NaN}}' % json.dumps(_IDENTITY).encode(),
         b'{"identity": %s, "ratios": {"linear, float32, 1 row": -Infinity}}' % json.dumps(_IDENTITY).encode(),
         *(_content({"linear, float32, 1 row": 2.0}, **{name: "x"}) for name in _IDENTITY),

@@ -159,8 +159,6 @@ def _attend_in_torch(
         scale=scale,
         enable_gqa=True,
     )
-    if mask.kind == "bytes" and seen is not None:
-        heads = heads.masked_fill(~seen.any(-1, keepdim=True), 0)
     return heads.transpose(1, 2).flatten(2)
 
 
