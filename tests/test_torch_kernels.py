@@ -19,6 +19,7 @@ from hfopt.cli import main
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import LinearWeights, Mask, choice
 from hfopt.functional.activation import ACTIVATIONS
+from hfopt.kernels.linear import ROW_LIMIT
 from hfopt.patches.replacement import Replacement
 from tests import reference
 from tests.generation_cases import FAMILIES, gptj, llama, prompts
@@ -377,15 +378,15 @@ def test_explain_shows_what_was_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [" ".join(line.split()) for line in str(hfopt.explain(model)).splitlines()]
     assert lines[-6].startswith(f"auto with {n_threads} threads kernels torch's time / hfopt's")
     assert lines[-4:] == [
-        "linear, float32, 2-16 rows torch 0.50",
-        "linear, float32, 17-127 rows torch 0.50",
+        f"linear, float32, 2-{ROW_LIMIT} rows torch 0.50",
+        f"linear, float32, {ROW_LIMIT + 1}-127 rows torch 0.50",
         "attention, float32, 2-31 new tokens hfopt not measurable",
         "other sizes not needed yet",
     ]
     report = hfopt.explain(model).to_dict()
     assert report["kernels"] == "auto"
     assert {
-        "operation": "linear", "dtype": "float32", "sizes": "2-16 rows", "kernels": "torch", "ratio": 0.5,
+        "operation": "linear", "dtype": "float32", "sizes": f"2-{ROW_LIMIT} rows", "kernels": "torch", "ratio": 0.5,
     } in report["choices"]  # fmt: skip
 
 

@@ -22,11 +22,6 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 from hfopt._memory import available_memory
 from hfopt.errors import InvalidInput
 from hfopt.kernels.linear import ROW_LIMIT
@@ -42,7 +37,7 @@ KERNELS = ("auto", "hfopt", "torch")
 MARGIN = 1.05  # torch has to be faster by this factor, so that noise does not decide
 PAIRS = 5
 SPARE_PAIRS = 2  # that may be disturbed by other work
-MAX_INTERRUPTIONS = 40  # a second; two threads on one core have some 250
+QUIET = 0.9  # share of the time that the calling thread has to have had its core
 SCRATCH = 128 << 20  # bytes of a trial's weights: more than last-level caches hold
 
 
@@ -155,25 +150,19 @@ def _measure(operation: str, dtype: torch.dtype, size: int) -> list[float]:
 
 
 def _pair(run: Callable[[Kernels], None], is_torch_first: bool) -> float | None:
-    """torch's time / ours of a call each; None if other work took cores away meanwhile.
+    """torch's time / ours of a call each; None if other work took the core away meanwhile.
 
     Threads that wait for each other then take ten times as long, and a torch that uses one thread seems fast.
     """
     order: tuple[Kernels, Kernels] = ("torch", "hfopt") if is_torch_first else ("hfopt", "torch")
     seconds = {}
-    interruptions = _interruptions()
     for by in order:
-        begin = time.perf_counter()
+        begin, begin_on_core = time.perf_counter(), time.thread_time()
         run(by)
         seconds[by] = time.perf_counter() - begin
-    if _interruptions() - interruptions > MAX_INTERRUPTIONS * sum(seconds.values()):
-        return None
+        if time.thread_time() - begin_on_core < QUIET * seconds[by]:
+            return None
     return seconds["torch"] / seconds["hfopt"]
-
-
-def _interruptions() -> int:
-    """How often the system has taken a core from a thread of this process."""
-    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 # ---- what reports show -------------------------------------------------------------------------------------
