@@ -48,13 +48,15 @@ class SizeClass(NamedTuple):
     timed: int
 
 
-# where kernels change: ours behind ROW_LIMIT, torch's attention takes larger blocks from 768 tokens on
+# where kernels change (ours behind ROW_LIMIT, torch's attention takes larger blocks from 768 tokens on), and for the linear
+# layer also where reading the weights no longer takes the time
 CLASSES: dict[str, tuple[SizeClass, ...]] = {
     "linear": (
         SizeClass(1, 1),
-        SizeClass(2, 8),
-        SizeClass(ROW_LIMIT + 1, 3 * ROW_LIMIT),
-        SizeClass(128, 256),
+        SizeClass(2, 4),
+        SizeClass(9, 16),
+        SizeClass(ROW_LIMIT + 1, 64),
+        SizeClass(128, 192),
     ),
     "attention": (SizeClass(2, 8), SizeClass(32, 256), SizeClass(768, 1024)),
 }
