@@ -162,7 +162,7 @@ class _PrivateCache(FunctionCache):
 
 
 compile_listeners: list[Callable[[str], None]] = []
-_launched: set[Callable] = set()  # the functions that launches were made of
+_launches: "dict[Callable, Launch]" = {}  # by the functions that they were made of
 
 
 class _CompileListener(event.Listener):
@@ -170,7 +170,7 @@ class _CompileListener(event.Listener):
 
     def on_start(self, event):
         py_func = event.data["dispatcher"].py_func
-        if py_func in _launched:
+        if py_func in _launches:
             name = py_func.__name__
             logger.info("Compiling kernel %s (once on this machine).", name)
             for listener in list(compile_listeners):
@@ -196,6 +196,8 @@ def _mark_forked() -> None:
     # the workers of OpenMP stay behind in the parent, and a team waits for them for ever; other layers start anew
     global _forked
     _forked = _ran and _layer in ("omp", "torch's OpenMP")
+    for kernel in _launches.values():
+        kernel.run = kernel.run_first
 
 
 if hasattr(os, "register_at_fork"):
@@ -219,8 +221,9 @@ class Launch:
 
     def __init__(self, py_func: Callable):
         self._dispatcher = numba.njit(**OPTIONS)(py_func)
-        self._with_cache = False
-        _launched.add(py_func)
+        # a decode step has hundreds of calls: what the first one has settled is not asked again
+        self.run: Callable = self.run_first
+        _launches[py_func] = self
         functools.update_wrapper(self, py_func)
 
     def _enable_cache(self) -> None:
@@ -229,7 +232,6 @@ class Launch:
         folder, _ = cache_folder()
         if folder is not None:
             self._dispatcher._cache = _PrivateCache(self._dispatcher.py_func, folder)
-        self._with_cache = True
 
     @property
     def dispatcher(self):
@@ -237,31 +239,36 @@ class Launch:
         return self._dispatcher
 
     def __call__(self, *args):
-        global _layer, _ran
+        try:
+            return self.run(*args)
+        except NumbaError as error:
+            raise KernelError(
+                f"kernel {self._dispatcher.__name__} cannot be compiled here: {error}"
+            ) from error
+
+    def run_first(self, *args):
+        """The first call in a process."""
+        global _ran
         if _forked:
             raise ForkedProcess(
                 "This process was forked after hfopt had run kernels, so the kernels' threads do not exist here. "
                 "Start workers with the 'spawn' method, or fork before the first call of hfopt.optimize."
             )
         _ran = True
-        if not self._with_cache:
-            self._enable_cache()
-        if _layer is None or _layer == "workqueue":
-            # this layer of Numba aborts the process when two Python threads enter it, and until the first launch is over
-            # nobody knows which layer it will be
-            with _workqueue_lock:
-                result = self._run(args)
-                _layer = numba.threading_layer()
-                return result
-        return self._run(args)
+        self._enable_cache()
+        self.run = self._dispatcher if _openmp.RUNTIME else self._run_alone
+        return self.run(*args)
 
-    def _run(self, args):
-        try:
-            return self._dispatcher(*args)
-        except NumbaError as error:
-            raise KernelError(
-                f"kernel {self._dispatcher.__name__} cannot be compiled here: {error}"
-            ) from error
+    def _run_alone(self, *args):
+        # Numba's workqueue aborts the process when two Python threads enter it, and until the first launch is over nobody
+        # knows whether that is the layer
+        global _layer
+        with _workqueue_lock:
+            result = self._dispatcher(*args)
+            _layer = numba.threading_layer()
+        if _layer != "workqueue":
+            self.run = self._dispatcher
+        return result
 
 
 def launch(py_func: Callable) -> Launch:
