@@ -98,6 +98,11 @@ def bits(tensor: Tensor) -> np.ndarray:
     return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
 
 
+def like(dtype: torch.dtype) -> np.ndarray:
+    """What tells a kernel the type of the elements at an address."""
+    return np.empty(0, np.uint16 if dtype is torch.bfloat16 else np.float32)
+
+
 class Guarded:
     """A C-contiguous array, filled with a pattern, between guard bytes."""
 

@@ -73,6 +73,22 @@ def test_tensors_without_memory(name: str) -> None:
         operation(torch.ones(shape, device="meta"))
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_tensors_whose_memory_is_freed(name: str) -> None:
+    operation, shape = OPERATIONS[name]
+    tensor = torch.ones(shape)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(InvalidInput, match="has no memory: its storage has been freed"):
+        operation(tensor)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_tensors_with_a_negative_bit(name: str) -> None:
+    operation, shape = OPERATIONS[name]
+    with pytest.raises(InvalidInput, match="has its negative bit set"):
+        operation(torch._neg_view(torch.ones(shape)))
+
+
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "rotate_and_store cos"])
 def test_transposed_tensors(name: str) -> None:
     operation, shape = OPERATIONS[name]

@@ -1,6 +1,5 @@
 """RMSNorm and LayerNorm against float64 and against torch."""
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +10,12 @@ from hfopt.kernels import norm as kernels
 from tests import reference
 from tests.reference import DTYPES, Guarded, assert_as_exact_as_torch, assert_same_on_threads
 
-SHAPES = ((5, 123), (7, 41), (1, 16), (2, 3, 2051), (4, 1))
+# odd ones; and below, at and above a vector, and four vectors, which are summed together
+SHAPES = (
+    *((5, 123), (7, 41), (1, 16), (2, 3, 2051)),
+    *((60, 15), (60, 16), (60, 17), (60, 63), (60, 64), (60, 65), (60, 128)),
+    (4, 1),
+)
 
 
 def _inputs(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,12 +99,12 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
 def test_nothing_is_written_outside(dtype: torch.dtype) -> None:
     x, residual, weight, bias = _inputs(dtype, (5, 123))
     summed, out = Guarded(dtype, 5, 123), Guarded(dtype, 5, 123)
-    eps, place = np.float32(1e-5), summed.tensor.data_ptr()
-    kernels.rms_norm(reference.bits(x), residual.data_ptr(), weight.data_ptr(), eps, place, out.array)
+    w, b = weight.data_ptr(), bias.data_ptr()
+    rows = (reference.like(dtype), x.data_ptr(), 5, 123, residual.data_ptr())
+    written = (summed.tensor.data_ptr(), out.tensor.data_ptr())
+    kernels.rms_norm(*rows, w, 1e-5, *written)
     assert torch.equal(out.tensor, functional.add_rms_norm(x, residual, weight, 1e-5)[0])
-    kernels.layer_norm(
-        reference.bits(x), residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps, place, out.array
-    )
+    kernels.layer_norm(*rows, w, b, 1e-5, *written)
     assert torch.equal(out.tensor, functional.add_layer_norm(x, residual, weight, bias, 1e-5)[0])
     summed.check()
     out.check()

@@ -1,13 +1,22 @@
-"""What the operations of this package ask of tensors, and the arrays that kernels get."""
+"""What the operations of this package ask of tensors, and how kernels get them: as arrays, or as addresses.
+
+Each call of an operation asks all of it again, so what usually holds is told by one quick test.
+"""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
-from hfopt.kernels import _jit
+from hfopt.kernels import _jit, _openmp
 
-DTYPES = (torch.float32, torch.bfloat16)
+# Empty arrays whose type tells a kernel what is at the addresses that it gets; bfloat16 as its bits.
+ELEMENTS: dict[torch.dtype, np.ndarray] = {
+    torch.float32: np.empty(0, np.float32),
+    torch.bfloat16: np.empty(0, np.uint16),
+}
+DTYPES = tuple(ELEMENTS)
+_STRIDED = torch.strided  # attributes of a module take time
 
 
 def _fail(name: str, given: object, allowed: str) -> InvalidInput:
@@ -25,6 +34,20 @@ def check_floats(name: str, tensor: Tensor, dtype: torch.dtype | None = None) ->
         raise _fail(name, f"has dtype {tensor.dtype}", allowed)
     if tensor.layout is not torch.strided:
         raise _fail(name, f"has layout {tensor.layout}", "torch.strided is needed")
+    if tensor.is_neg():
+        raise _fail(name, "has its negative bit set", "call resolve_neg() first")
+
+
+def _is_contiguous(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether `check_floats` and `check_contiguous` find nothing wrong."""
+    return (
+        isinstance(tensor, Tensor)
+        and (tensor.dtype is dtype or (dtype is None and tensor.dtype in ELEMENTS))
+        and tensor.is_cpu
+        and tensor.layout is _STRIDED
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+    )
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -43,21 +66,31 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
 
 def check_rows(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor, copied if it is not contiguous; raises `InvalidInput` unless its last dimension is."""
-    check_floats(name, tensor, dtype)
-    if tensor.is_contiguous() and tensor.ndim > 0:
+    if _is_contiguous(tensor, dtype) and tensor.ndim > 0:
         return tensor
+    check_floats(name, tensor, dtype)
     if tensor.ndim == 0 or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
         given = f"has strides {tensor.stride()} with shape {tuple(tensor.shape)}"
         raise _fail(name, given, "its last dimension must be contiguous")
     return tensor.contiguous()
 
 
-def check_vector(name: str, tensor: Tensor, size: int, dtype: torch.dtype) -> int:
-    """Address of a contiguous [size] vector; raises `InvalidInput` for anything else."""
-    check_floats(name, tensor, dtype)
-    check_shape(name, tensor, (size,))
-    check_contiguous(name, tensor)
-    return tensor.data_ptr()
+def check_array(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> int:
+    """Address of a contiguous tensor of this shape, float32 or bfloat16 (or just `dtype`); raises `InvalidInput` for
+    anything else."""
+    if not (_is_contiguous(tensor, dtype) and tensor.shape == shape):
+        check_floats(name, tensor, dtype)
+        check_shape(name, tensor, shape)
+        check_contiguous(name, tensor)
+    return address_of(name, tensor)
+
+
+def address_of(name: str, tensor: Tensor) -> int:
+    """Address of a tensor that has passed the checks; raises `InvalidInput` if its memory is not there."""
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:
+        raise _fail(name, f"of shape {tuple(tensor.shape)} has no memory", "its storage has been freed")
+    return address
 
 
 def array_of(tensor: Tensor) -> np.ndarray:
@@ -71,4 +104,5 @@ def array_of(tensor: Tensor) -> np.ndarray:
 
 def prepare_threads() -> None:
     """Let the launches of this Python thread use as many threads as torch does."""
-    _jit.use_threads(torch.get_num_threads())
+    if not _openmp.RUNTIME:  # the pool of torch knows
+        _jit.use_threads(torch.get_num_threads())

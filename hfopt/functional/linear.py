@@ -15,11 +15,11 @@ from hfopt.kernels import linear as kernels
 from .activation import ACTIVATIONS, CODES
 from .checks import (
     array_of,
+    check_array,
     check_contiguous,
     check_floats,
     check_rows,
     check_shape,
-    check_vector,
     prepare_threads,
 )
 from .choice import Kernels, takes_torch
@@ -74,7 +74,7 @@ class LinearWeights:
         table = np.zeros((len(weights), 4), np.int64)
         column = 0
         for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            address = 0 if bias is None else check_vector(f"biases[{index}]", bias, weight.shape[0], dtype)
+            address = 0 if bias is None else check_array(f"biases[{index}]", bias, (weight.shape[0],), dtype)
             table[index] = weight.data_ptr(), address, weight.shape[0], column
             column += weight.shape[0]
         tensors = (*weights, *biases)

@@ -1,12 +1,11 @@
 """RMSNorm and LayerNorm, with the addition of a residual fused in."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hfopt.kernels import norm as kernels
 
-from .checks import array_of, check_rows, check_shape, check_vector, prepare_threads
+from .checks import ELEMENTS, address_of, check_array, check_rows, check_shape, prepare_threads
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,46 +45,47 @@ def add_layer_norm(
     return normed, summed
 
 
-def _with_residual(
-    hidden_states: Tensor, residual: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(contiguous hidden_states, contiguous residual, memory for their sum)."""
-    hidden_states = check_rows("hidden_states", hidden_states)
+def _with_sum(x: Tensor, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(contiguous residual, memory for x + residual)."""
     if residual is None:
-        return hidden_states, None, None
-    residual = check_rows("residual", residual, hidden_states.dtype)
-    check_shape("residual", residual, tuple(hidden_states.shape))
-    return hidden_states, residual, torch.empty_like(hidden_states)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+        return None, None
+    residual = check_rows("residual", residual, x.dtype)
+    check_shape("residual", residual, tuple(x.shape))
+    return residual, torch.empty_like(x)
 
 
 def _rms_norm(
     hidden_states: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    hidden_states, residual, summed = _with_residual(hidden_states, residual)
-    size = hidden_states.shape[-1]
-    w = check_vector("weight", weight, size, hidden_states.dtype)
-    out = torch.empty_like(hidden_states)
-    if out.numel():
+    x = check_rows("hidden_states", hidden_states)
+    size, dtype = x.shape[-1], x.dtype
+    w = check_array("weight", weight, (size,), dtype)
+    residual, summed = _with_sum(x, residual)
+    out = torch.empty_like(x)
+    n = out.numel()
+    if n:
         prepare_threads()
-        x, y = array_of(hidden_states).reshape(-1, size), array_of(out).reshape(-1, size)
-        kernels.rms_norm(x, _address(residual), w, np.float32(eps), _address(summed), y)
+        address, n_rows = address_of("hidden_states", x), n // size
+        r = 0 if residual is None else address_of("residual", residual)
+        s = 0 if summed is None else summed.data_ptr()
+        kernels.rms_norm(ELEMENTS[dtype], address, n_rows, size, r, w, float(eps), s, out.data_ptr())
     return out, summed
 
 
 def _layer_norm(
     hidden_states: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    hidden_states, residual, summed = _with_residual(hidden_states, residual)
-    size, dtype = hidden_states.shape[-1], hidden_states.dtype
-    w = 0 if weight is None else check_vector("weight", weight, size, dtype)
-    b = 0 if bias is None else check_vector("bias", bias, size, dtype)
-    out = torch.empty_like(hidden_states)
-    if out.numel():
+    x = check_rows("hidden_states", hidden_states)
+    size, dtype = x.shape[-1], x.dtype
+    w = 0 if weight is None else check_array("weight", weight, (size,), dtype)
+    b = 0 if bias is None else check_array("bias", bias, (size,), dtype)
+    residual, summed = _with_sum(x, residual)
+    out = torch.empty_like(x)
+    n = out.numel()
+    if n:
         prepare_threads()
-        x, y = array_of(hidden_states).reshape(-1, size), array_of(out).reshape(-1, size)
-        kernels.layer_norm(x, _address(residual), w, b, np.float32(eps), _address(summed), y)
+        address, n_rows = address_of("hidden_states", x), n // size
+        r = 0 if residual is None else address_of("residual", residual)
+        s = 0 if summed is None else summed.data_ptr()
+        kernels.layer_norm(ELEMENTS[dtype], address, n_rows, size, r, w, b, float(eps), s, out.data_ptr())
     return out, summed

@@ -2,21 +2,18 @@
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
 from hfopt.kernels import rope as kernels
 
-from .checks import array_of, check_contiguous, check_floats, check_shape, prepare_threads
+from .checks import ELEMENTS, address_of, check_array, check_floats, prepare_threads
 
 if TYPE_CHECKING:
     from hfopt.cache import Appended
 
 ROTATIONS = {"none": kernels.NONE, "half": kernels.HALF, "interleaved": kernels.INTERLEAVED}
-
-_NO_ANGLES = np.zeros((1, 1, 0), np.float32)
 
 
 def rotate_and_store(
@@ -40,17 +37,19 @@ def rotate_and_store(
         float32 or bfloat16.
     Raises `InvalidInput`.
     """
-    check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
+    address = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
     if rotation not in ROTATIONS:
         raise InvalidInput(f"rotation is {rotation!r}: {', '.join(map(repr, ROTATIONS))} are allowed")
-    n_rows, n_new, width = qkv.shape
-    cos_array = sin_array = _NO_ANGLES
-    n_rotary = 0
+    n_rows, n_new, _ = qkv.shape
+    cos_at = sin_at = n_angle_rows = n_rotary = 0
     if rotation != "none":
-        cos_array, n_rotary = _angles("cos", cos, n_rows, n_new, head_dim, rotation)
-        sin_array, _ = _angles("sin", sin, n_rows, n_new, head_dim, rotation)
-        if cos_array.shape != sin_array.shape:
-            raise InvalidInput(f"sin has shape {sin_array.shape}: that of cos, {cos_array.shape}, is needed")
+        cos, n_rotary = _angles("cos", cos, n_rows, n_new, head_dim, rotation)
+        sin, _ = _angles("sin", sin, n_rows, n_new, head_dim, rotation)
+        if cos.shape != sin.shape:
+            raise InvalidInput(
+                f"sin has shape {tuple(sin.shape)}: that of cos, {tuple(cos.shape)}, is needed"
+            )
+        cos_at, sin_at, n_angle_rows = address_of("cos", cos), address_of("sin", sin), cos.shape[0]
     cache, length = (
         (appended.branch, appended.branch_len) if appended.in_branch else (appended.trunk, appended.trunk_len)
     )
@@ -59,13 +58,15 @@ def rotate_and_store(
             f"appended ends at column {length} of {cache.shape}: "
             f"room for {n_new} tokens of {n_rows} rows is needed"
         )
-    if qkv.numel():
+    if address:
         prepare_threads()
         kernels.rotate_and_store(
-            array_of(qkv).reshape(-1, width),
+            address,
+            n_rows,
             n_new,
-            cos_array,
-            sin_array,
+            cos_at,
+            sin_at,
+            n_angle_rows,
             n_rotary,
             ROTATIONS[rotation],
             n_heads,
@@ -75,49 +76,43 @@ def rotate_and_store(
         )
 
 
-def check_qkv(qkv: Tensor, appended: "Appended", n_heads: int, n_kv_heads: int, head_dim: int) -> None:
-    """Raise `InvalidInput` unless projections, cache and sizes belong together."""
-    check_floats("qkv", qkv)
+def check_qkv(qkv: Tensor, appended: "Appended", n_heads: int, n_kv_heads: int, head_dim: int) -> int:
+    """Address of the projections; raises `InvalidInput` unless they, cache and sizes belong together."""
     if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads or head_dim < 1:
         raise InvalidInput(
             f"n_heads = {n_heads}, n_kv_heads = {n_kv_heads}, head_dim = {head_dim}: "
             "positive numbers are needed, n_heads a multiple of n_kv_heads"
         )
-    if qkv.ndim != 3:
-        raise InvalidInput(f"qkv has shape {tuple(qkv.shape)}: [n_rows, n_new, channels] is needed")
-    rows = len(appended.trunk_row)
-    check_shape("qkv", qkv, (rows, appended.n_new, (n_heads + 2 * n_kv_heads) * head_dim))
-    check_contiguous("qkv", qkv)
-    bits = np.uint16 if qkv.dtype is torch.bfloat16 else np.float32
+    width = (n_heads + 2 * n_kv_heads) * head_dim
+    address = check_array("qkv", qkv, (len(appended.trunk_row), appended.n_new, width))
+    bits = ELEMENTS[qkv.dtype].dtype
     for name, cache in (("trunk", appended.trunk), ("branch", appended.branch)):
         shape = cache.shape
-        if len(shape) != 5 or (shape[0], shape[2], shape[4]) != (2, n_kv_heads, head_dim):
+        if len(shape) != 5 or shape[0] != 2 or shape[2] != n_kv_heads or shape[4] != head_dim:
             raise InvalidInput(
                 f"appended.{name} has shape {shape}: (2, rows, {n_kv_heads}, columns, {head_dim}) is needed"
             )
         if cache.dtype != bits or not cache.flags.c_contiguous:
-            raise InvalidInput(
-                f"appended.{name} has dtype {cache.dtype}: contiguous {np.dtype(bits)} is needed"
-            )
+            raise InvalidInput(f"appended.{name} has dtype {cache.dtype}: contiguous {bits} is needed")
+    return address
 
 
 def _angles(
     name: str, tensor: Tensor | None, n_rows: int, n_new: int, head_dim: int, rotation: str
-) -> tuple[np.ndarray, int]:
-    """(contiguous float32 array, number of rotated channels)."""
+) -> tuple[Tensor, int]:
+    """(contiguous float32 tensor, number of rotated channels)."""
     if tensor is None:
         raise InvalidInput(f"{name} is None: rotation {rotation!r} needs it")
     check_floats(name, tensor)
-    n_rotary = tensor.shape[-1] * (1 if rotation == "half" else 2) if tensor.ndim == 3 else -1
-    if tensor.ndim != 3 or tensor.shape[0] not in (1, n_rows) or tensor.shape[1] != n_new:
-        raise InvalidInput(
-            f"{name} has shape {tuple(tensor.shape)}: [1 or {n_rows}, {n_new}, angles] is needed"
-        )
+    shape = tensor.shape
+    if len(shape) != 3 or shape[0] not in (1, n_rows) or shape[1] != n_new:
+        raise InvalidInput(f"{name} has shape {tuple(shape)}: [1 or {n_rows}, {n_new}, angles] is needed")
+    n_rotary = shape[2] if rotation == "half" else 2 * shape[2]
     if n_rotary % 2 or n_rotary > head_dim:
         raise InvalidInput(
-            f"{name} has {tensor.shape[-1]} angles: they turn {n_rotary} channels, "
+            f"{name} has {shape[2]} angles: they turn {n_rotary} channels, "
             f"an even number up to {head_dim} is allowed"
         )
     if tensor.dtype is not torch.float32 or not tensor.is_contiguous():
         tensor = tensor.to(torch.float32).contiguous()
-    return array_of(tensor), n_rotary
+    return tensor, n_rotary

@@ -23,6 +23,7 @@ from . import _target
 LANES = 16
 
 F32 = ir.FloatType()
+_INTP = ir.IntType(64)
 I32 = ir.IntType(32)
 I16 = ir.IntType(16)
 F32X = ir.VectorType(F32, LANES)
@@ -254,6 +255,23 @@ def address_as(typingctx, address, like):
     return like(types.intp, like), codegen
 
 
+def _pointer_at(dtype, doc):
+    def typed(typingctx, address):
+        result = types.CPointer(dtype)
+
+        def codegen(context, builder, sig, args):
+            return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
+
+        return result(types.intp), codegen
+
+    typed.__doc__ = doc
+    return intrinsic(typed)
+
+
+floats_at = _pointer_at(types.float32, "Integer address as a pointer to float32.")
+integers_at = _pointer_at(types.int64, "Integer address as a pointer to int64.")
+
+
 @intrinsic
 def shifted(typingctx, p, count):
     """p + count elements."""
@@ -434,6 +452,28 @@ def maximum(typingctx, a, b):
         return builder.select(builder.fcmp_unordered("uno", a, a), a, larger)
 
     return float32x(float32x, float32x), codegen
+
+
+@intrinsic
+def larger(typingctx, a, b):
+    """a where it is larger than b, else b, which is also what a NaN leaves."""
+
+    def codegen(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return float32x(float32x, float32x), codegen
+
+
+@intrinsic
+def lanes_from(typingctx, x, bound):
+    """Bit k is set where lane k is not below the number `bound`; a NaN is not."""
+
+    def codegen(context, builder, sig, args):
+        x, bound = args
+        reached = builder.fcmp_unordered(">=", x, emit_splat(builder, bound, F32X))
+        return builder.zext(builder.bitcast(reached, I16), _INTP)
+
+    return types.intp(float32x, types.float32), codegen
 
 
 @intrinsic

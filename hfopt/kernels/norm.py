@@ -23,6 +23,7 @@ from ._simd import (
     where_part,
 )
 
+STEP = 4 * LANES  # elements of four independent sums, which hide the latency of an addition
 _PARALLEL_SIZE = 1 << 16  # elements; below, more threads cost more than they save
 _ZERO = np.float32(0.0)
 
@@ -46,18 +47,51 @@ def inverse_root(x):
 
 
 @body
+def sum_row(x, size):
+    """Sum of `size` values."""
+    a, b, c, d = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
+    k = 0
+    while k + STEP <= size:
+        a = a + load(x, k)
+        b = b + load(x, k + LANES)
+        c = c + load(x, k + 2 * LANES)
+        d = d + load(x, k + 3 * LANES)
+        k += STEP
+    while k < size:
+        a = a + load_part(x, k, min(size - k, LANES))
+        k += LANES
+    return sum_lanes((a + b) + (c + d))
+
+
+@body
+def sum_squares(x, mean, size):
+    """Sum of (x - mean)^2 over `size` values."""
+    a, b, c, d = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
+    k = 0
+    while k + STEP <= size:
+        value = load(x, k) - mean
+        a = fma(value, value, a)
+        value = load(x, k + LANES) - mean
+        b = fma(value, value, b)
+        value = load(x, k + 2 * LANES) - mean
+        c = fma(value, value, c)
+        value = load(x, k + 3 * LANES) - mean
+        d = fma(value, value, d)
+        k += STEP
+    while k < size:
+        count = min(size - k, LANES)
+        value = where_part(count, load_part(x, k, count) - mean, splat(_ZERO))
+        a = fma(value, value, a)
+        k += LANES
+    return sum_lanes((a + b) + (c + d))
+
+
+@body
 def rms_norm_row(x, weight, eps, size, out):
     """out = weight * x / sqrt(mean(x^2) + eps)."""
+    scale = splat(inverse_root(sum_squares(x, splat(_ZERO), size) / np.float32(size) + eps))
     whole = size - size % LANES
     left = size - whole
-    squares = splat(_ZERO)
-    for k in range(0, whole, LANES):
-        value = load(x, k)
-        squares = fma(value, value, squares)
-    if left > 0:
-        value = load_part(x, whole, left)
-        squares = fma(value, value, squares)
-    scale = splat(inverse_root(sum_lanes(squares) / np.float32(size) + eps))
     for k in range(0, whole, LANES):
         store(out, k, load(weight, k) * (load(x, k) * scale))
     if left > 0:
@@ -68,22 +102,10 @@ def rms_norm_row(x, weight, eps, size, out):
 @body
 def layer_norm_row(x, weight, bias, eps, size, out):
     """out = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias; weight and bias are addresses or 0."""
+    mean = splat(sum_row(x, size) / np.float32(size))
+    scale = splat(inverse_root(sum_squares(x, mean, size) / np.float32(size) + eps))
     whole = size - size % LANES
     left = size - whole
-    total = splat(_ZERO)
-    for k in range(0, whole, LANES):
-        total = total + load(x, k)
-    if left > 0:
-        total = total + load_part(x, whole, left)
-    mean = splat(sum_lanes(total) / np.float32(size))
-    squares = splat(_ZERO)
-    for k in range(0, whole, LANES):
-        value = load(x, k) - mean
-        squares = fma(value, value, squares)
-    if left > 0:
-        value = where_part(left, load_part(x, whole, left) - mean, splat(_ZERO))
-        squares = fma(value, value, squares)
-    scale = splat(inverse_root(sum_lanes(squares) / np.float32(size) + eps))
     for k in range(0, whole, LANES):
         value = (load(x, k) - mean) * scale
         if weight != 0:
@@ -123,24 +145,24 @@ def _layer_norm_task(row, x, size, item_size, residual, weight, bias, eps, summe
 
 
 @launch
-def rms_norm(x, residual, weight, eps, summed, out):
+def rms_norm(like, x, n_rows, size, residual, weight, eps, summed, out):
     """out = weight * s / sqrt(mean(s^2) + eps) over rows, s = x or, where a residual is given, summed = x +
     residual.
 
-    x, out [n, size]: float32 or bfloat16 bits, C-contiguous; residual, summed (both or neither 0) and
-    weight: addresses of arrays of the same type; eps float32.
+    Addresses of arrays of the type of `like`, float32 or bfloat16 bits: x, out, residual, summed [n_rows, size]
+    (the last two both or neither 0) and weight [size].
     """
-    n_rows, size = x.shape
-    arguments = (pointer(x), size, x.itemsize, residual, weight, eps, summed, pointer(out))
-    parallel_for(_rms_norm_task, threads_for(n_rows, x.size, _PARALLEL_SIZE), n_rows, arguments)
+    x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
+    arguments = (x, size, like.itemsize, residual, weight, np.float32(eps), summed, out)
+    parallel_for(_rms_norm_task, threads_for(n_rows, n_rows * size, _PARALLEL_SIZE), n_rows, arguments)
 
 
 @launch
-def layer_norm(x, residual, weight, bias, eps, summed, out):
+def layer_norm(like, x, n_rows, size, residual, weight, bias, eps, summed, out):
     """out = weight * (s - mean(s)) / sqrt(var(s) + eps) + bias over rows; arguments as in `rms_norm`.
 
     weight and bias may be 0.
     """
-    n_rows, size = x.shape
-    arguments = (pointer(x), size, x.itemsize, residual, weight, bias, eps, summed, pointer(out))
-    parallel_for(_layer_norm_task, threads_for(n_rows, x.size, _PARALLEL_SIZE), n_rows, arguments)
+    x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
+    arguments = (x, size, like.itemsize, residual, weight, bias, np.float32(eps), summed, out)
+    parallel_for(_layer_norm_task, threads_for(n_rows, n_rows * size, _PARALLEL_SIZE), n_rows, arguments)

@@ -4,7 +4,9 @@ from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
 from ._simd import (
     LANES,
+    address_as,
     doubled,
+    floats_at,
     fma,
     load,
     load_part,
@@ -90,17 +92,32 @@ def rotate_and_store_token(qkv, cos, sin, n_rotary, kind, n_heads, n_kv_heads, s
 
 
 @body
-def _token(index, qkv, n_new, cos, sin, n_rotary, kind, n_heads, n_kv_heads, cache, first):
+def _token(
+    index,
+    qkv,
+    width,
+    n_new,
+    cos,
+    sin,
+    angle_step,
+    n_angles,
+    n_rotary,
+    kind,
+    n_heads,
+    n_kv_heads,
+    cache,
+    first,
+):
     row = index // n_new
     token = index - row * n_new
     _, n_cache_rows, _, capacity, size = cache.shape
-    angle = ((row if cos.shape[0] > 1 else 0) * n_new + token) * cos.shape[2]
+    angle = row * angle_step + token * n_angles
     place = (row * n_kv_heads * capacity + first + token) * size
     values = n_cache_rows * n_kv_heads * capacity * size
     rotate_and_store_token(
-        shifted(pointer(qkv), index * qkv.shape[1]),
-        shifted(pointer(cos), angle),
-        shifted(pointer(sin), angle),
+        shifted(qkv, index * width),
+        shifted(cos, angle),
+        shifted(sin, angle),
         n_rotary,
         kind,
         n_heads,
@@ -113,14 +130,33 @@ def _token(index, qkv, n_new, cos, sin, n_rotary, kind, n_heads, n_kv_heads, cac
 
 
 @launch
-def rotate_and_store(qkv, n_new, cos, sin, n_rotary, kind, n_heads, n_kv_heads, cache, first):
+def rotate_and_store(
+    qkv, n_rows, n_new, cos, sin, n_angle_rows, n_rotary, kind, n_heads, n_kv_heads, cache, first
+):
     """Rotates the queries of qkv in place; writes rotated keys, and values, of n_new tokens a row to
     columns from `first` on.
 
-    qkv [rows * n_new, (n_heads + 2 n_kv_heads) size] and cache [2, >= rows, n_kv_heads, columns, size]:
-    float32 or bfloat16 bits; cos, sin float32 [1 or rows, n_new, n_rotary], or n_rotary / 2 for
-    INTERLEAVED; n_rotary 0 for NONE.
+    cache [2, >= n_rows, n_kv_heads, columns, size], float32 or bfloat16 bits; addresses of qkv [n_rows, n_new,
+    (n_heads + 2 n_kv_heads) size] of the same type, and of cos, sin float32 [n_angle_rows = 1 or n_rows, n_new,
+    n_rotary], or n_rotary / 2 for INTERLEAVED; n_rotary 0 for NONE.
     """
-    threads = threads_for(qkv.shape[0], qkv.size, _PARALLEL_SIZE)
-    arguments = (qkv, n_new, cos, sin, n_rotary, kind, n_heads, n_kv_heads, cache, first)
-    parallel_for(_token, threads, qkv.shape[0], arguments)
+    width = (n_heads + 2 * n_kv_heads) * cache.shape[4]
+    n_tokens = n_rows * n_new
+    n_angles = n_rotary // 2 if kind == INTERLEAVED else n_rotary
+    angle_step = n_new * n_angles if n_angle_rows > 1 else 0
+    arguments = (
+        address_as(qkv, pointer(cache)),
+        width,
+        n_new,
+        floats_at(cos),
+        floats_at(sin),
+        angle_step,
+        n_angles,
+        n_rotary,
+        kind,
+        n_heads,
+        n_kv_heads,
+        cache,
+        first,
+    )
+    parallel_for(_token, threads_for(n_tokens, n_tokens * width, _PARALLEL_SIZE), n_tokens, arguments)

@@ -45,7 +45,8 @@ def _address(array: Array) -> int:
 def _rms_norm(dtype: type) -> float:
     x, residual, w = _random(dtype, 3, 41), _random(dtype, 1, 3, 41), _random(dtype, 41)
     summed, out = np.zeros_like(x), np.zeros_like(x)
-    norm.rms_norm(x, _address(residual), _address(w), np.float32(1e-6), _address(summed), out)
+    addresses = (_address(residual), _address(w), 1e-6, _address(summed), _address(out))
+    norm.rms_norm(np.empty(0, dtype), _address(x), 3, 41, *addresses)
     s = _exact(summed)
     expected = _exact(w) * s / np.sqrt((s**2).mean(-1, keepdims=True) + 1e-6)
     return max(_error(summed, _exact(x) + _exact(residual[0])), _error(out, expected))
@@ -54,7 +55,9 @@ def _rms_norm(dtype: type) -> float:
 def _layer_norm(dtype: type) -> float:
     x, w, b = _random(dtype, 3, 41), _random(dtype, 41), _random(dtype, 1, 41)
     out = np.zeros_like(x)
-    norm.layer_norm(x, 0, _address(w), _address(b), np.float32(1e-6), 0, out)
+    norm.layer_norm(
+        np.empty(0, dtype), _address(x), 3, 41, 0, _address(w), _address(b), 1e-6, 0, _address(out)
+    )
     s = _exact(x)
     s = (s - s.mean(-1, keepdims=True)) / np.sqrt(s.var(-1, keepdims=True) + 1e-6)
     return _error(out, _exact(w) * s + _exact(b))
@@ -80,7 +83,8 @@ def _rotate_and_store(dtype: type) -> float:
     x = _exact(qkv).reshape(4, 4, 24)
     turned = np.concatenate((-x[..., 12:], x[..., :12]), -1)
     expected = x * cos[0, :, None] + turned * sin[0, :, None]
-    rope.rotate_and_store(qkv, 4, cos, sin, 24, rope.HALF, 2, 1, cache, 2)
+    angles = (_address(cos), _address(sin), 1, 24)
+    rope.rotate_and_store(_address(qkv), 1, 4, *angles, rope.HALF, 2, 1, cache, 2)
     stored = max(_error(cache[0, 0, 0, 2:], expected[:, 2]), _error(cache[1, 0, 0, 2:], x[:, 3]))
     return max(_error(qkv[:, :48], expected[:, :2].reshape(4, 48)), stored)
 
