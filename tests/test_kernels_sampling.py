@@ -4,15 +4,15 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 from hfopt import functional
 from hfopt.kernels import _target, sampling, selftest
-from tests.reference import DTYPES, Guarded, assert_same_on_threads, bits
+from tests.reference import DTYPES, Guarded, assert_same_on_threads, like
 
-SIZES = (1, 7, 41, 1024, 1025, 50257)
+# below, at and above four vectors and a block of logits
+SIZES = (1, 7, 41, 63, 64, 65, 1023, 1024, 1025, 2048, 50257)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -35,7 +35,11 @@ def test_argmax_of_values_that_are_not_finite(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("groups", "n_beams"), ((1, 1), (3, 1), (2, 4)))
-@pytest.mark.parametrize(("size", "k"), ((7, 7), (41, 8), (1025, 3), (50257, 8)))
+@pytest.mark.parametrize(
+    ("size", "k"),
+    # and as many blocks as candidates, one less and one more
+    ((7, 7), (41, 8), (1023, 3), (1024, 3), (1025, 3), (2048, 3), (3072, 3), (3073, 3), (50257, 8)),
+)
 def test_log_softmax_top_k(dtype: torch.dtype, groups: int, n_beams: int, size: int, k: int) -> None:
     logits = (4 * torch.randn(groups * n_beams, size)).to(dtype)
     running = -5 * torch.rand(groups * n_beams)
@@ -60,6 +64,20 @@ def test_of_equal_scores_the_first_ones_win(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_scores_in_many_blocks_come_in_order(dtype: torch.dtype) -> None:
+    logits = torch.randint(3, (4, 20000)).to(dtype)
+    logits[:, ::7] = 4.0
+    logits[2, 5000:5003] = logits[3, 19999] = 5.0
+    running = torch.tensor([0.0, 1.0, 0.0, -3.0])
+    for k in (1, 8, 25):
+        scores, places = functional.log_softmax_top_k(logits, running, k, 2)
+        everything, _ = functional.log_softmax_top_k(logits, running, 2 * 20000, 2)
+        assert torch.equal(scores, everything[:, :k])
+        exact = torch.log_softmax(logits.double(), -1) + running.double()[:, None]
+        assert torch.equal(places, exact.view(2, -1).argsort(descending=True, stable=True)[:, :k])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_all_of_a_small_vocabulary(dtype: torch.dtype) -> None:
     logits, running = torch.randn(2, 5).to(dtype), torch.randn(2)
     scores, places = functional.log_softmax_top_k(logits, running, 10, 2)
@@ -68,8 +86,9 @@ def test_all_of_a_small_vocabulary(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_that_are_not_finite(dtype: torch.dtype) -> None:
-    logits = torch.full((4, 3000), -torch.inf, dtype=dtype)
+@pytest.mark.parametrize("size", (2600, 9000))  # as many blocks as candidates, and more
+def test_scores_that_are_not_finite(dtype: torch.dtype, size: int) -> None:
+    logits = torch.full((4, size), -torch.inf, dtype=dtype)
     logits[0, 2500] = 1.0  # a logits processor has left one token
     logits[1, 7] = torch.nan
     logits[2, 8] = torch.inf
@@ -80,9 +99,9 @@ def test_scores_that_are_not_finite(dtype: torch.dtype) -> None:
     assert places[1:].tolist() == [[0, 1, 2]] * 3
 
     running = torch.tensor([-torch.inf, 0.0])  # a beam that does not exist yet
-    logits = torch.randn(2, 3000).to(dtype)
+    logits = torch.randn(2, size).to(dtype)
     _, places = functional.log_softmax_top_k(logits, running, 3, 2)
-    assert (places >= 3000).all()
+    assert (places >= size).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,14 +114,16 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_written_outside(dtype: torch.dtype) -> None:
-    logits, running = torch.randn(4, 41).to(dtype), np.zeros(4, np.float32)
+    logits, running = torch.randn(4, 41).to(dtype), torch.zeros(4)
     scores, places, best = Guarded(torch.float32, 2, 9), Guarded(torch.int64, 2, 9), Guarded(torch.int64, 4)
-    sampling.log_softmax_top_k(bits(logits), running, 9, 2, scores.array, places.array)
-    sampling.argmax(bits(logits), best.array)
+    rows = (like(dtype), logits.data_ptr(), 4, 41)
+    lists = (scores.tensor.data_ptr(), places.tensor.data_ptr())
+    sampling.log_softmax_top_k(*rows, running.data_ptr(), 9, 2, *lists)
+    sampling.argmax(*rows, best.tensor.data_ptr())
     for array in (scores, places, best):
         array.check()
     assert torch.equal(best.tensor, logits.double().argmax(-1))
-    assert torch.equal(places.tensor, functional.log_softmax_top_k(logits, torch.zeros(4), 9, 2)[1])
+    assert torch.equal(places.tensor, functional.log_softmax_top_k(logits, running, 9, 2)[1])
 
 
 def test_selftest_passes() -> None:

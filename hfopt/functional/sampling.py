@@ -6,7 +6,7 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 from hfopt.kernels import sampling as kernels
 
-from .checks import array_of, check_contiguous, check_floats, check_rows, check_shape, prepare_threads
+from .checks import ELEMENTS, address_of, check_array, check_rows, prepare_threads
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -19,10 +19,12 @@ def argmax(logits: Tensor) -> Tensor:
     size = logits.shape[-1]
     if size == 0:
         raise InvalidInput(f"logits has shape {tuple(logits.shape)}: a vocabulary of at least 1 is needed")
-    out = torch.empty(logits.shape[:-1], dtype=torch.int64)
-    if out.numel():
+    out = logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+    n_rows = out.numel()
+    if n_rows:
         prepare_threads()
-        kernels.argmax(array_of(logits).reshape(-1, size), out.numpy().reshape(-1))
+        address = address_of("logits", logits)
+        kernels.argmax(ELEMENTS[logits.dtype], address, n_rows, size, out.data_ptr())
     return out
 
 
@@ -44,15 +46,21 @@ def log_softmax_top_k(
         raise InvalidInput(f"n_beams is {n_beams}: a divisor of the number of rows, {n_rows}, is needed")
     if not 1 <= k <= n_beams * size:
         raise InvalidInput(f"k is {k}: 1 to {n_beams * size} is allowed")
-    check_floats("running_scores", running_scores, torch.float32)
-    check_shape("running_scores", running_scores, (n_rows,))
-    check_contiguous("running_scores", running_scores)
+    running = check_array("running_scores", running_scores, (n_rows,), torch.float32)
     groups = n_rows // n_beams
-    scores = torch.empty((groups, k), dtype=torch.float32)
-    places = torch.empty((groups, k), dtype=torch.int64)
+    scores = logits.new_empty(groups, k, dtype=torch.float32)
+    places = logits.new_empty(groups, k, dtype=torch.int64)
     if n_rows:
         prepare_threads()
         kernels.log_softmax_top_k(
-            array_of(logits), array_of(running_scores), k, n_beams, scores.numpy(), places.numpy()
+            ELEMENTS[logits.dtype],
+            address_of("logits", logits),
+            n_rows,
+            size,
+            running,
+            k,
+            n_beams,
+            scores.data_ptr(),
+            places.data_ptr(),
         )
     return scores, places

@@ -1,17 +1,26 @@
 """Choosing tokens: argmax, and log-softmax with top-k over beams.
 
+A row of logits is cut into blocks of a fixed size, which the threads share out: few rows keep many threads busy, and
+the bits do not depend on their number. What is known of each block then tells which few of them to look at again.
+
 A NaN counts as the largest value, and of equal values the first wins, as in torch.
 """
 
 import numpy as np
+from numba import carray
 
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
 from ._simd import (
     LANES,
+    address_as,
     exp,
     fence,
+    floats_at,
+    integers_at,
     lane,
+    lanes_from,
+    larger,
     load,
     load_part,
     load_scalar,
@@ -24,8 +33,8 @@ from ._simd import (
     where_part,
 )
 
-BLOCK = 1024  # logits that are looked at again only if their largest one makes it necessary
-_PARALLEL_SIZE = 1 << 16  # logits; below, more threads cost more than they save
+BLOCK = 1024
+_PARALLEL_SIZE = 1 << 15  # logits; below, more threads cost more than they save
 _NOTHING = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
 
@@ -44,25 +53,42 @@ def load_or_nothing(x, k, size):
     return where_part(size - k, load_part(x, k, size - k), splat(_NOTHING))
 
 
-@body
-def largest_of(x, first, last):
-    """Largest of x[first:last], NaN if one is."""
-    top = splat(_NOTHING)
-    for k in range(first, last, LANES):
-        top = maximum(top, load_or_nothing(x, k, last))
-    return max_lanes(top)
+# ---- argmax ---------------------------------------------------------------------------------------------------------
 
 
 @body
-def argmax_row(x, size):
-    """Index of the largest of `size` values."""
+def largest_of(x, size):
+    """Largest of `size` values, NaN if one is."""
+    a, b, c, d = splat(_NOTHING), splat(_NOTHING), splat(_NOTHING), splat(_NOTHING)
+    k = 0
+    while k + 4 * LANES <= size:
+        a = maximum(a, load(x, k))
+        b = maximum(b, load(x, k + LANES))
+        c = maximum(c, load(x, k + 2 * LANES))
+        d = maximum(d, load(x, k + 3 * LANES))
+        k += 4 * LANES
+    while k < size:
+        a = maximum(a, load_or_nothing(x, k, size))
+        k += LANES
+    return max_lanes(maximum(maximum(a, b), maximum(c, d)))
+
+
+@body
+def _largest_task(index, x, size, n_blocks, maxima):
+    row = index // n_blocks
+    first = (index - row * n_blocks) * BLOCK
+    maxima[row, index - row * n_blocks] = largest_of(shifted(x, row * size + first), min(size - first, BLOCK))
+
+
+@body
+def place_of_largest(x, size, maxima):
+    """First index of the largest of `size` values, given the largest of each block."""
     best = _NOTHING
     place = 0
-    for first in range(0, size, BLOCK):
-        largest = largest_of(x, first, min(first + BLOCK, size))
-        if greater(largest, best):
-            best = largest
-            place = first
+    for block in range(maxima.shape[0]):
+        if greater(maxima[block], best):
+            best = maxima[block]
+            place = block * BLOCK
     while place < size - 1:
         value = load_scalar(x, place)
         if value == best or value != value:
@@ -71,37 +97,76 @@ def argmax_row(x, size):
     return place
 
 
-@body
-def _argmax_task(row, x, size, out):
-    out[row] = argmax_row(shifted(pointer(x), row * size), size)
-
-
 @launch
-def argmax(x, out):
-    """out[r] = index of the largest of x[r]; x [n, size] float32 or bfloat16 bits, out int64 [n]."""
-    n_rows, size = x.shape
-    parallel_for(_argmax_task, threads_for(n_rows, x.size, _PARALLEL_SIZE), n_rows, (x, size, out))
+def argmax(like, x, n_rows, size, out):
+    """out[r] = index of the largest of x[r].
+
+    Addresses of x [n_rows, size] of the type of `like`, float32 or bfloat16 bits, and of out int64 [n_rows].
+    """
+    x, out = address_as(x, pointer(like)), integers_at(out)
+    n_blocks = (size + BLOCK - 1) // BLOCK
+    maxima = np.empty((n_rows, n_blocks), np.float32)
+    n = n_rows * n_blocks
+    parallel_for(_largest_task, threads_for(n, n_rows * size, _PARALLEL_SIZE), n, (x, size, n_blocks, maxima))
+    for row in range(n_rows):
+        out[row] = place_of_largest(shifted(x, row * size), size, maxima[row])
+
+
+# ---- log-softmax and top-k ------------------------------------------------------------------------------------------
 
 
 @body
-def log_sum_exp(x, size, maxima):
-    """(largest value, log of the sum of e^(value - largest)); the largest of each block goes to maxima."""
-    largest = _NOTHING
-    total = _ZERO
-    for first in range(0, size, BLOCK):
-        last = min(first + BLOCK, size)
-        top = largest_of(x, first, last)
-        maxima[first // BLOCK] = top
-        if greater(top, largest):
-            total *= lane(exp(splat(largest - top)), 0)
-            largest = top
-        # a block of nothing but -inf adds nothing, not even where no other value has been seen
-        if top != _NOTHING:
-            sums = splat(_ZERO)
-            for k in range(first, last, LANES):
-                sums = sums + exp(load_or_nothing(x, k, last) - splat(largest))
-            total += sum_lanes(sums)
-    return largest, np.log(total)
+def block_statistics(x, size):
+    """(largest number m of a block, sum of e^(x - m)); the sum is NaN if a value is NaN or inf."""
+    a, b, c, d = splat(_NOTHING), splat(_NOTHING), splat(_NOTHING), splat(_NOTHING)
+    k = 0
+    while k + 4 * LANES <= size:
+        a = larger(load(x, k), a)
+        b = larger(load(x, k + LANES), b)
+        c = larger(load(x, k + 2 * LANES), c)
+        d = larger(load(x, k + 3 * LANES), d)
+        k += 4 * LANES
+    while k < size:
+        a = larger(load_or_nothing(x, k, size), a)
+        k += LANES
+    top = max_lanes(larger(larger(a, b), larger(c, d)))
+    # a block of nothing but -inf adds nothing, and must not subtract it from itself
+    shift = splat(_ZERO if top == _NOTHING else top)
+    a, b = splat(_ZERO), splat(_ZERO)
+    k = 0
+    while k + 2 * LANES <= size:
+        a = a + exp(load(x, k) - shift)
+        b = b + exp(load(x, k + LANES) - shift)
+        k += 2 * LANES
+    while k < size:
+        a = a + exp(load_or_nothing(x, k, size) - shift)
+        k += LANES
+    return top, sum_lanes(a + b)
+
+
+@body
+def _statistics_task(index, x, size, n_blocks, maxima, sums):
+    row = index // n_blocks
+    block = index - row * n_blocks
+    first = block * BLOCK
+    top, total = block_statistics(shifted(x, row * size + first), min(size - first, BLOCK))
+    maxima[row, block] = top
+    sums[row, block] = total
+
+
+@body
+def log_sum_exp(maxima, sums, n_blocks):
+    """(largest value of a row, log of the sum of e^(value - largest)) from the statistics of its blocks."""
+    top = splat(_NOTHING)
+    for k in range(0, n_blocks, LANES):
+        top = maximum(top, load_or_nothing(maxima, k, n_blocks))
+    largest = max_lanes(top)
+    total = splat(_ZERO)
+    for k in range(0, n_blocks, LANES):
+        weight = exp(load_or_nothing(maxima, k, n_blocks) - splat(largest))
+        part = load_part(sums, k, min(n_blocks - k, LANES))
+        total = total + weight * part
+    return largest, np.log(sum_lanes(total))
 
 
 @body
@@ -128,45 +193,90 @@ def insert(value, place, scores, places, count, k):
 
 
 @body
-def top_k_row(x, size, running, k, maxima, scores, places):
-    """The k <= size best of log_softmax(x) + running, sorted."""
-    largest, log_sum = log_sum_exp(x, size, maxima)
+def kth_score(best, k, scores, places):
+    """The k-th best score among the best ones of blocks, -inf if there are fewer blocks. Overwrites scores, places.
+
+    At least k logits score as much, so none that scores less is among the k best.
+    """
     count = 0
-    for first in range(0, size, BLOCK):
-        last = min(first + BLOCK, size)
-        best = lane(score_of(splat(maxima[first // BLOCK]), largest, log_sum, running), 0)
-        if count < k or greater(best, scores[k - 1]):
-            for start in range(first, last, LANES):
-                values = score_of(load_or_nothing(x, start, last), largest, log_sum, running)
-                if count < k or greater(max_lanes(values), scores[k - 1]):
-                    for j in range(min(last - start, LANES)):
-                        count = insert(lane(values, j), start + j, scores, places, count, k)
+    for row in range(best.shape[0]):
+        for block in range(best.shape[1]):
+            count = insert(best[row, block], block, scores, places, count, k)
+    return scores[k - 1] if count == k else _NOTHING
 
 
 @body
-def _top_k_task(row, x, size, running, k, maxima, scores, places):
-    top_k_row(shifted(pointer(x), row * size), size, running[row], k, maxima[row], scores[row], places[row])
+def top_k_rows(x, size, running, maxima, sums, k, scores, places):
+    """The k best log_softmax(x[row]) + running[row] over some rows, sorted; a place is row * size + token.
+
+    maxima, sums: statistics of the blocks of each row; they are overwritten.
+    """
+    n_rows, n_blocks = maxima.shape
+    for row in range(n_rows):
+        largest, log_sum = log_sum_exp(pointer(maxima[row]), pointer(sums[row]), n_blocks)
+        sums[row, 0] = largest
+        sums[row, 1] = log_sum
+        for block in range(n_blocks):
+            score = score_of(splat(maxima[row, block]), largest, log_sum, running[row])
+            maxima[row, block] = lane(score, 0)
+    bound = kth_score(maxima, k, scores, places)
+    count = 0
+    for row in range(n_rows):
+        for block in range(n_blocks):
+            best = maxima[row, block]
+            if greater(bound, best) or (count == k and not greater(best, scores[k - 1])):
+                continue
+            first = row * size + block * BLOCK
+            last = row * size + min((block + 1) * BLOCK, size)
+            for start in range(first, last, LANES):
+                logits = load_or_nothing(x, start, last)
+                values = score_of(logits, sums[row, 0], sums[row, 1], running[row])
+                reached = lanes_from(values, scores[k - 1] if count == k else bound)
+                if reached != 0:
+                    for j in range(min(last - start, LANES)):
+                        if (reached >> j) & 1:
+                            count = insert(lane(values, j), start + j, scores, places, count, k)
+
+
+@body
+def _top_k_task(group, x, size, running, k, n_beams, maxima, sums, scores, places):
+    first, last = group * n_beams, (group + 1) * n_beams
+    top_k_rows(
+        shifted(x, first * size),
+        size,
+        running[first:last],
+        maxima[first:last],
+        sums[first:last],
+        k,
+        scores[group],
+        places[group],
+    )
 
 
 @launch
-def log_softmax_top_k(x, running, k, n_beams, scores, places):
+def log_softmax_top_k(like, x, n_rows, size, running, k, n_beams, scores, places):
     """scores, places[b] = top k of (log_softmax(x[r]) + running[r]) over the n_beams rows r of group b,
     flattened.
 
-    x [groups n_beams, size] float32 or bfloat16 bits; running float32 [groups n_beams]; scores float32,
-    places int64 [groups, k], k <= n_beams size. A place is beam * size + token.
+    Addresses of x [n_rows = groups n_beams, size] of the type of `like`, float32 or bfloat16 bits; running float32
+    [n_rows]; scores float32 and places int64 [groups, k], k <= n_beams size. A place is beam * size + token.
     """
-    n_rows, size = x.shape
-    row_k = min(k, size)
-    maxima = np.empty((n_rows, (size + BLOCK - 1) // BLOCK), np.float32)
-    row_scores = np.empty((n_rows, row_k), np.float32)
-    row_places = np.empty((n_rows, row_k), np.int64)
-    arguments = (x, size, running, row_k, maxima, row_scores, row_places)
-    parallel_for(_top_k_task, threads_for(n_rows, x.size, _PARALLEL_SIZE), n_rows, arguments)
-    for group in range(n_rows // n_beams):
-        count = 0
-        for beam in range(n_beams):
-            row = group * n_beams + beam
-            for i in range(row_k):
-                place = beam * size + row_places[row, i]
-                count = insert(row_scores[row, i], place, scores[group], places[group], count, k)
+    x, groups = address_as(x, pointer(like)), n_rows // n_beams
+    n_blocks = (size + BLOCK - 1) // BLOCK
+    maxima = np.empty((n_rows, n_blocks), np.float32)
+    sums = np.empty((n_rows, max(n_blocks, 2)), np.float32)  # room for two figures of the whole row
+    n = n_rows * n_blocks
+    threads = threads_for(n, n_rows * size, _PARALLEL_SIZE)
+    parallel_for(_statistics_task, threads, n, (x, size, n_blocks, maxima, sums))
+    arguments = (
+        x,
+        size,
+        carray(floats_at(running), n_rows),
+        k,
+        n_beams,
+        maxima,
+        sums,
+        carray(floats_at(scores), (groups, k)),
+        carray(integers_at(places), (groups, k)),
+    )
+    parallel_for(_top_k_task, min(threads, groups), groups, arguments)

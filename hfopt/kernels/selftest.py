@@ -136,14 +136,16 @@ def _attend_prefill(dtype: type) -> float:
 
 def _argmax(dtype: type) -> float:
     x, out = _random(dtype, 3, 5000), np.zeros(3, np.int64)
-    sampling.argmax(x, out)
+    sampling.argmax(np.empty(0, dtype), _address(x), 3, 5000, _address(out))
     return float(np.abs(out - _exact(x).argmax(-1)).max())
 
 
 def _log_softmax_top_k(dtype: type) -> float:
     x, running = _random(dtype, 4, 5000), _random(np.float32, 4)
     scores, places = np.zeros((2, 8), np.float32), np.zeros((2, 8), np.int64)
-    sampling.log_softmax_top_k(x, running, 8, 2, scores, places)
+    sampling.log_softmax_top_k(
+        np.empty(0, dtype), _address(x), 4, 5000, _address(running), 8, 2, _address(scores), _address(places)
+    )
     s = _exact(x)
     s = (s - np.log(np.exp(s).sum(-1, keepdims=True)) + _exact(running)[:, None]).reshape(2, -1)
     found = np.take_along_axis(s, places, -1)
