@@ -360,6 +360,50 @@ def store_part(typingctx, p, index, count, value):
 
 
 @intrinsic
+def load_two(typingctx, p, index):
+    """32 elements from p + index as two vectors of float32, for `store_two` or for sums.
+
+    Of bfloat16 one has the even elements and the other the odd ones, which are widened at half the cost of neighbours.
+    """
+    pair = types.UniTuple(float32x, 2)
+
+    def codegen(context, builder, sig, args):
+        where, index = args
+        if _is_bits(sig.args[0]):
+            units = emit_load(builder, where, index, I32X, 2)
+            even, odd = builder.shl(units, splat_int(16)), builder.and_(units, splat_int(-65536))
+            values = [builder.bitcast(even, F32X), builder.bitcast(odd, F32X)]
+        else:
+            places = [index, builder.add(index, ir.Constant(_INTP, LANES))]
+            values = [emit_load(builder, where, place, F32X, 4) for place in places]
+        return context.make_tuple(builder, pair, values)
+
+    return pair(p, types.intp), codegen
+
+
+@intrinsic
+def store_two(typingctx, p, index, a, b):
+    """32 float32 as `load_two` has them to p + index, rounded to the element type of p."""
+
+    def codegen(context, builder, sig, args):
+        where, index, a, b = args
+        where = builder.gep(where, [index])
+        if _is_bits(sig.args[0]):
+            order = ir.Constant(
+                ir.VectorType(I32, 2 * LANES), [k // 2 + k % 2 * LANES for k in range(2 * LANES)]
+            )
+            bits = builder.shuffle_vector(emit_round(builder, a), emit_round(builder, b), order)
+            builder.store(bits, builder.bitcast(where, bits.type.as_pointer()), align=2)
+        else:
+            builder.store(a, builder.bitcast(where, F32X.as_pointer()), align=4)
+            second = builder.gep(where, [ir.Constant(_INTP, LANES)])
+            builder.store(b, builder.bitcast(second, F32X.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp, float32x, float32x), codegen
+
+
+@intrinsic
 def load_scalar(typingctx, p, index):
     """One element from p + index as float32."""
 
@@ -508,6 +552,21 @@ def prefetch(typingctx, p, index):
 
     def codegen(context, builder, sig, args):
         emit_prefetch(builder, *args)
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp), codegen
+
+
+@intrinsic
+def prefetch_two(typingctx, p, index):
+    """Asks for what `load_two` reads, where there need not be any memory, in the L2 cache. Of float32 only: work on
+    bfloat16 takes longer than its bytes, and was slower with it."""
+
+    def codegen(context, builder, sig, args):
+        where, index = args
+        if not _is_bits(sig.args[0]):
+            emit_prefetch(builder, where, index)
+            emit_prefetch(builder, where, builder.add(index, ir.Constant(_INTP, LANES)))
         return context.get_dummy_value()
 
     return types.void(p, types.intp), codegen

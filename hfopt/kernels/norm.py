@@ -12,18 +12,19 @@ from ._simd import (
     LANES,
     address_as,
     fma,
-    load,
     load_part,
+    load_two,
     pointer,
+    prefetch_two,
     shifted,
     splat,
-    store,
     store_part,
+    store_two,
     sum_lanes,
     where_part,
 )
 
-STEP = 4 * LANES  # elements of four independent sums, which hide the latency of an addition
+STEP = 2 * LANES
 _PARALLEL_SIZE = 1 << 16  # elements; below, more threads cost more than they save
 _ZERO = np.float32(0.0)
 
@@ -31,12 +32,15 @@ _ZERO = np.float32(0.0)
 @body
 def add_row(x, residual, size, summed):
     """summed = x + residual, rounded to the element type."""
-    whole = size - size % LANES
-    for k in range(0, whole, LANES):
-        store(summed, k, load(x, k) + load(residual, k))
-    left = size - whole
-    if left > 0:
-        store_part(summed, whole, left, load_part(x, whole, left) + load_part(residual, whole, left))
+    k = 0
+    while k + STEP <= size:
+        (a, b), (c, d) = load_two(x, k), load_two(residual, k)
+        store_two(summed, k, a + c, b + d)
+        k += STEP
+    while k < size:
+        count = min(size - k, LANES)
+        store_part(summed, k, count, load_part(x, k, count) + load_part(residual, k, count))
+        k += LANES
 
 
 @body
@@ -49,54 +53,52 @@ def inverse_root(x):
 @body
 def sum_row(x, size):
     """Sum of `size` values."""
-    a, b, c, d = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
+    a, b = splat(_ZERO), splat(_ZERO)
     k = 0
     while k + STEP <= size:
-        a = a + load(x, k)
-        b = b + load(x, k + LANES)
-        c = c + load(x, k + 2 * LANES)
-        d = d + load(x, k + 3 * LANES)
+        low, high = load_two(x, k)
+        a = a + low
+        b = b + high
         k += STEP
     while k < size:
         a = a + load_part(x, k, min(size - k, LANES))
         k += LANES
-    return sum_lanes((a + b) + (c + d))
+    return sum_lanes(a + b)
 
 
 @body
 def sum_squares(x, mean, size):
     """Sum of (x - mean)^2 over `size` values."""
-    a, b, c, d = splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
+    a, b = splat(_ZERO), splat(_ZERO)
     k = 0
     while k + STEP <= size:
-        value = load(x, k) - mean
-        a = fma(value, value, a)
-        value = load(x, k + LANES) - mean
-        b = fma(value, value, b)
-        value = load(x, k + 2 * LANES) - mean
-        c = fma(value, value, c)
-        value = load(x, k + 3 * LANES) - mean
-        d = fma(value, value, d)
+        low, high = load_two(x, k)
+        low, high = low - mean, high - mean
+        a = fma(low, low, a)
+        b = fma(high, high, b)
         k += STEP
     while k < size:
         count = min(size - k, LANES)
         value = where_part(count, load_part(x, k, count) - mean, splat(_ZERO))
         a = fma(value, value, a)
         k += LANES
-    return sum_lanes((a + b) + (c + d))
+    return sum_lanes(a + b)
 
 
 @body
 def rms_norm_row(x, weight, eps, size, out):
     """out = weight * x / sqrt(mean(x^2) + eps)."""
     scale = splat(inverse_root(sum_squares(x, splat(_ZERO), size) / np.float32(size) + eps))
-    whole = size - size % LANES
-    left = size - whole
-    for k in range(0, whole, LANES):
-        store(out, k, load(weight, k) * (load(x, k) * scale))
-    if left > 0:
-        value = load_part(weight, whole, left) * (load_part(x, whole, left) * scale)
-        store_part(out, whole, left, value)
+    k = 0
+    while k + STEP <= size:
+        (a, b), (c, d) = load_two(x, k), load_two(weight, k)
+        prefetch_two(x, size + k)
+        store_two(out, k, c * (a * scale), d * (b * scale))
+        k += STEP
+    while k < size:
+        count = min(size - k, LANES)
+        store_part(out, k, count, load_part(weight, k, count) * (load_part(x, k, count) * scale))
+        k += LANES
 
 
 @body
@@ -104,22 +106,28 @@ def layer_norm_row(x, weight, bias, eps, size, out):
     """out = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias; weight and bias are addresses or 0."""
     mean = splat(sum_row(x, size) / np.float32(size))
     scale = splat(inverse_root(sum_squares(x, mean, size) / np.float32(size) + eps))
-    whole = size - size % LANES
-    left = size - whole
-    for k in range(0, whole, LANES):
-        value = (load(x, k) - mean) * scale
+    k = 0
+    while k + STEP <= size:
+        a, b = load_two(x, k)
+        a, b = (a - mean) * scale, (b - mean) * scale
         if weight != 0:
-            value = value * load(address_as(weight, x), k)
+            c, d = load_two(address_as(weight, x), k)
+            a, b = a * c, b * d
         if bias != 0:
-            value = value + load(address_as(bias, x), k)
-        store(out, k, value)
-    if left > 0:
-        value = (load_part(x, whole, left) - mean) * scale
+            c, d = load_two(address_as(bias, x), k)
+            a, b = a + c, b + d
+        prefetch_two(x, size + k)
+        store_two(out, k, a, b)
+        k += STEP
+    while k < size:
+        count = min(size - k, LANES)
+        value = (load_part(x, k, count) - mean) * scale
         if weight != 0:
-            value = value * load_part(address_as(weight, x), whole, left)
+            value = value * load_part(address_as(weight, x), k, count)
         if bias != 0:
-            value = value + load_part(address_as(bias, x), whole, left)
-        store_part(out, whole, left, value)
+            value = value + load_part(address_as(bias, x), k, count)
+        store_part(out, k, count, value)
+        k += LANES
 
 
 @body
