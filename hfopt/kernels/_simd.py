@@ -90,6 +90,10 @@ def emit_fma(builder, a, b, c):
     return emit_call(builder, "llvm.fmuladd.v16f32", F32X, [a, b, c])
 
 
+def emit_fence(builder, x):
+    return emit_call(builder, "llvm.arithmetic.fence.v16f32", F32X, [x])
+
+
 def emit_load(builder, pointer, index, vector_type, alignment):
     where = builder.bitcast(builder.gep(pointer, [index]), vector_type.as_pointer())
     return builder.load(where, align=alignment)
@@ -144,36 +148,34 @@ def _clamp(builder, x, low, high):
     return emit_call(builder, "llvm.minnum.v16f32", F32X, [above, splat_float(high)])
 
 
+_ROUND = 12582912.0  # 1.5 * 2^23: a float32 plus this has its nearest integer in its lowest bits
+
+
 def emit_exp(builder, x):
-    """e^x: range reduction to |r| <= ln(2)/2 and a polynomial (Cephes expf); 0 below -87.3, inf above 88.7."""
-    bounded = _clamp(builder, x, -87.33, 88.72)
-    n = emit_call(
-        builder, "llvm.rint.v16f32", F32X, [builder.fmul(bounded, splat_float(1.44269504088896341))]
-    )
-    r = emit_fma(builder, n, splat_float(-0.693359375), bounded)
+    """e^x = 2^n e^r, |r| <= ln(2)/2, e^r by a minimax polynomial; 0 below -87.3, inf above 88.7, NaN kept."""
+    shifted = emit_fence(builder, emit_fma(builder, x, splat_float(1.44269504088896341), splat_float(_ROUND)))
+    n = builder.fsub(shifted, splat_float(_ROUND))
+    r = emit_fma(builder, n, splat_float(-0.693359375), x)
     r = emit_fma(builder, n, splat_float(2.12194440e-4), r)
     p = _polynomial(
         builder,
         r,
         [
-            1.9875691500e-4,
-            1.3981999507e-3,
-            8.3334519073e-3,
-            4.1665795894e-2,
-            1.6666665459e-1,
-            5.0000001201e-1,
+            1.381459878757596e-3,
+            8.368716575205326e-3,
+            4.166838899254799e-2,
+            1.666652113199234e-1,
+            4.999999403953552e-1,
+            1.0,
+            1.0,
         ],
     )
-    p = emit_fma(builder, p, builder.fmul(r, r), builder.fadd(r, splat_float(1.0)))
-    # n reaches 128, one more than an exponent holds: 2^n is applied as 2^(n/2) twice
-    whole = builder.fptosi(n, I32X)
-    half = builder.ashr(whole, splat_int(1))
-    for part in (half, builder.sub(whole, half)):
-        scale = builder.bitcast(builder.shl(builder.add(part, splat_int(127)), splat_int(23)), F32X)
-        p = builder.fmul(p, scale)
+    # n is added to the exponent, which has room: where n is 128, p is below 1, and where it is -126, not
+    exponent = builder.shl(builder.bitcast(shifted, I32X), splat_int(23))
+    p = builder.bitcast(builder.add(builder.bitcast(p, I32X), exponent), F32X)
     p = builder.select(builder.fcmp_ordered("<", x, splat_float(-87.33)), splat_float(0.0), p)
-    p = builder.select(builder.fcmp_ordered(">", x, splat_float(88.72)), splat_float(float("inf")), p)
-    return builder.select(builder.fcmp_unordered("uno", x, x), x, p)
+    beyond = builder.fmul(x, splat_float(float("inf")))
+    return builder.select(builder.fcmp_unordered(">", x, splat_float(88.72)), beyond, p)
 
 
 def _rational(builder, x, numerator, denominator, limit):
@@ -626,6 +628,6 @@ def fence(typingctx, x):
     """x, as a whole: no operation is moved across it, so (a - b) - c stays what it says."""
 
     def codegen(context, builder, sig, args):
-        return emit_call(builder, "llvm.arithmetic.fence.v16f32", F32X, [args[0]])
+        return emit_fence(builder, args[0])
 
     return float32x(float32x), codegen
