@@ -24,6 +24,7 @@ from ._simd import (
     load,
     load_part,
     load_scalar,
+    load_two,
     max_lanes,
     maximum,
     pointer,
@@ -62,10 +63,10 @@ def largest_of(x, size):
     a, b, c, d = splat(_NOTHING), splat(_NOTHING), splat(_NOTHING), splat(_NOTHING)
     k = 0
     while k + 4 * LANES <= size:
-        a = maximum(a, load(x, k))
-        b = maximum(b, load(x, k + LANES))
-        c = maximum(c, load(x, k + 2 * LANES))
-        d = maximum(d, load(x, k + 3 * LANES))
+        low, high = load_two(x, k)
+        a, b = maximum(a, low), maximum(b, high)
+        low, high = load_two(x, k + 2 * LANES)
+        c, d = maximum(c, low), maximum(d, high)
         k += 4 * LANES
     while k < size:
         a = maximum(a, load_or_nothing(x, k, size))
@@ -118,25 +119,24 @@ def argmax(like, x, n_rows, size, out):
 @body
 def block_statistics(x, size):
     """(largest number m of a block, sum of e^(x - m)); the sum is NaN if a value is NaN or inf."""
-    a, b, c, d = splat(_NOTHING), splat(_NOTHING), splat(_NOTHING), splat(_NOTHING)
+    a, b = splat(_NOTHING), splat(_NOTHING)
     k = 0
-    while k + 4 * LANES <= size:
-        a = larger(load(x, k), a)
-        b = larger(load(x, k + LANES), b)
-        c = larger(load(x, k + 2 * LANES), c)
-        d = larger(load(x, k + 3 * LANES), d)
-        k += 4 * LANES
+    while k + 2 * LANES <= size:
+        low, high = load_two(x, k)
+        a, b = larger(low, a), larger(high, b)
+        k += 2 * LANES
     while k < size:
         a = larger(load_or_nothing(x, k, size), a)
         k += LANES
-    top = max_lanes(larger(larger(a, b), larger(c, d)))
+    top = max_lanes(larger(a, b))
     # a block of nothing but -inf adds nothing, and must not subtract it from itself
     shift = splat(_ZERO if top == _NOTHING else top)
     a, b = splat(_ZERO), splat(_ZERO)
     k = 0
     while k + 2 * LANES <= size:
-        a = a + exp(load(x, k) - shift)
-        b = b + exp(load(x, k + LANES) - shift)
+        low, high = load_two(x, k)
+        a = a + exp(low - shift)
+        b = b + exp(high - shift)
         k += 2 * LANES
     while k < size:
         a = a + exp(load_or_nothing(x, k, size) - shift)
