@@ -169,7 +169,8 @@ def test_nothing_outside_the_output_is_written(rows, dtype):
     table = np.array([[weight.ctypes.data, 0, columns, 0]], np.int64)
     nothing = np.empty(0, np.int64)
     if rows <= kernels.ROW_LIMIT:
-        kernels.linear_rows(x, table, False, 0, nothing, out)
+        place = (np.empty(0, dtype), x.ctypes.data, rows, features)
+        kernels.linear_rows(*place, table, False, 0, nothing, out.ctypes.data, columns)
     else:
         *shapes, tile_rows = kernels.tile_scratch(rows, features, x.itemsize, 2)
         scratch = [np.empty(shape, np.float32) for shape in shapes]

@@ -14,6 +14,8 @@ from hfopt.kernels import linear as kernels
 
 from .activation import ACTIVATIONS, CODES
 from .checks import (
+    ELEMENTS,
+    address_of,
     array_of,
     check_array,
     check_contiguous,
@@ -125,38 +127,45 @@ def linear(
             f"activation is {activation!r}: None or one of {sorted(k for k in CODES if k)} is allowed"
         )
     x = check_rows("hidden_states", hidden_states, weights.dtype)
-    if x.shape[-1] != weights.in_features:
-        raise InvalidInput(
-            f"hidden_states has {x.shape[-1]} features: the weights need {weights.in_features}"
-        )
+    *leading, size = x.shape
+    if size != weights.in_features:
+        raise InvalidInput(f"hidden_states has {size} features: the weights need {weights.in_features}")
     width = weights.out_features
     if gated:
         if len(weights.table) != 2 or 2 * weights.smallest != width:
             sizes = weights.table[:, kernels.SIZE].tolist()
             raise InvalidInput(f"gated needs two matrices of one size: weights has rows {sizes}")
         width //= 2
-    shape = (*x.shape[:-1], width)
-    out = torch.empty(shape, dtype=x.dtype)
-    for index, residual in enumerate(residuals):
-        check_floats(f"residuals[{index}]", residual, x.dtype)
-        check_shape(f"residuals[{index}]", residual, shape)
-        check_contiguous(f"residuals[{index}]", residual)
-    addresses = (
-        np.array([residual.data_ptr() for residual in residuals], np.int64) if residuals else _NO_RESIDUALS
-    )
-    if out.numel() == 0:
+    out = x.new_empty(*leading, width)
+    addresses = _NO_RESIDUALS
+    if residuals:
+        shape = (*leading, width)
+        checked = [check_array(f"residuals[{i}]", r, shape, x.dtype) for i, r in enumerate(residuals)]
+        addresses = np.array(checked, np.int64)
+    n_rows = out.numel() // width if width else 0
+    if n_rows == 0:
         return out
     if by != "hfopt" and takes_torch(by, "linear", x.dtype, out.numel() // width):
         return _linear_in_torch(x, weights, activation, gated, residuals)
     prepare_threads()
-    rows = array_of(x).reshape(-1, weights.in_features)
-    target = array_of(out).reshape(-1, width)
     code = CODES[activation]
-    if len(rows) <= kernels.ROW_LIMIT:
-        kernels.linear_rows(rows, weights.table, gated, code, addresses, target)
+    if n_rows <= kernels.ROW_LIMIT:
+        kernels.linear_rows(
+            ELEMENTS[x.dtype],
+            address_of("hidden_states", x),
+            n_rows,
+            size,
+            weights.table,
+            gated,
+            code,
+            addresses,
+            out.data_ptr(),
+            width,
+        )
         return out
+    rows, target = array_of(x).reshape(n_rows, size), array_of(out).reshape(n_rows, width)
     chunks = torch.get_num_threads()
-    *shapes, tile_rows = kernels.tile_scratch(len(rows), rows.shape[1], rows.itemsize, chunks)
+    *shapes, tile_rows = kernels.tile_scratch(n_rows, size, rows.itemsize, chunks)
     packed, panels, sums = (np.empty(shape, np.float32) for shape in shapes)
     kernels.linear_tiles(rows, weights.table, gated, code, addresses, target, packed, panels, sums, tile_rows)
     return out

@@ -206,19 +206,19 @@ def rows_block(index, x, n_packed, n_rows, size, table, gated, code, residuals, 
 
 
 @launch
-def linear_rows(x, table, gated, code, residuals, out):
+def linear_rows(like, x, n_rows, size, table, gated, code, residuals, out, width):
     """out = epilogue(x W^T + b) for 1 to 32 rows.
 
-    x [n, in], out [n, width]: float32 or bfloat16 bits, C-contiguous; table int64 [matrices, 4]; residuals int64 addresses
-    of arrays like out; code from `activation`.
+    Addresses of x [n_rows, size] and out [n_rows, width] of the type of `like`, float32 or bfloat16 bits; table int64
+    [matrices, 4]; residuals int64 addresses of arrays like out; code from `activation`.
     """
-    n_rows, size = x.shape
+    x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
     n_packed = _packed_rows(n_rows)
-    n_units = (size * x.itemsize + 3) // 4
+    n_units = (size * like.itemsize + 3) // 4
     room = np.empty((n_units + LANES) * n_packed + LANES, np.float32)
-    packed = as_units(shifted(pointer(room), _tile.to_cache_line(pointer(room))), pointer(x))
-    packing = (pointer(x), n_rows, size, packed, n_packed)
-    parallel_for(_pack_chunks, threads_for(n_packed, x.size, _PARALLEL_SIZE), n_packed, packing)
+    packed = as_units(shifted(pointer(room), _tile.to_cache_line(pointer(room))), x)
+    packing = (x, n_rows, size, packed, n_packed)
+    parallel_for(_pack_chunks, threads_for(n_packed, n_rows * size, _PARALLEL_SIZE), n_packed, packing)
     n_blocks = count_blocks(table, gated)
     arguments = (
         packed,
@@ -229,9 +229,9 @@ def linear_rows(x, table, gated, code, residuals, out):
         gated,
         code,
         residuals,
-        pointer(out),
-        out.shape[1],
-        out.itemsize,
+        out,
+        width,
+        like.itemsize,
     )
     parallel_for(rows_block, min(usable_threads(), n_blocks), n_blocks, arguments)
     room[0] = 0  # the last use of the scratch: it must live until here
@@ -393,7 +393,7 @@ def _panels_chunk(
 
 @launch
 def linear_tiles(x, table, gated, code, residuals, out, packed, panels, sums, tile_rows):
-    """out = epilogue(x W^T + b) for many rows; arguments as in `linear_rows`, and scratch (see `tile_scratch`).
+    """out = epilogue(x W^T + b) for many rows: as `linear_rows`, but x and out are arrays; and scratch (see `tile_scratch`).
 
     tile_rows is 14 or 8: rows of one register tile.
     """

@@ -67,12 +67,15 @@ def _linear(dtype: type, n_rows: int) -> float:
     x, w, bias = _random(dtype, n_rows, 41), _random(dtype, 35, 41), _random(dtype, 35)
     out: Array = np.zeros((n_rows, 35), dtype)
     table = np.array([[_address(w), _address(bias), 35, 0]], np.int64)
-    arguments = (x, table, False, activation.NONE, np.zeros(0, np.int64), out)
+    nothing = np.zeros(0, np.int64)
     if n_rows <= linear.ROW_LIMIT:
-        linear.linear_rows(*arguments)
+        like: Array = np.empty(0, dtype)
+        rows = (like, _address(x), n_rows, 41)
+        linear.linear_rows(*rows, table, False, activation.NONE, nothing, _address(out), 35)
     else:
         *shapes, tile_rows = linear.tile_scratch(n_rows, 41, x.itemsize, 2)
-        linear.linear_tiles(*arguments, *(np.empty(shape, np.float32) for shape in shapes), tile_rows)
+        scratch = (np.empty(shape, np.float32) for shape in shapes)
+        linear.linear_tiles(x, table, False, activation.NONE, nothing, out, *scratch, tile_rows)
     expected = _exact(x) @ _exact(w).T + _exact(bias)
     return _error(out, expected) / float(np.abs(expected).max())
 
