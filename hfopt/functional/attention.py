@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _WRONG_ROWS = "appended names rows in trunk_row or table that the cache has not"
 _NO_BYTES = np.zeros((0, 0, 0), np.uint8)
+_INT32 = np.dtype(np.int32)
 
 
 class Mask(NamedTuple):
@@ -106,7 +107,7 @@ def attend(
         raise InvalidInput(
             f"mask has bytes {mask.bytes.dtype} {mask.bytes.shape}: uint8 {(n_rows, n_new, n_keys)} is needed"
         )
-    out = torch.empty((n_rows, n_new, n_heads * head_dim), dtype=qkv.dtype)
+    out = qkv.new_empty(n_rows, n_new, n_heads * head_dim)
     if not out.numel():
         return out
     if n_new > 1 and by != "hfopt" and takes_torch(by, "attention", qkv.dtype, n_new):
@@ -188,10 +189,14 @@ def _check_lengths(appended: "Appended", n_rows: int) -> None:
         raise InvalidInput(
             f"appended.branch_len is {appended.branch_len}: up to {appended.branch.shape[3]} is allowed"
         )
-    for name, array, shortest in (
-        ("trunk_row", appended.trunk_row, (n_rows,)),
-        ("table", appended.table, (n_rows, appended.branch_len)),
-    ):
-        fits = array.ndim == len(shortest) and all(a >= b for a, b in zip(array.shape, shortest, strict=True))
-        if array.dtype != np.int32 or not array.flags.c_contiguous or not fits:
-            raise InvalidInput(f"appended.{name} has {array.dtype} {array.shape}: int32 {shortest} is needed")
+    trunk_row, table, n_columns = appended.trunk_row, appended.table, appended.branch_len
+    if trunk_row.ndim != 1 or trunk_row.shape[0] < n_rows or not _is_index(trunk_row):
+        given = f"{trunk_row.dtype} {trunk_row.shape}"
+        raise InvalidInput(f"appended.trunk_row has {given}: int32 {(n_rows,)} is needed")
+    if table.ndim != 2 or table.shape[0] < n_rows or table.shape[1] < n_columns or not _is_index(table):
+        given = f"{table.dtype} {table.shape}"
+        raise InvalidInput(f"appended.table has {given}: int32 {(n_rows, n_columns)} is needed")
+
+
+def _is_index(array: np.ndarray) -> bool:
+    return array.dtype == _INT32 and array.flags.c_contiguous
