@@ -212,6 +212,20 @@ def parallel_for(typingctx, task, n_threads, n, arguments):
     return types.void(task, types.intp, types.intp, arguments), codegen
 
 
+@intrinsic
+def next_share(typingctx, counter, total, n_threads):
+    """(first, end) of the next share of the indices below `total`, empty when none is left; counter[0] starts at 0.
+
+    For workers that keep something from share to share; otherwise `parallel_for` does the same.
+    """
+
+    def codegen(context, builder, sig, args):
+        return context.make_tuple(builder, sig.return_type, _emit_share(builder, *args))
+
+    pair = types.UniTuple(types.intp, 2)
+    return pair(types.CPointer(types.int64), types.intp, types.intp), codegen
+
+
 @body
 def threads_for(n_tiles, work, enough):
     """Threads for n_tiles tiles: one if `work` is below `enough`. Results must not depend on it."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import _tile
 from ._jit import launch
-from ._parallel import body, parallel_for, threads_for, usable_threads
+from ._parallel import body, next_share, parallel_for, threads_for, usable_threads
 from ._simd import LANES, address_as, as_units, load, load_part, pointer, shifted, store, store_part
 from .activation import activate
 
@@ -24,7 +24,7 @@ TILE_COLUMNS = 2 * LANES
 # they meet (14 rows x 512 units, 28 KB) in an L1 cache; x is read once for every 128 columns.
 PANELS = 4
 PANEL_UNITS = 512
-_PARALLEL_SIZE = 1 << 16  # elements of x; below, more threads cost more in packing than they save
+_PARALLEL_SIZE = 1 << 16  # elements to pack, or multiply-adds; below, more threads cost more than they save
 
 
 @body
@@ -233,7 +233,8 @@ def linear_rows(like, x, n_rows, size, table, gated, code, residuals, out, width
         width,
         like.itemsize,
     )
-    parallel_for(rows_block, min(usable_threads(), n_blocks), n_blocks, arguments)
+    threads = threads_for(n_blocks, n_rows * size * n_blocks * LANES, _PARALLEL_SIZE)
+    parallel_for(rows_block, threads, n_blocks, arguments)
     room[0] = 0  # the last use of the scratch: it must live until here
 
 
@@ -307,6 +308,8 @@ def panel_group(
     table,
     start,
     end,
+    first_tile,
+    last_tile,
     gated,
     code,
     residuals,
@@ -317,14 +320,14 @@ def panel_group(
     sums,
     tile_rows,
 ):
-    """Panels start to end (at most PANELS; 32 output columns each, 16 of both matrices with `gated`) of all rows.
+    """Panels start to end (at most PANELS; 32 output columns each, 16 of both matrices with `gated`) of some tiles of rows.
 
     packed: x as `linear_tiles` packs it; room: units for the packed panels; sums: float32 [PANELS, tiles, tile_rows, 32].
     A tile of x is multiplied with every panel of the group while it is in the L1 cache.
     """
     per_unit = 4 // item_size
     n_units = (size + per_unit - 1) // per_unit
-    n_tiles = (n_rows + tile_rows - 1) // tile_rows
+    n_tiles = last_tile - first_tile
     tile_sums = tile_rows * TILE_COLUMNS
     for first in range(0, n_units, PANEL_UNITS):
         last = min(first + PANEL_UNITS, n_units)
@@ -334,13 +337,15 @@ def panel_group(
                 source = shifted(address_as(table[matrix, WEIGHT], out), row * size)
                 target = shifted(room, (panel - start) * PANEL_UNITS * TILE_COLUMNS + half * LANES)
                 _pack(source, n_columns, n_columns, size, first, last, per_unit, target, LANES, TILE_COLUMNS)
-        for tile in range(n_tiles):
+        for tile in range(first_tile, last_tile):
             x = shifted(packed, tile * (n_units * tile_rows + LANES) + first * tile_rows)
             for panel in range(start, end):
                 w = shifted(room, (panel - start) * PANEL_UNITS * TILE_COLUMNS)
-                here = shifted(sums, ((panel - start) * n_tiles + tile) * tile_sums)
+                here = shifted(sums, ((panel - start) * n_tiles + tile - first_tile) * tile_sums)
                 if tile_rows == 14:
                     _tile.outer_tile(x, w, last - first, here, 14, 2, first > 0)
+                elif tile_rows == 13:
+                    _tile.outer_tile(x, w, last - first, here, 13, 2, first > 0)
                 else:
                     _tile.outer_tile(x, w, last - first, here, 8, 2, first > 0)
                 if last == n_units:
@@ -362,61 +367,101 @@ def _pack_tile(tile, x, n_rows, size, per_unit, packed, tile_rows):
 
 
 @body
-def _panels_chunk(
-    chunk, packed, n_rows, size, table, gated, code, residuals, out, width, item_size, panels, sums, tile_rows
+def split_tiles(n_tiles, n_panels, n_threads):
+    """(panels of a group, parts that the tiles of x are split into) so that the last groups leave no thread idle for long.
+
+    Small groups read x more often, and weights are packed anew for each part.
+    """
+    group = max(1, min(PANELS, n_panels // (8 * n_threads)))
+    return group, min(n_tiles, max(1, 4 * n_threads // n_panels))
+
+
+@body
+def _worker(
+    worker,
+    counter,
+    packed,
+    n_rows,
+    size,
+    table,
+    gated,
+    code,
+    residuals,
+    out,
+    width,
+    item_size,
+    panels,
+    sums,
+    tile_rows,
 ):
-    """The chunk-th share of all panels, with scratch of its own."""
+    """Shares of all panels of all parts of the rows, as long as there are any, with scratch of its own."""
     n_panels = (count_blocks(table, gated) + (0 if gated else 1)) // (1 if gated else 2)
-    n_chunks = panels.shape[0]
-    room = as_units(shifted(pointer(panels), chunk * panels.shape[1]), out)
-    here = shifted(pointer(sums), chunk * sums.shape[1])
-    end = (chunk + 1) * n_panels // n_chunks
-    for start in range(chunk * n_panels // n_chunks, end, PANELS):
-        panel_group(
-            packed,
-            n_rows,
-            size,
-            table,
-            start,
-            min(start + PANELS, end),
-            gated,
-            code,
-            residuals,
-            out,
-            width,
-            item_size,
-            room,
-            here,
-            tile_rows,
-        )
+    n_tiles = (n_rows + tile_rows - 1) // tile_rows
+    n_workers = panels.shape[0]
+    group, n_parts = split_tiles(n_tiles, n_panels, n_workers)
+    n_groups = (n_panels + group - 1) // group
+    room = as_units(shifted(pointer(panels), worker * panels.shape[1]), out)
+    here = shifted(pointer(sums), worker * sums.shape[1])
+    while True:
+        start, end = next_share(pointer(counter), n_groups * n_parts, n_workers)
+        if start == end:
+            break
+        for index in range(start, end):
+            part = index // n_groups
+            panel = (index - part * n_groups) * group
+            first_tile, last_tile = part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts
+            panel_group(
+                packed,
+                n_rows,
+                size,
+                table,
+                panel,
+                min(panel + group, n_panels),
+                first_tile,
+                last_tile,
+                gated,
+                code,
+                residuals,
+                out,
+                width,
+                item_size,
+                room,
+                here,
+                tile_rows,
+            )
 
 
 @launch
 def linear_tiles(x, table, gated, code, residuals, out, packed, panels, sums, tile_rows):
-    """out = epilogue(x W^T + b) for many rows: as `linear_rows`, but x and out are arrays; and scratch (see `tile_scratch`).
+    """out = epilogue(x W^T + b) for many rows, x and out being arrays; other arguments as in `linear_rows`, and scratch.
 
-    tile_rows is 14 or 8: rows of one register tile.
+    tile_rows: rows of one register tile; see `tile_scratch`.
     """
     n_rows, size = x.shape
     n_tiles = (n_rows + tile_rows - 1) // tile_rows
     units = as_units(pointer(packed), pointer(x))
     packing = (pointer(x), n_rows, size, 4 // x.itemsize, units, tile_rows)
     parallel_for(_pack_tile, min(usable_threads(), n_tiles), n_tiles, packing)
-    n_chunks = panels.shape[0]
-    arguments = (units, n_rows, size, table, gated, code, residuals, pointer(out), out.shape[1], out.itemsize)
-    scratch = (panels, sums, tile_rows)
-    parallel_for(_panels_chunk, min(usable_threads(), n_chunks), n_chunks, arguments + scratch)
+    n_workers = panels.shape[0]
+    counter = np.zeros(1, np.int64)
+    arguments = (counter, units, n_rows, size, table, gated, code, residuals)
+    target = (pointer(out), out.shape[1], out.itemsize, panels, sums, tile_rows)
+    parallel_for(_worker, min(usable_threads(), n_workers), n_workers, arguments + target)
 
 
-def tile_scratch(n_rows: int, size: int, item_size: int, n_chunks: int) -> tuple[tuple, tuple, tuple, int]:
+def tile_scratch(n_rows: int, size: int, item_size: int, n_workers: int) -> tuple[tuple, tuple, tuple, int]:
     """Shapes of the float32 arrays `packed`, `panels` and `sums` of `linear_tiles`, and its tile_rows.
 
-    n_chunks: threads among which the panels are split.
+    n_workers: threads among which the panels are dealt out.
     """
-    waste = {rows: -(-n_rows // rows) * rows for rows in (8, 14)}
-    tile_rows = 8 if waste[8] < 0.92 * waste[14] else 14
+
+    def cost(tile_rows: int) -> float:
+        """Of the rows with those that fill the last tile; a small tile keeps the multiply-adds less busy."""
+        return -(-n_rows // tile_rows) * tile_rows * (1.08 if tile_rows == 8 else 1.0)
+
+    tile_rows = min((14, 13, 8), key=cost)
     n_units = -(-size * item_size // 4)
     n_tiles = -(-n_rows // tile_rows)
     packed = (n_tiles * (n_units * tile_rows + LANES),)
-    sums = (n_chunks, PANELS * n_tiles * tile_rows * TILE_COLUMNS)
-    return packed, (n_chunks, PANELS * PANEL_UNITS * TILE_COLUMNS), sums, tile_rows
+    sums = (n_workers, PANELS * n_tiles * tile_rows * TILE_COLUMNS)
+    return packed, (n_workers, PANELS * PANEL_UNITS * TILE_COLUMNS), sums, tile_rows
