@@ -127,7 +127,8 @@ def linear(
             f"activation is {activation!r}: None or one of {sorted(k for k in CODES if k)} is allowed"
         )
     x = check_rows("hidden_states", hidden_states, weights.dtype)
-    *leading, size = x.shape
+    given = x.shape
+    size = given[-1]
     if size != weights.in_features:
         raise InvalidInput(f"hidden_states has {size} features: the weights need {weights.in_features}")
     width = weights.out_features
@@ -136,12 +137,13 @@ def linear(
             sizes = weights.table[:, kernels.SIZE].tolist()
             raise InvalidInput(f"gated needs two matrices of one size: weights has rows {sizes}")
         width //= 2
-    out = x.new_empty(*leading, width)
+    shape = (*given[:-1], width)
+    out = x.new_empty(*shape)
     addresses = _NO_RESIDUALS
     if residuals:
-        shape = (*leading, width)
-        checked = [check_array(f"residuals[{i}]", r, shape, x.dtype) for i, r in enumerate(residuals)]
-        addresses = np.array(checked, np.int64)
+        addresses = np.empty(len(residuals), np.int64)
+        for index, residual in enumerate(residuals):
+            addresses[index] = check_array(f"residuals[{index}]", residual, shape, x.dtype)
     n_rows = out.numel() // width if width else 0
     if n_rows == 0:
         return out
