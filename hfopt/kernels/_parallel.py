@@ -80,14 +80,26 @@ def usable_threads(typingctx):
     return types.intp(), codegen
 
 
-def _emit_range(context, builder, compiled, argument_types, record_type, data, first, count):
-    """The body on `count` indices from `first`."""
-    record = builder.load(builder.bitcast(data, record_type.as_pointer()))
-    values = [builder.extract_value(record, i) for i in range(len(record_type.elements))]
-    function = context.declare_function(builder.module, compiled.fndesc)
-    with cgutils.for_range(builder, count) as loop:
-        index = builder.add(first, loop.index)
-        context.call_conv.call_function(builder, function, types.none, argument_types, [index, *values])
+def _range_function(context, builder, compiled, argument_types, record_type):
+    """A function of (arguments, first, count): the body on `count` indices from `first`.
+
+    It is there once, for one thread and for several: copies of it would be optimised each for its surroundings, and sums
+    that LLVM may take in any order would have other bits in each.
+    """
+    name = builder.module.get_unique_name("hfopt.range")
+    function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_BYTES, _INTP, _INTP]), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    inner = ir.IRBuilder(function.append_basic_block("entry"))
+    data, first, count = function.args
+    record = inner.load(inner.bitcast(data, record_type.as_pointer()))
+    values = [inner.extract_value(record, i) for i in range(len(record_type.elements))]
+    task = context.declare_function(builder.module, compiled.fndesc)
+    with cgutils.for_range(inner, count) as loop:
+        index = inner.add(first, loop.index)
+        context.call_conv.call_function(inner, task, types.none, argument_types, [index, *values])
+    inner.ret_void()
+    return function
 
 
 def _emit_share(builder, counter, total, team):
@@ -120,7 +132,7 @@ def _emit_share(builder, counter, total, team):
     return first, end
 
 
-def _emit_openmp_loop(builder, name, emit_range, record_type, record, n_threads, n):
+def _emit_openmp_loop(builder, name, run, record_type, record, n_threads, n):
     """`n` indices in shares on a team of OpenMP threads."""
     # what the threads are given: the first index that is not taken, n, and the arguments
     whole = ir.LiteralStructType([_INTP, _INTP, record_type])
@@ -138,7 +150,7 @@ def _emit_openmp_loop(builder, name, emit_range, record_type, record, n_threads,
     first, end = _emit_share(inner, counter, total, team)
     inner.cbranch(inner.icmp_signed("<", first, end), work, done)
     inner.position_at_end(work)
-    emit_range(inner, arguments, first, inner.sub(end, first))
+    inner.call(run, [arguments, first, inner.sub(end, first)])
     inner.branch(take)
     inner.position_at_end(done)
     inner.ret_void()
@@ -156,7 +168,7 @@ def _emit_openmp_loop(builder, name, emit_range, record_type, record, n_threads,
     )
 
 
-def _emit_numba_loop(builder, name, emit_range, record, n_threads, n):
+def _emit_numba_loop(builder, name, run, record, n_threads, n):
     """The same by Numba's threading layer, which shares out the elements of "arrays"."""
     words = _INTP.as_pointer()
     function_type = ir.FunctionType(ir.VoidType(), [_BYTES.as_pointer(), words, words, _BYTES])
@@ -164,7 +176,7 @@ def _emit_numba_loop(builder, name, emit_range, record, n_threads, n):
     task.linkage = "internal"
     inner = ir.IRBuilder(task.append_basic_block("entry"))
     positions, counts, _, arguments = task.args
-    emit_range(inner, arguments, inner.ptrtoint(inner.load(positions), _INTP), inner.load(counts))
+    inner.call(run, [arguments, inner.ptrtoint(inner.load(positions), _INTP), inner.load(counts)])
     inner.ret_void()
 
     data = builder.bitcast(cgutils.alloca_once_value(builder, record), _BYTES)
@@ -194,19 +206,17 @@ def parallel_for(typingctx, task, n_threads, n, arguments):
         for place, value in enumerate(values):
             record = builder.insert_value(record, value, place)
 
-        def emit_range(inner, data, first, count):
-            _emit_range(context, inner, compiled, argument_types, record_type, data, first, count)
-
+        run = _range_function(context, builder, compiled, argument_types, record_type)
         name = builder.module.get_unique_name("hfopt.task")
         with builder.if_else(builder.icmp_signed(">", n_threads, ir.Constant(_INTP, 1))) as (several, alone):
             with several:
                 if _openmp.RUNTIME:
-                    _emit_openmp_loop(builder, name, emit_range, record_type, record, n_threads, n)
+                    _emit_openmp_loop(builder, name, run, record_type, record, n_threads, n)
                 else:
-                    _emit_numba_loop(builder, name, emit_range, record, n_threads, n)
+                    _emit_numba_loop(builder, name, run, record, n_threads, n)
             with alone:
                 data = builder.bitcast(cgutils.alloca_once_value(builder, record), _BYTES)
-                emit_range(builder, data, ir.Constant(_INTP, 0), n)
+                builder.call(run, [data, ir.Constant(_INTP, 0), n])
         return context.get_dummy_value()
 
     return types.void(task, types.intp, types.intp, arguments), codegen
