@@ -236,6 +236,16 @@ def next_share(typingctx, counter, total, n_threads):
     return pair(types.CPointer(types.int64), types.intp, types.intp), codegen
 
 
+@intrinsic
+def next_index(typingctx, counter):
+    """counter[0], which grows by 1: each thread that asks gets another number."""
+
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw("add", args[0], ir.Constant(_INTP, 1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), codegen
+
+
 @body
 def threads_for(n_tiles, work, enough):
     """Threads for n_tiles tiles: one if `work` is below `enough`. Results must not depend on it."""

@@ -295,6 +295,16 @@ def as_units(typingctx, p, like):
     return result(p, like), codegen
 
 
+@intrinsic
+def pointer_as(typingctx, p, like):
+    """The same address as a pointer of the type of `like`."""
+
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(args[0], context.get_value_type(sig.return_type))
+
+    return like(p, like), codegen
+
+
 # ---- loads and stores -------------------------------------------------------------------------------------------------
 
 
@@ -550,7 +560,7 @@ def emit_prefetch(builder, pointer, index):
 
 @intrinsic
 def prefetch(typingctx, p, index):
-    """Hint that p + index is read soon."""
+    """Asks for the cache line of p + index, into the L2 cache; there need not be any memory."""
 
     def codegen(context, builder, sig, args):
         emit_prefetch(builder, *args)

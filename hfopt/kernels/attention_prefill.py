@@ -1,388 +1,264 @@
-"""Prefill attention: several new tokens a row, in blocks with an online softmax
+"""Prefill attention: several new tokens a row, in blocks of keys with an online softmax
 (https://arxiv.org/abs/2205.14135).
 
-One item of work is a block of positions of one row, for all query heads of one key head. Blocks of 64 keys
-are widened to float32 and turned, so that both products run on register tiles of 6 queries. Each query
-meets the blocks of keys in order, whatever the items are, so the bits depend on nothing else.
+Queries lie along the lanes of vectors: a *tile* is up to 48 of them, the query heads of one key head at some
+positions. So keys and values are read a number at a time, as they are, and the softmax needs nothing across lanes:
+
+    scores[key, query] = sum over channels of keys[key, channel] queries[channel, query]
+    sums[channel, query] = sum over keys of values[key, channel] weights[key, query]
+
+In bfloat16 both products run on pairs of neighbours (channels, then keys), and weights are rounded to bfloat16.
+An item of work is some tiles of one key head; threads take items until none is left. Each query meets the blocks of
+keys in order, whatever the items are, so the bits depend on nothing else.
 """
 
 import numpy as np
 
-from ._attention_tile import multiply_tile, where_bytes
+from ._attention_pack import BLOCK, find_keys, pack_queries, pack_values, rounded
+from ._attention_softmax import (
+    LIMIT,
+    STATS,
+    TILE,
+    TOP,
+    TOTAL,
+    add_infinite,
+    add_values,
+    hide_later,
+    hide_masked,
+    score_keys,
+    weigh_keys,
+)
+from ._attention_tile import where_bytes
 from ._jit import launch
-from ._parallel import body, parallel_for, threads_for
+from ._parallel import body, next_index, parallel_for, threads_for
 from ._simd import (
     LANES,
-    absolute,
-    exp,
-    fma,
-    lane,
+    as_units,
     load,
-    load_part,
     load_scalar,
-    max_lanes,
-    maximum,
     pointer,
+    pointer_as,
     shifted,
     splat,
     store,
     store_part,
     store_scalar,
     sum_lanes,
-    where_part,
 )
-from ._tile import stack_floats, transpose_block
+from ._tile import to_cache_line, transpose_block, units_ratio
 from .attention import valid_rows
 
 ALL, CAUSAL, BYTES = range(3)
 
-TILE = 6  # queries of one register tile; with KEYS, a literal below
-KEYS = 64
-CHAIN = 32  # channels that are summed in a row
-_BLOCK = 21  # tiles of one item, shared by the query heads of a key head
+_ITEM_FLOATS = 3 << 16  # of the queries and sums of an item, which stay in an L2 cache
+_ITEMS = 4  # of a thread at least, if there are as many tiles: threads should end together
 _PARALLEL_SIZE = 1 << 17  # multiply-adds; below, more threads cost more than they save
-STATS = 3  # numbers kept of each query: largest score, sum of exponentials, whether a key was seen
-_MAX, _SUM, _SEEN = range(3)
+_LOG2_E = 1.4426950408889634
 _NOTHING = np.float32(-np.inf)
-_INFINITY = np.float32(np.inf)
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 
 
 @body
-def widen_row(source, size, target):
-    """target = source as float32, zeros up to a multiple of 16; returns the largest magnitude or NaN."""
-    largest = splat(_ZERO)
-    k = 0
-    while k + LANES <= size:
-        value = load(source, k)
-        store(target, k, value)
-        largest = maximum(largest, absolute(value))
-        k += LANES
-    if k < size:
-        value = load_part(source, k, size - k)
-        store(target, k, value)
-        largest = maximum(largest, absolute(value))
-    return max_lanes(largest)
-
-
-@body
-def clear(target, n):
-    """Zeros to n floats, a multiple of 16."""
-    for k in range(0, n, LANES):
-        store(target, k, splat(_ZERO))
-
-
-@body
-def key_of(cache, row, kv_head, token):
-    """Pointer to token `token` of a physical row of keys."""
-    _, _, n_kv_heads, capacity, size = cache.shape
-    return shifted(pointer(cache), ((row * n_kv_heads + kv_head) * capacity + token) * size)
-
-
-@body
-def pack_block(trunk, branch, trunk_len, trunk_row, table, row, kv_head, first, n, keys, values, rows):
-    """n <= 64 keys from token `first` on as keys[channel, 64], their values as values[64, channel], float32.
-
-    rows: room for 16 rows. Returns whether all values are finite.
-    """
-    size = trunk.shape[4]
-    padded = (size + LANES - 1) // LANES * LANES
-    largest = _ZERO
-    for start in range(0, n, LANES):
-        for j in range(LANES):
-            token = first + start + j
-            here = shifted(rows, j * padded)
-            target = shifted(values, (start + j) * padded)
-            if start + j >= n:
-                clear(here, padded)
-                clear(target, padded)
-            else:
-                if token < trunk_len:
-                    key = key_of(trunk, trunk_row[row], kv_head, token)
-                    value = shifted(key, trunk.size // 2)
-                else:
-                    token -= trunk_len
-                    key = key_of(branch, table[row, token], kv_head, token)
-                    value = shifted(key, branch.size // 2)
-                widen_row(key, size, here)
-                magnitude = widen_row(value, size, target)
-                if magnitude > largest or magnitude != magnitude:
-                    largest = magnitude
-        for channel in range(0, padded, LANES):
-            transpose_block(shifted(rows, channel), padded, shifted(keys, channel * KEYS + start), KEYS)
-    return largest < _INFINITY
-
-
-@body
-def visible_keys(kind, mask, row, position, n_new, n_keys, first, n):
-    """Number of leading keys of a block to look at; 0 if the query at `position` sees none of n."""
-    if kind == CAUSAL:
-        return max(min(n_keys - n_new + position + 1 - first, n), 0)
-    if kind == BYTES:
-        seen = 0
-        for k in range(first, first + n):
-            seen |= mask[row, position, k]
-        if seen == 0:
-            return 0
-    return n
-
-
-@body
-def soften_row(scores, scale, visible, kind, mask, place, sums, stats):
-    """One row of 64 products becomes exp(scale * product - largest so far); weighted sums and statistics so
-    far are rescaled.
-
-    sums: (pointer, channels); place: of the mask bytes of this row and block.
-    """
-    top = splat(_NOTHING)
-    for k in range(0, KEYS, LANES):
-        value = load(scores, k) * splat(scale)
-        if kind == BYTES:
-            value = where_bytes(mask, place + k, visible - k, value, splat(_NOTHING))
-        elif k + LANES > visible:
-            value = where_part(visible - k, value, splat(_NOTHING))
-        store(scores, k, value)
-        top = maximum(top, value)
-    before = load_scalar(stats, _MAX)
-    largest = max_lanes(top)
-    if largest <= before or before != before:
-        largest = before
-    # all scores so far may be -inf: their exponentials have to be 0 beside those to come
-    shift = _ZERO if largest == _NOTHING else largest
+def count_seen(mask, row, begin, end, first, n):
+    """How many bytes of the mask are not 0, for positions begin to end and n keys from `first` on."""
     total = splat(_ZERO)
-    for k in range(0, KEYS, LANES):
-        value = exp(load(scores, k) - splat(shift))
-        store(scores, k, value)
-        total = total + value
-    factor = _ONE
-    if largest != before:
-        factor = lane(exp(splat(before - shift)), 0)
-        target, padded = sums
-        for k in range(0, padded, LANES):
-            store(target, k, load(target, k) * splat(factor))
-    store_scalar(stats, _MAX, largest)
-    store_scalar(stats, _SUM, load_scalar(stats, _SUM) * factor + sum_lanes(total))
-    store_scalar(stats, _SEEN, _ONE)
+    for position in range(begin, end):
+        start = (row * mask.shape[1] + position) * mask.shape[2] + first
+        for j in range(0, n, LANES):
+            total = total + where_bytes(pointer(mask), start + j, n - j, splat(_ONE), splat(_ZERO))
+    return sum_lanes(total)
 
 
 @body
-def add_values(weights, n, values, padded, finite, sums):
-    """sums[i] += weights[i, :n] values[:n] for a tile of rows; if not finite, without those of weight 0."""
-    if finite:
-        column = 0
-        while column < padded:
-            here = shifted(sums, column)
-            if padded - column >= 4 * LANES:
-                multiply_tile(weights, KEYS, shifted(values, column), padded, n, here, padded, 6, 4, True)
-                column += 4 * LANES
-            else:
-                multiply_tile(weights, KEYS, shifted(values, column), padded, n, here, padded, 6, 1, True)
-                column += LANES
-        return
-    for i in range(TILE):
-        for j in range(n):
-            weight = load_scalar(weights, i * KEYS + j)
-            if weight != _ZERO:
-                for k in range(0, padded, LANES):
-                    place = i * padded + k
-                    store(sums, place, fma(splat(weight), load(values, j * padded + k), load(sums, place)))
-
-
-@body
-def attend_tile(
-    q,
-    scale,
-    keys,
-    values,
-    finite,
-    padded,
-    n,
-    kind,
-    mask,
-    row,
-    position,
-    n_valid,
-    n_new,
-    n_keys,
-    first,
-    sums,
-    stats,
-):
-    """A tile of 6 queries, at positions from `position` on, against one packed block of n keys."""
-    scores = stack_floats(6 * 64)
-    most = 0
-    for i in range(n_valid):
-        most = max(most, visible_keys(kind, mask, row, position + i, n_new, n_keys, first, n))
-    if most == 0:
-        return
-    for channel in range(0, padded, CHAIN):
-        n_channels = min(CHAIN, padded - channel)
-        here = shifted(keys, channel * KEYS)
-        multiply_tile(shifted(q, channel), padded, here, KEYS, n_channels, scores, KEYS, 6, 4, channel > 0)
-    for i in range(TILE):
-        here = shifted(scores, i * KEYS)
-        visible = 0
-        if i < n_valid:
-            visible = visible_keys(kind, mask, row, position + i, n_new, n_keys, first, n)
-        if visible == 0:
-            clear(here, KEYS)
-        else:
-            place = ((row * n_new) + position + i) * n_keys + first
-            target = shifted(sums, i * padded), padded
-            soften_row(here, scale, visible, kind, pointer(mask), place, target, shifted(stats, i * STATS))
-    add_values(scores, most, values, padded, finite, sums)
-
-
-@body
-def finish_row(sums, stats, size, out):
-    """out = weighted sums / sum of exponentials; 0 for a query that saw no key."""
-    inverse = splat(_ONE / load_scalar(stats, _SUM) if load_scalar(stats, _SEEN) > _ZERO else _ZERO)
-    for column in range(0, size, LANES):
-        store_part(out, column, min(size - column, LANES), load(sums, column) * inverse)
-
-
-@body
-def block_size(n_heads, n_kv_heads, n_new):
-    """Positions of one item, a multiple of the tile."""
-    tiles = max(_BLOCK // (n_heads // n_kv_heads), 3)
-    return min(tiles, (n_new + TILE - 1) // TILE) * TILE
-
-
-@body
-def attend_positions(
-    qkv,
-    n_new,
-    trunk,
-    branch,
-    trunk_len,
-    branch_len,
-    trunk_row,
-    table,
-    kind,
-    mask,
-    scale,
-    n_heads,
-    row,
-    kv_head,
-    begin,
-    room,
-    out,
-):
-    """One item: positions from `begin` on of one row, for the queries of one key head. room: scratch."""
-    _, _, n_kv_heads, _, size = trunk.shape
-    group = n_heads // n_kv_heads
-    positions = block_size(n_heads, n_kv_heads, n_new)
-    padded = (size + LANES - 1) // LANES * LANES
-    n_keys = trunk_len + branch_len
-    n_valid = min(positions, n_new - begin)
-    queries = room
-    sums = shifted(queries, group * positions * padded)
-    keys = shifted(sums, group * positions * padded)
-    values = shifted(keys, KEYS * padded)
-    rows = shifted(values, KEYS * padded)
-    stats = shifted(rows, LANES * padded)
-    for head in range(group):
-        for t in range(positions):
-            place = head * positions + t
-            here = shifted(queries, place * padded)
-            if t < n_valid:
-                token = (row * n_new + begin + t) * qkv.shape[1]
-                source = shifted(pointer(qkv), token + (kv_head * group + head) * size)
-                widen_row(source, size, here)
-            else:
-                clear(here, padded)
-            store_scalar(stats, STATS * place + _MAX, _NOTHING)
-            store_scalar(stats, STATS * place + _SUM, _ZERO)
-            store_scalar(stats, STATS * place + _SEEN, _ZERO)
-    clear(sums, group * positions * padded)
-
-    end = n_keys
+def visible_keys(kind, mask, row, begin, end, n_past, first, n):
+    """(of n keys those up to the last that positions begin to end may see, those up to which all see all)."""
     if kind == CAUSAL:
-        end = n_keys - n_new + begin + n_valid
-    for first in range(0, end, KEYS):
-        n = min(end - first, KEYS)
-        most = 0
-        for t in range(n_valid):
-            most = max(most, visible_keys(kind, mask, row, begin + t, n_new, n_keys, first, n))
-        if most > 0:
-            finite = pack_block(
-                trunk, branch, trunk_len, trunk_row, table, row, kv_head, first, n, keys, values, rows
-            )
-            for place in range(0, group * positions, TILE):
-                t = place % positions
-                if t < n_valid:
-                    attend_tile(
-                        shifted(queries, place * padded),
-                        scale,
-                        keys,
-                        values,
-                        finite,
-                        padded,
-                        n,
-                        kind,
-                        mask,
-                        row,
-                        begin + t,
-                        min(n_valid - t, TILE),
-                        n_new,
-                        n_keys,
-                        first,
-                        shifted(sums, place * padded),
-                        shifted(stats, STATS * place),
-                    )
-    for head in range(group):
-        for t in range(n_valid):
-            place = head * positions + t
-            token = (row * n_new + begin + t) * n_heads * size
-            target = shifted(pointer(out), token + (kv_head * group + head) * size)
-            finish_row(shifted(sums, place * padded), shifted(stats, STATS * place), size, target)
+        return max(min(n, n_past + end - first), 0), max(min(n, n_past + begin + 1 - first), 0)
+    if kind == BYTES:
+        seen = count_seen(mask, row, begin, end, first, n)
+        return (n if seen > _ZERO else 0), (n if seen == np.float32((end - begin) * n) else 0)
+    return n, n
+
+
+@body
+def finish_tile(
+    sums, stats, kind, mask, n_new, n_heads, row, kv_head, group, q_begin, q_end, width, size, rows, out
+):
+    """out = sums / totals; 0 for a query that saw no key. rows: room for 16 rows."""
+    padded = rounded(size, LANES)
+    for column in range(0, width, LANES):
+        for channel in range(0, padded, LANES):
+            source = shifted(sums, channel * width + column)
+            transpose_block(source, width, shifted(rows, channel), padded)
+        for i in range(min(q_end - q_begin - column, LANES)):
+            position, head = (q_begin + column + i) // group, (q_begin + column + i) % group
+            total = load_scalar(stats, TOTAL * TILE + column + i)
+            inverse = _ONE / total
+            # a query may also have seen keys of which none has a weight: NaN is the answer then
+            if kind == BYTES and total == _ZERO:
+                seen = count_seen(mask, row, position, position + 1, 0, mask.shape[2])
+                inverse = inverse if seen > _ZERO else _ZERO
+            token = (row * n_new + position) * n_heads + kv_head * group + head
+            target = shifted(pointer(out), token * size)
+            for k in range(0, size, LANES):
+                store_part(target, k, min(size - k, LANES), load(rows, i * padded + k) * splat(inverse))
+
+
+@body
+def start_tile(q_begin, q_end, group, width, size, sums, stats):
+    """Sums and statistics of a tile that has seen nothing."""
+    for place in range(0, rounded(size, LANES) * width, LANES):
+        store(sums, place, splat(_ZERO))
+    for i in range(width):
+        position = min(q_begin + i, q_end - 1) // group - q_begin // group
+        store_scalar(stats, TOP * TILE + i, _NOTHING)
+        store_scalar(stats, TOTAL * TILE + i, _ZERO)
+        store_scalar(stats, LIMIT * TILE + i, np.float32(position))
+
+
+@body
+def tile_place(tile, n_queries):
+    """(first query, end of its queries, lanes) of a tile."""
+    q_begin = tile * TILE
+    q_end = min(q_begin + TILE, n_queries)
+    return q_begin, q_end, rounded(q_end - q_begin, LANES)
+
+
+@body
+def scratch(n_tiles, size, p):
+    """Floats of scratch of an item: (queries, sums and statistics of n_tiles tiles; scores, keys, values; rows)."""
+    units = rounded(size, LANES * units_ratio(p)) // units_ratio(p)
+    channels = rounded(size, LANES)
+    keys = BLOCK * units_ratio(p)
+    return (
+        n_tiles * TILE * units,
+        n_tiles * TILE * channels,
+        n_tiles * TILE * STATS,
+        keys * TILE,
+        keys * units,
+        BLOCK * channels,
+        LANES * channels,
+    )
+
+
+@body
+def attend_item(qkv, n_new, cache, n_keys, kind, mask, scale, n_heads, row, kv_head, begin, end, room, out):
+    """One item: tiles begin to end of one row and key head. room: as `scratch` says."""
+    n_kv_heads, size = cache[0].shape[2], cache[0].shape[4]
+    group = n_heads // n_kv_heads
+    n_queries, n_past = n_new * group, n_keys - n_new
+    like = pointer(qkv)
+    per_unit = units_ratio(like)
+    units, channels = rounded(size, LANES * per_unit) // per_unit, rounded(size, LANES)
+    sizes = scratch(end - begin, size, like)
+    sums = shifted(room, sizes[0])
+    stats = shifted(sums, sizes[1])
+    scores = shifted(stats, sizes[2])
+    key_room = shifted(scores, sizes[3])
+    value_room = shifted(key_room, sizes[4])
+    rows = shifted(value_room, sizes[5])
+    queries, weights, values = as_units(room, like), as_units(scores, like), as_units(value_room, like)
+    key_rows, query_rows = pointer_as(key_room, like), pointer_as(rows, like)
+
+    # queries take the sign of the scale, so that the largest product has the largest score
+    sign = _ONE if scale > _ZERO else -_ONE
+    power = np.float32(abs(np.float64(scale)) * _LOG2_E)
+    if scale == _ZERO:
+        sign, power = _ZERO, _ONE
+    for tile in range(begin, end):
+        q_begin, q_end, width = tile_place(tile, n_queries)
+        place = (tile - begin) * TILE
+        target = shifted(queries, place * units)
+        pack_queries(qkv, n_new, row, kv_head, group, q_begin, q_end, width, size, sign, query_rows, target)
+        start_tile(
+            q_begin, q_end, group, width, size, shifted(sums, place * channels), shifted(stats, place * STATS)
+        )
+
+    last = n_keys
+    if kind == CAUSAL:
+        last = n_past + (tile_place(end - 1, n_queries)[1] - 1) // group + 1
+    for first in range(0, last, BLOCK * per_unit):
+        n = min(last - first, BLOCK * per_unit)
+        packed, finite = False, True
+        keys, stride = key_rows, size
+        for tile in range(begin, end):
+            q_begin, q_end, width = tile_place(tile, n_queries)
+            t_begin, t_end = q_begin // group, (q_end - 1) // group + 1
+            own, shared = visible_keys(kind, mask, row, t_begin, t_end, n_past, first, n)
+            if own == 0:
+                continue
+            if not packed:
+                keys, stride = find_keys(cache, row, kv_head, first, n, size, key_rows)
+                finite = pack_values(cache, row, kv_head, first, n, size, False, values)
+                if not finite:
+                    pack_values(cache, row, kv_head, first, n, size, True, values)
+                packed = True
+            place = (tile - begin) * TILE
+            own_sums, own_stats = shifted(sums, place * channels), shifted(stats, place * STATS)
+            block = as_units(keys, like)
+            score_keys(shifted(queries, place * units), width, block, stride // per_unit, size, own, scores)
+            if shared < own and kind == CAUSAL:
+                hide_later(
+                    scores, width, shared, own, first - n_past - t_begin, shifted(own_stats, LIMIT * TILE)
+                )
+            elif shared < own:
+                hide_masked(scores, width, own, mask, row, group, q_begin, q_end, first)
+            weigh_keys(scores, width, own, power, weights, own_sums, size, own_stats)
+            add_values(weights, width, own, values, size, own_sums)
+            if not finite:
+                add_infinite(weights, width, own, cache, row, kv_head, first, size, own_sums)
+
+    for tile in range(begin, end):
+        q_begin, q_end, width = tile_place(tile, n_queries)
+        place = (tile - begin) * TILE
+        finish_tile(
+            shifted(sums, place * channels),
+            shifted(stats, place * STATS),
+            kind,
+            mask,
+            n_new,
+            n_heads,
+            row,
+            kv_head,
+            group,
+            q_begin,
+            q_end,
+            width,
+            size,
+            rows,
+            out,
+        )
 
 
 @body
 def _attend_task(
-    worker,
-    n_workers,
-    n_items,
-    qkv,
-    n_new,
-    trunk,
-    branch,
-    trunk_len,
-    branch_len,
-    trunk_row,
-    table,
-    kind,
-    mask,
-    scale,
-    n_heads,
-    room,
-    out,
+    worker, counter, n_parts, n_tiles, qkv, n_new, cache, n_keys, kind, mask, scale, n_heads, room, out
 ):
-    n_kv_heads = trunk.shape[2]
-    positions = block_size(n_heads, n_kv_heads, n_new)
-    n_blocks = (n_new + positions - 1) // positions
-    for item in range(worker, n_items, n_workers):
-        index = item // n_blocks
-        # later positions see more keys: turning the order from head to head gives each worker its share
-        block = (item + index) % n_blocks
-        attend_positions(
+    n_kv_heads = cache[0].shape[2]
+    n_sequences = qkv.shape[0] // n_new * n_kv_heads
+    here = shifted(pointer(room), worker * room.shape[1])
+    here = shifted(here, to_cache_line(here))
+    while True:
+        item = next_index(pointer(counter))
+        if item >= n_parts * n_sequences:
+            break
+        # the last positions see most keys: long items first, so that short ones fill up the end
+        part, index = n_parts - 1 - item // n_sequences, item % n_sequences
+        attend_item(
             qkv,
             n_new,
-            trunk,
-            branch,
-            trunk_len,
-            branch_len,
-            trunk_row,
-            table,
+            cache,
+            n_keys,
             kind,
             mask,
             scale,
             n_heads,
             index // n_kv_heads,
             index % n_kv_heads,
-            block * positions,
-            shifted(pointer(room), worker * room.shape[1]),
+            part * n_tiles // n_parts,
+            (part + 1) * n_tiles // n_parts,
+            here,
             out,
         )
 
@@ -396,37 +272,21 @@ def attend_prefill(
     qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size]; kind: ALL keys are seen, CAUSAL: those up to the
     token itself, or BYTES: what mask, uint8 [n_rows, n_new, keys], says; out [n_rows n_new, n_heads size].
     """
-    n_rows = qkv.shape[0] // n_new
     n_kv_heads, size = trunk.shape[2], trunk.shape[4]
     if not valid_rows(trunk_row, trunk.shape[1], table, branch_len, branch.shape[1]):
         return 1
-    positions = block_size(n_heads, n_kv_heads, n_new)
-    n_blocks = (n_new + positions - 1) // positions
-    n_items = n_rows * n_kv_heads * n_blocks
-    n_queries = n_heads // n_kv_heads * positions
-    padded = (size + LANES - 1) // LANES * LANES
-    work = qkv.shape[0] * n_heads * (trunk_len + branch_len) * size
-    threads = threads_for(n_items, work, _PARALLEL_SIZE)
-    room = np.empty(
-        (threads, 2 * n_queries * padded + (2 * KEYS + LANES) * padded + STATS * n_queries), np.float32
-    )
-    arguments = (
-        threads,
-        n_items,
-        qkv,
-        n_new,
-        trunk,
-        branch,
-        trunk_len,
-        branch_len,
-        trunk_row,
-        table,
-        kind,
-        mask,
-        scale,
-        n_heads,
-        room,
-        out,
-    )
+    n_keys = trunk_len + branch_len
+    n_sequences = qkv.shape[0] // n_new * n_kv_heads
+    n_tiles = (n_new * (n_heads // n_kv_heads) + TILE - 1) // TILE
+    threads = threads_for(n_sequences * n_tiles, qkv.shape[0] * n_heads * n_keys * size, _PARALLEL_SIZE)
+    most = max(_ITEM_FLOATS // (2 * TILE * size), 1)
+    item_tiles = min(n_sequences * n_tiles // (_ITEMS * threads) + 1, most)
+    n_parts = (n_tiles + item_tiles - 1) // item_tiles
+    sizes = scratch((n_tiles + n_parts - 1) // n_parts, size, pointer(qkv))
+    n_floats = sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] + sizes[5] + sizes[6]
+    room = np.empty((threads, n_floats + LANES), np.float32)
+    counter = np.zeros(1, np.int64)
+    cache = (trunk, branch, trunk_len, trunk_row, table)
+    arguments = (counter, n_parts, n_tiles, qkv, n_new, cache, n_keys, kind, mask, scale, n_heads, room, out)
     parallel_for(_attend_task, threads, threads, arguments)
     return 0

@@ -1,0 +1,125 @@
+"""Queries, keys and values in the order in which the register tiles of prefill attention read them."""
+
+import numpy as np
+
+from ._attention_tile import store_pair, where_up_to
+from ._parallel import body
+from ._simd import (
+    LANES,
+    absolute,
+    fma,
+    load,
+    load_part,
+    pointer,
+    prefetch,
+    shifted,
+    splat,
+    store,
+    sum_lanes,
+)
+from ._tile import transpose_block, units_ratio
+
+BLOCK = 32  # units of keys: one in float32, two in bfloat16; their scores stay in an L1 cache
+ROWS = 8  # keys, or channels of values, of a register tile: with 3 vectors 24 sums
+_ZERO = np.float32(0.0)
+_ONE = np.float32(1.0)
+_LARGEST = np.finfo(np.float32).max
+
+
+@body
+def rounded(n, step):
+    """n, rounded up to a multiple of step."""
+    return (n + step - 1) // step * step
+
+
+@body
+def is_finite(number):
+    """Neither infinite nor NaN."""
+    return abs(number) <= _LARGEST
+
+
+@body
+def copy_row(source, size, factor, target):
+    """target = factor * source, zeros up to a multiple of 16."""
+    for k in range(0, size, LANES):
+        value = load(source, k) if k + LANES <= size else load_part(source, k, size - k)
+        store(target, k, value * splat(factor))
+
+
+@body
+def token_of(cache, row, kv_head, token):
+    """Pointers to the key and the value of a token of a logical row."""
+    trunk, branch, trunk_len, trunk_row, table = cache
+    if token < trunk_len:
+        buffer, place = trunk, trunk_row[row]
+    else:
+        token -= trunk_len
+        buffer, place = branch, table[row, token]
+    _, _, n_kv_heads, capacity, size = buffer.shape
+    key = shifted(pointer(buffer), ((place * n_kv_heads + kv_head) * capacity + token) * size)
+    return key, shifted(key, buffer.size // 2)
+
+
+@body
+def pack_queries(qkv, n_new, row, kv_head, group, q_begin, q_end, width, size, factor, rows, queries):
+    """queries[channel, i] = factor * query q_begin + i of a key head, for i < width; units of pairs of channels in
+    bfloat16.
+
+    The query heads of a position are neighbours; behind q_end the last query is repeated. rows: room for 16 rows.
+    """
+    per_unit = units_ratio(rows)
+    padded = rounded(size, LANES * per_unit)
+    for column in range(0, width, LANES):
+        for i in range(LANES):
+            q = min(q_begin + column + i, q_end - 1)
+            token = (row * n_new + q // group) * qkv.shape[1]
+            source = shifted(pointer(qkv), token + (kv_head * group + q % group) * size)
+            copy_row(source, size, factor, shifted(rows, i * padded))
+        for unit in range(0, padded // per_unit, LANES):
+            target = shifted(queries, unit * width + column)
+            transpose_block(shifted(rows, unit * per_unit), padded, target, width)
+
+
+@body
+def find_keys(cache, row, kv_head, first, n, size, room):
+    """(pointer to the keys of n tokens from `first` on, elements from one to the next), readable up to a multiple of 8
+    keys: in the cache where they lie in a row, else copied to `room`."""
+    trunk, _, trunk_len, _, _ = cache
+    n_read = rounded(n, ROWS)
+    if first + n <= trunk_len and first + n_read <= trunk.shape[3] and size % units_ratio(room) == 0:
+        return token_of(cache, row, kv_head, first)[0], size
+    stride = rounded(size, LANES * units_ratio(room))
+    for j in range(n_read):
+        key, _ = token_of(cache, row, kv_head, first + min(j, n - 1))
+        copy_row(key, size, _ONE, shifted(room, j * stride))
+    return room, stride
+
+
+@body
+def pack_values(cache, row, kv_head, first, n, size, clean, values):
+    """values[channel // 16, j, channel % 16] = values of n tokens from `first` on; 32 units for j, which are pairs of
+    tokens in bfloat16.
+
+    With `clean`, 0 for what is not finite. Returns whether all are finite.
+    """
+    probe = splat(_ZERO)
+    ahead = BLOCK * units_ratio(values) * size
+    line = 16 * units_ratio(values)
+    for j in range(0, n, 2):
+        key, value = token_of(cache, row, kv_head, first + j)
+        for k in range(0, 2 * size, line):
+            prefetch(key, ahead + k)
+            prefetch(value, ahead + k)
+        _, after = token_of(cache, row, kv_head, first + min(j + 1, n - 1))
+        for k in range(0, size, LANES):
+            if k + LANES <= size:
+                low, high = load(value, k), load(after, k)
+            else:
+                low, high = load_part(value, k, size - k), load_part(after, k, size - k)
+            if clean:
+                low = where_up_to(absolute(low), splat(_LARGEST), low, splat(_ZERO))
+                high = where_up_to(absolute(high), splat(_LARGEST), high, splat(_ZERO))
+            # 0 times what is not finite is NaN
+            probe = fma(low, splat(_ZERO), fma(high, splat(_ZERO), probe))
+            store_pair(shifted(values, k * BLOCK), j // 2, LANES, 0, low, high)
+    return sum_lanes(probe) == _ZERO
