@@ -293,8 +293,7 @@ def test_nothing_is_written_outside(dtype: torch.dtype, heads: tuple[int, int, i
     out = Guarded(dtype, 2 * n_new, n_heads * size)
     rows, mask, scale = bits(qkv).reshape(2 * n_new, -1), np.zeros((0, 0, 0), np.uint8), np.float32(0.2)
     if n_new == 1:
-        given = (False, mask, 0.2, n_heads, out.tensor.data_ptr())
-        attention.attend_decode(qkv.data_ptr(), 2, *parts, *given)
+        attention.attend_decode(rows, *parts, False, mask, scale, n_heads, out.array)
     else:
         kind = attention_prefill.CAUSAL
         attention_prefill.attend_prefill(rows, n_new, *parts, kind, mask, scale, n_heads, out.array)

@@ -96,7 +96,7 @@ def attend(
     faster for this many new tokens, see `choice`); one new token a row is always hfopt's, and so are infinite and NaN
     keys and values behind a mask, which torch would spread. Raises `InvalidInput`.
     """
-    address = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
+    check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
     n_rows, n_new, width = qkv.shape
     n_keys = appended.trunk_len + appended.branch_len
     _check_lengths(appended, n_rows)
@@ -115,6 +115,7 @@ def attend(
         if attended is not None:
             return attended
     prepare_threads()
+    q, result = array_of(qkv).reshape(-1, width), array_of(out).reshape(-1, n_heads * head_dim)
     cache = (
         appended.trunk,
         appended.branch,
@@ -124,10 +125,8 @@ def attend(
         appended.table,
     )
     if n_new == 1:
-        seen = (masked, mask.bytes, float(scale))
-        wrong = decode.attend_decode(address, n_rows, *cache, *seen, n_heads, out.data_ptr())
+        wrong = decode.attend_decode(q, *cache, masked, mask.bytes, np.float32(scale), n_heads, result)
     else:
-        q, result = array_of(qkv).reshape(-1, width), array_of(out).reshape(-1, n_heads * head_dim)
         kind = _KINDS[mask.kind]
         wrong = prefill.attend_prefill(q, n_new, *cache, kind, mask.bytes, np.float32(scale), n_heads, result)
     if wrong:

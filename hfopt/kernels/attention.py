@@ -10,14 +10,12 @@ Masked keys are not even listed, so that NaN or Inf in them cannot reach a resul
 """
 
 import numpy as np
-from numba import carray
 
 from ._attention_tile import dot_scattered, get_offset, set_offset, stack_offsets, weigh_scattered
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
 from ._simd import (
     LANES,
-    address_as,
     exp,
     fma,
     lane,
@@ -343,19 +341,17 @@ def _join_task(worker, n_workers, n_queries, partials, n_slots, size, stride, ou
 
 @launch
 def attend_decode(
-    qkv, n_rows, trunk, branch, trunk_len, branch_len, trunk_row, table, masked, mask, scale, n_heads, out
+    qkv, trunk, branch, trunk_len, branch_len, trunk_row, table, masked, mask, scale, n_heads, out
 ):
     """out[r, head] = softmax(scale * q[r, head] . keys of row r) values of row r; 0 for a row without
     visible keys.
 
-    The cache as in `cache.Appended`, float32 or bfloat16 bits; addresses of arrays of the same type: qkv [n_rows,
-    (n_heads + 2 n_kv_heads) size], queries first, and out [n_rows, n_heads size]; mask uint8 [n_rows, 1, keys] where
-    `masked`. Returns 0, or 1 and does nothing if the cache names rows that it has not.
+    qkv [n_rows, (n_heads + 2 n_kv_heads) size]: queries first; the cache as in `cache.Appended`; mask uint8
+    [n_rows, 1, keys] where `masked`; out [n_rows, n_heads size]. float32 or bfloat16 bits. Returns 0, or 1
+    and does nothing if the cache names rows that it has not.
     """
+    n_rows = qkv.shape[0]
     n_trunk_rows, n_kv_heads, size = trunk.shape[1], trunk.shape[2], trunk.shape[4]
-    qkv = carray(address_as(qkv, pointer(trunk)), (n_rows, (n_heads + 2 * n_kv_heads) * size))
-    out = carray(address_as(out, pointer(trunk)), (n_rows, n_heads * size))
-    scale = np.float32(scale)
     if not valid_rows(trunk_row, n_trunk_rows, table, branch_len, branch.shape[1]):
         return 1
     stride, trunk_slots, n_slots = _layout(size, trunk_len, branch_len)

@@ -107,8 +107,7 @@ def _attend_decode(dtype: type) -> float:
     table = np.array([[1, 0, 1, 0, 1], [0, 0, 1, 1, 1]], np.int32)
     out: Array = np.zeros((2, 48), dtype)
     cache = (trunk, branch, 290, 4, np.zeros(2, np.int32), table)
-    no_mask = np.zeros((0, 0, 0), np.uint8)
-    attention.attend_decode(_address(qkv), 2, *cache, False, no_mask, 0.2, 2, _address(out))
+    attention.attend_decode(qkv, *cache, False, np.zeros((0, 0, 0), np.uint8), np.float32(0.2), 2, out)
     worst = 0.0
     for row in range(2):
         tokens = [_exact(branch[:, table[row, t], 0, t]) for t in range(4)]
