@@ -290,7 +290,9 @@ def stack_floats(typingctx, count):
     (size,) = _literal_ints(count)
 
     def codegen(context, builder, sig, args):
-        block = cgutils.alloca_once(builder, ir.ArrayType(F32, size))
+        # not alloca_once, which fills with zeros at every call
+        with builder.goto_entry_block():
+            block = builder.alloca(ir.ArrayType(F32, size))
         block.align = 64
         return builder.bitcast(block, F32.as_pointer())
 

@@ -6,40 +6,94 @@ softmax: the largest score, the sum of the exponentials, and the weighted sum of
 joins the chunks of each query, in order (https://arxiv.org/abs/2311.01282, with the indirect rows of
 https://arxiv.org/abs/2401.05391).
 
-Masked keys are not even listed, so that NaN or Inf in them cannot reach a result.
+Blocks of 16 keys are read where they are, if they follow each other and all are seen. Others (those of the
+branch, and those of which a mask hides some) are gathered first, without what is hidden, so that NaN or Inf
+there cannot reach a result. While the keys of a chunk are read its values are asked for, and with them the
+next chunk's keys, so that the memory is never idle.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._attention_tile import dot_scattered, get_offset, set_offset, stack_offsets, weigh_scattered
+from ._attention_tile import weight_of, where_up_to
+from ._decode_tile import (
+    BLOCK,
+    address_of,
+    pack_query,
+    partner,
+    score_tile,
+    seen_keys,
+    set_address,
+    stack_addresses,
+    tile_columns,
+    weigh_tile,
+    where_keys,
+)
 from ._jit import launch
-from ._parallel import body, parallel_for, threads_for
+from ._parallel import body, next_index, parallel_for, threads_for
 from ._simd import (
     LANES,
-    exp,
+    as_units,
     fma,
     lane,
+    larger,
     load,
+    load_part,
     load_scalar,
-    max_lanes,
-    maximum,
     pointer,
     shifted,
     splat,
     store,
     store_part,
     store_scalar,
-    sum_lanes,
-    where_part,
 )
-from ._tile import stack_floats
+from ._tile import stack_floats, units_ratio
 
-CHUNK = 256  # keys of one unfinished softmax; a literal below, in the size of a stack
+_MOST_KEYS, _LEAST_KEYS = 256, 64  # of a chunk; 256 is also a literal below, in the sizes of stacks
+_CHUNK_BYTES = 1 << 17  # of the keys of a chunk, which stay in the L2 cache of a core with their values
+_ITEMS = 256  # chunks that keep many threads busy to the end
+_TILE = 4  # queries of a tile, if there are more than one
+_TILES = 2  # tiles that are worked on together
+_BLOCKS = 2  # blocks of long values, of which one pass takes some columns, and which the L1 cache holds
 _PARALLEL_SIZE = 1 << 17  # multiply-adds; below, more threads cost more than they save
-_MAX, _SUM, _COUNT = range(3)  # behind the weighted values of a query and chunk
+_MAX, _SUM, _SEEN = range(3)  # behind the weighted values of a query and chunk
 _NOTHING = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
+_LOG2_E = np.float32(1.4426950408889634)
+
+
+class _Segment(NamedTuple):
+    """The trunk or the branch, in elements."""
+
+    keys: Any  # pointer to the first
+    to_values: Any  # from a key to its value
+    row: Any  # size of a physical row
+    head: Any  # and of one of its heads
+    n_tokens: Any
+    n_chunks: Any
+
+
+class _Problem(NamedTuple):
+    """What all items of work share. An item is a chunk of keys of one key head, for all rows that read it."""
+
+    q: Any  # pointer to the queries of row 0
+    q_row: Any  # elements from there to row 1
+    n_kv_heads: Any
+    group: Any  # query heads of a key head
+    size: Any  # channels of a head
+    padded: Any  # and with zeros up to whole vectors of units
+    trunk: Any
+    branch: Any
+    order: Any  # row numbers, sorted by trunk row; "place" is a place in it
+    starts: Any  # trunk row p is read by the rows order[starts[p]:starts[p + 1]]
+    table: Any
+    masked: Any
+    mask: Any
+    scale: Any  # for powers of 2 instead of e
+    chunk: Any  # keys
+    partials: Any  # float32 [n_kv_heads, chunks, places, group, padded + 16], see _MAX
 
 
 @body
@@ -55,146 +109,312 @@ def valid_rows(trunk_row, n_trunk_rows, table, branch_len, n_branch_rows):
     return wrong == 0
 
 
+# ---- a chunk ---------------------------------------------------------------------------------------------------------
+
+
 @body
-def score_keys(q, keys, offsets, n, size, scale, scores, stats):
-    """scores = exp(scale * q . k - max) for n listed keys; the maximum, the sum and n go to stats."""
+def copy_row(source, size, target, padded):
+    """target = source, and zeros up to `padded`, a multiple of 16."""
+    for k in range(0, padded, LANES):
+        if k + LANES <= size:
+            store(target, k, load(source, k))
+        else:
+            store(target, k, load_part(source, k, max(size - k, 0)))
+
+
+@body
+def weigh_scores(scores, n_vectors, width, n, scale, weights):
+    """weights = 2^(scale * scores - max) for n keys of a tile of queries; (maxima, sums), each in all lanes
+    of its query.
+    """
     top = splat(_NOTHING)
-    for first in range(0, n, LANES):
-        value = dot_scattered(q, keys, shifted(offsets, first), size) * splat(scale)
-        if n - first < LANES:
-            value = where_part(n - first, value, splat(_NOTHING))
-        store(scores, first, value)
-        top = maximum(top, value)
-    largest = max_lanes(top)
-    # all scores may be -inf: these exponentials have to be 0 beside those of other chunks
-    shift = splat(_ZERO if largest == _NOTHING else largest)
+    for v in range(n_vectors):
+        value = load(scores, v * LANES) * splat(scale)
+        if n - v * width < width:
+            value = where_keys(n - v * width, width, value, splat(_NOTHING))
+        store(scores, v * LANES, value)
+        top = larger(value, top)
+    top = larger(top, partner(top, 1))
+    top = larger(top, partner(top, 2))
+    if width > 4:
+        top = larger(top, partner(top, 4))
+        top = larger(top, partner(top, 8))
+    # all scores may be -inf: these weights have to be 0 beside those of other chunks
+    shift = where_up_to(top, splat(_NOTHING), splat(_ZERO), top)
     total = splat(_ZERO)
-    for first in range(0, n, LANES):
-        value = exp(load(scores, first) - shift)
-        store(scores, first, value)
+    for v in range(n_vectors):
+        value = weight_of(load(scores, v * LANES) - shift, as_units(weights, weights))
+        store(weights, v * LANES, value)
         total = total + value
-    store_scalar(stats, _MAX, largest)
-    store_scalar(stats, _SUM, sum_lanes(total))
-    store_scalar(stats, _COUNT, np.float32(n))
+    total = total + partner(total, 1)
+    total = total + partner(total, 2)
+    if width > 4:
+        total = total + partner(total, 4)
+        total = total + partner(total, 8)
+    return top, total
 
 
 @body
-def _unfinished(partials, row, head, n_heads, slot, n_slots, stride):
-    return shifted(partials, ((row * n_heads + head) * n_slots + slot) * stride)
-
-
-@body
-def attend_listed(
-    qkv,
-    width,
-    rows,
-    n_rows,
-    n_heads,
-    group,
-    kv_head,
-    size,
-    keys,
-    values,
-    offsets,
-    n,
-    scale,
-    partials,
-    n_slots,
-    slot,
-    stride,
-):
-    """Unfinished softmax of some rows' queries of one key head over n <= 256 listed keys, into their slot."""
-    scores = stack_floats(4 * 256)
-    sums = stack_floats(4 * 64)
-    n_queries = n_rows * group
-    query = 0
-    while query < n_queries:
-        n_tile = 4 if n_queries - query >= 4 else 1
-        for i in range(n_tile):
-            row = get_offset(rows, (query + i) // group)
-            head = kv_head * group + (query + i) % group
-            unfinished = _unfinished(partials, row, head, n_heads, slot, n_slots, stride)
-            stats = shifted(unfinished, stride - LANES)
-            if n > 0:
-                q = shifted(qkv, row * width + head * size)
-                score_keys(q, keys, offsets, n, size, scale, shifted(scores, i * CHUNK), stats)
+def weigh_values(weights, queries, values, n_blocks, units, ahead, out, out_row, n_valid):
+    """out[i, :] = sum over keys of weights[key, i] values[key, :] for the first n_valid queries of a tile."""
+    p = as_units(weights, weights)
+    ratio = units_ratio(weights)
+    columns = tile_columns(p, 1, 1) if queries == 1 else tile_columns(p, 4, 1)
+    step = n_blocks if units * ratio <= columns else _BLOCKS
+    for block in range(0, n_blocks, step):
+        n = min(n_blocks - block, step)
+        here = shifted(values, block)
+        w = as_units(shifted(weights, block * queries * LANES), weights)
+        more = block > 0
+        at = 0
+        while at < units:
+            left = (units - at) * ratio
+            to = shifted(out, at * ratio)
+            if queries == 1 and left >= columns:
+                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 1)
+                at += columns // ratio
+            elif queries == 1:
+                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 0)
+                at += LANES
+            elif left >= columns:
+                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 1)
+                at += columns // ratio
             else:
-                store_scalar(stats, _COUNT, _ZERO)
-        column = 0
-        while column < size and n > 0:
-            n_vectors = 4 if size - column >= 4 * LANES else 1
-            count = min(size - column, LANES)
-            here = shifted(values, column)
-            if n_tile == 4 and n_vectors == 4:
-                weigh_scattered(scores, CHUNK, here, offsets, n, count, sums, 4, 4)
-            elif n_tile == 4:
-                weigh_scattered(scores, CHUNK, here, offsets, n, count, sums, 4, 1)
-            elif n_vectors == 4:
-                weigh_scattered(scores, CHUNK, here, offsets, n, count, sums, 1, 4)
-            else:
-                weigh_scattered(scores, CHUNK, here, offsets, n, count, sums, 1, 1)
-            for i in range(n_tile):
-                row = get_offset(rows, (query + i) // group)
-                head = kv_head * group + (query + i) % group
-                unfinished = _unfinished(partials, row, head, n_heads, slot, n_slots, stride)
-                for v in range(n_vectors):
-                    place = v * LANES
-                    store(unfinished, column + place, load(sums, i * n_vectors * LANES + place))
-            column += n_vectors * LANES
-        query += n_tile
+                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 0)
+                at += LANES
 
 
 @body
-def join_chunks(partials, n_slots, size, stride, out):
-    """out = the values weighted by the softmax over all slots of one query; 0 if no key is visible."""
+def attend_blocks(problem, kv_head, query, n_queries, keys, values, n_blocks, n, ahead, room, partial):
+    """Unfinished softmax of n_queries <= 8 queries of a key head over n keys.
+
+    query: number of the first one, over all places; keys, values: addresses of blocks; ahead: bytes from keys
+    to what is read next, and from values.
+    """
+    size, padded = problem.size, problem.padded
+    scores = stack_floats(8 * 256)
+    packed = room
+    weights = shifted(packed, _TILES * _TILE * padded)
+    filled = shifted(weights, _TILES * _TILE * _MOST_KEYS)
+    queries = 1 if n_queries == 1 else _TILE
+    tiles = (n_queries + _TILE - 1) // _TILE
+    width = LANES // queries
+    units = padded // units_ratio(room)
+    steps = units // width
+    for i in range(n_queries):
+        row = problem.order[(query + i) // problem.group]
+        head = kv_head * problem.group + (query + i) % problem.group
+        source = shifted(problem.q, row * problem.q_row + head * size)
+        if size != padded:
+            copy_row(source, size, filled, padded)
+            source = filled
+        target = as_units(shifted(packed, i // _TILE * _TILE * padded), packed)
+        if queries == 1:
+            pack_query(source, steps, target, 0, 1)
+        else:
+            pack_query(source, steps, target, i % _TILE, 4)
+
+    q = as_units(packed, packed)
+    to_values, to_next = ahead
+    n_vectors = n_blocks * queries
+    span = n_vectors * LANES
+    if queries == 1:
+        score_tile(q, steps, keys, n_blocks, units, to_values, scores, span, 1, 1)
+    elif tiles == 1:
+        score_tile(q, steps, keys, n_blocks, units, to_values, scores, span, 4, 1)
+    else:
+        score_tile(q, steps, keys, n_blocks, units, to_values, scores, span, 4, 2)
+    out_row = padded + LANES
+    for tile in range(tiles):
+        first = tile * _TILE
+        w = shifted(weights, tile * span)
+        top, total = weigh_scores(shifted(scores, tile * span), n_vectors, width, n, problem.scale, w)
+        for i in range(min(n_queries - first, _TILE)):
+            stats = shifted(partial, (first + i) * out_row + padded)
+            store_scalar(stats, _MAX, lane(top, i * width))
+            store_scalar(stats, _SUM, lane(total, i * width))
+            store_scalar(stats, _SEEN, _ONE)
+    for tile in range(tiles):
+        first = tile * _TILE
+        w, here = shifted(weights, tile * span), shifted(partial, first * out_row)
+        weigh_values(w, queries, values, n_blocks, units, to_next, here, out_row, n_queries - first)
+
+
+# ---- an item of work -------------------------------------------------------------------------------------------------
+
+
+@body
+def key_of(segment, row, kv_head, token, size):
+    """Pointer to a key."""
+    return shifted(segment.keys, row * segment.row + kv_head * segment.head + token * size)
+
+
+@body
+def seen_of(problem, place, first, count):
+    """Bits of `count` <= 16 keys, those that the row at a place sees; first: token number of the first."""
+    if not problem.masked:
+        return (1 << count) - 1
+    row = problem.order[place]
+    return seen_keys(pointer(problem.mask), row * problem.mask.shape[2] + first, count)
+
+
+@body
+def list_blocks(problem, segment, in_trunk, p, kv_head, place, first, n, keys, values, room):
+    """Addresses of blocks of those of n keys from token `first` of a segment on that the row at a place sees.
+
+    Returns how many keys these are, and writes hidden ones nowhere. room: for copies of n keys and values.
+    """
+    size, padded = problem.size, problem.padded
+    start = first if in_trunk else problem.trunk.n_tokens + first
+    held_values = shifted(room, problem.chunk * padded)
+    n_blocks = 0
+    n_held = 0
+    for t in range(0, n, BLOCK):
+        count = min(n - t, BLOCK)
+        seen = seen_of(problem, place, start + t, count)
+        if in_trunk and size == padded and seen == (1 << BLOCK) - 1:
+            key = key_of(segment, p, kv_head, first + t, size)
+            set_address(keys, n_blocks, address_of(key))
+            set_address(values, n_blocks, address_of(shifted(key, segment.to_values)))
+            n_blocks += 1
+        elif seen != 0:
+            for token in range(first + t, first + t + count):
+                if seen >> (token - first - t) & 1:
+                    row = p if in_trunk else problem.table[problem.order[place], token]
+                    key = key_of(segment, row, kv_head, token, size)
+                    copy_row(key, size, shifted(room, n_held * padded), padded)
+                    value = shifted(key, segment.to_values)
+                    copy_row(value, size, shifted(held_values, n_held * padded), padded)
+                    n_held += 1
+    n_seen = n_blocks * BLOCK + n_held
+    while n_held % BLOCK != 0:
+        copy_row(room, 0, shifted(room, n_held * padded), padded)
+        copy_row(room, 0, shifted(held_values, n_held * padded), padded)
+        n_held += 1
+    for t in range(0, n_held, BLOCK):
+        set_address(keys, n_blocks, address_of(shifted(room, t * padded)))
+        set_address(values, n_blocks, address_of(shifted(held_values, t * padded)))
+        n_blocks += 1
+    return n_seen
+
+
+@body
+def rows_alike(problem, begin, end, first, n):
+    """Whether the rows at places begin ... end see the same ones of n keys."""
+    alike = True
+    if problem.masked:
+        for t in range(first, first + n, BLOCK):
+            count = min(first + n - t, BLOCK)
+            seen = seen_of(problem, begin, t, count)
+            for place in range(begin + 1, end):
+                alike &= seen_of(problem, place, t, count) == seen
+    return alike
+
+
+@body
+def attend_chunk(problem, segment, in_trunk, p, kv_head, chunk, begin, end, next_key, room):
+    """One chunk of a physical row of the trunk, or of the branch of one row, for the rows at places begin ... end.
+
+    next_key: address of the key that is read after that, or 0.
+    """
+    n_places = problem.order.shape[0]
+    first = chunk * problem.chunk
+    n = min(segment.n_tokens - first, problem.chunk)
+    keys, values = stack_addresses(16), stack_addresses(16)
+    scratch = shifted(room, 2 * problem.chunk * problem.padded)
+    here = address_of(key_of(segment, p, kv_head, first, problem.size))
+    to_values = address_of(shifted(segment.keys, segment.to_values)) - address_of(segment.keys)
+    to_next = next_key - here - to_values if next_key != 0 else 0
+    slot = chunk if in_trunk else problem.trunk.n_chunks + chunk
+    n_slots = problem.trunk.n_chunks + problem.branch.n_chunks
+    together = max(end - begin, 1) if rows_alike(problem, begin, end, first, n) else 1
+    out_row = problem.padded + LANES
+    for place in range(begin, end, together):
+        n_seen = list_blocks(problem, segment, in_trunk, p, kv_head, place, first, n, keys, values, room)
+        n_blocks = (n_seen + BLOCK - 1) // BLOCK
+        n_queries = together * problem.group
+        query = 0
+        while query < n_queries:
+            number = place * problem.group + query
+            partial = ((kv_head * n_slots + slot) * n_places * problem.group + number) * out_row
+            partial = shifted(pointer(problem.partials), partial)
+            count = min(n_queries - query, _TILES * _TILE)
+            if n_seen > 0:
+                ahead = to_values, to_next
+                attend_blocks(
+                    problem, kv_head, number, count, keys, values, n_blocks, n_seen, ahead, scratch, partial
+                )
+            else:
+                for i in range(count):
+                    store_scalar(shifted(partial, i * out_row + problem.padded), _SEEN, _ZERO)
+            query += count
+
+
+@body
+def trunk_item(problem, index):
+    """(key head, physical row, chunk) of one of the items of the trunk, which are the first ones."""
+    n_chunks = problem.trunk.n_chunks
+    stream = index // n_chunks
+    n_rows = problem.starts.shape[0] - 1
+    return stream // n_rows, stream % n_rows, index - stream * n_chunks
+
+
+@body
+def attend_item(problem, index, following, room):
+    """Item number `index`, while those keys of item `following` that lie in the trunk are asked for."""
+    trunk, branch = problem.trunk, problem.branch
+    n_trunk_items = problem.n_kv_heads * (problem.starts.shape[0] - 1) * trunk.n_chunks
+    next_key = 0
+    if following < n_trunk_items:
+        kv_head, p, chunk = trunk_item(problem, following)
+        next_key = address_of(key_of(trunk, p, kv_head, chunk * problem.chunk, problem.size))
+    if index < n_trunk_items:
+        kv_head, p, chunk = trunk_item(problem, index)
+        begin, end = problem.starts[p], problem.starts[p + 1]
+        attend_chunk(problem, trunk, True, p, kv_head, chunk, begin, end, next_key, room)
+    else:
+        place = (index - n_trunk_items) // branch.n_chunks
+        chunk = (index - n_trunk_items) % branch.n_chunks
+        kv_head = place % problem.n_kv_heads
+        place //= problem.n_kv_heads
+        attend_chunk(problem, branch, False, 0, kv_head, chunk, place, place + 1, next_key, room)
+
+
+# ---- all items -------------------------------------------------------------------------------------------------------
+
+
+@body
+def join_chunks(partials, n_slots, step, size, stats, like, out):
+    """out = the values weighted by the softmax over all slots of one query, `step` apart; 0 if no key is
+    visible. stats: place of the statistics behind the values.
+    """
     largest = _NOTHING
     seen = False
     for slot in range(n_slots):
-        stats = shifted(partials, slot * stride + stride - LANES)
-        if load_scalar(stats, _COUNT) > _ZERO:
+        here = shifted(partials, slot * step + stats)
+        if load_scalar(here, _SEEN) > _ZERO:
             seen = True
-            if load_scalar(stats, _MAX) > largest:
-                largest = load_scalar(stats, _MAX)
+            if load_scalar(here, _MAX) > largest:
+                largest = load_scalar(here, _MAX)
     shift = _ZERO if largest == _NOTHING else largest
     total = _ZERO
     for slot in range(n_slots):
-        stats = shifted(partials, slot * stride + stride - LANES)
-        if load_scalar(stats, _COUNT) > _ZERO:
-            weight = lane(exp(splat(load_scalar(stats, _MAX) - shift)), 0)
-            total += weight * load_scalar(stats, _SUM)
-            store_scalar(stats, _MAX, weight)
+        here = shifted(partials, slot * step + stats)
+        if load_scalar(here, _SEEN) > _ZERO:
+            weight = lane(weight_of(splat(load_scalar(here, _MAX) - shift), like), 0)
+            total += weight * load_scalar(here, _SUM)
+            store_scalar(here, _MAX, weight)
     inverse = splat(_ONE / total)
     for column in range(0, size, LANES):
         value = splat(_ZERO)
         for slot in range(n_slots):
-            here = shifted(partials, slot * stride)
-            if load_scalar(here, stride - LANES + _COUNT) > _ZERO:
-                weight = splat(load_scalar(here, stride - LANES + _MAX))
+            here = shifted(partials, slot * step)
+            if load_scalar(here, stats + _SEEN) > _ZERO:
+                weight = splat(load_scalar(here, stats + _MAX))
                 value = fma(weight, load(here, column), value)
         if seen:
             value = value * inverse
         store_part(out, column, min(size - column, LANES), value)
-
-
-@body
-def list_keys(first, n, base, row_stride, size, table, row, in_trunk, masked, mask, start, offsets):
-    """Offsets of the visible ones of n keys of a logical row from token `first` on, and their number.
-
-    The last one is repeated up to a multiple of 16. start: column of the mask that belongs to token 0.
-    """
-    count = 0
-    for t in range(first, first + n):
-        place = base + t * size
-        if not in_trunk:
-            place += table[row, t] * row_stride
-        set_offset(offsets, count, place)
-        if not masked or mask[row, 0, start + t] != 0:
-            count += 1
-    filled = count
-    while filled % LANES and count > 0:
-        set_offset(offsets, filled, get_offset(offsets, count - 1))
-        filled += 1
-    return count
 
 
 @body
@@ -211,132 +431,46 @@ def sort_by_trunk_row(trunk_row, order, starts):
 
 
 @body
-def attend_item(
-    qkv,
-    trunk,
-    branch,
-    trunk_len,
-    branch_len,
-    order,
-    itself,
-    starts,
-    table,
-    masked,
-    mask,
-    scale,
-    n_heads,
-    kv_head,
-    item,
-    partials,
-):
-    """One chunk of one trunk row, or of the branch of one row, for the queries of one key head."""
-    _, n_trunk_rows, n_kv_heads, capacity, size = trunk.shape
-    stride, trunk_slots, n_slots = _layout(size, trunk_len, branch_len)
-    in_trunk = item < n_trunk_rows * trunk_slots
-    if in_trunk:
-        p = item // trunk_slots
-        slot = item - p * trunk_slots
-        chunk = slot
-        cache, cache_rows, length, start = pointer(trunk), n_trunk_rows, trunk_len, 0
-        rows, n_rows = shifted(pointer(order), starts[p]), starts[p + 1] - starts[p]
-        base = (p * n_kv_heads + kv_head) * capacity * size
-    else:
-        item -= n_trunk_rows * trunk_slots
-        p = item // (n_slots - trunk_slots)
-        chunk = item - p * (n_slots - trunk_slots)
-        slot = trunk_slots + chunk
-        capacity = branch.shape[3]
-        cache, cache_rows, length, start = pointer(branch), branch.shape[1], branch_len, trunk_len
-        rows, n_rows = shifted(pointer(itself), p), 1
-        base = kv_head * capacity * size
-    row_stride = n_kv_heads * capacity * size
-    first = chunk * CHUNK
-    n_listed = min(length - first, CHUNK)
-    offsets = stack_offsets(256)
-    done = 0
-    while done < n_rows:
-        # rows of one prompt go together, unless each has a mask of its own
-        n_together = 1 if masked else n_rows
-        row = get_offset(rows, done)
-        n = list_keys(
-            first, n_listed, base, row_stride, size, table, row, in_trunk, masked, mask, start, offsets
-        )
-        attend_listed(
-            pointer(qkv),
-            qkv.shape[1],
-            shifted(rows, done),
-            n_together,
-            n_heads,
-            n_heads // n_kv_heads,
-            kv_head,
-            size,
-            cache,
-            shifted(cache, cache_rows * row_stride),
-            offsets,
-            n,
-            scale,
-            partials,
-            n_slots,
-            slot,
-            stride,
-        )
-        done += n_together
+def _attend_task(worker, problem, n_items, counter, room):
+    scratch = shifted(pointer(room), worker * room.shape[1])
+    index = next_index(pointer(counter))
+    while index < n_items:
+        following = next_index(pointer(counter))
+        attend_item(problem, index, following, scratch)
+        index = following
 
 
 @body
-def _layout(size, trunk_len, branch_len):
-    """(floats of one unfinished softmax, chunks of the trunk, all chunks)."""
-    stride = (size + LANES - 1) // LANES * LANES + LANES
-    trunk_slots = (trunk_len + CHUNK - 1) // CHUNK
-    return stride, trunk_slots, trunk_slots + (branch_len + CHUNK - 1) // CHUNK
+def _join_task(index, problem, out):
+    n_queries = problem.order.shape[0] * problem.group
+    n_slots = problem.trunk.n_chunks + problem.branch.n_chunks
+    kv_head, query = index // n_queries, index % n_queries
+    out_row = problem.padded + LANES
+    here = shifted(pointer(problem.partials), (kv_head * n_slots * n_queries + query) * out_row)
+    head = kv_head * problem.group + query % problem.group
+    row = problem.order[query // problem.group]
+    target = shifted(out, (row * problem.n_kv_heads * problem.group + head) * problem.size)
+    step = n_queries * out_row
+    join_chunks(here, n_slots, step, problem.size, problem.padded, as_units(out, out), target)
 
 
 @body
-def _attend_task(
-    worker,
-    n_workers,
-    n_items,
-    qkv,
-    trunk,
-    branch,
-    trunk_len,
-    branch_len,
-    order,
-    itself,
-    starts,
-    table,
-    masked,
-    mask,
-    scale,
-    n_heads,
-    partials,
-):
-    for index in range(worker, trunk.shape[2] * n_items, n_workers):
-        attend_item(
-            qkv,
-            trunk,
-            branch,
-            trunk_len,
-            branch_len,
-            order,
-            itself,
-            starts,
-            table,
-            masked,
-            mask,
-            scale,
-            n_heads,
-            index // n_items,
-            index % n_items,
-            pointer(partials),
-        )
+def _chunk_size(row_bytes, n_streams, n_keys):
+    """Keys of a chunk: many, but no more than stay near, and so few that there are chunks for many threads."""
+    chunk = _MOST_KEYS
+    while chunk > _LEAST_KEYS and (
+        chunk * row_bytes > _CHUNK_BYTES or n_streams * ((n_keys + chunk - 1) // chunk) < _ITEMS
+    ):
+        chunk //= 2
+    return chunk
 
 
 @body
-def _join_task(worker, n_workers, n_queries, partials, n_slots, size, stride, out):
-    for query in range(worker, n_queries, n_workers):
-        here = shifted(pointer(partials), query * n_slots * stride)
-        join_chunks(here, n_slots, size, stride, shifted(pointer(out), query * size))
+def _segment(cache, n_tokens, chunk):
+    _, _, n_kv_heads, capacity, size = cache.shape
+    n_chunks = (n_tokens + chunk - 1) // chunk
+    head = capacity * size
+    return _Segment(pointer(cache), cache.size // 2, n_kv_heads * head, head, n_tokens, n_chunks)
 
 
 @launch
@@ -354,37 +488,39 @@ def attend_decode(
     n_trunk_rows, n_kv_heads, size = trunk.shape[1], trunk.shape[2], trunk.shape[4]
     if not valid_rows(trunk_row, n_trunk_rows, table, branch_len, branch.shape[1]):
         return 1
-    stride, trunk_slots, n_slots = _layout(size, trunk_len, branch_len)
     order = np.empty(n_rows, np.int64)
-    itself = np.empty(n_rows, np.int64)
-    for row in range(n_rows):
-        itself[row] = row
     starts = np.empty(n_trunk_rows + 1, np.int64)
     sort_by_trunk_row(trunk_row, order, starts)
-    partials = np.empty(n_rows * n_heads * n_slots * stride, np.float32)
-
-    n_items = n_trunk_rows * trunk_slots + n_rows * (n_slots - trunk_slots)
-    work = n_rows * n_heads * (trunk_len + branch_len) * size
-    threads = threads_for(n_kv_heads * n_items, work, _PARALLEL_SIZE)
-    arguments = (
-        threads,
-        n_items,
-        qkv,
-        trunk,
-        branch,
-        trunk_len,
-        branch_len,
+    chunk = _chunk_size(size * qkv.itemsize, n_kv_heads * n_trunk_rows, trunk_len)
+    trunk_segment, branch_segment = _segment(trunk, trunk_len, chunk), _segment(branch, branch_len, chunk)
+    step = LANES * units_ratio(pointer(trunk))
+    padded = (size + step - 1) // step * step
+    n_slots = trunk_segment.n_chunks + branch_segment.n_chunks
+    problem = _Problem(
+        pointer(qkv),
+        qkv.shape[1],
+        n_kv_heads,
+        n_heads // n_kv_heads,
+        size,
+        padded,
+        trunk_segment,
+        branch_segment,
         order,
-        itself,
         starts,
         table,
         masked,
         mask,
-        scale,
-        n_heads,
-        partials,
+        scale * _LOG2_E,
+        chunk,
+        np.empty(n_rows * n_heads * n_slots * (padded + LANES), np.float32),
     )
-    parallel_for(_attend_task, threads, threads, arguments)
-    join_arguments = (threads, n_rows * n_heads, partials, n_slots, size, stride, out)
-    parallel_for(_join_task, threads, threads, join_arguments)
+    n_items = n_kv_heads * (n_trunk_rows * trunk_segment.n_chunks + n_rows * branch_segment.n_chunks)
+    work = n_rows * n_heads * (trunk_len + branch_len) * size
+    threads = threads_for(n_items, work, _PARALLEL_SIZE)
+    room = np.empty(
+        (threads, 2 * chunk * padded + _TILES * _TILE * (padded + _MOST_KEYS) + padded), qkv.dtype
+    )
+    counter = np.zeros(1, np.int64)
+    parallel_for(_attend_task, threads, threads, (problem, n_items, counter, room))
+    parallel_for(_join_task, threads, n_rows * n_heads, (problem, pointer(out)))
     return 0

@@ -1,0 +1,331 @@
+"""Register tiles of decode attention, each unrolled by one intrinsic.
+
+A tile is 1, 2 or 4 queries, side by side in a vector of 16 units (float32, or pairs of bfloat16): each has
+`width` = 16 / queries lanes. A key goes through them in segments of `width` units, broadcast to all queries,
+so that little is left to be added across lanes, and a vector of results holds `width` keys of each query.
+
+Keys and values come in blocks of 16 rows, `stride` units apart, at addresses that a list names.
+"""
+
+import llvmlite.ir as ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from . import _simd
+from ._simd import F32, F32X, I16, I32, I32X, LANES
+from ._tile import _INTP, _accumulators, _add_into, _is_pairs, _literal_ints, _outlined
+
+BLOCK = LANES  # rows of a block
+
+address_list = types.CPointer(types.int64)
+
+
+def _constant(value: int) -> ir.Constant:
+    return ir.Constant(_INTP, value)
+
+
+@intrinsic
+def address_of(typingctx, p):
+    """The address as a number."""
+
+    def codegen(context, builder, sig, args):
+        return builder.ptrtoint(args[0], _INTP)
+
+    return types.int64(p), codegen
+
+
+@intrinsic(prefer_literal=True)
+def stack_addresses(typingctx, count):
+    """Uninitialised addresses on the stack of the calling body; `count` is a literal."""
+    (size,) = _literal_ints(count)
+
+    def codegen(context, builder, sig, args):
+        # not alloca_once, which fills with zeros at every call
+        with builder.goto_entry_block():
+            array = builder.alloca(ir.ArrayType(_INTP, size))
+        return builder.bitcast(array, _INTP.as_pointer())
+
+    return address_list(count), codegen
+
+
+@intrinsic
+def set_address(typingctx, addresses, index, address):
+    """addresses[index] = address."""
+
+    def codegen(context, builder, sig, args):
+        builder.store(args[2], builder.gep(args[0], [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(address_list, types.intp, types.int64), codegen
+
+
+@intrinsic
+def seen_keys(typingctx, mask, index, count):
+    """Bit j: whether the byte at mask + index + j is not zero, for j < count <= 16."""
+
+    def codegen(context, builder, sig, args):
+        lanes = ir.VectorType(ir.IntType(8), LANES)
+        values = _simd.emit_load_masked(builder, *args, lanes, 1)
+        seen = builder.icmp_signed("!=", values, ir.Constant(lanes, None))
+        return builder.zext(builder.bitcast(seen, I16), _INTP)
+
+    return types.int64(types.CPointer(types.uint8), types.intp, types.intp), codegen
+
+
+@intrinsic
+def where_keys(typingctx, count, width, inside, outside):
+    """`inside` in the lanes of the first `count` of `width` keys, `outside` in the others."""
+
+    def codegen(context, builder, sig, args):
+        count, width, inside, outside = args
+        last = _simd.emit_splat(builder, builder.sub(builder.trunc(width, I32), ir.Constant(I32, 1)), I32X)
+        key = builder.and_(ir.Constant(I32X, list(range(LANES))), last)
+        limit = _simd.emit_splat(builder, builder.trunc(count, I32), I32X)
+        return builder.select(builder.icmp_signed("<", key, limit), inside, outside)
+
+    return _simd.float32x(types.intp, types.intp, inside, outside), codegen
+
+
+@intrinsic(prefer_literal=True)
+def partner(typingctx, x, span):
+    """Lane k is lane k ^ span of x, for a literal span."""
+    (distance,) = _literal_ints(span)
+
+    def codegen(context, builder, sig, args):
+        order = ir.Constant(ir.VectorType(I32, LANES), [k ^ distance for k in range(LANES)])
+        return builder.shuffle_vector(args[0], args[0], order)
+
+    return _simd.float32x(_simd.float32x, span), codegen
+
+
+@intrinsic(prefer_literal=True)
+def pack_query(typingctx, source, steps, target, place, queries):
+    """Query number `place` of a packed tile: segment s goes to lanes place * width ... of target[s, 16]."""
+    (n_queries,) = _literal_ints(queries)
+    segment = ir.VectorType(I32, LANES // n_queries)
+
+    def codegen(context, builder, sig, args):
+        source, steps, target, place, _ = args
+        source = builder.bitcast(source, I32.as_pointer())
+        target = builder.bitcast(target, I32.as_pointer())
+        first = builder.mul(place, _constant(segment.count))
+        with cgutils.for_range(builder, steps) as loop:
+            here = builder.mul(loop.index, _constant(segment.count))
+            value = _simd.emit_load(builder, source, here, segment, 2)
+            there = builder.add(builder.mul(loop.index, _constant(LANES)), first)
+            there = builder.bitcast(builder.gep(target, [there]), segment.as_pointer())
+            builder.store(value, there, align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, target, types.intp, queries), codegen
+
+
+def _emit_ahead(builder, row, index, ahead):
+    """Asks for the line `ahead` bytes behind unit `index` of a row."""
+    _simd.emit_prefetch(
+        builder, builder.bitcast(builder.gep(row, [index]), ir.IntType(8).as_pointer()), ahead
+    )
+
+
+def _emit_block(builder, addresses, index, unit):
+    address = builder.load(builder.gep(addresses, [index]))
+    return builder.inttoptr(address, unit.as_pointer())
+
+
+def _add_segments(builder, vectors):
+    """Lane g * width + j = sum of the lanes of segment g of vector j, for `width` vectors."""
+    span = len(vectors) // 2
+    while span:
+        # lanes with bit `span` clear take the first vector of a pair, the others the second
+        own = [k if not k & span else LANES + k for k in range(LANES)]
+        other = [k + span if not k & span else LANES + k - span for k in range(LANES)]
+        lanes = [ir.Constant(ir.VectorType(I32, LANES), order) for order in (own, other)]
+        half = len(vectors) // 2
+        vectors = [
+            builder.fadd(*(builder.shuffle_vector(a, b, order) for order in lanes))
+            for a, b in zip(vectors[:half], vectors[half:], strict=True)
+        ]
+        span //= 2
+    return vectors[0]
+
+
+@intrinsic(prefer_literal=True)
+def score_tile(typingctx, q, steps, keys, n_blocks, stride, ahead, out, out_stride, n_queries, n_tiles):
+    """Products of each query of n_tiles tiles (literals) with 16 n_blocks keys.
+
+    q: packed tiles [n_tiles, steps, 16] units; out [n_tiles, keys / width, queries, width], `out_stride` a
+    tile. Memory `ahead` bytes behind the keys is asked for.
+    """
+    queries, tiles = _literal_ints(n_queries, n_tiles)
+    index = types.intp
+    signature = types.void(q, index, address_list, index, index, index, out, index, n_queries, n_tiles)
+    pairs = _is_pairs(q)
+    width = LANES // queries
+    together = width if queries == 1 else 8  # keys whose sums are in registers
+
+    def emit(builder, args):
+        q, steps, keys, n_blocks, stride, ahead, out, out_stride = args
+        unit, vector = (I32, I32X) if pairs else (F32, F32X)
+        segment = ir.VectorType(unit, width)
+        spread = ir.Constant(ir.VectorType(I32, LANES), [k % width for k in range(LANES)])
+        slots = _accumulators(builder, tiles * together)
+        with cgutils.for_range(builder, n_blocks) as blocks:
+            block = _emit_block(builder, keys, blocks.index, unit)
+            with cgutils.for_range(builder, _constant(BLOCK // together)) as parts:
+                first = builder.mul(parts.index, _constant(together))
+                part = builder.gep(block, [builder.mul(first, stride)])
+                rows = [builder.gep(part, [builder.mul(stride, _constant(j))]) for j in range(together)]
+                for slot in slots:
+                    builder.store(ir.Constant(F32X, None), slot)
+                with cgutils.for_range(builder, steps) as loop:
+                    q_values = []
+                    for t in range(tiles):
+                        place = builder.add(builder.mul(steps, _constant(t)), loop.index)
+                        place = builder.mul(place, _constant(LANES))
+                        q_values.append(_simd.emit_load(builder, q, place, vector, 4))
+                    # all lines of these rows, in order, whatever their number
+                    lines = together * width // LANES
+                    for line in range(lines):
+                        place = builder.add(builder.mul(loop.index, _constant(lines)), _constant(line))
+                        _emit_ahead(builder, part, builder.mul(place, _constant(LANES)), ahead)
+                    place = builder.mul(loop.index, _constant(width))
+                    for j, row in enumerate(rows):
+                        value = _simd.emit_load(builder, row, place, segment, 4)
+                        value = builder.shuffle_vector(value, value, spread)
+                        for t, q_value in enumerate(q_values):
+                            _add_into(builder, slots[t * together + j], q_value, value)
+                place = builder.add(builder.mul(blocks.index, _constant(BLOCK)), first)
+                place = builder.mul(place, _constant(queries))
+                for t in range(tiles):
+                    target = builder.gep(out, [builder.add(place, builder.mul(out_stride, _constant(t)))])
+                    for group in range(together // width):
+                        begin = t * together + group * width
+                        sums = [builder.load(slot) for slot in slots[begin : begin + width]]
+                        there = builder.gep(target, [_constant(group * LANES)])
+                        there = builder.bitcast(there, F32X.as_pointer())
+                        builder.store(_add_segments(builder, sums), there, align=4)
+
+    def codegen(context, builder, sig, args):
+        name = f"hfopt.score_tile.{queries}.{tiles}.{'pairs' if pairs else 'floats'}"
+        _outlined(builder, name, args[:8], emit)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+_SUMS = {4: 4, 2: 8, 1: 8}  # queries of a tile -> vectors of sums of each
+
+
+def _interleaved(builder, low, high):
+    """Two rows of 32 bfloat16 as pairs of one channel each: channels 0-3 and 4-7 of every 8."""
+    halves = ir.VectorType(I16, 2 * LANES)
+    low, high = builder.bitcast(low, halves), builder.bitcast(high, halves)
+    for first in (0, 4):
+        order = [
+            8 * lane + first + k + which * 2 * LANES
+            for lane in range(4)
+            for k in range(4)
+            for which in (0, 1)
+        ]
+        order = ir.Constant(ir.VectorType(I32, 2 * LANES), order)
+        yield builder.bitcast(builder.shuffle_vector(low, high, order), I32X)
+
+
+def _in_order(builder, sums):
+    """Sums of channels as `_interleaved` has them, in order."""
+    for first in (0, 8):
+        order = [
+            first + 4 * half + which * LANES + k for half in (0, 1) for which in (0, 1) for k in range(4)
+        ]
+        yield builder.shuffle_vector(*sums, ir.Constant(ir.VectorType(I32, LANES), order))
+
+
+@intrinsic(prefer_literal=True)
+def weigh_tile(
+    typingctx, p, values, n_blocks, stride, column, ahead, out, out_stride, n_valid, more, n_queries, wide
+):
+    """out[g * out_stride + c] (+)= sum over 16 n_blocks keys of p[key, g] value[key, c], g < n_valid.
+
+    p: units of weights in the order of `score_tile`; c: channels from unit `column` on, as many as
+    `tile_columns` says for the literals n_queries and wide.
+    """
+    queries, is_wide = _literal_ints(n_queries, wide)
+    index = types.intp
+    signature = types.void(
+        p, address_list, index, index, index, index, out, index, index, types.boolean, n_queries, wide
+    )
+    pairs = _is_pairs(p)
+    width = LANES // queries
+    ratio = 2 if pairs else 1
+    vectors = _SUMS[queries] if is_wide else ratio
+
+    def emit(builder, args):
+        p, values, n_blocks, stride, column, ahead, out, out_stride, n_valid, more = args
+        unit, vector = (I32, I32X) if pairs else (F32, F32X)
+        slots = _accumulators(builder, queries * vectors)
+
+        def row_of(first, key):
+            place = builder.mul(stride, builder.add(first, _constant(key)))
+            return builder.gep(block, [builder.add(place, column)])
+
+        def load_row(row):
+            for c in range(vectors // ratio):
+                _emit_ahead(builder, row, _constant(c * LANES), ahead)
+                yield _simd.emit_load(builder, row, _constant(c * LANES), vector, 4)
+
+        def add_keys(weights, first, key):
+            loads = [list(load_row(row_of(first, key + k))) for k in range(ratio)]
+            if pairs:
+                columns = [
+                    v for low, high in zip(*loads, strict=True) for v in _interleaved(builder, low, high)
+                ]
+            else:
+                (columns,) = loads
+            for g in range(queries):
+                weight = builder.load(builder.gep(weights, [_constant((g * width + key) // ratio)]), align=4)
+                weight = _simd.emit_splat(builder, weight, vector)
+                for c, value in enumerate(columns):
+                    _add_into(builder, slots[g * vectors + c], weight, value)
+
+        with cgutils.for_range(builder, n_blocks) as blocks:
+            block = _emit_block(builder, values, blocks.index, unit)
+            with cgutils.for_range(builder, _constant(BLOCK // 4)) as fours:
+                first = builder.mul(fours.index, _constant(4))
+                # 4 keys of the group of `width` to which they belong
+                within = builder.and_(first, _constant(width - 1))
+                place = builder.mul(builder.sub(first, within), _constant(queries))
+                place = builder.add(place, within)
+                place = builder.add(place, builder.mul(blocks.index, _constant(BLOCK * queries)))
+                weights = builder.gep(p, [builder.udiv(place, _constant(ratio))])
+                for key in range(0, 4, ratio):
+                    add_keys(weights, first, key)
+        for g in range(queries):
+            with builder.if_then(builder.icmp_signed(">", n_valid, _constant(g))):
+                target = builder.gep(out, [builder.mul(out_stride, _constant(g))])
+                sums = [builder.load(slot) for slot in slots[g * vectors : (g + 1) * vectors]]
+                if pairs:
+                    sums = [v for c in range(0, vectors, 2) for v in _in_order(builder, sums[c : c + 2])]
+                for c, value in enumerate(sums):
+                    there = builder.bitcast(builder.gep(target, [_constant(c * LANES)]), F32X.as_pointer())
+                    with builder.if_else(more) as (add, fresh):
+                        with add:
+                            before = builder.load(there, align=4)
+                            builder.store(builder.fadd(before, value), there, align=4)
+                        with fresh:
+                            builder.store(value, there, align=4)
+
+    def codegen(context, builder, sig, args):
+        name = f"hfopt.weigh_tile.{queries}.{is_wide}.{'pairs' if pairs else 'floats'}"
+        _outlined(builder, name, args[:10], emit)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def tile_columns(typingctx, p, n_queries, wide):
+    """Channels of a `weigh_tile`."""
+    queries, is_wide = _literal_ints(n_queries, wide)
+    columns = (_SUMS[queries] if is_wide else 2 if _is_pairs(p) else 1) * LANES
+    return types.intp(p, n_queries, wide), lambda context, builder, sig, args: _constant(columns)
