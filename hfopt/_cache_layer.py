@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from hfopt._cache_rows import RowMap, rounded
-from hfopt._memory import available_memory
+from hfopt._memory import advise_huge_pages, available_memory
 from hfopt.errors import CacheFull, InvalidInput
 
 Layout: TypeAlias = tuple[int, int, torch.dtype]  # (n_kv_heads, head_dim, dtype)
@@ -315,7 +315,9 @@ def _layout(keys: Tensor, values: Tensor) -> Layout | None:
 def _empty(n_rows: int, n_kv_heads: int, n_columns: int, head_dim: int, dtype: torch.dtype) -> Tensor:
     # An inference tensor could not be written to any more after the caller has left `torch.inference_mode`.
     with torch.inference_mode(False):
-        return torch.empty((2, n_rows, n_kv_heads, n_columns, head_dim), dtype=dtype, device="cpu")
+        buffer = torch.empty((2, n_rows, n_kv_heads, n_columns, head_dim), dtype=dtype, device="cpu")
+    advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
+    return buffer
 
 
 def _bits(buffer: Tensor | None) -> Any:

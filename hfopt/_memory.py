@@ -1,12 +1,29 @@
-"""How much memory this process may still take."""
+"""The memory of this process: how much it may still take, and in what pages."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import sys
 from pathlib import Path
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
+_HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone has them
+
+
+_HUGE_PAGE = 1 << 21
+
+
+def advise_huge_pages(address: int, n_bytes: int) -> None:
+    """Ask for huge pages in a new buffer, which is then read some percent faster; a hint that may have no effect.
+
+    Only whole huge pages inside the buffer are touched by it, and small buffers not at all.
+    """
+    first = -(-address // _HUGE_PAGE) * _HUGE_PAGE
+    size = (address + n_bytes) // _HUGE_PAGE * _HUGE_PAGE - first
+    if size > 0 and _HUGE_PAGES is not None:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _HUGE_PAGES)
 
 
 def available_memory() -> int:

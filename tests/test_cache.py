@@ -6,6 +6,7 @@ import pickle
 import random
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -918,3 +919,22 @@ def test_in_an_encoder_decoder_cache():
     pair.reorder_cache(torch.tensor([3, 0, 1, 2]))
     pair.crop(-1)
     assert torch.equal(pair.self_attention_cache.layers[0].keys, keys[[1, 0, 0, 1], :, :2])
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(),
+    reason="a kernel with huge pages is needed",
+)
+def test_large_buffers_ask_for_huge_pages():
+    cache = IndirectCache()
+    appended = cache.append(0, 1, 4096, 8, 64, torch.float32)
+    middle = appended.trunk.ctypes.data + appended.trunk.nbytes // 2
+    flags = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= middle < end
+        elif inside and first == "VmFlags:":
+            flags = line.split()[1:]
+    assert flags is not None and "hg" in flags

@@ -65,8 +65,9 @@ def seen_keys(typingctx, mask, index, count):
     """Bit j: whether the byte at mask + index + j is not zero, for j < count <= 16."""
 
     def codegen(context, builder, sig, args):
+        mask, index, count = args
         lanes = ir.VectorType(ir.IntType(8), LANES)
-        values = _simd.emit_load_masked(builder, *args, lanes, 1)
+        values = _simd.emit_load_masked(builder, mask, index, count, lanes, 1)
         seen = builder.icmp_signed("!=", values, ir.Constant(lanes, None))
         return builder.zext(builder.bitcast(seen, I16), _INTP)
 
