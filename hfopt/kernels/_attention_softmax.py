@@ -22,7 +22,8 @@ from ._tile import stack_floats, transpose_block, units_ratio
 
 TILE = 48  # queries: 3 vectors; the last tile of a head may have 1 or 2
 TOP, TOTAL, LIMIT, STATS = range(4)  # of each query: largest score, sum of weights, position in its tile
-# units of channels that are summed in a row; a float32 has more digits to lose
+# units of channels that are summed in a row: for float32, which has more digits to lose, a quarter of them, but not
+# fewer than 16
 _CHAIN, _CHAIN_OF_PAIRS = 16, 64
 _PART = 128  # units of channels whose queries stay in an L1 cache, while keys pass by
 _NOTHING = np.float32(-np.inf)
@@ -44,7 +45,7 @@ def multiply(a, a_row, a_step, b, size, out, width, accumulate):
 @body
 def score_keys(queries, width, keys, stride, size, n, scores):
     """scores[j, :] = products of n keys, `stride` units apart, with the packed queries of a tile."""
-    chain = _CHAIN if units_ratio(keys) == 1 else _CHAIN_OF_PAIRS
+    chain = max(_CHAIN, size // 4) if units_ratio(keys) == 1 else _CHAIN_OF_PAIRS
     units = rounded(size, units_ratio(keys)) // units_ratio(keys)
     n_parts = (units + _PART - 1) // _PART
     for part in range(n_parts):
