@@ -18,6 +18,8 @@ from ._tile import _INTP, _accumulators, _add_into, _is_pairs, _literal_ints, _o
 
 BLOCK = LANES  # rows of a block
 
+_AGAIN = 4096  # bytes; measured: 2048 and 8192 are worse
+
 address_list = types.CPointer(types.int64)
 
 
@@ -123,10 +125,13 @@ def pack_query(typingctx, source, steps, target, place, queries):
 
 
 def _emit_ahead(builder, row, index, ahead):
-    """Asks for the line `ahead` bytes behind unit `index` of a row."""
-    _simd.emit_prefetch(
-        builder, builder.bitcast(builder.gep(row, [index]), ir.IntType(8).as_pointer()), ahead
-    )
+    """Asks for the line `ahead` bytes behind unit `index` of a row, and again for the one 4 KiB behind it.
+
+    A core has room for few requests and drops those that find none; the second asks for what was dropped.
+    """
+    here = builder.bitcast(builder.gep(row, [index]), ir.IntType(8).as_pointer())
+    _simd.emit_prefetch(builder, here, ahead)
+    _simd.emit_prefetch(builder, here, _constant(_AGAIN))
 
 
 def _emit_block(builder, addresses, index, unit):

@@ -201,10 +201,15 @@ def attend_blocks(problem, kv_head, query, n_queries, keys, values, n_blocks, n,
     width = LANES // queries
     units = padded // units_ratio(room)
     steps = units // width
+    place = query // problem.group
+    member = query - place * problem.group
     for i in range(n_queries):
-        row = problem.order[(query + i) // problem.group]
-        head = kv_head * problem.group + (query + i) % problem.group
-        source = shifted(problem.q, row * problem.q_row + head * size)
+        head = kv_head * problem.group + member
+        source = shifted(problem.q, problem.order[place] * problem.q_row + head * size)
+        member += 1
+        if member == problem.group:
+            member = 0
+            place += 1
         if size != padded:
             copy_row(source, size, filled, padded)
             source = filled
