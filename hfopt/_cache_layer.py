@@ -316,7 +316,8 @@ def _empty(n_rows: int, n_kv_heads: int, n_columns: int, head_dim: int, dtype: t
     # An inference tensor could not be written to any more after the caller has left `torch.inference_mode`.
     with torch.inference_mode(False):
         buffer = torch.empty((2, n_rows, n_kv_heads, n_columns, head_dim), dtype=dtype, device="cpu")
-    advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
+    if not torch.compiler.is_compiling():  # a traced buffer has no address yet
+        advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
     return buffer
 
 
