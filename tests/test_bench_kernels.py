@@ -106,6 +106,20 @@ def test_the_limit_is_the_fastest_way_and_the_resource_that_binds(monkeypatch: p
     assert bench_kernels.line_of(many)[-1] == "90%: 90.0 of 100.0 GFLOP/s, arithmetic"
 
 
+def test_a_ratio_comes_with_the_one_that_the_limits_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    calls = {
+        "read": clock.call("", 1.0, n_bytes=10e9),
+        "arithmetic": clock.call("", 1.0, n_operations=100e9),
+        "one": clock.call("", 1.25, n_bytes=10e9, n_operations=40e9),
+        "four": clock.call("", 2.5, n_bytes=10e9, n_operations=160e9),
+    }
+    (row,) = figures_of(calls, Target("t", "four", "slower", 1.25, "one", ("read", "arithmetic")))
+    assert row["measured"] == 2.0
+    assert row["possible"] == pytest.approx(1.6)  # 1.6 s of arithmetic, 1 s of reading
+    assert bench_kernels.line_of(row)[3] == "2.00 × one's 1250.00 ms; the limits allow 1.60 ×"
+
+
 def test_a_launch_is_judged_by_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     calls = {"empty": clock.call("", 1e-3, times=1000), "kernel": clock.call("", 9e-3, times=1000)}

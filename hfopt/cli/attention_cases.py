@@ -63,7 +63,8 @@ def _step(layers: list[Appended], dtype: torch.dtype, heads: Heads) -> Call:
     qkv = random(dtype, n_rows, 1, (n_heads + 2 * n_kv_heads) * head_dim)
     mask = prepare_mask(None, n_rows, 1, n_prompt + layers[0].branch_len)
     run = each(lambda layer: attend(qkv, layer, mask, head_dim**-0.5, *heads), layers)
-    return Call(run, len(layers), n_bytes=2 * n_prompt * n_kv_heads * head_dim * dtype.itemsize)
+    n_bytes = 2 * n_prompt * n_kv_heads * head_dim * dtype.itemsize
+    return Call(run, len(layers), n_bytes, n_operations=4 * n_rows * n_heads * head_dim * n_prompt)
 
 
 def _stream(layers: list[Appended]) -> dict[str, Call]:
@@ -91,7 +92,7 @@ def _shared(sizes: Sizes, dtype: torch.dtype, heads: Heads) -> dict[str, Call]:
             for _ in range(_n_layers(sizes, dtype, sizes.shared_keys, heads))
         ]
         calls[name] = _step(layers, dtype, heads)
-    return _stream(layers) | calls
+    return _stream(layers) | calls | peak(dtype)
 
 
 def _prefill(dtype: torch.dtype, heads: Heads, n_tokens: int) -> dict[str, Call]:
@@ -115,6 +116,7 @@ def _prefill(dtype: torch.dtype, heads: Heads, n_tokens: int) -> dict[str, Call]
 
 def attention_cases(sizes: Sizes) -> Iterator[Case]:
     """Steps over a long context and over a prompt that beams share, bound by memory; prompts, bound by arithmetic."""
+    limits = STREAM + PEAK
     for dtype in DTYPES:
         for heads in sizes.heads:
             text = f"{name_of(dtype)} {heads[0]}/{heads[1]}×{heads[2]}"
@@ -127,7 +129,7 @@ def attention_cases(sizes: Sizes) -> Iterator[Case]:
                 yield Case(
                     f"{text}, {sizes.shared_keys} shared keys",
                     partial(_shared, sizes, dtype, heads),
-                    (Target("decode attention, 4 beams", "4 beams", "slower", 1.25, "1 beam", STREAM),),
+                    (Target("decode attention, 4 beams", "4 beams", "slower", 1.25, "1 beam", limits),),
                 )
             for n_tokens in sizes.prompts if heads == sizes.heads[0] else sizes.prompts[:1]:
                 yield Case(

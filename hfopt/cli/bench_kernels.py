@@ -95,11 +95,12 @@ def _round(calls: dict[str, Call], memory: Memory | None = None) -> dict[str, fl
 
 def _figures(target: Target, calls: dict[str, Call], samples: Samples, memory: Memory) -> dict[str, Any]:
     ours = samples[target.call]
+    limit = max(_limits(target.call, target, calls, samples), key=_share)
     figures: dict[str, Any] = {
         "figure": target.figure,
         "wanted": target.wanted,
         "seconds": statistics.median(ours),
-        "limit": _limit(target, calls, samples),
+        "limit": limit,
         "memory": memory.get(target.call),
         "samples": {name: samples[name] for name in calls},
     }
@@ -112,6 +113,10 @@ def _figures(target: Target, calls: dict[str, Call], samples: Samples, memory: M
         }
         ratios = [a / b for a, b in zip(ours, other, strict=True)]
         figures["measured"] = statistics.median(1 / r if target.figure == "faster" else r for r in ratios)
+        if target.figure == "slower":
+            # the other call may be bound by another limit: what the ratio would be if both reached theirs
+            bound = max(_limits(target.other, target, calls, samples), key=_share)
+            figures["possible"] = figures["measured"] * limit["share"] / bound["share"]
     else:
         figures["measured"] = figures["seconds"] if target.figure == "seconds" else figures["limit"]["share"]
     if target.wanted is not None:
@@ -122,10 +127,10 @@ def _figures(target: Target, calls: dict[str, Call], samples: Samples, memory: M
     return figures
 
 
-def _limit(target: Target, calls: dict[str, Call], samples: Samples) -> dict[str, Any]:
-    """The limit that binds a call: its name, and the call's share of its rate."""
+def _limits(name: str, target: Target, calls: dict[str, Call], samples: Samples) -> list[dict[str, Any]]:
+    """The limits of a call, the fastest of each unit: its name, and the call's share of its rate."""
     by_unit: dict[str, list[dict[str, Any]]] = {}
-    call, ours = calls[target.call], samples[target.call]
+    call, ours = calls[name], samples[name]
     for name in target.limits:
         limit, theirs = calls[name], samples[name]
         unit = "GB/s" if limit.n_bytes else "GFLOP/s" if limit.n_operations else "calls/s"
@@ -145,8 +150,11 @@ def _limit(target: Target, calls: dict[str, Call], samples: Samples) -> dict[str
                 "share": statistics.median(a / b for a, b in zip(reached, rates, strict=True)),
             }
         )
-    fastest = [max(limits, key=lambda limit: limit["rate"]) for limits in by_unit.values()]
-    return max(fastest, key=lambda limit: limit["share"])
+    return [max(limits, key=lambda limit: limit["rate"]) for limits in by_unit.values()]
+
+
+def _share(limit: dict[str, Any]) -> float:
+    return limit["share"]
 
 
 # ---- lines -----------------------------------------------------------------------------------------------------------
@@ -159,6 +167,8 @@ def line_of(row: dict[str, Any]) -> list[str]:
     if "other" in row:
         other = row["other"]
         measured += f" {other['name'].removeprefix('linear, ')}'s {_time(other['seconds'])}"
+        if "possible" in row:
+            measured += f"; the limits allow {_amount(figure, row['possible'])}"
         if row["memory"] is not None:
             measured += f"; memory {_memory(row['memory'])}, {other['name']}'s {_memory(other['memory'])}"
     return [
