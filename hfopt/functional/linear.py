@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hfopt.errors import InvalidInput
 from hfopt.kernels import linear as kernels
+from hfopt.kernels.linear_tiles import linear_tiles, tile_scratch
 
 from .activation import ACTIVATIONS, CODES
 from .checks import (
@@ -167,9 +168,9 @@ def linear(
         return out
     rows, target = array_of(x).reshape(n_rows, size), array_of(out).reshape(n_rows, width)
     chunks = torch.get_num_threads()
-    *shapes, tile_rows = kernels.tile_scratch(n_rows, size, rows.itemsize, chunks)
+    *shapes, tile_rows = tile_scratch(n_rows, size, rows.itemsize, chunks)
     packed, panels, sums = (np.empty(shape, np.float32) for shape in shapes)
-    kernels.linear_tiles(rows, weights.table, gated, code, addresses, target, packed, panels, sums, tile_rows)
+    linear_tiles(rows, weights.table, gated, code, addresses, target, packed, panels, sums, tile_rows)
     return out
 
 

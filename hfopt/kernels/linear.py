@@ -5,77 +5,145 @@ one row a matrix: (weight address, bias address or 0, out features, first output
 
 A *block* is 16 output columns of one matrix, with `gated` the same 16 columns of both matrices. Each output value is
 summed by one thread in a fixed order, so the bits do not depend on the number of threads.
+
+Here are blocks, their epilogue, and the kernel of few rows, which reads the weights where they are; `linear_tiles` has
+the one of many rows.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _tile
 from ._jit import launch
-from ._parallel import body, next_share, parallel_for, threads_for, usable_threads
-from ._simd import LANES, address_as, as_units, load, load_part, pointer, shifted, store, store_part
+from ._parallel import body, parallel_for, threads_for
+from ._simd import LANES, address_as, as_units, load_part, pointer, shifted, store, store_part
 from .activation import activate
 
 WEIGHT, BIAS, SIZE, COLUMN = range(4)
+_FIELDS = 4
 
 ROW_LIMIT = 32  # most rows of `linear_rows`; a literal below, in the size of its stack
-# 14 rows x 2 vectors of sums, 2 of weights and one of x fill the 32 vector registers of AVX-512
-TILE_COLUMNS = 2 * LANES
-# Packed weights at a time: 4 panels x 512 units x 32 columns x 4 bytes stay in an L2 cache (256 KB), and the part of x that
-# they meet (14 rows x 512 units, 28 KB) in an L1 cache; x is read once for every 128 columns.
-PANELS = 4
-PANEL_UNITS = 512
 _PARALLEL_SIZE = 1 << 16  # elements to pack, or multiply-adds; below, more threads cost more than they save
 
 
+class Linear(NamedTuple):
+    """The matrices of a layer, and what becomes of the sums over their rows."""
+
+    size: Any  # features of x
+    table: Any  # pointer to int64 [n_matrices, 4]
+    n_matrices: Any
+    gated: Any
+    code: Any  # from `activation`
+    residuals: Any  # pointer to the addresses of arrays like out
+    n_residuals: Any
+    out: Any  # pointer to [rows, width]
+    width: Any
+
+
+class Columns(NamedTuple):
+    """The output columns of a block."""
+
+    count: Any  # 16, or fewer at the end of a matrix
+    bias: Any  # address of the first one's, or 0
+    gate_bias: Any
+    place: Any  # of the first one in a row of out
+
+
+class _Rows(NamedTuple):
+    """x as `_pack_chunks` packs it."""
+
+    packed: Any
+    n_packed: Any  # rows there
+    n_rows: Any  # of x
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
 @body
-def _block_of(table, index):
-    """(matrix, first row in it) of the index-th block of 16 output columns."""
+def field_of(layer, matrix, field):
+    """A number in the table of matrices."""
+    return layer.table[matrix * _FIELDS + field]
+
+
+@body
+def _blocks_of(layer, matrix):
+    return (field_of(layer, matrix, SIZE) + LANES - 1) // LANES
+
+
+@body
+def count_blocks(layer):
+    """Number of blocks."""
+    if layer.gated:
+        return _blocks_of(layer, 0)
+    blocks = 0
+    for matrix in range(layer.n_matrices):
+        blocks += _blocks_of(layer, matrix)
+    return blocks
+
+
+@body
+def find_block(layer, index):
+    """(matrix, first row in it) of the index-th block; with `gated` the second matrix."""
+    if layer.gated:
+        return 1, index * LANES
     matrix = 0
-    while index >= (table[matrix, SIZE] + LANES - 1) // LANES:
-        index -= (table[matrix, SIZE] + LANES - 1) // LANES
+    while index >= _blocks_of(layer, matrix):
+        index -= _blocks_of(layer, matrix)
         matrix += 1
     return matrix, index * LANES
 
 
 @body
-def count_blocks(table, gated):
-    """Number of blocks of 16 output columns."""
-    if gated:
-        return (table[0, SIZE] + LANES - 1) // LANES
-    blocks = 0
-    for matrix in range(table.shape[0]):
-        blocks += (table[matrix, SIZE] + LANES - 1) // LANES
-    return blocks
+def weight_rows(layer, matrix, first):
+    """Pointer to the rows of a matrix from `first` on."""
+    return shifted(address_as(field_of(layer, matrix, WEIGHT), layer.out), first * layer.size)
 
 
 @body
-def _finish(value, gate, n_columns, bias, gate_bias, code, gated, residuals, out, place):
-    """Epilogue of 16 output columns of one row: bias, activation, gate, residuals, rounding, store at out + place.
+def _offset(address, count, like):
+    """address + count elements of `like`, 0 staying 0."""
+    if address == 0:
+        return address
+    return address + count * (4 // _tile.units_ratio(like))
+
+
+@body
+def columns_of(layer, matrix, first):
+    """The columns of the block that starts at a row of a matrix."""
+    count = min(field_of(layer, matrix, SIZE) - first, LANES)
+    bias = _offset(field_of(layer, matrix, BIAS), first, layer.out)
+    gate_bias = _offset(field_of(layer, 0, BIAS), first, layer.out)
+    place = first if layer.gated else field_of(layer, matrix, COLUMN) + first
+    return Columns(count, bias, gate_bias, place)
+
+
+@body
+def finish(layer, columns, row, value, gate):
+    """Epilogue of a block in one row: bias, activation, gate, residuals, rounding, store.
 
     `value` belongs to the only matrix, or with `gated` to the second one, and `gate` to the first.
     """
-    if bias != 0:
-        value = value + load_part(address_as(bias, out), 0, n_columns)
-    if gated:
-        if gate_bias != 0:
-            gate = gate + load_part(address_as(gate_bias, out), 0, n_columns)
-        value = activate(gate, code) * value
+    out, count = layer.out, columns.count
+    place = row * layer.width + columns.place
+    if columns.bias != 0:
+        value = value + load_part(address_as(columns.bias, out), 0, count)
+    if layer.gated:
+        if columns.gate_bias != 0:
+            gate = gate + load_part(address_as(columns.gate_bias, out), 0, count)
+        value = activate(gate, layer.code) * value
     else:
-        value = activate(value, code)
-    for r in range(residuals.shape[0]):
-        value = value + load_part(address_as(residuals[r], out), place, n_columns)
-    if n_columns == LANES:
+        value = activate(value, layer.code)
+    for r in range(layer.n_residuals):
+        value = value + load_part(address_as(layer.residuals[r], out), place, count)
+    if count == LANES:
         store(out, place, value)
     else:
-        store_part(out, place, n_columns, value)
+        store_part(out, place, count, value)
 
 
-@body
-def _offset(address, count, item_size):
-    """address + count items, 0 staying 0."""
-    if address == 0:
-        return address
-    return address + count * item_size
+# ---- few rows --------------------------------------------------------------------------------------------------------
 
 
 @body
@@ -178,31 +246,43 @@ def _dot_block(x, n_rows, size, w, n_columns, following, sums):
 
 
 @body
-def rows_block(index, x, n_packed, n_rows, size, table, gated, code, residuals, out, width, item_size):
-    """One block of up to 32 rows, straight from the row-major weights; x packed by `_pack_chunks`."""
+def _rows_block(index, rows, layer):
+    """One block of up to 32 rows, straight from the row-major weights."""
     sums = _tile.stack_floats(32 * 16 * 16)
     gate = _tile.stack_floats(32 * 16 * 16)
-    if gated:
-        matrix, first = 1, index * LANES
-        n_columns = min(table[0, SIZE] - first, LANES)
-        w = shifted(address_as(table[0, WEIGHT], out), first * size)
-        up = shifted(address_as(table[1, WEIGHT], out), first * size)
-        _dot_block(x, n_packed, size, w, n_columns, up, gate)
-        following = shifted(w, LANES * size)
+    x, n_packed, size = rows.packed, rows.n_packed, layer.size
+    matrix, first = find_block(layer, index)
+    columns = columns_of(layer, matrix, first)
+    w = weight_rows(layer, matrix, first)
+    if layer.gated:
+        _dot_block(x, n_packed, size, weight_rows(layer, 0, first), columns.count, w, gate)
+        following = weight_rows(layer, 0, first + LANES)
     else:
-        matrix, first = _block_of(table, index)
-        n_columns = min(table[matrix, SIZE] - first, LANES)
-        following = shifted(address_as(table[matrix, WEIGHT], out), (first + LANES) * size)
-    w = shifted(address_as(table[matrix, WEIGHT], out), first * size)
-    _dot_block(x, n_packed, size, w, n_columns, following, sums)
-    bias = _offset(table[matrix, BIAS], first, item_size)
-    gate_bias = _offset(table[0, BIAS], first, item_size)
-    column = first if gated else table[matrix, COLUMN] + first
-    for row in range(n_rows):
+        following = weight_rows(layer, matrix, first + LANES)
+    _dot_block(x, n_packed, size, w, columns.count, following, sums)
+    for row in range(rows.n_rows):
         value = _tile.sum_rows(shifted(sums, row * LANES * LANES))
-        other = _tile.sum_rows(shifted(gate, row * LANES * LANES)) if gated else value
-        place = row * width + column
-        _finish(value, other, n_columns, bias, gate_bias, code, gated, residuals, out, place)
+        other = _tile.sum_rows(shifted(gate, row * LANES * LANES)) if layer.gated else value
+        finish(layer, columns, row, value, other)
+
+
+@body
+def rows_scratch(x, n_rows, size):
+    """float32 of scratch that `multiply_rows` needs."""
+    per_unit = _tile.units_ratio(x)
+    return ((size + per_unit - 1) // per_unit + LANES) * _packed_rows(n_rows) + LANES
+
+
+@body
+def multiply_rows(x, n_rows, layer, scratch):
+    """layer.out = epilogue(x W^T + b) for 1 to 32 rows at x; scratch: pointer to `rows_scratch` float32."""
+    size, n_packed = layer.size, _packed_rows(n_rows)
+    packed = as_units(shifted(scratch, _tile.to_cache_line(scratch)), x)
+    packing = (x, n_rows, size, packed, n_packed)
+    parallel_for(_pack_chunks, threads_for(n_packed, n_rows * size, _PARALLEL_SIZE), n_packed, packing)
+    n_blocks = count_blocks(layer)
+    threads = threads_for(n_blocks, n_rows * size * n_blocks * LANES, _PARALLEL_SIZE)
+    parallel_for(_rows_block, threads, n_blocks, (_Rows(packed, n_packed, n_rows), layer))
 
 
 @launch
@@ -213,255 +293,8 @@ def linear_rows(like, x, n_rows, size, table, gated, code, residuals, out, width
     [matrices, 4]; residuals int64 addresses of arrays like out; code from `activation`.
     """
     x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
-    n_packed = _packed_rows(n_rows)
-    n_units = (size * like.itemsize + 3) // 4
-    room = np.empty((n_units + LANES) * n_packed + LANES, np.float32)
-    packed = as_units(shifted(pointer(room), _tile.to_cache_line(pointer(room))), x)
-    packing = (x, n_rows, size, packed, n_packed)
-    parallel_for(_pack_chunks, threads_for(n_packed, n_rows * size, _PARALLEL_SIZE), n_packed, packing)
-    n_blocks = count_blocks(table, gated)
-    arguments = (
-        packed,
-        n_packed,
-        n_rows,
-        size,
-        table,
-        gated,
-        code,
-        residuals,
-        out,
-        width,
-        like.itemsize,
-    )
-    threads = threads_for(n_blocks, n_rows * size * n_blocks * LANES, _PARALLEL_SIZE)
-    parallel_for(rows_block, threads, n_blocks, arguments)
+    addresses, n_residuals = pointer(residuals), residuals.shape[0]
+    layer = Linear(size, pointer(table), table.shape[0], gated, code, addresses, n_residuals, out, width)
+    room = np.empty(rows_scratch(x, n_rows, size), np.float32)
+    multiply_rows(x, n_rows, layer, pointer(room))
     room[0] = 0  # the last use of the scratch: it must live until here
-
-
-# ---- many rows: packed panels and register tiles --------------------------------------------------------------------
-
-
-@body
-def _pack(source, n_rows, readable, size, first, last, per_unit, target, width, stride):
-    """target[(unit - first) * stride + row] = 32-bit unit of row-major rows, for units first to last and `width` rows.
-
-    Rows from n_rows on become zero. Where 16 rows are readable, whole blocks are transposed in registers;
-    they write up to 16 - width units too many, which the next block overwrites (the last one needs the room).
-    """
-    unit = first
-    if readable >= LANES:
-        while unit + LANES <= min(last, size // per_unit):
-            block = shifted(target, (unit - first) * stride)
-            _tile.transpose_block(shifted(source, unit * per_unit), size, block, stride)
-            unit += LANES
-    while unit < last:
-        valid = min(per_unit, size - unit * per_unit)
-        for row in range(width):
-            place = (unit - first) * stride + row
-            index = row * size + unit * per_unit
-            _tile.copy_unit(source, index, valid if row < n_rows else 0, target, place)
-        unit += 1
-
-
-@body
-def _half_panel(table, panel, half, gated):
-    """(matrix, first row, rows) behind 16 of the 32 columns of a panel; 0 rows behind the last block."""
-    if gated:
-        return half, panel * LANES, min(table[half, SIZE] - panel * LANES, LANES)
-    index = 2 * panel + half
-    if index >= count_blocks(table, False):
-        return 0, 0, 0
-    matrix, first = _block_of(table, index)
-    return matrix, first, min(table[matrix, SIZE] - first, LANES)
-
-
-@body
-def _finish_tile(sums, first_row, n_rows, table, panel, gated, code, residuals, out, width, item_size):
-    """Epilogue of the rows of one tile; with `gated` the halves of a panel are gate and up."""
-    for half in range(1 if gated else 0, 2):
-        matrix, first, n_columns = _half_panel(table, panel, half, gated)
-        bias = _offset(table[matrix, BIAS], first, item_size)
-        gate_bias = _offset(table[0, BIAS], first, item_size)
-        column = first if gated else table[matrix, COLUMN] + first
-        if n_columns > 0:
-            for row in range(n_rows):
-                here = row * TILE_COLUMNS
-                _finish(
-                    load(sums, here + half * LANES),
-                    load(sums, here),
-                    n_columns,
-                    bias,
-                    gate_bias,
-                    code,
-                    gated,
-                    residuals,
-                    out,
-                    (first_row + row) * width + column,
-                )
-
-
-@body
-def panel_group(
-    packed,
-    n_rows,
-    size,
-    table,
-    start,
-    end,
-    first_tile,
-    last_tile,
-    gated,
-    code,
-    residuals,
-    out,
-    width,
-    item_size,
-    room,
-    sums,
-    tile_rows,
-):
-    """Panels start to end (at most PANELS; 32 output columns each, 16 of both matrices with `gated`) of some tiles of rows.
-
-    packed: x as `linear_tiles` packs it; room: units for the packed panels; sums: float32 [PANELS, tiles, tile_rows, 32].
-    A tile of x is multiplied with every panel of the group while it is in the L1 cache.
-    """
-    per_unit = 4 // item_size
-    n_units = (size + per_unit - 1) // per_unit
-    n_tiles = last_tile - first_tile
-    tile_sums = tile_rows * TILE_COLUMNS
-    for first in range(0, n_units, PANEL_UNITS):
-        last = min(first + PANEL_UNITS, n_units)
-        for panel in range(start, end):
-            for half in range(2):
-                matrix, row, n_columns = _half_panel(table, panel, half, gated)
-                source = shifted(address_as(table[matrix, WEIGHT], out), row * size)
-                target = shifted(room, (panel - start) * PANEL_UNITS * TILE_COLUMNS + half * LANES)
-                _pack(source, n_columns, n_columns, size, first, last, per_unit, target, LANES, TILE_COLUMNS)
-        for tile in range(first_tile, last_tile):
-            x = shifted(packed, tile * (n_units * tile_rows + LANES) + first * tile_rows)
-            for panel in range(start, end):
-                w = shifted(room, (panel - start) * PANEL_UNITS * TILE_COLUMNS)
-                here = shifted(sums, ((panel - start) * n_tiles + tile - first_tile) * tile_sums)
-                if tile_rows == 14:
-                    _tile.outer_tile(x, w, last - first, here, 14, 2, first > 0)
-                elif tile_rows == 13:
-                    _tile.outer_tile(x, w, last - first, here, 13, 2, first > 0)
-                else:
-                    _tile.outer_tile(x, w, last - first, here, 8, 2, first > 0)
-                if last == n_units:
-                    row = tile * tile_rows
-                    rows = min(tile_rows, n_rows - row)
-                    _finish_tile(here, row, rows, table, panel, gated, code, residuals, out, width, item_size)
-
-
-@body
-def _pack_tile(tile, x, n_rows, size, per_unit, packed, tile_rows):
-    """One tile of x into its place in `packed`."""
-    n_units = (size + per_unit - 1) // per_unit
-    row = tile * tile_rows
-    target = shifted(packed, tile * (n_units * tile_rows + LANES))
-    rows = min(tile_rows, n_rows - row)
-    _pack(
-        shifted(x, row * size), rows, n_rows - row, size, 0, n_units, per_unit, target, tile_rows, tile_rows
-    )
-
-
-@body
-def split_tiles(n_tiles, n_panels, n_threads):
-    """(panels of a group, parts that the tiles of x are split into) so that the last groups leave no thread idle for long.
-
-    Small groups read x more often, and weights are packed anew for each part.
-    """
-    group = max(1, min(PANELS, n_panels // (8 * n_threads)))
-    return group, min(n_tiles, max(1, 4 * n_threads // n_panels))
-
-
-@body
-def _worker(
-    worker,
-    counter,
-    packed,
-    n_rows,
-    size,
-    table,
-    gated,
-    code,
-    residuals,
-    out,
-    width,
-    item_size,
-    panels,
-    sums,
-    tile_rows,
-):
-    """Shares of all panels of all parts of the rows, as long as there are any, with scratch of its own."""
-    n_panels = (count_blocks(table, gated) + (0 if gated else 1)) // (1 if gated else 2)
-    n_tiles = (n_rows + tile_rows - 1) // tile_rows
-    n_workers = panels.shape[0]
-    group, n_parts = split_tiles(n_tiles, n_panels, n_workers)
-    n_groups = (n_panels + group - 1) // group
-    room = as_units(shifted(pointer(panels), worker * panels.shape[1]), out)
-    here = shifted(pointer(sums), worker * sums.shape[1])
-    while True:
-        start, end = next_share(pointer(counter), n_groups * n_parts, n_workers)
-        if start == end:
-            break
-        for index in range(start, end):
-            part = index // n_groups
-            panel = (index - part * n_groups) * group
-            first_tile, last_tile = part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts
-            panel_group(
-                packed,
-                n_rows,
-                size,
-                table,
-                panel,
-                min(panel + group, n_panels),
-                first_tile,
-                last_tile,
-                gated,
-                code,
-                residuals,
-                out,
-                width,
-                item_size,
-                room,
-                here,
-                tile_rows,
-            )
-
-
-@launch
-def linear_tiles(x, table, gated, code, residuals, out, packed, panels, sums, tile_rows):
-    """out = epilogue(x W^T + b) for many rows, x and out being arrays; other arguments as in `linear_rows`, and scratch.
-
-    tile_rows: rows of one register tile; see `tile_scratch`.
-    """
-    n_rows, size = x.shape
-    n_tiles = (n_rows + tile_rows - 1) // tile_rows
-    units = as_units(pointer(packed), pointer(x))
-    packing = (pointer(x), n_rows, size, 4 // x.itemsize, units, tile_rows)
-    parallel_for(_pack_tile, min(usable_threads(), n_tiles), n_tiles, packing)
-    n_workers = panels.shape[0]
-    counter = np.zeros(1, np.int64)
-    arguments = (counter, units, n_rows, size, table, gated, code, residuals)
-    target = (pointer(out), out.shape[1], out.itemsize, panels, sums, tile_rows)
-    parallel_for(_worker, min(usable_threads(), n_workers), n_workers, arguments + target)
-
-
-def tile_scratch(n_rows: int, size: int, item_size: int, n_workers: int) -> tuple[tuple, tuple, tuple, int]:
-    """Shapes of the float32 arrays `packed`, `panels` and `sums` of `linear_tiles`, and its tile_rows.
-
-    n_workers: threads among which the panels are dealt out.
-    """
-
-    def cost(tile_rows: int) -> float:
-        """Of the rows with those that fill the last tile; a small tile keeps the multiply-adds less busy."""
-        return -(-n_rows // tile_rows) * tile_rows * (1.08 if tile_rows == 8 else 1.0)
-
-    tile_rows = min((14, 13, 8), key=cost)
-    n_units = -(-size * item_size // 4)
-    n_tiles = -(-n_rows // tile_rows)
-    packed = (n_tiles * (n_units * tile_rows + LANES),)
-    sums = (n_workers, PANELS * n_tiles * tile_rows * TILE_COLUMNS)
-    return packed, (n_workers, PANELS * PANEL_UNITS * TILE_COLUMNS), sums, tile_rows

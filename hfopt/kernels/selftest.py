@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import activation, attention, attention_prefill, linear, norm, rope, sampling
+from . import activation, attention, attention_prefill, linear, linear_tiles, norm, rope, sampling
 
 Array = NDArray[Any]
 Case = Callable[[type], float]
@@ -73,9 +73,9 @@ def _linear(dtype: type, n_rows: int) -> float:
         rows = (like, _address(x), n_rows, 41)
         linear.linear_rows(*rows, table, False, activation.NONE, nothing, _address(out), 35)
     else:
-        *shapes, tile_rows = linear.tile_scratch(n_rows, 41, x.itemsize, 2)
+        *shapes, tile_rows = linear_tiles.tile_scratch(n_rows, 41, x.itemsize, 2)
         scratch = (np.empty(shape, np.float32) for shape in shapes)
-        linear.linear_tiles(x, table, False, activation.NONE, nothing, out, *scratch, tile_rows)
+        linear_tiles.linear_tiles(x, table, False, activation.NONE, nothing, out, *scratch, tile_rows)
     expected = _exact(x) @ _exact(w).T + _exact(bias)
     return _error(out, expected) / float(np.abs(expected).max())
 
