@@ -7,11 +7,9 @@ import mmap
 import sys
 from pathlib import Path
 
-_PROC = Path("/proc")
-_CGROUP = Path("/sys/fs/cgroup")
+from hfopt import _linux
+
 _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone has them
-
-
 _HUGE_PAGE = 1 << 21
 
 
@@ -35,41 +33,25 @@ def available_memory() -> int:
 
 
 def _machine_headroom() -> int:
-    fields = _fields(_PROC / "meminfo")
+    fields = _fields(_linux.PROC / "meminfo")
     return fields["MemAvailable:"] * 1024 if "MemAvailable:" in fields else sys.maxsize
 
 
 def _cgroup_headroom() -> int:
     headroom = sys.maxsize
-    for line in _text(_PROC / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit, usage, cached = _CGROUP, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            root, limit, usage = _CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = "total_inactive_file"
+    for folder, is_second in _linux.control_groups("memory"):
+        if is_second:
+            limit, usage, cached = "memory.max", "memory.current", "inactive_file"
         else:
-            continue
-        # Every ancestor has its own limit. In a container the path may be the host's: only the root exists.
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):
-            allowed, used = _text(folder / limit).strip(), _text(folder / usage).strip()
-            if allowed.isdigit() and used.isdigit():
-                # File pages that nobody uses are counted as used, and dropped when memory is wanted.
-                dropped = _fields(folder / "memory.stat").get(cached, 0)
-                headroom = min(headroom, max(0, int(allowed) - int(used) + dropped))
-            if folder == root:
-                break
+            limit, usage, cached = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        allowed, used = (_linux.text(folder / name).strip() for name in (limit, usage))
+        if allowed.isdigit() and used.isdigit():
+            # File pages that nobody uses are counted as used, and dropped when memory is wanted.
+            dropped = _fields(folder / "memory.stat").get(cached, 0)
+            headroom = min(headroom, max(0, int(allowed) - int(used) + dropped))
     return headroom
 
 
 def _fields(file: Path) -> dict[str, int]:
-    pairs = (line.split()[:2] for line in _text(file).splitlines())
+    pairs = (line.split()[:2] for line in _linux.text(file).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""

@@ -7,15 +7,13 @@ import contextlib
 import os
 import platform
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_MEMBERSHIP = Path("/proc/self/cgroup")
+from hfopt import _linux
+
 _OPENMP = re.compile(r"/lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*$")
 
 
@@ -24,10 +22,9 @@ _OPENMP = re.compile(r"/lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*$")
 
 def cpu_model() -> str:
     """Name of the CPU as the kernel reports it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.split(":", 1)[1].strip()
+    for line in _linux.text(_linux.PROC / "cpuinfo").splitlines():
+        if line.startswith(("model name", "Model")):
+            return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -63,35 +60,13 @@ class Cores:
     reason: str
 
 
-def _cgroup_values(controller: str, name: str, name_v1: str) -> Iterator[str]:
-    """Contents of one control file, from this process's control group up to the root (cgroup v2, then v1)."""
-    try:
-        lines = _MEMBERSHIP.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, file = _CGROUPS, name
-        elif controller in controllers.split(","):
-            root, file = _CGROUPS / controller, name_v1
-        else:
-            continue
-        group = root / path.lstrip("/")
-        # inside a container the path may be the host's; the root then is the container's own group
-        for folder in (group, *group.parents):
-            with contextlib.suppress(OSError):
-                yield (folder / file).read_text().strip()
-            if folder == root:
-                break
-
-
 def cpu_quota() -> float | None:
     """Cores' worth of time that control groups grant to this process, or None without a limit."""
     quotas = []
-    for value in _cgroup_values("cpu", "cpu.max", "cpu.cfs_quota_us"):
+    for folder, is_second in _linux.control_groups("cpu"):
+        value = _linux.text(folder / ("cpu.max" if is_second else "cpu.cfs_quota_us")).strip()
         quota, _, period = value.partition(" ")
-        if quota not in ("max", "-1"):
+        if quota not in ("", "max", "-1"):
             quotas.append(int(quota) / int(period or 100_000))
     return min(quotas, default=None)
 
@@ -122,10 +97,7 @@ def threading_layer() -> str:
 
 def openmp_copies() -> list[str]:
     """Paths of the OpenMP runtimes in this process. Each has threads of its own, and idle ones may spin."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return []
+    maps = _linux.text(_linux.PROC / "self" / "maps")
     files = {line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count("/")}
     return sorted(file for file in files if _OPENMP.search(file))
 
@@ -134,10 +106,7 @@ def openmp_copies() -> list[str]:
 
 
 def _status_kb(field: str) -> int:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
+    status = _linux.text(_linux.PROC / "self" / "status")
     found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
     return int(found.group(1)) if found else 0
 
@@ -155,7 +124,7 @@ def peak_memory() -> int:
 def reset_peak_memory() -> None:
     """Begin a new measurement of `peak_memory` (where the system allows it)."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        (_linux.PROC / "self" / "clear_refs").write_text("5")
 
 
 # ---- software ----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hfopt import _cache_layer, _memory
+from hfopt import _cache_layer, _linux, _memory
 from hfopt.cache import Appended, IndirectCache
 from hfopt.errors import CacheFull, InvalidInput
 
@@ -729,8 +729,8 @@ def test_available_memory(tmp_path, monkeypatch, files, available):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(_memory, "_PROC", tmp_path)
-    monkeypatch.setattr(_memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(_linux, "PROC", tmp_path)
+    monkeypatch.setattr(_linux, "CGROUP", tmp_path)
     assert _memory.available_memory() == available
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from hfopt import env, limits
+from hfopt import _linux, env, limits
 
 
 def in_process(code: str, **variables: str) -> str:
@@ -99,14 +99,11 @@ def test_cpu_quota_is_the_smallest_of_all_groups(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    listing = tmp_path / "membership"
-    listing.write_text(membership)
-    root = tmp_path / "cgroup"
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(content + "\n")
-    monkeypatch.setattr(env, "_CGROUPS", root)
-    monkeypatch.setattr(env, "_MEMBERSHIP", listing)
+    for name, content in {"self/cgroup": membership, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(_linux, "PROC", tmp_path)
+    monkeypatch.setattr(_linux, "CGROUP", tmp_path)
     assert env.cpu_quota() == cores
 
 
