@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from hfopt.kernels import _jit
-from hfopt.kernels._simd import LANES, exp, load, pointer, store
+from hfopt.kernels._functions import exp
+from hfopt.kernels._pointer import load, pointer, store
+from hfopt.kernels._simd import LANES
 
 
 @numba.njit(**_jit.OPTIONS)

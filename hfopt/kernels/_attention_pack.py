@@ -4,20 +4,10 @@ import numpy as np
 
 from ._attention_tile import store_pair, where_up_to
 from ._parallel import body
-from ._simd import (
-    LANES,
-    absolute,
-    fma,
-    load,
-    load_part,
-    pointer,
-    prefetch,
-    shifted,
-    splat,
-    store,
-    sum_lanes,
-)
+from ._pointer import load, load_part, pointer, prefetch, shifted, store
+from ._simd import LANES
 from ._tile import transpose_block, units_ratio
+from ._vector import absolute, fma, splat, sum_lanes
 
 BLOCK = 32  # units of keys: one in float32, two in bfloat16; their scores stay in an L1 cache
 ROWS = 8  # keys, or channels of values, of a register tile: with 3 vectors 24 sums

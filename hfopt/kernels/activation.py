@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from ._functions import erf, exp, tanh
 from ._parallel import body
-from ._simd import erf, exp, maximum, splat, tanh
+from ._vector import maximum, splat
 
 NONE, RELU, SILU, GELU, GELU_TANH, QUICK_GELU, TANH, SIGMOID = range(8)
 

@@ -31,21 +31,20 @@ from ._attention_softmax import (
 from ._attention_tile import where_bytes
 from ._jit import launch
 from ._parallel import body, next_index, parallel_for, threads_for
-from ._simd import (
-    LANES,
+from ._pointer import (
     as_units,
     load,
     load_scalar,
     pointer,
     pointer_as,
     shifted,
-    splat,
     store,
     store_part,
     store_scalar,
-    sum_lanes,
 )
+from ._simd import LANES
 from ._tile import to_cache_line, transpose_block, units_ratio
+from ._vector import splat, sum_lanes
 from .attention import valid_rows
 
 ALL, CAUSAL, BYTES = range(3)

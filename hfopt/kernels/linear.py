@@ -17,7 +17,8 @@ import numpy as np
 from . import _tile
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
-from ._simd import LANES, address_as, as_units, load_part, pointer, shifted, store, store_part
+from ._pointer import address_as, as_units, load_part, pointer, shifted, store, store_part
+from ._simd import LANES
 from .activation import activate
 
 WEIGHT, BIAS, SIZE, COLUMN = range(4)

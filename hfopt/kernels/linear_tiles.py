@@ -11,7 +11,8 @@ import numpy as np
 from . import _tile
 from ._jit import launch
 from ._parallel import body, next_share, parallel_for, usable_threads
-from ._simd import LANES, as_units, load, pointer, shifted
+from ._pointer import as_units, load, pointer, shifted
+from ._simd import LANES
 from .linear import SIZE, Linear, columns_of, count_blocks, field_of, find_block, finish, weight_rows
 
 # 14 rows x 2 vectors of sums, 2 of weights and one of x fill the 32 vector registers of AVX-512

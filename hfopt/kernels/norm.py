@@ -8,21 +8,9 @@ import numpy as np
 
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
-from ._simd import (
-    LANES,
-    address_as,
-    fma,
-    load_part,
-    load_two,
-    pointer,
-    prefetch_two,
-    shifted,
-    splat,
-    store_part,
-    store_two,
-    sum_lanes,
-    where_part,
-)
+from ._pointer import address_as, load_part, load_two, pointer, prefetch_two, shifted, store_part, store_two
+from ._simd import LANES
+from ._vector import fma, splat, sum_lanes, where_part
 
 STEP = 2 * LANES
 _PARALLEL_SIZE = 1 << 16  # elements; below, more threads cost more than they save

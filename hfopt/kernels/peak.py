@@ -2,8 +2,10 @@
 
 from ._jit import launch
 from ._parallel import body, parallel_for, usable_threads
-from ._simd import LANES, load, pointer, prefetch, shifted, splat, store_scalar, sum_lanes
+from ._pointer import load, pointer, prefetch, shifted, store_scalar
+from ._simd import LANES
 from ._tile import outer_tile
+from ._vector import splat, sum_lanes
 
 # units of one round of `multiply_add`; with 14 rows and 2 vectors all operands stay in an L1 cache
 DEPTH, ROWS, COLUMNS = 128, 14, 2 * LANES

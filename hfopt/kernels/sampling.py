@@ -9,30 +9,22 @@ A NaN counts as the largest value, and of equal values the first wins, as in tor
 import numpy as np
 from numba import carray
 
+from ._functions import exp
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
-from ._simd import (
-    LANES,
+from ._pointer import (
     address_as,
-    exp,
-    fence,
     floats_at,
     integers_at,
-    lane,
-    lanes_from,
-    larger,
     load,
     load_part,
     load_scalar,
     load_two,
-    max_lanes,
-    maximum,
     pointer,
     shifted,
-    splat,
-    sum_lanes,
-    where_part,
 )
+from ._simd import LANES
+from ._vector import fence, lane, lanes_from, larger, max_lanes, maximum, splat, sum_lanes, where_part
 
 BLOCK = 1024
 _PARALLEL_SIZE = 1 << 15  # logits; below, more threads cost more than they save
