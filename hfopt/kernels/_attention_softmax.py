@@ -17,8 +17,10 @@ from ._attention_tile import (
     where_up_to,
 )
 from ._parallel import body
-from ._simd import LANES, fence, fma, load, load_scalar, pointer, shifted, splat, store
+from ._pointer import load, load_scalar, pointer, shifted, store
+from ._simd import LANES
 from ._tile import stack_floats, transpose_block, units_ratio
+from ._vector import fence, fma, splat
 
 TILE = 48  # queries: 3 vectors; the last tile of a head may have 1 or 2
 TOP, TOTAL, LIMIT, STATS = range(4)  # of each query: largest score, sum of weights, position in its tile

@@ -85,7 +85,7 @@ def _power_of_two(builder, x, coefficients):
     shifted = _fence(builder, builder.fadd(x, _simd.splat_float(_INTEGER)))
     whole = _fence(builder, builder.fsub(shifted, _simd.splat_float(_INTEGER)))
     fraction = builder.fsub(x, whole)
-    result = _simd._polynomial(builder, fraction, coefficients)
+    result = _simd.emit_polynomial(builder, fraction, coefficients)
     exponent = builder.shl(builder.bitcast(shifted, I32X), _simd.splat_int(23))
     return builder.fmul(result, builder.bitcast(exponent, F32X))
 

@@ -2,20 +2,9 @@
 
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
-from ._simd import (
-    LANES,
-    address_as,
-    doubled,
-    floats_at,
-    fma,
-    load,
-    load_part,
-    pointer,
-    rotated_pairs,
-    shifted,
-    store,
-    store_part,
-)
+from ._pointer import address_as, floats_at, load, load_part, pointer, shifted, store, store_part
+from ._simd import LANES
+from ._vector import doubled, fma, rotated_pairs
 
 NONE, HALF, INTERLEAVED = range(3)
 
