@@ -21,6 +21,18 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # those
 _CROPS_TO_LENGTH = "tokens_to_remove" not in inspect.signature(DynamicLayer.crop).parameters  # transformers 4
 
 
+class Buffers:
+    """The two buffers of a layer until one of them changes, with what `functional` found out about them.
+
+    checked: (dtype, n_kv_heads, head_dim) that they have been found to have. record: see `kernels.cache_record`.
+    """
+
+    def __init__(self, trunk: np.ndarray, branch: np.ndarray) -> None:
+        self.trunk, self.branch = trunk, branch
+        self.checked: tuple[torch.dtype, int, int] | None = None
+        self.record: Any = None
+
+
 class Appended(NamedTuple):
     """One layer after room was made for `n_new` tokens a row; the arrays are views of what is stored.
 
@@ -37,6 +49,7 @@ class Appended(NamedTuple):
     n_new: int
     trunk_row: np.ndarray  # int32 [n_rows]
     table: np.ndarray  # int32 [n_rows, >= branch_len], C-contiguous
+    buffers: Buffers | None = None  # if trunk and branch are those of a cache, which are checked once
 
 
 class IndirectLayer(DynamicLayer):
@@ -66,6 +79,7 @@ class IndirectLayer(DynamicLayer):
 
     def _view(self) -> None:
         self._trunk_bits, self._branch_bits = _bits(self.trunk), _bits(self.branch)
+        self._known_bits = Buffers(self._trunk_bits, self._branch_bits)
 
     # What is stored
 
@@ -149,6 +163,7 @@ class IndirectLayer(DynamicLayer):
             n_new,
             rows.trunk_row,
             rows.table,
+            self._known_bits,
         )
 
     def _admit(self, n_rows: int, n_new: int, layout: Layout) -> None:

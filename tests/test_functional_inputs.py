@@ -176,9 +176,26 @@ def test_heads(heads: tuple[int, int, int]) -> None:
         {"table": np.zeros((1, 9), np.int32)},
     ),
 )
-def test_caches_that_do_not_fit(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize("known", (False, True))
+def test_caches_that_do_not_fit(change: dict[str, Any], known: bool) -> None:
+    appended = _appended()
+    if known:
+        _attend(torch.ones(2, 3, WIDTH), appended)
     with pytest.raises(InvalidInput):
-        _attend(torch.ones(2, 3, WIDTH), _appended()._replace(**change))
+        _attend(torch.ones(2, 3, WIDTH), appended._replace(**change))
+    _attend(torch.ones(2, 3, WIDTH), appended)
+
+
+def test_known_caches_of_another_layout() -> None:
+    appended = _appended()
+    _attend(torch.ones(2, 3, WIDTH), appended)
+    for qkv, heads in (
+        (torch.ones(2, 3, WIDTH), (6, 1, SIZE)),
+        (torch.ones(2, 3, WIDTH), (8, 4, SIZE // 2)),
+        (torch.ones(2, 3, WIDTH, dtype=torch.bfloat16), HEADS),
+    ):
+        with pytest.raises(InvalidInput, match="appended.trunk"):
+            functional.attend(qkv, appended, Mask("causal"), 0.2, *heads)
 
 
 @pytest.mark.parametrize("change", ({"trunk_len": 10**6}, {"trunk_len": 2}, {"in_branch": True}))
@@ -196,6 +213,7 @@ def test_no_room_for_new_tokens(change: dict[str, Any]) -> None:
         Mask("bytes"),
         Mask("bytes", np.ones((2, 3, 4), np.uint8)),
         Mask("bytes", np.ones((2, 3, 3), bool)),
+        Mask("bytes", np.ones((2, 3, 6), np.uint8)[..., ::2]),
     ),
 )
 def test_masks(mask: Mask) -> None:

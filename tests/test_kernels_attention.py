@@ -9,7 +9,7 @@ from hfopt import functional
 from hfopt.cache import Appended, IndirectCache
 from hfopt.errors import InvalidInput
 from hfopt.functional import Mask
-from hfopt.kernels import attention, attention_prefill
+from hfopt.kernels import attention, attention_prefill, cache_record
 from tests import reference
 from tests.reference import DTYPES, Guarded, assert_as_exact_as_torch, assert_same_on_threads, bits
 
@@ -289,14 +289,17 @@ def test_nothing_is_written_outside(dtype: torch.dtype, heads: tuple[int, int, i
     n_heads, n_kv_heads, size = heads
     qkv = _qkv(dtype, 2, n_new, heads)
     cache = _cache(dtype, 2, 2, n_kv_heads, size, (21, 5))
-    parts = (cache.trunk, cache.branch, 21, 5, cache.trunk_row, cache.table)
+    record = cache_record.record_of(cache.trunk, cache.branch)
+    parts = (record, 21, 5, cache.trunk_row, cache.table)
     out = Guarded(dtype, 2 * n_new, n_heads * size)
-    rows, mask, scale = bits(qkv).reshape(2 * n_new, -1), np.zeros((0, 0, 0), np.uint8), np.float32(0.2)
+    like, address, no_mask = bits(qkv)[:0], qkv.data_ptr(), np.zeros((0, 0, 0), np.uint8)
     if n_new == 1:
-        attention.attend_decode(rows, *parts, False, mask, scale, n_heads, out.array)
+        attention.attend_decode(like, address, 2, *parts, no_mask, 0.2, n_heads, out.array.ctypes.data)
     else:
-        kind = attention_prefill.CAUSAL
-        attention_prefill.attend_prefill(rows, n_new, *parts, kind, mask, scale, n_heads, out.array)
+        mask = attention_prefill.CAUSAL, no_mask
+        attention_prefill.attend_prefill(
+            like, address, 2, n_new, *parts, *mask, 0.2, n_heads, out.array.ctypes.data
+        )
     out.check()
     expected = functional.attend(
         qkv, cache._replace(n_new=n_new), Mask("causal" if n_new > 1 else "none"), 0.2, *heads

@@ -273,7 +273,8 @@ def test_what_a_mask_hides_does_not_spread(value: float, which: int) -> None:
 def test_rows_that_the_cache_has_not_are_refused(changes: dict[str, Any]) -> None:
     trunk, branch = np.zeros((2, 2, 1, 9, SIZE), np.float32), np.zeros((2, 2, 1, 4, SIZE), np.float32)
     rows = {"trunk_row": [0, 1], "table": [[0, 1, 0]] * 2, **changes}
-    appended = Appended(trunk, branch, 5, 3, True, 2, *(np.array(each, np.int32) for each in rows.values()))
+    trunk_row, table = (np.array(each, np.int32) for each in rows.values())
+    appended = Appended(trunk, branch, 5, 3, True, 2, trunk_row, table)
     for by in ("hfopt", "torch"):
         with pytest.raises(InvalidInput, match="that the cache has not"):
             _attend(torch.randn(2, 2, 3 * SIZE), appended, Mask("causal"), (1, 1, SIZE), by)

@@ -11,7 +11,7 @@ from hfopt.errors import InvalidInput
 from hfopt.kernels import attention as decode
 from hfopt.kernels import attention_prefill as prefill
 
-from .checks import array_of, prepare_threads
+from .checks import ELEMENTS, prepare_threads
 from .choice import Kernels, takes_torch
 from .rotary import check_qkv
 
@@ -96,17 +96,10 @@ def attend(
     faster for this many new tokens, see `choice`); one new token a row is always hfopt's, and so are infinite and NaN
     keys and values behind a mask, which torch would spread. Raises `InvalidInput`.
     """
-    check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
-    n_rows, n_new, width = qkv.shape
-    n_keys = appended.trunk_len + appended.branch_len
+    address, record = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
+    n_rows, n_new, _ = qkv.shape
     _check_lengths(appended, n_rows)
-    if mask.kind not in _KINDS:
-        raise InvalidInput(f"mask is of kind {mask.kind!r}: {', '.join(map(repr, _KINDS))} are allowed")
-    masked = mask.kind == "bytes"
-    if masked and (mask.bytes.shape != (n_rows, n_new, n_keys) or mask.bytes.dtype != np.uint8):
-        raise InvalidInput(
-            f"mask has bytes {mask.bytes.dtype} {mask.bytes.shape}: uint8 {(n_rows, n_new, n_keys)} is needed"
-        )
+    hidden = _NO_BYTES if mask.kind in ("none", "causal") else _checked_bytes(mask, appended, n_rows, n_new)
     out = qkv.new_empty(n_rows, n_new, n_heads * head_dim)
     if not out.numel():
         return out
@@ -115,20 +108,14 @@ def attend(
         if attended is not None:
             return attended
     prepare_threads()
-    q, result = array_of(qkv).reshape(-1, width), array_of(out).reshape(-1, n_heads * head_dim)
-    cache = (
-        appended.trunk,
-        appended.branch,
-        appended.trunk_len,
-        appended.branch_len,
-        appended.trunk_row,
-        appended.table,
-    )
+    like, target, factor = ELEMENTS[qkv.dtype], out.data_ptr(), float(scale)
+    cache = (record, appended.trunk_len, appended.branch_len, appended.trunk_row, appended.table)
     if n_new == 1:
-        wrong = decode.attend_decode(q, *cache, masked, mask.bytes, np.float32(scale), n_heads, result)
+        wrong = decode.attend_decode(like, address, n_rows, *cache, hidden, factor, n_heads, target)
     else:
         kind = _KINDS[mask.kind]
-        wrong = prefill.attend_prefill(q, n_new, *cache, kind, mask.bytes, np.float32(scale), n_heads, result)
+        sizes = (address, n_rows, n_new)
+        wrong = prefill.attend_prefill(like, *sizes, *cache, kind, hidden, factor, n_heads, target)
     if wrong:
         raise InvalidInput(_WRONG_ROWS)
     return out
@@ -178,6 +165,15 @@ def _gathered(appended: "Appended", n_rows: int, dtype: torch.dtype) -> Tensor:
     # the two indices bring [n_rows, branch_len] to the front
     indices, columns = torch.from_numpy(table.astype(np.int64)), torch.arange(appended.branch_len)
     return torch.cat([trunk, branch[:, indices, :, columns].permute(2, 0, 3, 1, 4)], dim=3)
+
+
+def _checked_bytes(mask: Mask, appended: "Appended", n_rows: int, n_new: int) -> np.ndarray:
+    if mask.kind not in _KINDS:
+        raise InvalidInput(f"mask is of kind {mask.kind!r}: {', '.join(map(repr, _KINDS))} are allowed")
+    given, shape = mask.bytes, (n_rows, n_new, appended.trunk_len + appended.branch_len)
+    if given.shape != shape or given.dtype != np.uint8 or not given.flags.c_contiguous:
+        raise InvalidInput(f"mask has bytes {given.dtype} {given.shape}: contiguous uint8 {shape} is needed")
+    return given
 
 
 def _check_lengths(appended: "Appended", n_rows: int) -> None:

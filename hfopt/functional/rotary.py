@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
 from hfopt.kernels import rope as kernels
+from hfopt.kernels.cache_record import BRANCH, TRUNK, record_of
 
 from .checks import ELEMENTS, address_of, check_array, check_floats, prepare_threads
 
@@ -37,7 +39,7 @@ def rotate_and_store(
         float32 or bfloat16.
     Raises `InvalidInput`.
     """
-    address = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
+    address, record = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
     if rotation not in ROTATIONS:
         raise InvalidInput(f"rotation is {rotation!r}: {', '.join(map(repr, ROTATIONS))} are allowed")
     n_rows, n_new, _ = qkv.shape
@@ -61,6 +63,7 @@ def rotate_and_store(
     if address:
         prepare_threads()
         kernels.rotate_and_store(
+            ELEMENTS[qkv.dtype],
             address,
             n_rows,
             n_new,
@@ -70,14 +73,18 @@ def rotate_and_store(
             n_rotary,
             ROTATIONS[rotation],
             n_heads,
-            n_kv_heads,
-            cache,
+            record,
+            BRANCH if appended.in_branch else TRUNK,
             length - n_new,
         )
 
 
-def check_qkv(qkv: Tensor, appended: "Appended", n_heads: int, n_kv_heads: int, head_dim: int) -> int:
-    """Address of the projections; raises `InvalidInput` unless they, cache and sizes belong together."""
+def check_qkv(
+    qkv: Tensor, appended: "Appended", n_heads: int, n_kv_heads: int, head_dim: int
+) -> tuple[int, np.ndarray]:
+    """(address of the projections, record of the cache); raises `InvalidInput` unless they and the sizes belong
+    together.
+    """
     if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads or head_dim < 1:
         raise InvalidInput(
             f"n_heads = {n_heads}, n_kv_heads = {n_kv_heads}, head_dim = {head_dim}: "
@@ -85,8 +92,22 @@ def check_qkv(qkv: Tensor, appended: "Appended", n_heads: int, n_kv_heads: int, 
         )
     width = (n_heads + 2 * n_kv_heads) * head_dim
     address = check_array("qkv", qkv, (len(appended.trunk_row), appended.n_new, width))
-    bits = ELEMENTS[qkv.dtype].dtype
-    for name, cache in (("trunk", appended.trunk), ("branch", appended.branch)):
+    trunk, branch, buffers = appended.trunk, appended.branch, appended.buffers
+    layout = qkv.dtype, n_kv_heads, head_dim
+    # `_replace` may have put other arrays beside the buffers of a cache
+    if buffers is None or buffers.trunk is not trunk or buffers.branch is not branch:
+        return address, _checked_record(trunk, branch, *layout)
+    if buffers.checked != layout:
+        buffers.record = _checked_record(trunk, branch, *layout)
+        buffers.checked = layout
+    return address, buffers.record
+
+
+def _checked_record(
+    trunk: np.ndarray, branch: np.ndarray, dtype: torch.dtype, n_kv_heads: int, head_dim: int
+) -> np.ndarray:
+    bits = ELEMENTS[dtype].dtype
+    for name, cache in (("trunk", trunk), ("branch", branch)):
         shape = cache.shape
         if len(shape) != 5 or shape[0] != 2 or shape[2] != n_kv_heads or shape[4] != head_dim:
             raise InvalidInput(
@@ -94,7 +115,7 @@ def check_qkv(qkv: Tensor, appended: "Appended", n_heads: int, n_kv_heads: int, 
             )
         if cache.dtype != bits or not cache.flags.c_contiguous:
             raise InvalidInput(f"appended.{name} has dtype {cache.dtype}: contiguous {bits} is needed")
-    return address
+    return record_of(trunk, branch)
 
 
 def _angles(

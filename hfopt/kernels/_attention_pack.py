@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from ._attention_cache import key_of
 from ._attention_tile import store_pair, where_up_to
 from ._parallel import body
-from ._pointer import load, load_part, pointer, prefetch, shifted, store
+from ._pointer import load, load_part, prefetch, shifted, store
 from ._simd import LANES
-from ._tile import transpose_block, units_ratio
 from ._vector import absolute, fma, splat, sum_lanes
+from ._tile import transpose_block, units_ratio
 
 BLOCK = 32  # units of keys: one in float32, two in bfloat16; their scores stay in an L1 cache
 ROWS = 8  # keys, or channels of values, of a register tile: with 3 vectors 24 sums
@@ -39,19 +40,18 @@ def copy_row(source, size, factor, target):
 @body
 def token_of(cache, row, kv_head, token):
     """Pointers to the key and the value of a token of a logical row."""
-    trunk, branch, trunk_len, trunk_row, table = cache
-    if token < trunk_len:
-        buffer, place = trunk, trunk_row[row]
-    else:
-        token -= trunk_len
-        buffer, place = branch, table[row, token]
-    _, _, n_kv_heads, capacity, size = buffer.shape
-    key = shifted(pointer(buffer), ((place * n_kv_heads + kv_head) * capacity + token) * size)
-    return key, shifted(key, buffer.size // 2)
+    segment, place = cache.trunk, cache.trunk_row[row]
+    if token >= segment.n_tokens:
+        token -= segment.n_tokens
+        segment, place = cache.branch, cache.table[row * cache.table_row + token]
+    key = key_of(segment, place, kv_head, token, cache.size)
+    return key, shifted(key, segment.to_values)
 
 
 @body
-def pack_queries(qkv, n_new, row, kv_head, group, q_begin, q_end, width, size, factor, rows, queries):
+def pack_queries(
+    qkv, qkv_row, n_new, row, kv_head, group, q_begin, q_end, width, size, factor, rows, queries
+):
     """queries[channel, i] = factor * query q_begin + i of a key head, for i < width; units of pairs of channels in
     bfloat16.
 
@@ -62,8 +62,8 @@ def pack_queries(qkv, n_new, row, kv_head, group, q_begin, q_end, width, size, f
     for column in range(0, width, LANES):
         for i in range(LANES):
             q = min(q_begin + column + i, q_end - 1)
-            token = (row * n_new + q // group) * qkv.shape[1]
-            source = shifted(pointer(qkv), token + (kv_head * group + q % group) * size)
+            token = (row * n_new + q // group) * qkv_row
+            source = shifted(qkv, token + (kv_head * group + q % group) * size)
             copy_row(source, size, factor, shifted(rows, i * padded))
         for unit in range(0, padded // per_unit, LANES):
             target = shifted(queries, unit * width + column)
@@ -74,9 +74,13 @@ def pack_queries(qkv, n_new, row, kv_head, group, q_begin, q_end, width, size, f
 def find_keys(cache, row, kv_head, first, n, size, room):
     """(pointer to the keys of n tokens from `first` on, elements from one to the next), readable up to a multiple of 8
     keys: in the cache where they lie in a row, else copied to `room`."""
-    trunk, _, trunk_len, _, _ = cache
+    trunk = cache.trunk
     n_read = rounded(n, ROWS)
-    if first + n <= trunk_len and first + n_read <= trunk.shape[3] and size % units_ratio(room) == 0:
+    if (
+        first + n <= trunk.n_tokens
+        and (first + n_read) * size <= trunk.head
+        and size % units_ratio(room) == 0
+    ):
         return token_of(cache, row, kv_head, first)[0], size
     stride = rounded(size, LANES * units_ratio(room))
     for j in range(n_read):

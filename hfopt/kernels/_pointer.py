@@ -67,6 +67,7 @@ def _pointer_at(dtype, doc):
 
 
 floats_at = _pointer_at(types.float32, "Integer address as a pointer to float32.")
+bytes_at = _pointer_at(types.uint8, "Integer address as a pointer to bytes.")
 integers_at = _pointer_at(types.int64, "Integer address as a pointer to int64.")
 
 

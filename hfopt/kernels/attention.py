@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._attention_cache import Cache, key_of, open_cache, valid_rows
 from ._attention_tile import weight_of, where_up_to
 from ._decode_tile import (
     BLOCK,
@@ -32,20 +33,10 @@ from ._decode_tile import (
 )
 from ._jit import launch
 from ._parallel import body, next_index, parallel_for, threads_for
-from ._pointer import (
-    as_units,
-    load,
-    load_part,
-    load_scalar,
-    pointer,
-    shifted,
-    store,
-    store_part,
-    store_scalar,
-)
+from ._pointer import address_as, as_units, bytes_at, floats_at, integers_at, load, load_part, load_scalar, pointer, shifted, store, store_part, store_scalar
 from ._simd import LANES
-from ._tile import stack_floats, units_ratio
 from ._vector import fma, lane, larger, splat
+from ._tile import stack_floats, units_ratio
 
 _MOST_KEYS, _LEAST_KEYS = 256, 64  # of a chunk; 256 is also a literal below, in the sizes of stacks
 _CHUNK_BYTES = 1 << 17  # of the keys of a chunk, which stay in the L2 cache of a core with their values
@@ -61,15 +52,17 @@ _ONE = np.float32(1.0)
 _LOG2_E = np.float32(1.4426950408889634)
 
 
-class _Segment(NamedTuple):
-    """The trunk or the branch, in elements."""
+class _Plan(NamedTuple):
+    """How the work is cut, which gives the sizes of the scratch; see `plan_rows`."""
 
-    keys: Any  # pointer to the first
-    to_values: Any  # from a key to its value
-    row: Any  # size of a physical row
-    head: Any  # and of one of its heads
-    n_tokens: Any
-    n_chunks: Any
+    chunk: Any  # keys
+    trunk_chunks: Any
+    branch_chunks: Any
+    padded: Any  # channels of a head, with zeros up to whole vectors of units
+    n_items: Any
+    threads: Any
+    room: Any  # elements for each thread
+    partials: Any  # floats
 
 
 class _Problem(NamedTuple):
@@ -77,33 +70,15 @@ class _Problem(NamedTuple):
 
     q: Any  # pointer to the queries of row 0
     q_row: Any  # elements from there to row 1
-    n_kv_heads: Any
+    n_rows: Any
     group: Any  # query heads of a key head
-    size: Any  # channels of a head
-    padded: Any  # and with zeros up to whole vectors of units
-    trunk: Any
-    branch: Any
+    cache: Cache
+    mask: Any  # address of the bytes, or 0
+    scale: Any  # for powers of 2 instead of e
+    plan: _Plan
     order: Any  # row numbers, sorted by trunk row; "place" is a place in it
     starts: Any  # trunk row p is read by the rows order[starts[p]:starts[p + 1]]
-    table: Any
-    masked: Any
-    mask: Any
-    scale: Any  # for powers of 2 instead of e
-    chunk: Any  # keys
     partials: Any  # float32 [n_kv_heads, chunks, places, group, padded + 16], see _MAX
-
-
-@body
-def valid_rows(trunk_row, n_trunk_rows, table, branch_len, n_branch_rows):
-    """Whether all rows that the cache names exist."""
-    wrong = 0
-    for row in range(trunk_row.shape[0]):
-        wrong |= trunk_row[row] < 0
-        wrong |= trunk_row[row] >= n_trunk_rows
-        for t in range(branch_len):
-            wrong |= table[row, t] < 0
-            wrong |= table[row, t] >= n_branch_rows
-    return wrong == 0
 
 
 # ---- a chunk ---------------------------------------------------------------------------------------------------------
@@ -188,7 +163,7 @@ def attend_blocks(problem, kv_head, query, n_queries, keys, values, n_blocks, n,
     query: number of the first one, over all places; keys, values: addresses of blocks; ahead: bytes from keys
     to what is read next, and from values.
     """
-    size, padded = problem.size, problem.padded
+    size, padded = problem.cache.size, problem.plan.padded
     scores = stack_floats(8 * 256)
     packed = room
     weights = shifted(packed, _TILES * _TILE * padded)
@@ -246,18 +221,12 @@ def attend_blocks(problem, kv_head, query, n_queries, keys, values, n_blocks, n,
 
 
 @body
-def key_of(segment, row, kv_head, token, size):
-    """Pointer to a key."""
-    return shifted(segment.keys, row * segment.row + kv_head * segment.head + token * size)
-
-
-@body
 def seen_of(problem, place, first, count):
     """Bits of `count` <= 16 keys, those that the row at a place sees; first: token number of the first."""
-    if not problem.masked:
+    if problem.mask == 0:
         return (1 << count) - 1
-    row = problem.order[place]
-    return seen_keys(pointer(problem.mask), row * problem.mask.shape[2] + first, count)
+    n_keys = problem.cache.trunk.n_tokens + problem.cache.branch.n_tokens
+    return seen_keys(bytes_at(problem.mask), problem.order[place] * n_keys + first, count)
 
 
 @body
@@ -266,9 +235,9 @@ def list_blocks(problem, segment, in_trunk, p, kv_head, place, first, n, keys, v
 
     Returns how many keys these are, and writes hidden ones nowhere. room: for copies of n keys and values.
     """
-    size, padded = problem.size, problem.padded
-    start = first if in_trunk else problem.trunk.n_tokens + first
-    held_values = shifted(room, problem.chunk * padded)
+    cache, size, padded = problem.cache, problem.cache.size, problem.plan.padded
+    start = first if in_trunk else cache.trunk.n_tokens + first
+    held_values = shifted(room, problem.plan.chunk * padded)
     n_blocks = 0
     n_held = 0
     for t in range(0, n, BLOCK):
@@ -282,7 +251,7 @@ def list_blocks(problem, segment, in_trunk, p, kv_head, place, first, n, keys, v
         elif seen != 0:
             for token in range(first + t, first + t + count):
                 if seen >> (token - first - t) & 1:
-                    row = p if in_trunk else problem.table[problem.order[place], token]
+                    row = p if in_trunk else cache.table[problem.order[place] * cache.table_row + token]
                     key = key_of(segment, row, kv_head, token, size)
                     copy_row(key, size, shifted(room, n_held * padded), padded)
                     value = shifted(key, segment.to_values)
@@ -304,7 +273,7 @@ def list_blocks(problem, segment, in_trunk, p, kv_head, place, first, n, keys, v
 def rows_alike(problem, begin, end, first, n):
     """Whether the rows at places begin ... end see the same ones of n keys."""
     alike = True
-    if problem.masked:
+    if problem.mask != 0:
         for t in range(first, first + n, BLOCK):
             count = min(first + n - t, BLOCK)
             seen = seen_of(problem, begin, t, count)
@@ -319,18 +288,18 @@ def attend_chunk(problem, segment, in_trunk, p, kv_head, chunk, begin, end, next
 
     next_key: address of the key that is read after that, or 0.
     """
-    n_places = problem.order.shape[0]
-    first = chunk * problem.chunk
-    n = min(segment.n_tokens - first, problem.chunk)
+    plan, size = problem.plan, problem.cache.size
+    first = chunk * plan.chunk
+    n = min(segment.n_tokens - first, plan.chunk)
     keys, values = stack_addresses(16), stack_addresses(16)
-    scratch = shifted(room, 2 * problem.chunk * problem.padded)
-    here = address_of(key_of(segment, p, kv_head, first, problem.size))
+    scratch = shifted(room, 2 * plan.chunk * plan.padded)
+    here = address_of(key_of(segment, p, kv_head, first, size))
     to_values = address_of(shifted(segment.keys, segment.to_values)) - address_of(segment.keys)
     to_next = next_key - here - to_values if next_key != 0 else 0
-    slot = chunk if in_trunk else problem.trunk.n_chunks + chunk
-    n_slots = problem.trunk.n_chunks + problem.branch.n_chunks
+    slot = chunk if in_trunk else plan.trunk_chunks + chunk
+    n_slots = plan.trunk_chunks + plan.branch_chunks
     together = max(end - begin, 1) if rows_alike(problem, begin, end, first, n) else 1
-    out_row = problem.padded + LANES
+    out_row = plan.padded + LANES
     for place in range(begin, end, together):
         n_seen = list_blocks(problem, segment, in_trunk, p, kv_head, place, first, n, keys, values, room)
         n_blocks = (n_seen + BLOCK - 1) // BLOCK
@@ -338,8 +307,8 @@ def attend_chunk(problem, segment, in_trunk, p, kv_head, chunk, begin, end, next
         query = 0
         while query < n_queries:
             number = place * problem.group + query
-            partial = ((kv_head * n_slots + slot) * n_places * problem.group + number) * out_row
-            partial = shifted(pointer(problem.partials), partial)
+            partial = ((kv_head * n_slots + slot) * problem.n_rows * problem.group + number) * out_row
+            partial = shifted(problem.partials, partial)
             count = min(n_queries - query, _TILES * _TILE)
             if n_seen > 0:
                 ahead = to_values, to_next
@@ -348,38 +317,37 @@ def attend_chunk(problem, segment, in_trunk, p, kv_head, chunk, begin, end, next
                 )
             else:
                 for i in range(count):
-                    store_scalar(shifted(partial, i * out_row + problem.padded), _SEEN, _ZERO)
+                    store_scalar(shifted(partial, i * out_row + plan.padded), _SEEN, _ZERO)
             query += count
 
 
 @body
 def trunk_item(problem, index):
     """(key head, physical row, chunk) of one of the items of the trunk, which are the first ones."""
-    n_chunks = problem.trunk.n_chunks
+    n_chunks, n_rows = problem.plan.trunk_chunks, problem.cache.trunk.n_rows
     stream = index // n_chunks
-    n_rows = problem.starts.shape[0] - 1
     return stream // n_rows, stream % n_rows, index - stream * n_chunks
 
 
 @body
 def attend_item(problem, index, following, room):
     """Item number `index`, while those keys of item `following` that lie in the trunk are asked for."""
-    trunk, branch = problem.trunk, problem.branch
-    n_trunk_items = problem.n_kv_heads * (problem.starts.shape[0] - 1) * trunk.n_chunks
+    cache, plan = problem.cache, problem.plan
+    n_trunk_items = cache.n_kv_heads * cache.trunk.n_rows * plan.trunk_chunks
     next_key = 0
     if following < n_trunk_items:
         kv_head, p, chunk = trunk_item(problem, following)
-        next_key = address_of(key_of(trunk, p, kv_head, chunk * problem.chunk, problem.size))
+        next_key = address_of(key_of(cache.trunk, p, kv_head, chunk * plan.chunk, cache.size))
     if index < n_trunk_items:
         kv_head, p, chunk = trunk_item(problem, index)
         begin, end = problem.starts[p], problem.starts[p + 1]
-        attend_chunk(problem, trunk, True, p, kv_head, chunk, begin, end, next_key, room)
+        attend_chunk(problem, cache.trunk, True, p, kv_head, chunk, begin, end, next_key, room)
     else:
-        place = (index - n_trunk_items) // branch.n_chunks
-        chunk = (index - n_trunk_items) % branch.n_chunks
-        kv_head = place % problem.n_kv_heads
-        place //= problem.n_kv_heads
-        attend_chunk(problem, branch, False, 0, kv_head, chunk, place, place + 1, next_key, room)
+        place = (index - n_trunk_items) // plan.branch_chunks
+        chunk = (index - n_trunk_items) % plan.branch_chunks
+        kv_head = place % cache.n_kv_heads
+        place //= cache.n_kv_heads
+        attend_chunk(problem, cache.branch, False, 0, kv_head, chunk, place, place + 1, next_key, room)
 
 
 # ---- all items -------------------------------------------------------------------------------------------------------
@@ -420,40 +388,41 @@ def join_chunks(partials, n_slots, step, size, stats, like, out):
 
 
 @body
-def sort_by_trunk_row(trunk_row, order, starts):
+def sort_by_trunk_row(trunk_row, n_rows, n_trunk_rows, order, starts):
     """order: row numbers sorted by trunk row; those of trunk row p are order[starts[p]:starts[p + 1]]."""
     place = 0
-    for p in range(starts.shape[0] - 1):
+    for p in range(n_trunk_rows):
         starts[p] = place
-        for row in range(trunk_row.shape[0]):
+        for row in range(n_rows):
             if trunk_row[row] == p:
                 order[place] = row
                 place += 1
-    starts[starts.shape[0] - 1] = place
+    starts[n_trunk_rows] = place
 
 
 @body
-def _attend_task(worker, problem, n_items, counter, room):
-    scratch = shifted(pointer(room), worker * room.shape[1])
-    index = next_index(pointer(counter))
-    while index < n_items:
-        following = next_index(pointer(counter))
+def _attend_task(worker, problem, counter, room):
+    scratch = shifted(room, worker * problem.plan.room)
+    index = next_index(counter)
+    while index < problem.plan.n_items:
+        following = next_index(counter)
         attend_item(problem, index, following, scratch)
         index = following
 
 
 @body
 def _join_task(index, problem, out):
-    n_queries = problem.order.shape[0] * problem.group
-    n_slots = problem.trunk.n_chunks + problem.branch.n_chunks
+    cache, plan = problem.cache, problem.plan
+    n_queries = problem.n_rows * problem.group
+    n_slots = plan.trunk_chunks + plan.branch_chunks
     kv_head, query = index // n_queries, index % n_queries
-    out_row = problem.padded + LANES
-    here = shifted(pointer(problem.partials), (kv_head * n_slots * n_queries + query) * out_row)
+    out_row = plan.padded + LANES
+    here = shifted(problem.partials, (kv_head * n_slots * n_queries + query) * out_row)
     head = kv_head * problem.group + query % problem.group
     row = problem.order[query // problem.group]
-    target = shifted(out, (row * problem.n_kv_heads * problem.group + head) * problem.size)
+    target = shifted(out, (row * cache.n_kv_heads * problem.group + head) * cache.size)
     step = n_queries * out_row
-    join_chunks(here, n_slots, step, problem.size, problem.padded, as_units(out, out), target)
+    join_chunks(here, n_slots, step, cache.size, plan.padded, as_units(out, out), target)
 
 
 @body
@@ -468,61 +437,87 @@ def _chunk_size(row_bytes, n_streams, n_keys):
 
 
 @body
-def _segment(cache, n_tokens, chunk):
-    _, _, n_kv_heads, capacity, size = cache.shape
-    n_chunks = (n_tokens + chunk - 1) // chunk
-    head = capacity * size
-    return _Segment(pointer(cache), cache.size // 2, n_kv_heads * head, head, n_tokens, n_chunks)
+def plan_rows(cache, n_rows, n_heads):
+    """How `attend_rows` is to do its work, on as many threads as may be used now."""
+    trunk, branch, size = cache.trunk, cache.branch, cache.size
+    ratio = units_ratio(trunk.keys)
+    chunk = _chunk_size(size * 4 // ratio, cache.n_kv_heads * trunk.n_rows, trunk.n_tokens)
+    trunk_chunks = (trunk.n_tokens + chunk - 1) // chunk
+    branch_chunks = (branch.n_tokens + chunk - 1) // chunk
+    padded = (size + LANES * ratio - 1) // (LANES * ratio) * (LANES * ratio)
+    n_items = cache.n_kv_heads * (trunk.n_rows * trunk_chunks + n_rows * branch_chunks)
+    work = n_rows * n_heads * (trunk.n_tokens + branch.n_tokens) * size
+    return _Plan(
+        chunk,
+        trunk_chunks,
+        branch_chunks,
+        padded,
+        n_items,
+        threads_for(n_items, work, _PARALLEL_SIZE),
+        2 * chunk * padded + _TILES * _TILE * (padded + _MOST_KEYS) + padded,
+        n_rows * n_heads * (trunk_chunks + branch_chunks) * (padded + LANES),
+    )
+
+
+@body
+def scratch_bytes(plan, cache, n_rows):
+    """Bytes of the scratch of `attend_rows`."""
+    n_elements, n_integers = plan.threads * plan.room, n_rows + cache.trunk.n_rows + 2
+    return n_elements * 4 // units_ratio(cache.trunk.keys) + plan.partials * 4 + n_integers * 8
+
+
+@body
+def attend_rows(plan, cache, q, q_row, n_rows, n_heads, mask, scale, scratch, out):
+    """out[r, head] = softmax(scale * q[r, head] . keys of row r) values of row r; 0 for a row without
+    visible keys.
+
+    The cache must name valid rows. Pointers to q, rows `q_row` elements apart, and to out [n_rows, n_heads size];
+    addresses of mask, uint8 [n_rows, keys] or 0, and of scratch, on a 64-byte boundary.
+    """
+    # the parts of the scratch are multiples of 64 bytes but for the last ones
+    room = address_as(scratch, q)
+    partials = scratch + plan.threads * plan.room * (4 // units_ratio(q))
+    counter = partials + plan.partials * 4
+    order, starts = integers_at(counter + 8), integers_at(counter + 8 * (1 + n_rows))
+    sort_by_trunk_row(cache.trunk_row, n_rows, cache.trunk.n_rows, order, starts)
+    integers_at(counter)[0] = 0
+    problem = _Problem(
+        q,
+        q_row,
+        n_rows,
+        n_heads // cache.n_kv_heads,
+        cache,
+        mask,
+        scale * _LOG2_E,
+        plan,
+        order,
+        starts,
+        floats_at(partials),
+    )
+    parallel_for(_attend_task, plan.threads, plan.threads, (problem, integers_at(counter), room))
+    parallel_for(_join_task, plan.threads, n_rows * n_heads, (problem, out))
 
 
 @launch
 def attend_decode(
-    qkv, trunk, branch, trunk_len, branch_len, trunk_row, table, masked, mask, scale, n_heads, out
+    like, qkv, n_rows, record, trunk_len, branch_len, trunk_row, table, mask, scale, n_heads, out
 ):
-    """out[r, head] = softmax(scale * q[r, head] . keys of row r) values of row r; 0 for a row without
-    visible keys.
+    """`attend_rows`; returns 0, or 1 and does nothing if the cache names rows that it has not.
 
-    qkv [n_rows, (n_heads + 2 n_kv_heads) size]: queries first; the cache as in `cache.Appended`; mask uint8
-    [n_rows, 1, keys] where `masked`; out [n_rows, n_heads size]. float32 or bfloat16 bits. Returns 0, or 1
-    and does nothing if the cache names rows that it has not.
+    Addresses of qkv [n_rows, (n_heads + 2 n_kv_heads) size], queries first, and of out [n_rows, n_heads size], of the
+    type of `like` as the cache of the `cache_record`, float32 or bfloat16 bits. Rows and table as in `cache.Appended`;
+    mask uint8 [n_rows, 1, keys], empty if all are seen.
     """
-    n_rows = qkv.shape[0]
-    n_trunk_rows, n_kv_heads, size = trunk.shape[1], trunk.shape[2], trunk.shape[4]
-    if not valid_rows(trunk_row, n_trunk_rows, table, branch_len, branch.shape[1]):
+    q, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
+    rows = pointer(trunk_row), pointer(table), table.shape[1]
+    cache = open_cache(q, pointer(record), trunk_len, branch_len, *rows)
+    if not valid_rows(cache, n_rows):
         return 1
-    order = np.empty(n_rows, np.int64)
-    starts = np.empty(n_trunk_rows + 1, np.int64)
-    sort_by_trunk_row(trunk_row, order, starts)
-    chunk = _chunk_size(size * qkv.itemsize, n_kv_heads * n_trunk_rows, trunk_len)
-    trunk_segment, branch_segment = _segment(trunk, trunk_len, chunk), _segment(branch, branch_len, chunk)
-    step = LANES * units_ratio(pointer(trunk))
-    padded = (size + step - 1) // step * step
-    n_slots = trunk_segment.n_chunks + branch_segment.n_chunks
-    problem = _Problem(
-        pointer(qkv),
-        qkv.shape[1],
-        n_kv_heads,
-        n_heads // n_kv_heads,
-        size,
-        padded,
-        trunk_segment,
-        branch_segment,
-        order,
-        starts,
-        table,
-        masked,
-        mask,
-        scale * _LOG2_E,
-        chunk,
-        np.empty(n_rows * n_heads * n_slots * (padded + LANES), np.float32),
-    )
-    n_items = n_kv_heads * (n_trunk_rows * trunk_segment.n_chunks + n_rows * branch_segment.n_chunks)
-    work = n_rows * n_heads * (trunk_len + branch_len) * size
-    threads = threads_for(n_items, work, _PARALLEL_SIZE)
-    room = np.empty(
-        (threads, 2 * chunk * padded + _TILES * _TILE * (padded + _MOST_KEYS) + padded), qkv.dtype
-    )
-    counter = np.zeros(1, np.int64)
-    parallel_for(_attend_task, threads, threads, (problem, n_items, counter, room))
-    parallel_for(_join_task, threads, n_rows * n_heads, (problem, pointer(out)))
+    plan = plan_rows(cache, n_rows, n_heads)
+    room = np.empty((scratch_bytes(plan, cache, n_rows) + 7) // 8 + 8, np.int64)
+    scratch = (address_of(pointer(room)) + 63) // 64 * 64
+    hidden = address_of(pointer(mask)) if mask.size > 0 else 0
+    q_row = (n_heads + 2 * cache.n_kv_heads) * cache.size
+    attend_rows(plan, cache, q, q_row, n_rows, n_heads, hidden, np.float32(scale), scratch, out)
+    room[0] = 0  # the last use of the scratch: it must live until here
     return 0

@@ -14,6 +14,7 @@ keys in order, whatever the items are, so the bits depend on nothing else.
 
 import numpy as np
 
+from ._attention_cache import open_cache, valid_rows
 from ._attention_pack import BLOCK, find_keys, pack_queries, pack_values, rounded
 from ._attention_softmax import (
     LIMIT,
@@ -31,21 +32,10 @@ from ._attention_softmax import (
 from ._attention_tile import where_bytes
 from ._jit import launch
 from ._parallel import body, next_index, parallel_for, threads_for
-from ._pointer import (
-    as_units,
-    load,
-    load_scalar,
-    pointer,
-    pointer_as,
-    shifted,
-    store,
-    store_part,
-    store_scalar,
-)
+from ._pointer import address_as, as_units, load, load_scalar, pointer, pointer_as, shifted, store, store_part, store_scalar
 from ._simd import LANES
-from ._tile import to_cache_line, transpose_block, units_ratio
 from ._vector import splat, sum_lanes
-from .attention import valid_rows
+from ._tile import to_cache_line, transpose_block, units_ratio
 
 ALL, CAUSAL, BYTES = range(3)
 
@@ -99,7 +89,7 @@ def finish_tile(
                 seen = count_seen(mask, row, position, position + 1, 0, mask.shape[2])
                 inverse = inverse if seen > _ZERO else _ZERO
             token = (row * n_new + position) * n_heads + kv_head * group + head
-            target = shifted(pointer(out), token * size)
+            target = shifted(out, token * size)
             for k in range(0, size, LANES):
                 store_part(target, k, min(size - k, LANES), load(rows, i * padded + k) * splat(inverse))
 
@@ -142,23 +132,24 @@ def scratch(n_tiles, size, p):
 
 
 @body
-def attend_item(qkv, n_new, cache, n_keys, kind, mask, scale, n_heads, row, kv_head, begin, end, room, out):
+def attend_item(qkv, n_new, cache, kind, mask, scale, n_heads, row, kv_head, begin, end, room, out):
     """One item: tiles begin to end of one row and key head. room: as `scratch` says."""
-    n_kv_heads, size = cache[0].shape[2], cache[0].shape[4]
-    group = n_heads // n_kv_heads
+    size = cache.size
+    group = n_heads // cache.n_kv_heads
+    n_keys = cache.trunk.n_tokens + cache.branch.n_tokens
     n_queries, n_past = n_new * group, n_keys - n_new
-    like = pointer(qkv)
-    per_unit = units_ratio(like)
+    qkv_row = (n_heads + 2 * cache.n_kv_heads) * size
+    per_unit = units_ratio(qkv)
     units, channels = rounded(size, LANES * per_unit) // per_unit, rounded(size, LANES)
-    sizes = scratch(end - begin, size, like)
+    sizes = scratch(end - begin, size, qkv)
     sums = shifted(room, sizes[0])
     stats = shifted(sums, sizes[1])
     scores = shifted(stats, sizes[2])
     key_room = shifted(scores, sizes[3])
     value_room = shifted(key_room, sizes[4])
     rows = shifted(value_room, sizes[5])
-    queries, weights, values = as_units(room, like), as_units(scores, like), as_units(value_room, like)
-    key_rows, query_rows = pointer_as(key_room, like), pointer_as(rows, like)
+    queries, weights, values = as_units(room, qkv), as_units(scores, qkv), as_units(value_room, qkv)
+    key_rows, query_rows = pointer_as(key_room, qkv), pointer_as(rows, qkv)
 
     # queries take the sign of the scale, so that the largest product has the largest score
     sign = _ONE if scale > _ZERO else -_ONE
@@ -169,7 +160,9 @@ def attend_item(qkv, n_new, cache, n_keys, kind, mask, scale, n_heads, row, kv_h
         q_begin, q_end, width = tile_place(tile, n_queries)
         place = (tile - begin) * TILE
         target = shifted(queries, place * units)
-        pack_queries(qkv, n_new, row, kv_head, group, q_begin, q_end, width, size, sign, query_rows, target)
+        pack_queries(
+            qkv, qkv_row, n_new, row, kv_head, group, q_begin, q_end, width, size, sign, query_rows, target
+        )
         start_tile(
             q_begin, q_end, group, width, size, shifted(sums, place * channels), shifted(stats, place * STATS)
         )
@@ -195,7 +188,7 @@ def attend_item(qkv, n_new, cache, n_keys, kind, mask, scale, n_heads, row, kv_h
                 packed = True
             place = (tile - begin) * TILE
             own_sums, own_stats = shifted(sums, place * channels), shifted(stats, place * STATS)
-            block = as_units(keys, like)
+            block = as_units(keys, qkv)
             score_keys(shifted(queries, place * units), width, block, stride // per_unit, size, own, scores)
             if shared < own and kind == CAUSAL:
                 hide_later(
@@ -232,14 +225,27 @@ def attend_item(qkv, n_new, cache, n_keys, kind, mask, scale, n_heads, row, kv_h
 
 @body
 def _attend_task(
-    worker, counter, n_parts, n_tiles, qkv, n_new, cache, n_keys, kind, mask, scale, n_heads, room, out
+    worker,
+    counter,
+    n_parts,
+    n_tiles,
+    qkv,
+    n_rows,
+    n_new,
+    cache,
+    kind,
+    mask,
+    scale,
+    n_heads,
+    room,
+    n_floats,
+    out,
 ):
-    n_kv_heads = cache[0].shape[2]
-    n_sequences = qkv.shape[0] // n_new * n_kv_heads
-    here = shifted(pointer(room), worker * room.shape[1])
+    n_sequences = n_rows * cache.n_kv_heads
+    here = shifted(room, worker * n_floats)
     here = shifted(here, to_cache_line(here))
     while True:
-        item = next_index(pointer(counter))
+        item = next_index(counter)
         if item >= n_parts * n_sequences:
             break
         # the last positions see most keys: long items first, so that short ones fill up the end
@@ -248,13 +254,12 @@ def _attend_task(
             qkv,
             n_new,
             cache,
-            n_keys,
             kind,
             mask,
             scale,
             n_heads,
-            index // n_kv_heads,
-            index % n_kv_heads,
+            index // cache.n_kv_heads,
+            index % cache.n_kv_heads,
             part * n_tiles // n_parts,
             (part + 1) * n_tiles // n_parts,
             here,
@@ -264,28 +269,58 @@ def _attend_task(
 
 @launch
 def attend_prefill(
-    qkv, n_new, trunk, branch, trunk_len, branch_len, trunk_row, table, kind, mask, scale, n_heads, out
+    like,
+    qkv,
+    n_rows,
+    n_new,
+    record,
+    trunk_len,
+    branch_len,
+    trunk_row,
+    table,
+    kind,
+    mask,
+    scale,
+    n_heads,
+    out,
 ):
     """As `attention.attend_decode` for n_new tokens a row, the last ones of the row's keys.
 
     qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size]; kind: ALL keys are seen, CAUSAL: those up to the
     token itself, or BYTES: what mask, uint8 [n_rows, n_new, keys], says; out [n_rows n_new, n_heads size].
     """
-    n_kv_heads, size = trunk.shape[2], trunk.shape[4]
-    if not valid_rows(trunk_row, trunk.shape[1], table, branch_len, branch.shape[1]):
+    qkv, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
+    rows = pointer(trunk_row), pointer(table), table.shape[1]
+    cache = open_cache(qkv, pointer(record), trunk_len, branch_len, *rows)
+    if not valid_rows(cache, n_rows):
         return 1
-    n_keys = trunk_len + branch_len
-    n_sequences = qkv.shape[0] // n_new * n_kv_heads
-    n_tiles = (n_new * (n_heads // n_kv_heads) + TILE - 1) // TILE
-    threads = threads_for(n_sequences * n_tiles, qkv.shape[0] * n_heads * n_keys * size, _PARALLEL_SIZE)
+    n_keys, size = trunk_len + branch_len, cache.size
+    n_sequences = n_rows * cache.n_kv_heads
+    n_tiles = (n_new * (n_heads // cache.n_kv_heads) + TILE - 1) // TILE
+    threads = threads_for(n_sequences * n_tiles, n_rows * n_new * n_heads * n_keys * size, _PARALLEL_SIZE)
     most = max(_ITEM_FLOATS // (2 * TILE * size), 1)
     item_tiles = min(n_sequences * n_tiles // (_ITEMS * threads) + 1, most)
     n_parts = (n_tiles + item_tiles - 1) // item_tiles
-    sizes = scratch((n_tiles + n_parts - 1) // n_parts, size, pointer(qkv))
-    n_floats = sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] + sizes[5] + sizes[6]
-    room = np.empty((threads, n_floats + LANES), np.float32)
+    sizes = scratch((n_tiles + n_parts - 1) // n_parts, size, qkv)
+    n_floats = sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] + sizes[5] + sizes[6] + LANES
+    room = np.empty(threads * n_floats, np.float32)
     counter = np.zeros(1, np.int64)
-    cache = (trunk, branch, trunk_len, trunk_row, table)
-    arguments = (counter, n_parts, n_tiles, qkv, n_new, cache, n_keys, kind, mask, scale, n_heads, room, out)
+    arguments = (
+        pointer(counter),
+        n_parts,
+        n_tiles,
+        qkv,
+        n_rows,
+        n_new,
+        cache,
+        kind,
+        mask,
+        np.float32(scale),
+        n_heads,
+        pointer(room),
+        n_floats,
+        out,
+    )
     parallel_for(_attend_task, threads, threads, arguments)
+    room[0], counter[0] = 0, 0  # the last uses of the scratch: it must live until here
     return 0

@@ -5,6 +5,7 @@ from ._parallel import body, parallel_for, threads_for
 from ._pointer import address_as, floats_at, load, load_part, pointer, shifted, store, store_part
 from ._simd import LANES
 from ._vector import doubled, fma, rotated_pairs
+from .cache_record import ADDRESS, COLUMNS, HEAD_DIM, KV_HEADS, ROWS
 
 NONE, HALF, INTERLEAVED = range(3)
 
@@ -94,15 +95,15 @@ def _token(
     kind,
     n_heads,
     n_kv_heads,
-    cache,
-    first,
+    size,
+    keys,
+    to_values,
+    columns,
 ):
     row = index // n_new
     token = index - row * n_new
-    _, n_cache_rows, _, capacity, size = cache.shape
     angle = row * angle_step + token * n_angles
-    place = (row * n_kv_heads * capacity + first + token) * size
-    values = n_cache_rows * n_kv_heads * capacity * size
+    key = shifted(keys, (row * n_kv_heads * columns + token) * size)
     rotate_and_store_token(
         shifted(qkv, index * width),
         shifted(cos, angle),
@@ -112,40 +113,64 @@ def _token(
         n_heads,
         n_kv_heads,
         size,
-        shifted(pointer(cache), place),
-        shifted(pointer(cache), values + place),
-        capacity * size,
+        key,
+        shifted(key, to_values),
+        columns * size,
     )
 
 
-@launch
-def rotate_and_store(
-    qkv, n_rows, n_new, cos, sin, n_angle_rows, n_rotary, kind, n_heads, n_kv_heads, cache, first
+@body
+def rotate_and_store_rows(
+    qkv, n_rows, n_new, cos, sin, n_angle_rows, n_rotary, kind, n_heads, record, part, first
 ):
     """Rotates the queries of qkv in place; writes rotated keys, and values, of n_new tokens a row to
-    columns from `first` on.
+    columns from `first` on of a part of the `cache_record`, TRUNK or BRANCH.
 
-    cache [2, >= n_rows, n_kv_heads, columns, size], float32 or bfloat16 bits; addresses of qkv [n_rows, n_new,
-    (n_heads + 2 n_kv_heads) size] of the same type, and of cos, sin float32 [n_angle_rows = 1 or n_rows, n_new,
-    n_rotary], or n_rotary / 2 for INTERLEAVED; n_rotary 0 for NONE.
+    Pointers to qkv [n_rows, n_new, (n_heads + 2 n_kv_heads) size], float32 or bfloat16 bits as the cache; to the record;
+    and to cos, sin float32 [n_angle_rows = 1 or n_rows, n_new, n_rotary], or n_rotary / 2 for INTERLEAVED; n_rotary 0
+    for NONE.
     """
-    width = (n_heads + 2 * n_kv_heads) * cache.shape[4]
+    n_kv_heads, size, columns = record[KV_HEADS], record[HEAD_DIM], record[part + COLUMNS]
+    width = (n_heads + 2 * n_kv_heads) * size
     n_tokens = n_rows * n_new
     n_angles = n_rotary // 2 if kind == INTERLEAVED else n_rotary
     angle_step = n_new * n_angles if n_angle_rows > 1 else 0
     arguments = (
-        address_as(qkv, pointer(cache)),
+        qkv,
         width,
         n_new,
-        floats_at(cos),
-        floats_at(sin),
+        cos,
+        sin,
         angle_step,
         n_angles,
         n_rotary,
         kind,
         n_heads,
         n_kv_heads,
-        cache,
-        first,
+        size,
+        shifted(address_as(record[part + ADDRESS], qkv), first * size),
+        record[part + ROWS] * n_kv_heads * columns * size,
+        columns,
     )
     parallel_for(_token, threads_for(n_tokens, n_tokens * width, _PARALLEL_SIZE), n_tokens, arguments)
+
+
+@launch
+def rotate_and_store(
+    like, qkv, n_rows, n_new, cos, sin, n_angle_rows, n_rotary, kind, n_heads, record, part, first
+):
+    """`rotate_and_store_rows` of addresses of qkv, of the type of `like`, and of cos, sin; record: int64."""
+    rotate_and_store_rows(
+        address_as(qkv, pointer(like)),
+        n_rows,
+        n_new,
+        floats_at(cos),
+        floats_at(sin),
+        n_angle_rows,
+        n_rotary,
+        kind,
+        n_heads,
+        pointer(record),
+        part,
+        first,
+    )

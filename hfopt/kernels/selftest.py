@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import activation, attention, attention_prefill, linear, linear_tiles, norm, rope, sampling
+from . import activation, attention, attention_prefill, cache_record, linear, linear_tiles, norm, rope, sampling
 
 Array = NDArray[Any]
 Case = Callable[[type], float]
@@ -16,6 +16,7 @@ _TOLERANCE = {
     np.float32: 1e-5,
     np.uint16: 2e-2,
 }  # of values of about 1; uint16 stands for the bits of bfloat16
+_NO_MASK = np.zeros((0, 0, 0), np.uint8)
 _NAMES = {np.float32: "float32", np.uint16: "bfloat16"}
 
 
@@ -87,7 +88,9 @@ def _rotate_and_store(dtype: type) -> float:
     turned = np.concatenate((-x[..., 12:], x[..., :12]), -1)
     expected = x * cos[0, :, None] + turned * sin[0, :, None]
     angles = (_address(cos), _address(sin), 1, 24)
-    rope.rotate_and_store(_address(qkv), 1, 4, *angles, rope.HALF, 2, 1, cache, 2)
+    record = cache_record.record_of(cache, cache)
+    like: Array = np.empty(0, dtype)
+    rope.rotate_and_store(like, _address(qkv), 1, 4, *angles, rope.HALF, 2, record, cache_record.TRUNK, 2)
     stored = max(_error(cache[0, 0, 0, 2:], expected[:, 2]), _error(cache[1, 0, 0, 2:], x[:, 3]))
     return max(_error(qkv[:, :48], expected[:, :2].reshape(4, 48)), stored)
 
@@ -106,8 +109,8 @@ def _attend_decode(dtype: type) -> float:
     )
     table = np.array([[1, 0, 1, 0, 1], [0, 0, 1, 1, 1]], np.int32)
     out: Array = np.zeros((2, 48), dtype)
-    cache = (trunk, branch, 290, 4, np.zeros(2, np.int32), table)
-    attention.attend_decode(qkv, *cache, False, np.zeros((0, 0, 0), np.uint8), np.float32(0.2), 2, out)
+    cache = (cache_record.record_of(trunk, branch), 290, 4, np.zeros(2, np.int32), table, _NO_MASK)
+    attention.attend_decode(np.empty(0, dtype), _address(qkv), 2, *cache, 0.2, 2, _address(out))
     worst = 0.0
     for row in range(2):
         tokens = [_exact(branch[:, table[row, t], 0, t]) for t in range(4)]
@@ -121,17 +124,11 @@ def _attend_prefill(dtype: type) -> float:
     qkv, trunk = _random(dtype, 70, 3 * 24), _random(dtype, 2, 1, 1, 80, 24)
     out: Array = np.zeros((70, 24), dtype)
     no_branch: Array = np.zeros((2, 1, 1, 0, 24), dtype)
-    cache = (
-        trunk,
-        no_branch,
-        75,
-        0,
-        np.zeros(1, np.int32),
-        np.zeros((1, 0), np.int32),
-    )
-    no_mask = np.zeros((0, 0, 0), np.uint8)
+    record = cache_record.record_of(trunk, no_branch)
+    cache = (record, 75, 0, np.zeros(1, np.int32), np.zeros((1, 0), np.int32))
+    mask = (attention_prefill.CAUSAL, _NO_MASK)
     attention_prefill.attend_prefill(
-        qkv, 70, *cache, attention_prefill.CAUSAL, no_mask, np.float32(0.2), 1, out
+        np.empty(0, dtype), _address(qkv), 1, 70, *cache, *mask, 0.2, 1, _address(out)
     )
     k, v = _exact(trunk[:, 0, 0, :75])
     return _error(out, _attended(_exact(qkv[:, :24]) * 0.2, k, v, np.tri(70, 75, 5, dtype=bool)))
