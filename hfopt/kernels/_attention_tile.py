@@ -7,11 +7,7 @@ from numba.extending import intrinsic
 
 from . import _simd
 from ._simd import F32X, I32, I32X, LANES
-from ._tile import _INTP, _accumulators, _add_into, _is_pairs, _literal_ints, _outlined
-
-
-def _constant(value: int) -> ir.Constant:
-    return ir.Constant(_INTP, value)
+from ._tile import _accumulators, _add_into, _constant, _is_pairs, _literal_ints, _outlined
 
 
 @intrinsic
@@ -82,16 +78,12 @@ def _power_of_two(builder, x, coefficients):
     low = _simd.splat_float(-127.0)
     x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
     # the sums must stay as they are written, in this order
-    shifted = _fence(builder, builder.fadd(x, _simd.splat_float(_INTEGER)))
-    whole = _fence(builder, builder.fsub(shifted, _simd.splat_float(_INTEGER)))
+    shifted = _simd.emit_fence(builder, builder.fadd(x, _simd.splat_float(_INTEGER)))
+    whole = _simd.emit_fence(builder, builder.fsub(shifted, _simd.splat_float(_INTEGER)))
     fraction = builder.fsub(x, whole)
     result = _simd.emit_polynomial(builder, fraction, coefficients)
     exponent = builder.shl(builder.bitcast(shifted, I32X), _simd.splat_int(23))
     return builder.fmul(result, builder.bitcast(exponent, F32X))
-
-
-def _fence(builder, value):
-    return _simd.emit_call(builder, "llvm.arithmetic.fence.v16f32", F32X, [value])
 
 
 @intrinsic
@@ -147,17 +139,6 @@ def load_row(typingctx, p, row, width, column):
         return builder.bitcast(builder.shl(builder.lshr(units, bits), _simd.splat_int(16)), F32X)
 
     return _simd.float32x(p, types.intp, types.intp, types.intp), codegen
-
-
-@intrinsic
-def larger(typingctx, a, b):
-    """Larger of each lane; b where either is NaN."""
-
-    def codegen(context, builder, sig, args):
-        a, b = args
-        return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-    return _simd.float32x(_simd.float32x, _simd.float32x), codegen
 
 
 @intrinsic

@@ -14,17 +14,23 @@ from numba.extending import intrinsic
 
 from . import _simd
 from ._simd import F32, F32X, I16, I32, I32X, LANES
-from ._tile import _INTP, _accumulators, _add_into, _is_pairs, _literal_ints, _outlined
+from ._tile import (
+    _INTP,
+    _accumulators,
+    _add_into,
+    _constant,
+    _is_pairs,
+    _literal_ints,
+    _outlined,
+    _stack_block,
+    add_lanes,
+)
 
 BLOCK = LANES  # rows of a block
 
 _AGAIN = 4096  # bytes; measured: 2048 and 8192 are worse
 
 address_list = types.CPointer(types.int64)
-
-
-def _constant(value: int) -> ir.Constant:
-    return ir.Constant(_INTP, value)
 
 
 @intrinsic
@@ -43,10 +49,7 @@ def stack_addresses(typingctx, count):
     (size,) = _literal_ints(count)
 
     def codegen(context, builder, sig, args):
-        # not alloca_once, which fills with zeros at every call
-        with builder.goto_entry_block():
-            array = builder.alloca(ir.ArrayType(_INTP, size))
-        return builder.bitcast(array, _INTP.as_pointer())
+        return builder.bitcast(_stack_block(builder, _INTP, size), _INTP.as_pointer())
 
     return address_list(count), codegen
 
@@ -139,23 +142,6 @@ def _emit_block(builder, addresses, index, unit):
     return builder.inttoptr(address, unit.as_pointer())
 
 
-def _add_segments(builder, vectors):
-    """Lane g * width + j = sum of the lanes of segment g of vector j, for `width` vectors."""
-    span = len(vectors) // 2
-    while span:
-        # lanes with bit `span` clear take the first vector of a pair, the others the second
-        own = [k if not k & span else LANES + k for k in range(LANES)]
-        other = [k + span if not k & span else LANES + k - span for k in range(LANES)]
-        lanes = [ir.Constant(ir.VectorType(I32, LANES), order) for order in (own, other)]
-        half = len(vectors) // 2
-        vectors = [
-            builder.fadd(*(builder.shuffle_vector(a, b, order) for order in lanes))
-            for a, b in zip(vectors[:half], vectors[half:], strict=True)
-        ]
-        span //= 2
-    return vectors[0]
-
-
 @intrinsic(prefer_literal=True)
 def score_tile(typingctx, q, steps, keys, n_blocks, stride, ahead, out, out_stride, n_queries, n_tiles):
     """Products of each query of n_tiles tiles (literals) with 16 n_blocks keys.
@@ -210,7 +196,7 @@ def score_tile(typingctx, q, steps, keys, n_blocks, stride, ahead, out, out_stri
                         sums = [builder.load(slot) for slot in slots[begin : begin + width]]
                         there = builder.gep(target, [_constant(group * LANES)])
                         there = builder.bitcast(there, F32X.as_pointer())
-                        builder.store(_add_segments(builder, sums), there, align=4)
+                        builder.store(add_lanes(builder, sums), there, align=4)
 
     def codegen(context, builder, sig, args):
         name = f"hfopt.score_tile.{queries}.{tiles}.{'pairs' if pairs else 'floats'}"

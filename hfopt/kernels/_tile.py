@@ -19,6 +19,10 @@ _INTP = ir.IntType(64)
 _SUM_DEPTH = 128
 
 
+def _constant(value: int) -> ir.Constant:
+    return ir.Constant(_INTP, value)
+
+
 def _is_pairs(pointer: types.CPointer) -> bool:
     return pointer.dtype in (types.uint16, types.uint32)
 
@@ -98,17 +102,17 @@ def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, ahead, sums, accum
         x, x_step, w, w_stride, chunks, tail, ahead, sums, accumulate = args
         vector = I32X if pairs else F32X
         slots = _accumulators(builder, rows * columns)
-        places = [ir.Constant(_INTP, (i * LANES + j) * LANES) for i in range(rows) for j in range(columns)]
-        strides = [builder.mul(w_stride, ir.Constant(_INTP, j)) for j in range(max(columns, requests))]
+        places = [_constant((i * LANES + j) * LANES) for i in range(rows) for j in range(columns)]
+        strides = [builder.mul(w_stride, _constant(j)) for j in range(max(columns, requests))]
         w_rows = [builder.gep(w, [stride]) for stride in strides[:columns]]
         next_rows = [builder.gep(ahead, [stride]) for stride in strides[:requests]]
 
         def add_chunk(chunk, load):
-            start = builder.mul(chunk, ir.Constant(_INTP, width))
+            start = builder.mul(chunk, _constant(width))
             w_values = [load(row, start) for row in w_rows]
             x_chunk = builder.mul(chunk, x_step)
             for i in range(rows):
-                x_place = builder.add(x_chunk, ir.Constant(_INTP, i * LANES))
+                x_place = builder.add(x_chunk, _constant(i * LANES))
                 x_value = _simd.emit_load(builder, x, x_place, vector, 4)
                 for j, w_value in enumerate(w_values):
                     _add_into(builder, slots[i * columns + j], x_value, w_value)
@@ -124,9 +128,9 @@ def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, ahead, sums, accum
 
         with cgutils.for_range(builder, chunks) as loop:
             for row in next_rows:
-                _simd.emit_prefetch(builder, row, builder.mul(loop.index, ir.Constant(_INTP, width)))
+                _simd.emit_prefetch(builder, row, builder.mul(loop.index, _constant(width)))
             add_chunk(loop.index, whole)
-        with builder.if_then(builder.icmp_signed(">", tail, ir.Constant(_INTP, 0)), likely=False):
+        with builder.if_then(builder.icmp_signed(">", tail, _constant(0)), likely=False):
             add_chunk(chunks, part)
         # what is there is added last: short chains of additions round less
         with builder.if_then(accumulate):
@@ -163,13 +167,17 @@ def _transpose(builder, rows):
 
 
 def add_lanes(builder, vectors):
-    """Vector of the sums of the lanes of 16 vectors: halves are folded together until one vector is left."""
-    span = LANES // 2
+    """Lane g * n + j = sum of the lanes of segment g of vector j, for n vectors: 16 of whole vectors, or fewer of
+    16 / n segments.
+
+    Halves are folded together until one vector is left.
+    """
+    span = len(vectors) // 2
     while span:
         # lanes with bit `span` clear take the first vector of a pair, the others the second
-        first = [k if not k & span else LANES + k - span for k in range(LANES)]
-        second = [k + span if not k & span else LANES + k for k in range(LANES)]
-        lanes = [ir.Constant(ir.VectorType(I32, LANES), order) for order in (first, second)]
+        own = [k if not k & span else LANES + k for k in range(LANES)]
+        other = [k + span if not k & span else LANES + k - span for k in range(LANES)]
+        lanes = [ir.Constant(ir.VectorType(I32, LANES), order) for order in (own, other)]
         half = len(vectors) // 2
         vectors = [
             builder.fadd(*(builder.shuffle_vector(a, b, order) for order in lanes))
@@ -185,9 +193,7 @@ def sum_rows(typingctx, p):
 
     def emit(builder, args):
         source, target = args
-        rows = [
-            _simd.emit_load(builder, source, ir.Constant(_INTP, j * LANES), F32X, 4) for j in range(LANES)
-        ]
+        rows = [_simd.emit_load(builder, source, _constant(j * LANES), F32X, 4) for j in range(LANES)]
         builder.store(add_lanes(builder, rows), target)
 
     def codegen(context, builder, sig, args):
@@ -212,24 +218,24 @@ def outer_tile(typingctx, a, b, size, out, n_rows, n_vectors, accumulate):
     def emit(builder, args):
         a, b, size, out, accumulated = args
         vector = I32X if pairs else F32X
-        zero, depth = ir.Constant(_INTP, 0), ir.Constant(_INTP, _SUM_DEPTH)
+        zero, depth = _constant(0), _constant(_SUM_DEPTH)
         slots = _accumulators(builder, rows * vectors)
-        places = [ir.Constant(_INTP, p * LANES) for p in range(rows * vectors)]
+        places = [_constant(p * LANES) for p in range(rows * vectors)]
 
         def add_unit(unit):
-            a_row = builder.mul(unit, ir.Constant(_INTP, rows))
-            b_row = builder.mul(unit, ir.Constant(_INTP, vectors * LANES))
+            a_row = builder.mul(unit, _constant(rows))
+            b_row = builder.mul(unit, _constant(vectors * LANES))
             b_values = [
-                _simd.emit_load(builder, b, builder.add(b_row, ir.Constant(_INTP, j * LANES)), vector, 4)
+                _simd.emit_load(builder, b, builder.add(b_row, _constant(j * LANES)), vector, 4)
                 for j in range(vectors)
             ]
             for i in range(rows):
-                value = builder.load(builder.gep(a, [builder.add(a_row, ir.Constant(_INTP, i))]), align=4)
+                value = builder.load(builder.gep(a, [builder.add(a_row, _constant(i))]), align=4)
                 a_value = _simd.emit_splat(builder, value, vector)
                 for j, b_value in enumerate(b_values):
                     _add_into(builder, slots[i * vectors + j], a_value, b_value)
 
-        rounds = builder.udiv(builder.add(size, ir.Constant(_INTP, _SUM_DEPTH - 1)), depth)
+        rounds = builder.udiv(builder.add(size, _constant(_SUM_DEPTH - 1)), depth)
         with cgutils.for_range(builder, rounds) as blocks:
             first = builder.mul(blocks.index, depth)
             left = builder.sub(size, first)
@@ -268,12 +274,12 @@ def transpose_block(typingctx, source, source_stride, target, target_stride):
     def emit(builder, args):
         source, source_stride, target, target_stride = args
         rows = [
-            _simd.emit_load(builder, source, builder.mul(source_stride, ir.Constant(_INTP, j)), I32X, 2)
+            _simd.emit_load(builder, source, builder.mul(source_stride, _constant(j)), I32X, 2)
             for j in range(LANES)
         ]
         rows = _transpose(builder, rows)
         for k, row in enumerate(rows):
-            place = builder.gep(target, [builder.mul(target_stride, ir.Constant(_INTP, k))])
+            place = builder.gep(target, [builder.mul(target_stride, _constant(k))])
             builder.store(row, builder.bitcast(place, I32X.as_pointer()), align=4)
 
     def codegen(context, builder, sig, args):
@@ -284,15 +290,19 @@ def transpose_block(typingctx, source, source_stride, target, target_stride):
     return signature, codegen
 
 
+def _stack_block(builder, element, count):
+    # not alloca_once, which fills with zeros at every call
+    with builder.goto_entry_block():
+        return builder.alloca(ir.ArrayType(element, count))
+
+
 @intrinsic(prefer_literal=True)
 def stack_floats(typingctx, count):
     """Uninitialised float32 on the stack of the calling body, 64-byte aligned; `count` is a literal."""
     (size,) = _literal_ints(count)
 
     def codegen(context, builder, sig, args):
-        # not alloca_once, which fills with zeros at every call
-        with builder.goto_entry_block():
-            block = builder.alloca(ir.ArrayType(F32, size))
+        block = _stack_block(builder, F32, size)
         block.align = 64
         return builder.bitcast(block, F32.as_pointer())
 
@@ -309,12 +319,12 @@ def copy_unit(typingctx, source, index, valid, target, place):
         pairs = _is_pairs(sig.args[0])
         there = builder.gep(target, [place])
         builder.store(ir.Constant(there.type.pointee, None if not pairs else 0), there)
-        with builder.if_then(builder.icmp_signed(">", valid, ir.Constant(_INTP, 0))):
+        with builder.if_then(builder.icmp_signed(">", valid, _constant(0))):
             value = builder.load(builder.gep(source, [index]))
             builder.store(builder.zext(value, I32) if pairs else value, there)
             if pairs:
-                with builder.if_then(builder.icmp_signed(">", valid, ir.Constant(_INTP, 1))):
-                    second = builder.gep(source, [builder.add(index, ir.Constant(_INTP, 1))])
+                with builder.if_then(builder.icmp_signed(">", valid, _constant(1))):
+                    second = builder.gep(source, [builder.add(index, _constant(1))])
                     upper = builder.shl(builder.zext(builder.load(second), I32), ir.Constant(I32, 16))
                     builder.store(builder.or_(builder.load(there), upper), there)
         return context.get_dummy_value()
@@ -340,7 +350,7 @@ def copy_chunk(typingctx, source, index, target, place):
 def units_ratio(typingctx, p):
     """Elements of p in a 32-bit unit: 1 for float32, 2 for bfloat16."""
     ratio = 2 if _is_pairs(p) else 1
-    return types.intp(p), lambda context, builder, sig, args: ir.Constant(_INTP, ratio)
+    return types.intp(p), lambda context, builder, sig, args: _constant(ratio)
 
 
 @intrinsic
@@ -349,7 +359,7 @@ def to_cache_line(typingctx, p):
 
     def codegen(context, builder, sig, args):
         address = builder.ptrtoint(args[0], _INTP)
-        missing = builder.and_(builder.neg(address), ir.Constant(_INTP, 63))
-        return builder.lshr(missing, ir.Constant(_INTP, 2))
+        missing = builder.and_(builder.neg(address), _constant(63))
+        return builder.lshr(missing, _constant(2))
 
     return types.intp(p), codegen
