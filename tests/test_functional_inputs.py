@@ -194,7 +194,7 @@ def test_known_caches_of_another_layout() -> None:
         (torch.ones(2, 3, WIDTH), (8, 4, SIZE // 2)),
         (torch.ones(2, 3, WIDTH, dtype=torch.bfloat16), HEADS),
     ):
-        with pytest.raises(InvalidInput, match="appended.trunk"):
+        with pytest.raises(InvalidInput, match=r"appended\.trunk has"):
             functional.attend(qkv, appended, Mask("causal"), 0.2, *heads)
 
 

@@ -97,6 +97,49 @@ def test_decode(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", (31, 32, 33, 64, 65, 127, 128, 129, 160))
+def test_decode_of_every_width(dtype: torch.dtype, size: int) -> None:
+    heads = (3, 1, size)
+    cache = _cache(dtype, 2, 1, 1, size, (70, 3))
+    _check(_qkv(dtype, 2, 1, heads), cache, Mask("none"), torch.ones(2, 1, 73, dtype=torch.bool), heads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", (15, 16, 17, 63, 64, 65, 255, 256, 257))
+def test_decode_around_blocks_and_chunks(dtype: torch.dtype, length: int) -> None:
+    # a few heads and rows have chunks of 64 keys, 256 of them chunks of 256
+    n_rows, heads = (1, (8, 4, 32)) if length < 255 else (4, (128, 64, 32))
+    cache = _cache(dtype, n_rows, n_rows, heads[1], 32, (length, 0))
+    everything = torch.ones(n_rows, 1, length, dtype=torch.bool)
+    qkv = _qkv(dtype, n_rows, 1, heads)
+    _check(qkv, cache, Mask("none"), everything, heads)
+    for first in (1, length // 16 * 16, length - 1):  # left padding
+        seen = everything.clone()
+        seen[0, :, :first] = False
+        _check(qkv, cache, _bytes(seen), seen, heads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_rows", (1, 2, 4, 5, 8, 9))
+def test_rows_of_one_prompt(dtype: torch.dtype, n_rows: int) -> None:
+    """A row whose query heads fill a tile gets the same bits whether others share its pass over the keys or not."""
+    for group in (1, 4):
+        heads = (2 * group, 2, 32)
+        qkv = _qkv(dtype, n_rows, 1, heads)
+        cache = _cache(dtype, n_rows, 1, 2, 32, (90, 3))
+        everything = torch.ones(n_rows, 1, 93, dtype=torch.bool)
+        out = _check(qkv, cache, Mask("none"), everything, heads)
+        alike, one_differs = everything.clone(), everything.clone()
+        alike[:, :, :21] = False
+        one_differs[-1, :, :21] = False
+        together = _check(qkv, cache, _bytes(alike), alike, heads)
+        apart = _check(qkv, cache, _bytes(one_differs), one_differs, heads)
+        if group == 4:
+            assert torch.equal(apart[:-1], out[:-1])
+            assert torch.equal(apart[-1], together[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(
     ("n_rows", "n_trunk_rows", "n_new", "lengths"),
@@ -198,12 +241,13 @@ def test_prefill_where_no_key_has_a_weight(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", (24, 64))
 @pytest.mark.parametrize("n_new", (1, 9))
 @pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
-def test_hidden_keys_and_values_do_not_leak(dtype: torch.dtype, n_new: int, value: float) -> None:
-    heads = (4, 2, 24)
+def test_hidden_keys_and_values_do_not_leak(dtype: torch.dtype, size: int, n_new: int, value: float) -> None:
+    heads = (4, 2, size)
     qkv = _qkv(dtype, 2, n_new, heads)
-    cache = _cache(dtype, 2, 2, 2, 24, (40, 31))
+    cache = _cache(dtype, 2, 2, 2, size, (40, 31))
     seen = _causal(2, n_new, 71)
     seen[:, :, :5] = False
     seen[:, :, 50] = False
@@ -228,15 +272,16 @@ def test_later_values_do_not_leak_into_earlier_tokens(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", (24, 64))
 @pytest.mark.parametrize("n_new", (1, 3))
 @pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
 @pytest.mark.parametrize("place", ("keys", "values"))
 def test_values_that_are_seen_and_not_finite(
-    dtype: torch.dtype, n_new: int, value: float, place: str
+    dtype: torch.dtype, size: int, n_new: int, value: float, place: str
 ) -> None:
-    heads = (4, 2, 24)
+    heads = (4, 2, size)
     qkv = _qkv(dtype, 2, n_new, heads)
-    cache = _cache(dtype, 2, 2, 2, 24, (300, 0))
+    cache = _cache(dtype, 2, 2, 2, size, (300, 0))
     torch.from_numpy(cache.trunk).view(dtype)[0 if place == "keys" else 1, 0, 0, 7, 3] = value
     seen = _causal(2, n_new, 300)
     out = functional.attend(
@@ -292,7 +337,7 @@ def test_nothing_is_written_outside(dtype: torch.dtype, heads: tuple[int, int, i
     record = cache_record.record_of(cache.trunk, cache.branch)
     parts = (record, 21, 5, cache.trunk_row, cache.table)
     out = Guarded(dtype, 2 * n_new, n_heads * size)
-    like, address, no_mask = bits(qkv)[:0], qkv.data_ptr(), np.zeros((0, 0, 0), np.uint8)
+    like, address, no_mask = bits(qkv)[0, 0, :0], qkv.data_ptr(), np.zeros((0, 0, 0), np.uint8)
     if n_new == 1:
         attention.attend_decode(like, address, 2, *parts, no_mask, 0.2, n_heads, out.array.ctypes.data)
     else:
