@@ -7,8 +7,8 @@ from ._attention_tile import store_pair, where_up_to
 from ._parallel import body
 from ._pointer import load, load_part, prefetch, shifted, store
 from ._simd import LANES
-from ._vector import absolute, fma, splat, sum_lanes
 from ._tile import transpose_block, units_ratio
+from ._vector import absolute, fma, splat, sum_lanes
 
 BLOCK = 32  # units of keys: one in float32, two in bfloat16; their scores stay in an L1 cache
 ROWS = 8  # keys, or channels of values, of a register tile: with 3 vectors 24 sums

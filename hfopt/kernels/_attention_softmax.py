@@ -18,8 +18,8 @@ from ._attention_tile import (
 from ._parallel import body
 from ._pointer import load, load_scalar, pointer, shifted, store
 from ._simd import LANES
-from ._vector import fence, fma, larger, splat
 from ._tile import stack_floats, transpose_block, units_ratio
+from ._vector import fence, fma, larger, splat
 
 TILE = 48  # queries: 3 vectors; the last tile of a head may have 1 or 2
 TOP, TOTAL, LIMIT, STATS = range(4)  # of each query: largest score, sum of weights, position in its tile

@@ -33,10 +33,24 @@ from ._decode_tile import (
 )
 from ._jit import launch
 from ._parallel import body, next_index, parallel_for, threads_for
-from ._pointer import address_as, as_units, bytes_at, floats_at, integers_at, load, load_part, load_scalar, pointer, shifted, store, store_part, store_scalar
+from ._pointer import (
+    address_as,
+    as_units,
+    bytes_at,
+    floats_at,
+    integers_at,
+    load,
+    load_part,
+    load_scalar,
+    pointer,
+    shifted,
+    store,
+    store_part,
+    store_scalar,
+)
 from ._simd import LANES
-from ._vector import fma, lane, larger, splat
 from ._tile import stack_floats, units_ratio
+from ._vector import fma, lane, larger, splat
 
 _MOST_KEYS, _LEAST_KEYS = 256, 64  # of a chunk; 256 is also a literal below, in the sizes of stacks
 _CHUNK_BYTES = 1 << 17  # of the keys of a chunk, which stay in the L2 cache of a core with their values

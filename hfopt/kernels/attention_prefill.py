@@ -32,10 +32,21 @@ from ._attention_softmax import (
 from ._attention_tile import where_bytes
 from ._jit import launch
 from ._parallel import body, next_index, parallel_for, threads_for
-from ._pointer import address_as, as_units, load, load_scalar, pointer, pointer_as, shifted, store, store_part, store_scalar
+from ._pointer import (
+    address_as,
+    as_units,
+    load,
+    load_scalar,
+    pointer,
+    pointer_as,
+    shifted,
+    store,
+    store_part,
+    store_scalar,
+)
 from ._simd import LANES
-from ._vector import splat, sum_lanes
 from ._tile import to_cache_line, transpose_block, units_ratio
+from ._vector import splat, sum_lanes
 
 ALL, CAUSAL, BYTES = range(3)
 

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import activation, attention, attention_prefill, cache_record, linear, linear_tiles, norm, rope, sampling
+from . import (
+    activation,
+    attention,
+    attention_prefill,
+    cache_record,
+    linear,
+    linear_tiles,
+    norm,
+    rope,
+    sampling,
+)
 
 Array = NDArray[Any]
 Case = Callable[[type], float]
