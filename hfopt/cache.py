@@ -80,6 +80,23 @@ class IndirectCache(DynamicCache):
             self._fork_for(n_rows)
         return layer.append(n_rows, n_new, n_kv_heads, head_dim, dtype)
 
+    def append_everywhere(
+        self, n_rows: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> list[Appended] | None:
+        """`append` one token a row in every layer; None, with nothing changed, unless all hold the same tokens and rows.
+
+        Raises as `append`.
+        """
+        if self.copies > 1:
+            self._fork_for(n_rows)
+        rows, layers = self._rows, self.layers
+        if not layers or not all(isinstance(layer, IndirectLayer) and layer.rows is rows for layer in layers):
+            return None
+        lengths = {(layer.trunk_len, layer.branch_len) for layer in layers}
+        if len(lengths) > 1 or rows.n_rows != n_rows:
+            return None
+        return [layer.append(n_rows, 1, n_kv_heads, head_dim, dtype) for layer in layers]
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

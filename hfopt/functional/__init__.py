@@ -9,14 +9,22 @@ from .attention import Mask, attend, prepare_mask
 from .choice import Kernels
 from .linear import LinearWeights, linear
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .program import Builder, Program, Slot, Table
 from .rotary import rotate_and_store
 from .sampling import argmax, log_softmax_top_k
+from .step import ROW_LIMIT, StepScratch, step
 
 __all__ = [
     "ACTIVATIONS",
+    "ROW_LIMIT",
+    "Builder",
     "Kernels",
     "LinearWeights",
     "Mask",
+    "Program",
+    "Slot",
+    "StepScratch",
+    "Table",
     "add_layer_norm",
     "add_rms_norm",
     "argmax",
@@ -27,4 +35,5 @@ __all__ = [
     "prepare_mask",
     "rms_norm",
     "rotate_and_store",
+    "step",
 ]

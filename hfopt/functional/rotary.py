@@ -92,15 +92,21 @@ def check_qkv(
         )
     width = (n_heads + 2 * n_kv_heads) * head_dim
     address = check_array("qkv", qkv, (len(appended.trunk_row), appended.n_new, width))
+    return address, cache_record(appended, qkv.dtype, n_kv_heads, head_dim)
+
+
+def cache_record(appended: "Appended", dtype: torch.dtype, n_kv_heads: int, head_dim: int) -> np.ndarray:
+    """The `kernels.cache_record` of a layer; raises `InvalidInput` unless it has this dtype and these heads."""
     trunk, branch, buffers = appended.trunk, appended.branch, appended.buffers
-    layout = qkv.dtype, n_kv_heads, head_dim
+    layout = dtype, n_kv_heads, head_dim
     # `_replace` may have put other arrays beside the buffers of a cache
     if buffers is None or buffers.trunk is not trunk or buffers.branch is not branch:
-        return address, _checked_record(trunk, branch, *layout)
+        return _checked_record(trunk, branch, *layout)
     if buffers.checked != layout:
         buffers.record = _checked_record(trunk, branch, *layout)
         buffers.checked = layout
-    return address, buffers.record
+    record: np.ndarray = buffers.record
+    return record
 
 
 def _checked_record(

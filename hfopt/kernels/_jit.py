@@ -219,6 +219,8 @@ def use_threads(count: int) -> None:
 class Launch:
     """A kernel that Python calls. A call compiles the variant for the types of its arguments, or loads it from the cache."""
 
+    __wrapped__: Callable  # what the kernel was made of; `body` makes it callable from another launch
+
     def __init__(self, py_func: Callable):
         self._dispatcher = numba.njit(**OPTIONS)(py_func)
         # a decode step has hundreds of calls: what the first one has settled is not asked again

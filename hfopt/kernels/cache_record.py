@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 ADDRESS, ROWS, COLUMNS = range(3)  # of a buffer, behind where its part begins
 TRUNK, BRANCH, KV_HEADS, HEAD_DIM = 0, 3, 6, 7
+LENGTH = 8
 
 
 def record_of(trunk: NDArray[Any], branch: NDArray[Any]) -> NDArray[np.int64]:

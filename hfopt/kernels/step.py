@@ -1,0 +1,182 @@
+"""A decode step in one launch: walks the instructions of a program and calls the bodies of the other kernels.
+
+An instruction is a row of int64, [OP, IN, OUT, SIZE, ...] and a float64. IN and OUT are slots: places in the arena, in
+bytes a row, of arrays [n_rows, ...]. What else there is, is named below by operation.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._attention_cache import open_cache, valid_rows
+from ._decode_tile import address_of
+from ._jit import launch
+from ._parallel import body
+from ._pointer import address_as, bytes_at, floats_at, integers_at, pointer, shifted
+from .attention import attend_rows, plan_rows, scratch_bytes
+from .cache_record import BRANCH, LENGTH, TRUNK
+from .linear import Linear, multiply_rows, rows_scratch
+from .norm import add_row, layer_norm, rms_norm
+from .rope import rotate_and_store_rows
+
+LOOK_UP, ADD_LOOKED_UP, RMS_NORM, LAYER_NORM, LINEAR, ROTATE_AND_STORE, ATTEND = range(7)
+NAMES = ("look up", "add looked up", "rms_norm", "layer_norm", "linear", "rotate and store", "attend")
+OP, IN, OUT, SIZE = range(4)
+TABLE, BY = 4, 5  # LOOK_UP (SIZE in bytes) and ADD_LOOKED_UP: number of the table, and TOKENS or POSITIONS
+WEIGHT, BIAS = 4, 5  # norms, whose float is eps: addresses, or 0
+MATRICES, N_MATRICES, WIDTH, GATED, CODE, RESIDUALS = range(4, 10)  # LINEAR: as in `linear.Linear`
+LAYER, N_HEADS = 4, 5  # ATTEND, whose float is the scale, and ROTATE_AND_STORE
+COS, SIN, N_ROTARY, KIND = range(6, 10)  # ROTATE_AND_STORE: slots of float32, and as in `rope`
+COLUMNS = 12
+
+MOST_RESIDUALS = COLUMNS - RESIDUALS
+NONE, LOGITS = -1, -2  # in place of a slot
+TOKENS, POSITIONS = range(2)
+ADDRESS, N_ROWS = range(2)  # of a table
+
+UNKNOWN_INDEX, UNKNOWN_ROW = 1, 2  # what `run_step` returns
+
+_rms_norm = body(rms_norm.__wrapped__)
+_layer_norm = body(layer_norm.__wrapped__)
+
+
+class _Cache(NamedTuple):
+    """The cache of all layers."""
+
+    records: Any  # pointer to `cache_record`s, one after the other
+    trunk_len: Any
+    branch_len: Any
+    trunk_row: Any  # pointers to int32
+    table: Any
+    table_row: Any
+
+
+@body
+def _open(cache, layer, like):
+    record = shifted(cache.records, layer * LENGTH)
+    lengths = cache.trunk_len, cache.branch_len
+    return open_cache(like, record, *lengths, cache.trunk_row, cache.table, cache.table_row)
+
+
+@body
+def _check(code, tables, ids, n_rows, cache, like):
+    """0 if all rows exist that are looked up in tables and in the cache."""
+    for i in range(code.shape[0]):
+        if code[i, OP] == LOOK_UP or code[i, OP] == ADD_LOOKED_UP:
+            for row in range(n_rows):
+                index = ids[code[i, BY], row]
+                if index < 0 or index >= tables[code[i, TABLE], N_ROWS]:
+                    return UNKNOWN_INDEX
+        elif code[i, OP] == ATTEND and not valid_rows(_open(cache, code[i, LAYER], like), n_rows):
+            return UNKNOWN_ROW
+    return 0
+
+
+@body
+def _scratch(code, n_rows, cache, like):
+    """Bytes of scratch of the instruction that needs most."""
+    most = 0
+    for i in range(code.shape[0]):
+        if code[i, OP] == LINEAR:
+            most = max(most, 4 * rows_scratch(like, n_rows, code[i, SIZE]))
+        elif code[i, OP] == ATTEND:
+            layer = _open(cache, code[i, LAYER], like)
+            most = max(most, scratch_bytes(plan_rows(layer, n_rows, code[i, N_HEADS]), layer, n_rows))
+    return most
+
+
+@body
+def _look_up(table, n_bytes, index, target):
+    """target = row of a table, of whatever type."""
+    source = bytes_at(table + index * n_bytes)
+    for k in range(n_bytes):
+        target[k] = source[k]
+
+
+@launch
+def run_step(
+    like,
+    code,
+    scalars,
+    n_rows,
+    arena,
+    tables,
+    ids,
+    records,
+    trunk_len,
+    branch_len,
+    in_branch,
+    trunk_row,
+    table,
+    mask,
+    logits,
+):
+    """Runs a program for one new token in each of 1 to 32 rows. Returns 0, or UNKNOWN_INDEX or UNKNOWN_ROW, nothing written.
+
+    Like an array of the element type, float32 or bfloat16 bits; code int64 [n, COLUMNS], scalars float64 [n]; address of the
+    arena, on a 64-byte boundary; tables int64 [n, 2]; ids int64 [2, n_rows]: tokens, positions; records int64 [layers,
+    `cache_record`]; lengths, in_branch, trunk_row and table as in `cache.Appended`; mask uint8 [n_rows, 1, keys], empty
+    if all are seen; address of logits, of the element type.
+    """
+    rows = pointer(like)
+    cache = _Cache(
+        pointer(records), trunk_len, branch_len, pointer(trunk_row), pointer(table), table.shape[1]
+    )
+    wrong = _check(code, tables, ids, n_rows, cache, rows)
+    if wrong != 0:
+        return wrong
+    hidden = address_of(pointer(mask)) if mask.size > 0 else 0
+    part, first = (BRANCH, branch_len - 1) if in_branch else (TRUNK, trunk_len - 1)
+    room = np.empty(_scratch(code, n_rows, cache, rows) // 8 + 9, np.int64)
+    scratch = (address_of(pointer(room)) + 63) // 64 * 64
+    residuals = np.empty(MOST_RESIDUALS, np.int64)
+    for i in range(code.shape[0]):
+        op, size = code[i, OP], code[i, SIZE]
+        x = arena + code[i, IN] * n_rows
+        out = logits if code[i, OUT] == LOGITS else arena + code[i, OUT] * n_rows
+        if op == LINEAR:
+            n_residuals = 0
+            while n_residuals < MOST_RESIDUALS and code[i, RESIDUALS + n_residuals] != NONE:
+                residuals[n_residuals] = arena + code[i, RESIDUALS + n_residuals] * n_rows
+                n_residuals += 1
+            layer = Linear(
+                size,
+                integers_at(code[i, MATRICES]),
+                code[i, N_MATRICES],
+                code[i, GATED] != 0,
+                code[i, CODE],
+                pointer(residuals),
+                n_residuals,
+                address_as(out, rows),
+                code[i, WIDTH],
+            )
+            multiply_rows(address_as(x, rows), n_rows, layer, floats_at(scratch))
+        elif op == RMS_NORM:
+            _rms_norm(like, x, n_rows, size, 0, code[i, WEIGHT], scalars[i], 0, out)
+        elif op == LAYER_NORM:
+            _layer_norm(like, x, n_rows, size, 0, code[i, WEIGHT], code[i, BIAS], scalars[i], 0, out)
+        elif op == ROTATE_AND_STORE:
+            record = shifted(cache.records, code[i, LAYER] * LENGTH)
+            cos, sin = floats_at(arena + code[i, COS] * n_rows), floats_at(arena + code[i, SIN] * n_rows)
+            n_rotary, kind, n_heads = code[i, N_ROTARY], code[i, KIND], code[i, N_HEADS]
+            qkv = address_as(x, rows)
+            rotate_and_store_rows(
+                qkv, n_rows, 1, cos, sin, n_rows, n_rotary, kind, n_heads, record, part, first
+            )
+        elif op == ATTEND:
+            opened, n_heads = _open(cache, code[i, LAYER], rows), code[i, N_HEADS]
+            plan = plan_rows(opened, n_rows, n_heads)
+            q_row = (n_heads + 2 * opened.n_kv_heads) * opened.size
+            q, target, scale = address_as(x, rows), address_as(out, rows), np.float32(scalars[i])
+            attend_rows(plan, opened, q, q_row, n_rows, n_heads, hidden, scale, scratch, target)
+        else:
+            source, n = tables[code[i, TABLE], ADDRESS], code[i, BY]
+            for row in range(n_rows):
+                if op == LOOK_UP:
+                    _look_up(source, size, ids[n, row], bytes_at(out + row * size))
+                else:
+                    target = shifted(address_as(out, rows), row * size)
+                    add_row(target, shifted(address_as(source, rows), ids[n, row] * size), size, target)
+    room[0] = 0  # the last uses of the scratch: it must live until here
+    residuals[0] = 0
+    return 0
