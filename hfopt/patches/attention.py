@@ -9,13 +9,18 @@ import torch
 
 from hfopt import functional
 from hfopt.cache import IndirectCache
-from hfopt.errors import InvalidInput
+from hfopt.errors import InvalidInput, UnsupportedModel
+from hfopt.functional import Builder, Slot, Table
 from hfopt.patches.guards import are_readable, are_without_effect, is_sdpa, wants_attentions
-from hfopt.patches.linear import are_others_bare, is_linear, read_children
+from hfopt.patches.linear import are_others_bare, is_linear, read_children, weights_of
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
 from hfopt.patches.replacement import Replacement
 
 Rotary = tuple[torch.Tensor | None, torch.Tensor | None]
+
+# kinds of rotary embedding (transformers' `rope_type`) whose angles follow from the position alone
+_ANGLES = 1024  # positions that are computed together
+_STATIC_ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,26 @@ class Attention(Replacement):
         residuals = [residual.contiguous() for residual in residuals]
         return functional.linear(attended, output, residuals=residuals, by=by)
 
+    def emit(self, builder: Builder, x: Slot, residuals: Sequence[Slot], angles: Any) -> Slot:
+        """`attend` as instructions, for one new token a row; angles: the slots of cos and sin, or None."""
+        spec = self._hfopt.spec
+        inputs, output = weights_of(self, "inputs", spec.inputs), weights_of(self, "output", (spec.output,))
+        heads = spec.n_heads, spec.n_kv_heads, spec.head_dim
+        qkv = builder.linear(x, inputs)
+        builder.rotate_and_store(qkv, self.layer_idx, heads, spec.rotation, angles)
+        attended = builder.attend(qkv, self.layer_idx, heads, self._scale())
+        builder.release(qkv)
+        out = builder.linear(attended, output, residuals=residuals)
+        builder.release(attended)
+        return out
+
+    def angle_tables(self, rotary: Any, dtype: torch.dtype) -> tuple[Table, Table] | None:
+        """cos and sin by position, float32; None if positions are in the hidden states already.
+
+        rotary: the model's module that computes them, if it has one. Raises UnsupportedModel.
+        """
+        return None
+
     def _mask(self, cache: IndirectCache, attention_mask: Any, n_rows: int, n_new: int, n_keys: int) -> Any:
         sizes = (n_rows, n_new, n_keys)
         if attention_mask is None:
@@ -149,6 +174,20 @@ class RotaryAttention(Attention):
             return found
 
         return self._run(hidden_states, attention_mask, past_key_values, kwargs, residuals, rotary)
+
+    def angle_tables(self, rotary: Any, dtype: torch.dtype) -> tuple[Table, Table]:
+        if rotary is None or getattr(rotary, "rope_type", None) not in _STATIC_ROTATIONS:
+            kind = getattr(rotary, "rope_type", type(rotary).__name__)
+            raise UnsupportedModel(f"rotary embedding {kind!r} depends on more than a token's position")
+
+        def angles(which: int, n: int) -> torch.Tensor:
+            n_positions = _ANGLES * -(-n // _ANGLES)
+            with torch.inference_mode(False), torch.no_grad():
+                found = rotary(torch.empty(0, dtype=dtype), torch.arange(n_positions)[None])[which][0]
+            return found.float().contiguous()
+
+        cos, sin = (functools.partial(angles, which) for which in range(2))
+        return Table(cos(_ANGLES), cos), Table(sin(_ANGLES), sin)
 
 
 class UnrotatedAttention(Attention):
@@ -199,6 +238,11 @@ class TableAttention(Attention):
             return found
 
         return self._run(hidden_states, attention_mask, layer_past, kwargs, residuals, rotary)
+
+    def angle_tables(self, rotary: Any, dtype: torch.dtype) -> tuple[Table, Table]:
+        table: Any = self._buffers["embed_positions"]
+        cos, sin = self._look_up(torch.arange(len(table)), dtype)
+        return Table(cos), Table(sin)
 
     def _look_up(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         table: Any = self._buffers["embed_positions"]

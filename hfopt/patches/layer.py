@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from hfopt import functional
+from hfopt.errors import UnsupportedModel
+from hfopt.functional import Builder, Slot
 from hfopt.patches.activation import match_activation
 from hfopt.patches.attention import Attention, RotaryAttention, TableAttention
 from hfopt.patches.guards import is_bare, is_readable, wants_attentions
-from hfopt.patches.linear import is_linear, read_children
-from hfopt.patches.mlp import Mlp, activate
+from hfopt.patches.linear import is_linear, read_children, weights_of
+from hfopt.patches.mlp import Mlp, activate, activation_of
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
 from hfopt.patches.replacement import Replacement, is_swapped
 
@@ -67,6 +69,14 @@ def normalize(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     return normed
 
 
+def swapped(module: Any, name: str) -> Any:
+    """A child that runs in kernels; raises UnsupportedModel if it is something else."""
+    child = module._modules[name]
+    if not isinstance(child, Replacement) or not is_swapped(child):
+        raise UnsupportedModel(f"{name} is a {type(child).__name__} that does not run in kernels")
+    return child
+
+
 def _add(output: torch.Tensor, residuals: Sequence[torch.Tensor]) -> torch.Tensor:
     for residual in residuals:
         output = output + residual
@@ -101,6 +111,18 @@ class SequentialLayer(Replacement):
         )
         return feed(children[spec.mlp], (attended,), normalize(norm_before_mlp, attended))
 
+    def emit(self, builder: Builder, x: Slot, angles: Any) -> Slot:
+        """The layer as instructions; they may use the scratch of x afterwards."""
+        spec = self._hfopt.spec
+        first, second = (swapped(self, name) for name in spec.norms)
+        normed = first.emit(builder, x)
+        attended = swapped(self, spec.attention).emit(builder, normed, (x,), angles)
+        builder.release(x, normed)
+        normed = second.emit(builder, attended)
+        out: Slot = swapped(self, spec.mlp).emit(builder, normed, (attended,))
+        builder.release(attended, normed)
+        return out
+
 
 class ParallelLayer(Replacement):
     """GPT-J's: `x + attention(norm(x)) + mlp(norm(x))`."""
@@ -131,6 +153,15 @@ class ParallelLayer(Replacement):
             output_attentions=output_attentions,
         )
         return feed(children[spec.mlp], (attended, hidden_states), normed), None
+
+    def emit(self, builder: Builder, x: Slot, angles: Any) -> Slot:
+        """As `SequentialLayer.emit`."""
+        spec = self._hfopt.spec
+        normed = swapped(self, spec.norms[0]).emit(builder, x)
+        attended = swapped(self, spec.attention).emit(builder, normed, (), angles)
+        out: Slot = swapped(self, spec.mlp).emit(builder, normed, (attended, x))
+        builder.release(x, normed, attended)
+        return out
 
 
 class InlineLayer(Replacement):
@@ -179,6 +210,33 @@ class InlineLayer(Replacement):
             inner, output, residuals=(attended.contiguous(),), by=self._hfopt.kernels
         ).view(shape)
         return hidden_states if is_pre_norm else normalize(final_norm, hidden_states)
+
+    def emit(self, builder: Builder, x: Slot, angles: Any) -> Slot:
+        """As `SequentialLayer.emit`."""
+        spec = self._hfopt.spec
+        first_name, activation_name, second_name = spec.inner
+        inputs = weights_of(self, "inputs", (first_name,))
+        output = weights_of(self, "output", (second_name,))
+        activation = activation_of(self._hfopt, self._modules[activation_name])
+        attention_norm, final_norm = (swapped(self, name) for name in spec.norms)
+        is_pre_norm = self.do_layer_norm_before
+
+        normed = attention_norm.emit(builder, x) if is_pre_norm else x
+        attended = swapped(self, spec.attention).emit(builder, normed, (x,), angles)
+        builder.release(*{x, normed})
+        if not is_pre_norm:
+            normed = attention_norm.emit(builder, attended)
+            builder.release(attended)
+            attended = normed
+        normed = final_norm.emit(builder, attended) if is_pre_norm else attended
+        inner = builder.linear(normed, inputs, activation=activation)
+        out = builder.linear(inner, output, residuals=(attended,))
+        builder.release(inner, *{attended, normed})
+        if not is_pre_norm:
+            normed = final_norm.emit(builder, out)
+            builder.release(out)
+            out = normed
+        return out
 
 
 # ---- recognition -------------------------------------------------------------------------------------------

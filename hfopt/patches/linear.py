@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from hfopt import functional
-from hfopt.errors import InvalidInput
-from hfopt.functional import LinearWeights
+from hfopt.errors import InvalidInput, UnsupportedModel
+from hfopt.functional import Builder, LinearWeights, Slot
 from hfopt.patches.guards import is_bare, is_readable
 from hfopt.patches.pattern import Pattern
 from hfopt.patches.replacement import Record, Replacement, original_class
@@ -57,6 +57,14 @@ def read_children(module: Replacement, role: str, names: Sequence[str]) -> Linea
     return read_weights(module._hfopt, role, linears)
 
 
+def weights_of(module: Replacement, role: str, names: Sequence[str]) -> LinearWeights:
+    """`read_children`, for a program; raises UnsupportedModel."""
+    weights = read_children(module, role, names)
+    if weights is None:
+        raise UnsupportedModel(f"{', '.join(names)} cannot be read by a kernel as they are")
+    return weights
+
+
 def are_others_bare(module: Replacement) -> bool:
     """Whether the children that are no such Linears (activations, dropouts) may be bypassed."""
     reads = module._hfopt.spec.reads
@@ -73,6 +81,13 @@ class Linear(Replacement):
         if weights is None or not is_readable(hidden_states, weights.dtype):
             return None
         return functional.linear(hidden_states.contiguous(), weights, by=self._hfopt.kernels)
+
+    def emit(self, builder: Builder, x: Slot, is_last: bool = False) -> Slot:
+        """The layer as an instruction."""
+        weights = read_weights(self._hfopt, "own", (self,))
+        if weights is None:
+            raise UnsupportedModel("a kernel cannot read its weights")
+        return builder.linear(x, weights, is_last=is_last)
 
 
 def _recognise(module: Any) -> LinearSpec | None:

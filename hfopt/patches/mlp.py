@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from hfopt import functional
-from hfopt.functional import LinearWeights
+from hfopt.errors import UnsupportedModel
+from hfopt.functional import Builder, LinearWeights, Slot
 from hfopt.patches.activation import fused_activation, match_activation
 from hfopt.patches.guards import are_readable
-from hfopt.patches.linear import are_others_bare, is_linear, read_children
+from hfopt.patches.linear import are_others_bare, is_linear, read_children, weights_of
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, takes_one_input
 from hfopt.patches.replacement import Record, Replacement
 
@@ -43,6 +44,14 @@ def activate(
     return activation(functional.linear(hidden_states, weights, by=record.kernels))
 
 
+def activation_of(record: Record, activation: Any) -> str:
+    """Name of the kernels' activation that the module computes; raises UnsupportedModel if there is none."""
+    name = fused_activation(record, activation)
+    if name is None:
+        raise UnsupportedModel(f"{type(activation).__name__} is no activation of the kernels")
+    return name
+
+
 class Mlp(Replacement):
     """What gated and plain blocks share."""
 
@@ -70,6 +79,16 @@ class Mlp(Replacement):
     def compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         (hidden_states,) = args or kwargs.values()
         return self.feed(hidden_states)
+
+    def emit(self, builder: Builder, x: Slot, residuals: Sequence[Slot]) -> Slot:
+        """`feed` as instructions."""
+        spec = self._hfopt.spec
+        inputs, output = weights_of(self, "inputs", spec.inputs), weights_of(self, "output", (spec.output,))
+        name = activation_of(self._hfopt, self._modules[spec.activation_module])
+        inner = builder.linear(x, inputs, activation=name, gated=len(spec.inputs) == 2)
+        out = builder.linear(inner, output, residuals=residuals)
+        builder.release(inner)
+        return out
 
 
 class GatedMlp(Mlp):

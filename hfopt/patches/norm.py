@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hfopt import functional
+from hfopt.functional import Builder, Slot
 from hfopt.patches.guards import is_readable
 from hfopt.patches.pattern import Pattern, attributes, takes_one_input
 from hfopt.patches.replacement import Replacement
@@ -35,6 +36,11 @@ class RMSNorm(Replacement):
             hidden_states.contiguous(), weight, self.__dict__[self._hfopt.spec.eps_name]
         )
 
+    def emit(self, builder: Builder, x: Slot) -> Slot:
+        """The norm of x."""
+        weight: Any = self._parameters["weight"]
+        return builder.rms_norm(x, weight, self.__dict__[self._hfopt.spec.eps_name])
+
 
 class LayerNorm(Replacement):
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, where there is a weight or a bias."""
@@ -46,6 +52,11 @@ class LayerNorm(Replacement):
         if not is_readable(hidden_states, dtype) or (bias is not None and bias.dtype is not dtype):
             return None
         return functional.layer_norm(hidden_states.contiguous(), weight, bias, self.__dict__["eps"])
+
+    def emit(self, builder: Builder, x: Slot) -> Slot:
+        """The norm of x."""
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        return builder.layer_norm(x, weight, bias, self.__dict__["eps"])
 
 
 def _recognise_rms_norm(module: Any) -> NormSpec | None:

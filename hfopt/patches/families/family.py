@@ -6,6 +6,26 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """How a model puts its modules together: names of the children of the module at `path`.
+
+    What a token looks up in `tokens` goes through `project_in`, is added to what its position looks up in `positions`,
+    and goes through `layers`, `norm`, `project_out`, and the model's own child `head`. A part that is None in a family,
+    or in a model, is left out. rotary: computes cos and sin for all layers.
+    """
+
+    path: str
+    tokens: str
+    layers: str
+    norm: str
+    head: str = "lm_head"
+    rotary: str | None = None
+    positions: str | None = None
+    project_in: str | None = None
+    project_out: str | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """A decoder as data.
 
@@ -16,6 +36,7 @@ class Family:
     name: str
     model_type: str
     parts: Mapping[str, str]
+    decoder: Decoder
 
     def pattern_at(self, path: str) -> str | None:
         """Name of the pattern that the module at this path has to match; None if it is no such part."""

@@ -1,6 +1,6 @@
 """GPT-J: parallel layers with one LayerNorm, partly rotated heads, a plain feed-forward block."""
 
-from hfopt.patches.families.family import Family
+from hfopt.patches.families.family import Decoder, Family
 
 GPTJ = Family(
     name="GPT-J",
@@ -13,4 +13,5 @@ GPTJ = Family(
         "ln_f": "layer_norm",
         "lm_head": "linear",
     },
+    decoder=Decoder("transformer", "wte", "h", "ln_f"),
 )

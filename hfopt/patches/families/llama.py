@@ -1,6 +1,6 @@
 """Llama: sequential layers, RMSNorm, rotated heads, a gated feed-forward block."""
 
-from hfopt.patches.families.family import Family
+from hfopt.patches.families.family import Decoder, Family
 
 LLAMA = Family(
     name="Llama",
@@ -14,4 +14,5 @@ LLAMA = Family(
         "norm": "rms_norm",
         "lm_head": "linear",
     },
+    decoder=Decoder("model", "embed_tokens", "layers", "norm", rotary="rotary_emb"),
 )

@@ -1,6 +1,6 @@
 """OPT: layers with the feed-forward block inline, LayerNorm before or after, learned positions."""
 
-from hfopt.patches.families.family import Family
+from hfopt.patches.families.family import Decoder, Family
 
 OPT = Family(
     name="OPT",
@@ -14,4 +14,13 @@ OPT = Family(
         "project_out": "linear",
         "lm_head": "linear",
     },
+    decoder=Decoder(
+        "model.decoder",
+        "embed_tokens",
+        "layers",
+        "final_layer_norm",
+        positions="embed_positions",
+        project_in="project_in",
+        project_out="project_out",
+    ),
 )

@@ -1,0 +1,90 @@
+"""What `optimize` leaves on a model for decode steps: the program of the model as it is now."""
+
+import logging
+import threading
+from dataclasses import dataclass
+
+from torch import nn
+
+from hfopt.errors import UnsupportedModel
+from hfopt.functional import Kernels, Program
+from hfopt.functional.choice import takes_torch
+from hfopt.patches.decoder import build
+from hfopt.patches.guards import captured_outputs, is_plain_inference
+from hfopt.patches.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Made:
+    """What was made of a model while `watch` holds. is_proven: one step gave the bits that the modules give."""
+
+    watch: Watch
+    program: Program | None
+    reason: str | None
+    is_proven: bool = False
+
+
+class Programs:
+    """Makes the program of a model when it is first asked for, and anew when the model has changed.
+
+    Copies and pickles start empty.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels: Kernels = kernels
+        self._lock = threading.Lock()
+        self._made: _Made | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[Kernels]]:
+        return Programs, (self._kernels,)
+
+    def of(self, model: nn.Module, n_rows: int, *, is_first: bool = False) -> Program | None:
+        """The program for a step with n_rows rows; None if this step has to go module by module.
+
+        is_first: of a request, when more is looked at.
+        """
+        program = self._current(model, is_first).program
+        if program is None or not is_plain_inference(model, (), {}) or captured_outputs() is not None:
+            return None
+        if self._kernels != "hfopt" and takes_torch(self._kernels, "linear", program.dtype, n_rows):
+            return None
+        return program
+
+    def _current(self, model: nn.Module, is_first: bool) -> _Made:
+        made = self._made
+        if made is None or not (made.watch.holds_wholly() if is_first else made.watch.holds()):
+            made = self._make(model)
+        return made
+
+    def _make(self, model: nn.Module) -> _Made:
+        with self._lock:
+            watch = Watch(model)
+            try:
+                made = _Made(watch, build(model), None)
+            except UnsupportedModel as error:
+                made = _Made(watch, None, str(error))
+                logger.info("Decode steps go module by module: %s.", error)
+            self._made = made
+            return made
+
+    def reason(self, model: nn.Module) -> str | None:
+        """In words, why steps of this model go module by module; None if they need not."""
+        return self._current(model, is_first=True).reason
+
+    def is_proven(self, program: Program) -> bool:
+        """Whether a step of this program is known to give the bits that the modules give."""
+        made = self._made
+        return made is not None and made.program is program and made.is_proven
+
+    def conclude(self, program: Program, is_equal: bool) -> None:
+        """Takes the outcome of such a comparison."""
+        made = self._made
+        if made is None or made.program is not program:
+            return
+        if is_equal:
+            made.is_proven = True
+        else:
+            made.program, made.reason = None, "its step gave other logits than its modules"
+            logger.warning("Decode steps go module by module: %s.", made.reason)
