@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hfopt import env, generation
 from hfopt.errors import InvalidInput, UnsupportedDevice, UnsupportedModel
@@ -50,6 +50,7 @@ def optimize(
     memory = env.resident_memory()
     with _collections_paused():
         from hfopt.functional.choice import check_kernels
+        from hfopt.patches.programs import Programs
         from hfopt.patches.walk import Walk
 
         _check(model, dtype)
@@ -62,9 +63,9 @@ def optimize(
     try:
         if strict:
             _check_complete(walk)
-        generator = _generator(model)
+        generator = generation.generator_of(model)
         if generator is not None:
-            generation.install(generator)
+            generation.install(generator, Programs(kernels))
     except BaseException:
         walk.undo()
         raise
@@ -161,11 +162,3 @@ def _check_complete(walk: Walk) -> None:
     if missed:
         more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
         raise UnsupportedModel(f"strict: could not swap {', '.join(missed[:3])}{more}")
-
-
-def _generator(model: nn.Module) -> PreTrainedModel | None:
-    """The outermost part that generates: the model itself, or the one that an adapter is wrapped around."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and isinstance(module, GenerationMixin):
-            return module if module.can_generate() else None
-    return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hfopt import env
+from hfopt import env, generation
 from hfopt.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ class Report:
     """What `optimize` has done to a model, and on what machine.
 
     memory_before, memory_after: resident memory of the process around `optimize`, in bytes. is_applied: False
-    for what `optimize` would do. idle: swapped modules that cannot run in kernels as they are now, and why.
-    kernels: the argument of `optimize`. choices: what "auto" takes for this model's dtypes.
+    for what `optimize` would do. by_module: why decode steps go module by module; None if one is a single call.
+    idle: swapped modules that cannot run in kernels as they are now, and why. kernels: the argument of `optimize`.
+    choices: what "auto" takes for this model's dtypes.
     """
 
     model_class: str
@@ -32,6 +33,7 @@ class Report:
     is_applied: bool
     swapped: tuple[Swapped, ...]
     kept: tuple[Kept, ...]
+    by_module: str | None
     idle: dict[str, str]
     cpu_path: str
     threads: int
@@ -53,6 +55,7 @@ class Report:
             is_applied=is_applied,
             swapped=tuple(walk.swapped()),
             kept=tuple(walk.kept()),
+            by_module=_by_module(walk.model),
             idle=walk.idle(),
             cpu_path=env.cpu_path(),
             threads=env.threads(),
@@ -82,6 +85,9 @@ class Report:
             f" kernels {self.kernels or 'unused'};"
             f" memory {self.memory_before / 2**20:,.0f} MiB before, {grown:+,.1f} MiB after",
         ]
+        lines.append(
+            f"a decode step {'is one call' if self.by_module is None else f'goes module by module: {self.by_module}'}"
+        )
         if self.swapped:
             lines += ["", *_table(("swapped", "from", "to", "probe differs by"), self._swapped_rows())]
         if self.idle:
@@ -149,6 +155,17 @@ def explain(model: nn.Module) -> Report:
     reasons = {module.path: module.reason for module in done.kept}
     kept = tuple(replace(module, reason=reasons.get(module.path, module.reason)) for module in now.kept)
     return replace(now, kept=kept, memory_after=done.memory_after)
+
+
+def _by_module(model: nn.Module) -> str | None:
+    """In words, why decode steps of a swapped model go module by module."""
+    from hfopt.patches.programs import Programs
+
+    generator = generation.generator_of(model)
+    if generator is None:
+        return "the model does not generate"
+    programs: Programs = generator.__dict__.get(generation.PROGRAMS) or Programs("hfopt")
+    return programs.reason(generator)
 
 
 def _short(class_name: str) -> str:

@@ -1,12 +1,15 @@
 """transformers' `generate` with loops, a gate and a cache of ours."""
 
-from .generate import generate, install, prepare_cache, uninstall
+from .decoding import PROGRAMS
+from .generate import generate, generator_of, install, prepare_cache, uninstall
 from .latency import Latency, record_latency
 from .prompt import share_prompts, unshare_prompts
 
 __all__ = [
+    "PROGRAMS",
     "Latency",
     "generate",
+    "generator_of",
     "install",
     "prepare_cache",
     "record_latency",

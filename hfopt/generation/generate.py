@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 
@@ -20,6 +21,7 @@ from ..progress import compile_progress
 from ._types import Model
 from .beam import beam_search
 from .binding import Bound
+from .decoding import PROGRAMS
 from .inputs import check_counts, check_inputs
 from .prompt import share_prompts, unshare_prompts
 from .sample import sample
@@ -33,12 +35,25 @@ _LOOPS: dict[GenerationMode, tuple[str, Callable]] = {
 }
 
 
-def install(model: Model) -> None:
-    """Gives `model` our `generate`, our cache and the sharing of prompts; what its class overrides stays."""
+def generator_of(model: nn.Module) -> Model | None:
+    """The outermost part that generates: the model itself, or the one that an adapter is wrapped around."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and isinstance(module, GenerationMixin):
+            return module if module.can_generate() else None
+    return None
+
+
+def install(model: Model, programs: Any = None) -> None:
+    """Gives `model` our `generate`, our cache and the sharing of prompts; what its class overrides stays.
+
+    programs: a `patches.programs.Programs`, from which decode steps are taken.
+    """
     uninstall(model)
     for name, function in _BOUND.items():
         if name not in model.__dict__ and getattr(type(model), name, None) is getattr(GenerationMixin, name):
             setattr(model, name, Bound(function, model, name))
+    if programs is not None:
+        model.__dict__[PROGRAMS] = programs
     model.register_forward_pre_hook(share_prompts, with_kwargs=True)
     model.register_forward_hook(unshare_prompts, with_kwargs=True)
 
@@ -49,6 +64,7 @@ def uninstall(model: Model) -> None:
         bound = model.__dict__.get(name)
         if isinstance(bound, Bound) and bound.function is function:
             delattr(model, name)
+    model.__dict__.pop(PROGRAMS, None)
     # found by function: the handles of a copied or unpickled model are not ours
     for hooks, flags, function in (
         (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs, share_prompts),

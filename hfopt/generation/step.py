@@ -8,6 +8,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 
 from ..errors import InvalidInput
 from ._types import Model, Outputs
+from .decoding import Decoding
 from .inputs import position_limit
 
 # What a text decoder is given besides its tokens; anything else is left to `prepare_inputs_for_generation`.
@@ -30,6 +31,8 @@ class Steps:
         self.plain = False
         self._limit = position_limit(model, generation_config.max_length)
         self._position = 0
+        self._decoding: Decoding | None = None
+        self._n_unseen = 0  # steps that `model_kwargs` know nothing of
 
     def prompt(self, input_ids: Tensor) -> Outputs:
         """The outputs for the prompt, int64 [n_rows, prompt length]; only its last logits are promised."""
@@ -45,6 +48,8 @@ class Steps:
             self.model_kwargs["position_ids"] = self.model_kwargs["position_ids"][..., -1:].contiguous()
         if self._limit is not None and self.model_kwargs.get("position_ids") is not None:
             self._position = int(self.model_kwargs["position_ids"][..., -1].max())
+        if self.plain:
+            self._decoding = Decoding.of(self.model, self.cache, self.model_kwargs)
         return outputs
 
     def next(self, tokens: Tensor, sequences: Tensor | None) -> Outputs:
@@ -55,6 +60,11 @@ class Steps:
                 f"{self._position}, and the model's table of positions ends at {self._limit - 1}"
             )
         self._position += 1
+        if self._decoding is not None:
+            logits = self._decoding.step(tokens)
+            if logits is not None:
+                self._n_unseen += 1
+                return logits
         if not self.plain:
             model_inputs = self.model.prepare_inputs_for_generation(
                 sequences,
@@ -64,6 +74,7 @@ class Steps:
             outputs = self.model(**model_inputs, return_dict=True)
             self._update(outputs)
             return outputs
+        self._catch_up(len(tokens))
         given = self.model_kwargs
         model_inputs = {key: given[key] for key in _CONSTANT if key in given}
         position_ids, attention_mask = given.get("position_ids"), given.get("attention_mask")
@@ -75,12 +86,27 @@ class Steps:
             given["attention_mask"] = torch.cat(
                 [attention_mask, attention_mask.new_ones((len(tokens), 1))], dim=-1
             )
-        return self.model(
+        outputs = self.model(
             input_ids=tokens[:, None],
             past_key_values=given["past_key_values"],
             return_dict=True,
             **model_inputs,
         )
+        if self._decoding is not None:
+            self._decoding.follow(tokens, outputs.logits)
+        return outputs
+
+    def _catch_up(self, n_rows: int) -> None:
+        """Let `model_kwargs` know of the steps that went past them."""
+        n_steps, self._n_unseen = self._n_unseen, 0
+        if n_steps == 0:
+            return
+        given = self.model_kwargs
+        if given.get("position_ids") is not None:
+            given["position_ids"] = given["position_ids"] + n_steps
+        if given.get("attention_mask") is not None:
+            new = given["attention_mask"].new_ones((n_rows, n_steps))
+            given["attention_mask"] = torch.cat([given["attention_mask"], new], dim=-1)
 
     @property
     def cache(self) -> Any:

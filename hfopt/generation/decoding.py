@@ -1,0 +1,124 @@
+"""Decode steps by a program, in place of calls of the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache import IndirectCache
+from ._types import Model
+from .prompt import share_prompts, unshare_prompts
+
+if TYPE_CHECKING:
+    from ..functional import Program, StepScratch
+
+PROGRAMS = "_hfopt_programs"  # attribute of an optimized model
+
+_OWN_HOOKS = (share_prompts, unshare_prompts)
+_LOOKS_INSIDE = ("output_attentions", "output_hidden_states")
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+_COLUMN_STEP = 256
+
+
+class Logits(NamedTuple):
+    """What a loop reads of a model's outputs; logits [n_rows, 1, n_logits]."""
+
+    logits: Tensor
+    attentions: None = None
+    hidden_states: None = None
+
+
+class Decoding:
+    """The steps of one request behind its prompt, as far as the model has a program for them.
+
+    The first step that a program ever makes is made by the modules too, and both must give the same bits.
+    """
+
+    def __init__(self, model: Model, cache: IndirectCache, positions: np.ndarray, seen: np.ndarray | None):
+        self._model, self._cache, self._programs = model, cache, model.__dict__[PROGRAMS]
+        self._positions = positions
+        self._seen = seen
+        self._is_first = True
+        self._scratch: StepScratch | None = None
+
+    @classmethod
+    def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any]) -> Decoding | None:
+        """For a request whose next token has the position and the mask in `model_kwargs`; None if there is no program."""
+        position_ids, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+        if PROGRAMS not in model.__dict__ or not isinstance(cache, IndirectCache):
+            return None
+        if any(model_kwargs.get(name) or getattr(model.config, name, False) for name in _LOOKS_INSIDE):
+            return None
+        if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != 1:
+            return None
+        if mask is None:
+            seen = None
+        elif mask.dim() == 2 and mask.shape[1] == cache.get_seq_length() + 1:
+            seen = mask.numpy() != 0
+        else:
+            return None
+        positions = position_ids[:, 0].numpy().astype(np.int64)
+        return cls(model, cache, positions, None if seen is None or seen.all() else seen.astype(np.uint8))
+
+    def step(self, tokens: Tensor) -> Logits | None:
+        """Logits for one more token a row, int64 [n_rows]; None, with nothing changed, if modules have to do it."""
+        program = self._program(len(tokens))
+        if program is None or not self._programs.is_proven(program):
+            return None
+        logits = self._run(program, tokens)
+        if logits is None:
+            return None
+        self._positions += 1
+        return Logits(logits)
+
+    def follow(self, tokens: Tensor, logits: Tensor) -> None:
+        """Take note of a step that the modules have made."""
+        program = self._program(len(tokens))
+        if program is not None and not self._programs.is_proven(program) and logits.dtype is program.dtype:
+            self._cache.crop(-1)
+            again = self._run(program, tokens)
+            if again is not None:
+                bits = _BITS[program.dtype]
+                self._programs.conclude(program, torch.equal(logits.view(bits), again.view(bits)))
+        self._positions += 1
+
+    def _program(self, n_rows: int) -> Program | None:
+        model = self._model
+        if any(
+            hook not in _OWN_HOOKS
+            for hook in (*model._forward_hooks.values(), *model._forward_pre_hooks.values())
+        ):
+            return None
+        program = self._programs.of(model, n_rows, is_first=self._is_first)
+        self._is_first = False
+        return program
+
+    def _run(self, program: Program, tokens: Tensor) -> Tensor | None:
+        from ..functional import ROW_LIMIT, StepScratch, step
+
+        n_rows = len(tokens)
+        if n_rows > ROW_LIMIT:
+            return None
+        appended = self._cache.append_everywhere(n_rows, program.n_kv_heads, program.head_dim, program.dtype)
+        if appended is None:
+            return None
+        scratch = self._scratch
+        if scratch is None or scratch.program is not program:
+            scratch = self._scratch = StepScratch(program, n_rows)
+        return step(
+            scratch,
+            tokens,
+            self._positions,
+            appended,
+            self._mask(appended[0].trunk_len + appended[0].branch_len),
+        )
+
+    def _mask(self, n_keys: int) -> np.ndarray | None:
+        """uint8 [n_rows, >= n_keys]; every new token is seen."""
+        seen = self._seen
+        if seen is not None and seen.shape[1] < n_keys:
+            seen = self._seen = np.pad(seen, ((0, 0), (0, _COLUMN_STEP)), constant_values=1)
+        return seen
