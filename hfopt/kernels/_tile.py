@@ -84,28 +84,31 @@ def _add_into(builder, slot, a, b):
 
 
 @intrinsic(prefer_literal=True)
-def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, ahead, sums, accumulate, n_x, n_w, n_ahead):
+def dot_tile(
+    typingctx, x, x_step, w, w_stride, chunks, tail, ahead, near, sums, accumulate, n_x, n_w, n_ahead, n_near
+):
     """sums[i, j] (+)= products of x row i and w row j, kept as 16 partial sums a pair, for literal n_x and n_w.
 
     A chunk is 16 units (16 float32 or 32 bfloat16). x is packed: chunk c of row i at x + c * x_step + 16 i units, padded
     with zeros. w is row-major, w_stride elements a row; of the chunk after the last whole one `tail` elements are read.
-    sums is float32 [n_x, 16, 16]. Beside each chunk, that of n_ahead rows (literal) from `ahead` on is asked for.
+    sums is float32 [n_x, 16, 16]. Beside each chunk, that of n_ahead rows (literal) from `ahead` on is asked for, and of
+    n_near from `near` on: a core drops requests when it waits for many lines, so what comes soon is asked for again.
     """
-    rows, columns, requests = _literal_ints(n_x, n_w, n_ahead)
-    signature = types.void(
-        x, types.intp, w, types.intp, types.intp, types.intp, w, sums, types.boolean, n_x, n_w, n_ahead
-    )
+    rows, columns, n_far, n_soon = _literal_ints(n_x, n_w, n_ahead, n_near)
+    index, literals = types.intp, (n_x, n_w, n_ahead, n_near)
+    signature = types.void(x, index, w, index, index, index, w, w, sums, types.boolean, *literals)
     pairs = _is_pairs(w)
     width = 2 * LANES if pairs else LANES
 
     def emit(builder, args):
-        x, x_step, w, w_stride, chunks, tail, ahead, sums, accumulate = args
+        x, x_step, w, w_stride, chunks, tail, ahead, near, sums, accumulate = args
         vector = I32X if pairs else F32X
         slots = _accumulators(builder, rows * columns)
         places = [_constant((i * LANES + j) * LANES) for i in range(rows) for j in range(columns)]
-        strides = [builder.mul(w_stride, _constant(j)) for j in range(max(columns, requests))]
+        strides = [builder.mul(w_stride, _constant(j)) for j in range(max(columns, n_far, n_soon))]
         w_rows = [builder.gep(w, [stride]) for stride in strides[:columns]]
-        next_rows = [builder.gep(ahead, [stride]) for stride in strides[:requests]]
+        later_rows = [builder.gep(ahead, [stride]) for stride in strides[:n_far]]
+        later_rows += [builder.gep(near, [stride]) for stride in strides[:n_soon]]
 
         def add_chunk(chunk, load):
             start = builder.mul(chunk, _constant(width))
@@ -126,10 +129,19 @@ def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, ahead, sums, accum
                 return builder.bitcast(_simd.emit_load_masked(builder, row, start, tail, bits, 2), I32X)
             return _simd.emit_load_masked(builder, row, start, tail, F32X, 4)
 
-        with cgutils.for_range(builder, chunks) as loop:
-            for row in next_rows:
-                _simd.emit_prefetch(builder, row, builder.mul(loop.index, _constant(width)))
-            add_chunk(loop.index, whole)
+        def add_chunks(first, count):
+            places = [builder.add(first, _constant(i)) for i in range(count)]
+            for row in later_rows:
+                for chunk in places:
+                    _simd.emit_prefetch(builder, row, builder.mul(chunk, _constant(width)))
+            for chunk in places:
+                add_chunk(chunk, whole)
+
+        # two cache lines of a row at a time are neighbours in memory
+        with cgutils.for_range(builder, builder.lshr(chunks, _constant(1))) as loop:
+            add_chunks(builder.shl(loop.index, _constant(1)), 2)
+        with builder.if_then(builder.trunc(chunks, ir.IntType(1))):
+            add_chunks(builder.sub(chunks, _constant(1)), 1)
         with builder.if_then(builder.icmp_signed(">", tail, _constant(0)), likely=False):
             add_chunk(chunks, part)
         # what is there is added last: short chains of additions round less
@@ -142,8 +154,8 @@ def dot_tile(typingctx, x, x_step, w, w_stride, chunks, tail, ahead, sums, accum
             builder.store(builder.load(slot), target, align=4)
 
     def codegen(context, builder, sig, args):
-        name = f"hfopt.dot_tile.{rows}.{columns}.{requests}.{'pairs' if pairs else 'floats'}"
-        _outlined(builder, name, args[:9], emit)
+        name = f"hfopt.dot_tile.{rows}.{columns}.{n_far}.{n_soon}.{'pairs' if pairs else 'floats'}"
+        _outlined(builder, name, args[:10], emit)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -183,26 +183,26 @@ def _steps(n_rows):
 
 
 @body
-def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, sums, more):
+def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, near, sums, more):
     """Products of all packed rows of x with eight rows of w for 1 or 2 rows of x, with four for more."""
     x_step = n_rows * LANES
     if n_rows == 1:
-        _tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, sums, more, 1, 8, 8)
+        _tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, sums, more, 1, 8, 8, 8)
     elif n_rows == 2:
-        _tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, sums, more, 2, 8, 8)
+        _tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, sums, more, 2, 8, 8, 8)
     elif n_rows == 4:
-        _tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, sums, more, 4, 4, 4)
+        _tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, sums, more, 4, 4, 4, 4)
     else:
         # the requests are spread over the tiles, since a core can only wait for so many lines at a time
         asked = 0
         for row in range(0, n_rows, 4):
             x_here, out = shifted(x, row * LANES), shifted(sums, row * LANES * LANES)
-            there = shifted(ahead, asked % 4 * size)
+            there, soon = shifted(ahead, asked % 4 * size), shifted(near, asked % 4 * size)
             if n_rows == 8 or (n_rows == 12 and row == 0):
-                _tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, out, more, 4, 4, 2)
+                _tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, soon, out, more, 4, 4, 2, 2)
                 asked += 2
             else:
-                _tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, out, more, 4, 4, 1)
+                _tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, soon, out, more, 4, 4, 1, 1)
                 asked += 1
 
 
@@ -210,8 +210,8 @@ def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, sums, more):
 def _dot_block(x, n_rows, size, w, n_columns, following, sums):
     """sums[i, j, :] = partial sums of x[i] . w[j] for all packed rows and up to 16 columns.
 
-    Several rows of w pass at a time, and what comes next is asked for early, into the L2 cache: the same columns further
-    on in these rows, and in the end the first ones of the block at `following`.
+    Several rows of w pass at a time, and what comes later is asked for early, into the L2 cache: the same columns further
+    on in these rows, and in the end the first ones of the block at `following`. What comes next is asked for once more.
     """
     width = LANES * _tile.units_ratio(w)
     whole = size // width
@@ -221,6 +221,7 @@ def _dot_block(x, n_rows, size, w, n_columns, following, sums):
     while True:
         last = min(first + step, whole)
         tail = size - whole * width if last == whole else 0
+        chunks, more = last - first, first > 0
         x_here = shifted(x, first * n_rows * LANES)
         column = 0
         while column < n_columns:
@@ -231,15 +232,19 @@ def _dot_block(x, n_rows, size, w, n_columns, following, sums):
                 else:
                     passed = max(first + distance - (whole + step - 1) // step * step, 0)
                     ahead = shifted(following, column * size + passed * width)
-                _dot_columns(x_here, n_rows, w_here, size, last - first, tail, ahead, out, first > 0)
+                if column + together < n_columns:
+                    near = shifted(w_here, together * size)
+                elif last < whole:
+                    near = shifted(w, last * width)
+                else:
+                    near = following
+                _dot_columns(x_here, n_rows, w_here, size, chunks, tail, ahead, near, out, more)
                 column += together
             else:
                 for row in range(n_rows):
                     x_row, to = shifted(x_here, row * LANES), shifted(out, row * LANES * LANES)
-                    chunks, more = last - first, first > 0
-                    _tile.dot_tile(
-                        x_row, n_rows * LANES, w_here, size, chunks, tail, w_here, to, more, 1, 1, 0
-                    )
+                    x_step = n_rows * LANES
+                    _tile.dot_tile(x_row, x_step, w_here, size, chunks, tail, w, w, to, more, 1, 1, 0, 0)
                 column += 1
         first = last
         if first == whole:
