@@ -89,13 +89,17 @@ class IndirectCache(DynamicCache):
         """
         if self.copies > 1:
             self._fork_for(n_rows)
+        if not self.is_even(n_rows):
+            return None
+        return [layer.append(n_rows, 1, n_kv_heads, head_dim, dtype) for layer in self.layers]
+
+    def is_even(self, n_rows: int) -> bool:
+        """Whether all layers hold the same tokens of the same n_rows rows."""
         rows, layers = self._rows, self.layers
         if not layers or not all(isinstance(layer, IndirectLayer) and layer.rows is rows for layer in layers):
-            return None
+            return False
         lengths = {(layer.trunk_len, layer.branch_len) for layer in layers}
-        if len(lengths) > 1 or rows.n_rows != n_rows:
-            return None
-        return [layer.append(n_rows, 1, n_kv_heads, head_dim, dtype) for layer in layers]
+        return len(lengths) == 1 and rows.n_rows == n_rows
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

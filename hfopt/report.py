@@ -165,7 +165,7 @@ def _by_module(model: nn.Module) -> str | None:
     if generator is None:
         return "the model does not generate"
     programs: Programs = generator.__dict__.get(generation.PROGRAMS) or Programs("hfopt")
-    return programs.reason(generator)
+    return programs.reason(generator) or generation.obstacle(generator)
 
 
 def _short(class_name: str) -> str:

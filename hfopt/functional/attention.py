@@ -98,7 +98,7 @@ def attend(
     """
     address, record = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
     n_rows, n_new, _ = qkv.shape
-    _check_lengths(appended, n_rows)
+    check_lengths(appended, n_rows)
     hidden = _NO_BYTES if mask.kind in ("none", "causal") else _checked_bytes(mask, appended, n_rows, n_new)
     out = qkv.new_empty(n_rows, n_new, n_heads * head_dim)
     if not out.numel():
@@ -176,7 +176,8 @@ def _checked_bytes(mask: Mask, appended: "Appended", n_rows: int, n_new: int) ->
     return given
 
 
-def _check_lengths(appended: "Appended", n_rows: int) -> None:
+def check_lengths(appended: "Appended", n_rows: int) -> None:
+    """Raises `InvalidInput` unless lengths and rows are those of something stored."""
     if not 0 <= appended.trunk_len <= appended.trunk.shape[3]:
         raise InvalidInput(
             f"appended.trunk_len is {appended.trunk_len}: up to {appended.trunk.shape[3]} is allowed"

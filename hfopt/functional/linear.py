@@ -36,10 +36,13 @@ class _Fingerprint(NamedTuple):
     address: int
     dtype: torch.dtype
     shape: torch.Size
+    strides: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor | None) -> "_Fingerprint | None":
-        return None if tensor is None else cls(tensor.data_ptr(), tensor.dtype, tensor.shape)
+        if tensor is None:
+            return None
+        return cls(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,14 +33,14 @@ class Slot(NamedTuple):
     place: int
     size: int
     n_bytes: int
+    dtype: torch.dtype
 
 
 class Table:
     """Contiguous [n, size] of which instructions look up rows. build(n): the table with at least n rows, if it can grow."""
 
     def __init__(self, rows: Tensor, build: Callable[[int], Tensor] | None = None) -> None:
-        check_floats("rows", rows)
-        check_contiguous("rows", rows)
+        _check_rows(rows)
         self.rows = rows
         self._build = build
 
@@ -48,8 +48,20 @@ class Table:
         """The table, with n rows if it can have them."""
         rows = self.rows
         if len(rows) < n and self._build is not None:
-            rows = self.rows = self._build(n)
+            known, rows = rows, self._build(n)
+            _check_rows(rows)
+            if rows.dtype is not known.dtype or rows.shape[1] != known.shape[1]:
+                given, needed = f"{rows.dtype} [{rows.shape[1]}]", f"{known.dtype} [{known.shape[1]}]"
+                raise InvalidInput(f"a table has become {given}: {needed} is needed")
+            self.rows = rows
         return rows
+
+
+def _check_rows(rows: Tensor) -> None:
+    check_floats("rows", rows)
+    check_contiguous("rows", rows)
+    if rows.ndim != 2:
+        raise InvalidInput(f"rows has shape {tuple(rows.shape)}: [n, size] is needed")
 
 
 class Instruction(NamedTuple):
@@ -94,19 +106,29 @@ class Builder:
         self._row_bytes = 0
         self._free: list[Slot] = []
         self._cached: set[tuple[int, int]] = set()
+        self._stored: list[int] = []  # layers, in the order of the instructions
+        self._attended: list[int] = []
+        self._n_logits: int | None = None
 
-    def _slot(self, size: int, item_size: int = 0) -> Slot:
-        n_bytes = -(-size * (item_size or self.dtype.itemsize) // _LINE) * _LINE
+    def _slot(self, size: int, dtype: torch.dtype) -> Slot:
+        n_bytes = -(-size * dtype.itemsize // _LINE) * _LINE
         fitting = next((each for each in self._free if each.n_bytes == n_bytes), None)
         if fitting is not None:
             self._free.remove(fitting)
-            return fitting._replace(size=size)
+            return fitting._replace(size=size, dtype=dtype)
         self._row_bytes += n_bytes
-        return Slot(self._row_bytes - n_bytes, size, n_bytes)
+        return Slot(self._row_bytes - n_bytes, size, n_bytes, dtype)
 
     def release(self, *slots: Slot) -> None:
         """These slots are not read any more."""
         self._free += slots
+
+    def _check(self, slot: Slot, size: int, dtype: torch.dtype | None = None) -> None:
+        dtype = dtype or self.dtype
+        if slot.place < 0 or slot.dtype is not dtype or slot.size != size:
+            raise InvalidInput(
+                f"an operand is {slot.dtype} [{slot.size}]: {dtype} [{size}] in scratch is needed"
+            )
 
     def _add(self, shapes: str, n_bytes: int, columns: dict[int, int], scalar: float = 0.0) -> None:
         row = np.full(kernels.COLUMNS, kernels.NONE, np.int64)
@@ -124,7 +146,7 @@ class Builder:
     def look_up(self, table: Table, by: Index) -> Slot:
         """The table's row for each token or position."""
         size, item_size = table.rows.shape[1], table.rows.element_size()
-        out = self._slot(size, item_size)
+        out = self._slot(size, table.rows.dtype)
         columns = {
             kernels.OP: kernels.LOOK_UP,
             kernels.OUT: out.place,
@@ -138,6 +160,7 @@ class Builder:
     def add_looked_up(self, table: Table, by: Index, x: Slot) -> None:
         """x plus such a row."""
         size = table.rows.shape[1]
+        self._check(x, x.size)
         if table.rows.dtype is not self.dtype or size != x.size:
             raise InvalidInput(f"the table is {table.rows.dtype} [{size}]: {self.dtype} [{x.size}] is needed")
         columns = {
@@ -159,6 +182,8 @@ class Builder:
 
     def rms_norm(self, x: Slot, weight: Tensor, eps: float) -> Slot:
         """`functional.rms_norm`."""
+        if weight is None:  # as a LayerNorm may have
+            raise InvalidInput("weight is None: a torch.Tensor is needed")
         return self._norm(x, kernels.RMS_NORM, weight, None, eps)
 
     def layer_norm(self, x: Slot, weight: Tensor | None, bias: Tensor | None, eps: float) -> Slot:
@@ -166,7 +191,8 @@ class Builder:
         return self._norm(x, kernels.LAYER_NORM, weight, bias, eps)
 
     def _norm(self, x: Slot, op: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Slot:
-        out = self._slot(x.size)
+        self._check(x, x.size)
+        out = self._slot(x.size, self.dtype)
         columns = {
             kernels.OP: op,
             kernels.IN: x.place,
@@ -193,11 +219,21 @@ class Builder:
         if weights.dtype is not self.dtype or weights.in_features != x.size:
             given = f"{weights.dtype} with {weights.in_features} features"
             raise InvalidInput(f"weights are {given}: {self.dtype} with {x.size} are needed")
+        if activation not in CODES:
+            raise InvalidInput(f"activation is {activation!r}: the kernels have none of this name")
+        if gated and (len(weights.table) != 2 or 2 * weights.smallest != weights.out_features):
+            sizes = weights.table[:, 2].tolist()
+            raise InvalidInput(f"gated needs two matrices of one size: weights has rows {sizes}")
         width = weights.out_features // (2 if gated else 1)
         if any(each.size != width for each in residuals) or len(residuals) > kernels.MOST_RESIDUALS:
             raise InvalidInput(f"residuals have sizes {[each.size for each in residuals]}: up to "
                                f"{kernels.MOST_RESIDUALS} of {width} are allowed")  # fmt: skip
-        out = Slot(kernels.LOGITS, width, 0) if is_last else self._slot(width)
+        for each in (x, *residuals):
+            self._check(each, each.size)
+        if is_last:
+            out, self._n_logits = Slot(kernels.LOGITS, width, 0, self.dtype), width
+        else:
+            out = self._slot(width, self.dtype)
         self._kept.append(weights)
         columns = {
             kernels.OP: kernels.LINEAR,
@@ -228,6 +264,11 @@ class Builder:
     ) -> None:
         """`functional.rotate_and_store`; heads: of queries, of keys, channels of one; angles: slots of cos and sin."""
         self._check_heads(qkv, heads)
+        if rotation not in ROTATIONS or (rotation == "none" and angles is not None):
+            raise InvalidInput(
+                f"rotation is {rotation!r}: {', '.join(ROTATIONS)} are allowed, angles but for none"
+            )
+        self._stored.append(layer)
         columns = {
             kernels.OP: kernels.ROTATE_AND_STORE,
             kernels.IN: qkv.place,
@@ -242,6 +283,8 @@ class Builder:
                 raise InvalidInput(
                     f"{angles[0].size} angles turn {n_rotary} channels: up to {heads[2]} are allowed"
                 )
+            for each in angles:
+                self._check(each, each.size, torch.float32)
             columns |= {
                 kernels.COS: angles[0].place,
                 kernels.SIN: angles[1].place,
@@ -255,7 +298,8 @@ class Builder:
         """`functional.attend`."""
         self._check_heads(qkv, heads)
         self._cached.add(heads[1:])
-        out = self._slot(heads[0] * heads[2])
+        self._attended.append(layer)
+        out = self._slot(heads[0] * heads[2], self.dtype)
         columns = {
             kernels.OP: kernels.ATTEND,
             kernels.IN: qkv.place,
@@ -268,7 +312,9 @@ class Builder:
 
     def _check_heads(self, qkv: Slot, heads: tuple[int, int, int]) -> None:
         n_heads, n_kv_heads, head_dim = heads
-        if qkv.size != (n_heads + 2 * n_kv_heads) * head_dim or n_heads % n_kv_heads:
+        self._check(qkv, qkv.size)
+        fits = qkv.size == (n_heads + 2 * n_kv_heads) * head_dim and min(heads) > 0
+        if not fits or n_heads % n_kv_heads:
             raise InvalidInput(
                 f"qkv has {qkv.size} values: {n_heads} / {n_kv_heads} heads of {head_dim} do not fit"
             )
@@ -276,9 +322,13 @@ class Builder:
     # ---- the result -------------------------------------------------------------------------------------------------
 
     def program(self, n_layers: int, n_logits: int) -> Program:
-        """What was collected. Raises `InvalidInput` if layers cache heads of different shapes."""
+        """What was collected. Raises `InvalidInput` if layers cache heads of different shapes, or not each of them once."""
         if len(self._cached) != 1:
             raise InvalidInput(f"layers cache heads of shapes {sorted(self._cached)}: one is allowed")
+        if self._stored != self._attended or sorted(self._stored) != list(range(n_layers)):
+            raise InvalidInput(f"layers {self._attended} are cached: each of {n_layers} is needed once")
+        if self._n_logits != n_logits:
+            raise InvalidInput(f"n_logits is {n_logits}: the last linear has {self._n_logits}")
         ((n_kv_heads, head_dim),) = self._cached
         return Program(
             dtype=self.dtype,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cache import IndirectCache
+from ..errors import InvalidInput
 from ._types import Model
 from .prompt import share_prompts, unshare_prompts
 
@@ -21,6 +22,23 @@ _OWN_HOOKS = (share_prompts, unshare_prompts)
 _LOOKS_INSIDE = ("output_attentions", "output_hidden_states")
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 _COLUMN_STEP = 256
+
+
+def obstacle(model: Model) -> str | None:
+    """In words, why requests of this model take no steps from a program, whatever its modules are."""
+    if _has_hooks(model):
+        return "the model has hooks"
+    wanted = _wanted(model)
+    return None if wanted is None else f"its configuration has {wanted}"
+
+
+def _has_hooks(model: Model) -> bool:
+    hooks = (*model._forward_hooks.values(), *model._forward_pre_hooks.values())
+    return any(hook not in _OWN_HOOKS for hook in hooks)
+
+
+def _wanted(model: Model) -> str | None:
+    return next((name for name in _LOOKS_INSIDE if getattr(model.config, name, False)), None)
 
 
 class Logits(NamedTuple):
@@ -43,6 +61,7 @@ class Decoding:
         self._seen = seen
         self._is_first = True
         self._scratch: StepScratch | None = None
+        self._offered: Program | None = None  # of the step that the modules are asked for instead
 
     @classmethod
     def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any]) -> Decoding | None:
@@ -50,14 +69,14 @@ class Decoding:
         position_ids, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
         if PROGRAMS not in model.__dict__ or not isinstance(cache, IndirectCache):
             return None
-        if any(model_kwargs.get(name) or getattr(model.config, name, False) for name in _LOOKS_INSIDE):
+        if any(model_kwargs.get(name) for name in _LOOKS_INSIDE) or _wanted(model):
             return None
         if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != 1:
             return None
         if mask is None:
             seen = None
         elif mask.dim() == 2 and mask.shape[1] == cache.get_seq_length() + 1:
-            seen = mask.numpy() != 0
+            seen = (mask != 0).numpy()
         else:
             return None
         positions = position_ids[:, 0].numpy().astype(np.int64)
@@ -65,7 +84,7 @@ class Decoding:
 
     def step(self, tokens: Tensor) -> Logits | None:
         """Logits for one more token a row, int64 [n_rows]; None, with nothing changed, if modules have to do it."""
-        program = self._program(len(tokens))
+        program = self._offered = self._program(len(tokens))
         if program is None or not self._programs.is_proven(program):
             return None
         logits = self._run(program, tokens)
@@ -76,8 +95,11 @@ class Decoding:
 
     def follow(self, tokens: Tensor, logits: Tensor) -> None:
         """Take note of a step that the modules have made."""
-        program = self._program(len(tokens))
-        if program is not None and not self._programs.is_proven(program) and logits.dtype is program.dtype:
+        n_rows = len(tokens)
+        program = self._program(n_rows)
+        # what has changed meanwhile (a hook that takes itself away, say) may have taken part in this step
+        is_due = program is not None and program is self._offered and not self._programs.is_proven(program)
+        if is_due and logits.dtype is program.dtype and self._cache.is_even(n_rows):
             self._cache.crop(-1)
             again = self._run(program, tokens)
             if again is not None:
@@ -86,35 +108,29 @@ class Decoding:
         self._positions += 1
 
     def _program(self, n_rows: int) -> Program | None:
-        model = self._model
-        if any(
-            hook not in _OWN_HOOKS
-            for hook in (*model._forward_hooks.values(), *model._forward_pre_hooks.values())
-        ):
+        if _has_hooks(self._model):
             return None
-        program = self._programs.of(model, n_rows, is_first=self._is_first)
+        program = self._programs.of(self._model, n_rows, is_first=self._is_first)
         self._is_first = False
         return program
 
     def _run(self, program: Program, tokens: Tensor) -> Tensor | None:
-        from ..functional import ROW_LIMIT, StepScratch, step
+        from ..functional import StepScratch, step
 
         n_rows = len(tokens)
-        if n_rows > ROW_LIMIT:
-            return None
         appended = self._cache.append_everywhere(n_rows, program.n_kv_heads, program.head_dim, program.dtype)
         if appended is None:
             return None
         scratch = self._scratch
-        if scratch is None or scratch.program is not program:
+        if scratch is None or scratch.program is not program or scratch.n_rows != n_rows:
             scratch = self._scratch = StepScratch(program, n_rows)
-        return step(
-            scratch,
-            tokens,
-            self._positions,
-            appended,
-            self._mask(appended[0].trunk_len + appended[0].branch_len),
-        )
+        positions = np.broadcast_to(self._positions, (n_rows,))  # one may stand for all rows
+        mask = self._mask(appended[0].trunk_len + appended[0].branch_len)
+        try:
+            return step(scratch, tokens, positions, appended, mask)
+        except InvalidInput:
+            self._cache.crop(-1)  # its columns have not been written
+            raise
 
     def _mask(self, n_keys: int) -> np.ndarray | None:
         """uint8 [n_rows, >= n_keys]; every new token is seen."""

@@ -23,7 +23,8 @@ def build(model: nn.Module) -> Program:
     for path, module in model.named_modules():
         if "forward" in vars(module) or vars(module).get("_compiled_call_impl") is not None:
             raise UnsupportedModel(f"{path or 'the model'} has a forward of its own")
-        if path and not is_bare(module):
+        is_called = type(module).forward is not nn.Module.forward  # a ModuleList is not
+        if path and is_called and not is_bare(module):
             raise UnsupportedModel(f"{path} is in training mode or has hooks")
     try:
         return _build(model, family.decoder)

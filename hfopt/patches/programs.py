@@ -4,10 +4,11 @@ import logging
 import threading
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from hfopt.errors import UnsupportedModel
-from hfopt.functional import Kernels, Program
+from hfopt.functional import ROW_LIMIT, Kernels, Program
 from hfopt.functional.choice import takes_torch
 from hfopt.patches.decoder import build
 from hfopt.patches.guards import captured_outputs, is_plain_inference
@@ -46,7 +47,9 @@ class Programs:
         is_first: of a request, when more is looked at.
         """
         program = self._current(model, is_first).program
-        if program is None or not is_plain_inference(model, (), {}) or captured_outputs() is not None:
+        if program is None or n_rows > ROW_LIMIT:
+            return None
+        if not is_plain_inference(model, (), {}) or captured_outputs() is not None:
             return None
         if self._kernels != "hfopt" and takes_torch(self._kernels, "linear", program.dtype, n_rows):
             return None
@@ -71,7 +74,13 @@ class Programs:
 
     def reason(self, model: nn.Module) -> str | None:
         """In words, why steps of this model go module by module; None if they need not."""
-        return self._current(model, is_first=True).reason
+        reason = self._current(model, is_first=True).reason
+        if reason is None and self._kernels == "torch":
+            reason = "its Linears run in torch's kernels"
+        with torch.no_grad():
+            if reason is None and not is_plain_inference(model, (), {}):
+                reason = "autocast, a trace or hooks on all modules are on"
+        return reason
 
     def is_proven(self, program: Program) -> bool:
         """Whether a step of this program is known to give the bits that the modules give."""

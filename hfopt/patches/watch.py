@@ -1,5 +1,6 @@
 """Watch: whether a model is still the one from which something was made."""
 
+import weakref
 from itertools import chain
 from operator import is_, itemgetter, methodcaller
 from typing import Any
@@ -9,6 +10,8 @@ from torch import nn
 
 _TRAINING = itemgetter("training")
 _ADDRESS = methodcaller("data_ptr")
+# others may have no memory of their own
+_WITH_ADDRESS = (torch.Tensor, nn.Parameter)
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -20,41 +23,53 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = self._modules = list(model.modules())
-        states = self._states = [vars(module) for module in modules]
+        # the model holds what holds the watch: it would not be freed
+        self._model = weakref.ref(model)
+        modules = list(model.modules())
+        self._parts = modules[1:]
+        states = [vars(module) for module in modules]
+        self._part_states = states[1:]
         self._hooks = [state[name] for state in states for name in ("_forward_hooks", "_forward_pre_hooks")]
         self._children = [state["_modules"] for state in states if state["_modules"]]
         self._tensors = [
             state[name] for state in states for name in ("_parameters", "_buffers") if state[name]
         ]
-        self._owned = [tensor for tensor in self._held() if tensor is not None]
+        self._owned: list[Any] = [
+            each for each in self._held() if type(each) in _WITH_ADDRESS and each.layout is torch.strided
+        ]
         self._tensors_then = self._held()
         self._then = self._now()
         self._rest = self._seldom()
+
+    def _everything(self) -> tuple[list[nn.Module], list[dict[str, Any]]]:
+        model = self._model()
+        assert model is not None
+        return [model, *self._parts], [vars(model), *self._part_states]
 
     def _held(self) -> list[torch.Tensor | None]:
         return list(chain.from_iterable(map(dict.values, self._tensors)))
 
     def _now(self) -> list[list[Any]]:
         """What is compared by value."""
+        modules, states = self._everything()
         return [
-            list(map(type, self._modules)),
-            list(map(len, self._states)),
+            list(map(type, modules)),
+            list(map(len, states)),
             list(map(len, self._hooks)),
-            list(map(_TRAINING, self._states)),
+            list(map(_TRAINING, states)),
             list(chain.from_iterable(map(dict.values, self._children))),
             list(map(_ADDRESS, self._owned)),
         ]
 
     def _seldom(self) -> list[Any]:
-        """What nobody changes in the middle of a request: attributes, and what is in the buffers."""
-        plain = [
-            (name, value) for state in self._states for name, value in state.items() if type(value) in _PLAIN
-        ]
-        buffers = chain.from_iterable(state["_buffers"].values() for state in self._states)
+        """What nobody changes in the middle of a request: attributes, layouts, and what is in the buffers."""
+        _, states = self._everything()
+        plain = [(name, value) for state in states for name, value in state.items() if type(value) in _PLAIN]
+        layouts = [(each.dtype, each.shape, each.stride()) for each in self._owned]
+        buffers = chain.from_iterable(state["_buffers"].values() for state in states)
         # inference tensors count no versions
         versions = [each._version for each in buffers if each is not None and not each.is_inference()]
-        return [plain, versions]
+        return [plain, layouts, versions]
 
     def holds(self) -> bool:
         """Whether nothing of this has changed since; attributes and buffers are not looked into."""

@@ -1,0 +1,99 @@
+"""Decode steps by the program and by the modules of one model, and the comparison of both, bit by bit."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPTJForCausalLM, LlamaForCausalLM, OPTForCausalLM
+
+import hfopt
+from hfopt.generation import PROGRAMS
+from tests.generation_cases import Model, prompts
+
+ALL_OUTPUTS = {"return_dict_in_generate": True, "output_logits": True}
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beams": {"do_sample": False, "num_beams": 4},
+    "several of a prompt": {"do_sample": True, "num_return_sequences": 3},
+}
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens a row each forward pass had that went through modules."""
+    found: list[int] = []
+    for kind in (LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM):
+        monkeypatch.setattr(kind, "forward", _noting(kind.forward, found))
+    return found
+
+
+def _noting(forward: Any, found: list[int]) -> Any:
+    @functools.wraps(forward)
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(kwargs["input_ids"].shape[1])
+        return forward(self, *args, **kwargs)
+
+    return noting
+
+
+def optimized(model: Model) -> Model:
+    """The model in hfopt's kernels alone, whose results have the same bits at any number of threads."""
+    return hfopt.optimize(model, kernels="hfopt")
+
+
+@contextmanager
+def modules_alone(model: Model) -> Iterator[None]:
+    """Within, the model has no program."""
+    programs = model.__dict__.pop(PROGRAMS)
+    try:
+        yield
+    finally:
+        model.__dict__[PROGRAMS] = programs
+
+
+def generated(model: Model, arguments: dict[str, Any] | None = None, **options: Any) -> Any:
+    """The result of `generate` from the same random state, with logits."""
+    torch.manual_seed(5)
+    return model.generate(**{**prompts(), **ALL_OUTPUTS, **(arguments or {}), **options})
+
+
+def prove(model: Model) -> None:
+    """Make the step that goes both ways."""
+    model.generate(**prompts(1, 4), max_new_tokens=2, do_sample=False)
+    assert hfopt.explain(model).by_module is None
+    programs = model.__dict__[PROGRAMS]
+    with torch.no_grad():
+        assert programs.is_proven(programs.of(model, 1))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    """Tokens, logits of every step, and what the cache holds."""
+    assert torch.equal(one.sequences, other.sequences)
+    assert len(one.logits) == len(other.logits)
+    for step, (ours, theirs) in enumerate(zip(one.logits, other.logits, strict=True)):
+        assert torch.equal(bits(ours), bits(theirs)), f"logits of step {step}"
+    for ours, theirs in zip(one.past_key_values.layers, other.past_key_values.layers, strict=True):
+        assert torch.equal(bits(ours.keys), bits(theirs.keys))
+        assert torch.equal(bits(ours.values), bits(theirs.values))
+
+
+def assert_program_is_the_modules(model: Model, passes: list[int], **arguments: Any) -> Any:
+    """`generate` of a proven model takes every step from the program, with the bits that the modules give."""
+    passes.clear()
+    ours = generated(model, arguments)
+    assert len(passes) == 1, "steps of the program"
+    with modules_alone(model):
+        passes.clear()
+        theirs = generated(model, arguments)
+        assert len(passes) == len(theirs.logits), "steps of the modules"
+    assert_same_bits(ours, theirs)
+    return ours

@@ -1,0 +1,347 @@
+"""A decode step by the program has the bits that the modules give."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import hfopt
+from hfopt.cache import IndirectCache
+from hfopt.functional import ROW_LIMIT
+from hfopt.generation import PROGRAMS
+from tests.generation_cases import FAMILIES, VOCABULARY, Model, gptj, llama, opt, prompts
+from tests.reference import DTYPES
+from tests.step_cases import (
+    ALL_OUTPUTS,
+    MODES,
+    assert_program_is_the_modules,
+    assert_same_bits,
+    generated,
+    modules_alone,
+    optimized,
+    passes,
+    prove,
+)
+
+__all__ = ["passes"]  # a fixture
+
+VARIANTS: dict[str, Callable[[], Model]] = {
+    **FAMILIES,
+    "llama, a key head each": lambda: llama(num_key_value_heads=4),
+    "llama, one key head": lambda: llama(num_key_value_heads=1),
+    "llama, biases": lambda: with_biases(llama(attention_bias=True, mlp_bias=True)),
+    "llama, heads of 24": lambda: llama(head_dim=24),
+    "llama, heads of 10": lambda: llama(
+        head_dim=10, hidden_size=60, num_attention_heads=6, num_key_value_heads=3
+    ),
+    "llama, odd sizes": lambda: llama(hidden_size=76, intermediate_size=53, head_dim=18),
+    "llama, tied, one layer": lambda: llama(tie_word_embeddings=True, num_hidden_layers=1),
+    "llama, gelu": lambda: llama(hidden_act="gelu"),
+    "gptj, whole heads": lambda: gptj(rotary_dim=16),
+    "gptj, rotary_dim None": lambda: unlimited(gptj(rotary_dim=24, n_embd=24, n_head=1)),
+    "opt, pre-norm": lambda: with_biases(opt(do_layer_norm_before=True)),
+    "opt, pre-norm, no projections": lambda: opt(do_layer_norm_before=True, word_embed_proj_dim=64),
+    "opt, post-norm, no projections": lambda: opt(word_embed_proj_dim=64),
+    "opt, no biases": lambda: opt(enable_bias=False, layer_norm_elementwise_affine=False),
+}
+
+
+def unlimited(model: Model) -> Model:
+    """Rotates all channels; transformers 5 does not take None from a configuration any more."""
+    for layer in model.transformer.h:
+        layer.attn.rotary_dim = None
+    return model
+
+
+def with_biases(model: Model) -> Model:
+    """Biases begin as zeros, which would hide one that is left out."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def small() -> Model:
+    """A proven model."""
+    model = optimized(llama())
+    prove(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_fifty_steps(name: str, dtype: torch.dtype, passes: list[int]) -> None:
+    model = optimized(VARIANTS[name]().to(dtype))
+    prove(model)
+    for mode in MODES.values() if name in FAMILIES else (MODES["greedy"], MODES["beams"]):
+        assert_program_is_the_modules(model, passes, max_new_tokens=51, **mode)
+
+
+def test_tokens_are_those_of_transformers() -> None:
+    for make in FAMILIES.values():
+        model = make()
+        expected = {name: generated(model, mode, max_new_tokens=30) for name, mode in MODES.items()}
+        optimized(model)
+        for name, mode in MODES.items():
+            found = generated(model, mode, max_new_tokens=30)
+            assert torch.equal(found.sequences, expected[name].sequences), name
+            torch.testing.assert_close(
+                torch.stack(found.logits), torch.stack(expected[name].logits), rtol=1e-4, atol=2e-4
+            )
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 8, ROW_LIMIT - 1, ROW_LIMIT])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows(n_rows: int, dtype: torch.dtype, passes: list[int]) -> None:
+    model = optimized(llama().to(dtype))
+    prove(model)
+    given = {**prompts(n_rows), "max_new_tokens": 6, "do_sample": False}
+    assert_program_is_the_modules(model, passes, **given)
+
+
+@pytest.mark.parametrize("is_proven", [False, True])
+@pytest.mark.parametrize("n_rows, n_beams", [(ROW_LIMIT + 1, 1), (11, 4)])
+def test_more_rows_than_a_step_has(n_rows: int, n_beams: int, is_proven: bool, passes: list[int]) -> None:
+    model = llama()
+    given = {**prompts(n_rows), "max_new_tokens": 8, "do_sample": False, "num_beams": n_beams}
+    expected = generated(model, given)
+    optimized(model)
+    if is_proven:
+        prove(model)
+    passes.clear()
+    found = generated(model, given)
+    assert len(passes) == 8
+    assert torch.equal(found.sequences, expected.sequences)
+    assert found.past_key_values.get_seq_length() == 9 + 7
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_threads(name: str) -> None:
+    model = optimized(FAMILIES[name]())
+    prove(model)
+    for mode in MODES.values():
+        results = []
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            results.append(generated(model, mode, max_new_tokens=12, **prompts(5)))
+        assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams", "several of a prompt"])
+@pytest.mark.parametrize("length", [1, 63, 64, 65])
+def test_the_cache_grows(mode: str, length: int, small: Model, passes: list[int]) -> None:
+    given = {**prompts(2, length), "max_new_tokens": 140, **MODES[mode]}
+    assert_program_is_the_modules(small, passes, **given)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+def test_a_mask_longer_than_its_steps(mode: str, small: Model, passes: list[int]) -> None:
+    # the mask grows in steps of 256
+    given = {**prompts(2, 7), "max_new_tokens": 300, **MODES[mode]}
+    assert_program_is_the_modules(small, passes, **given)
+
+
+def test_without_a_mask(small: Model, passes: list[int]) -> None:
+    ids = prompts(2)["input_ids"].clamp(min=2)
+    given = {"input_ids": ids, "attention_mask": None, "max_new_tokens": 20, "do_sample": False}
+    assert_program_is_the_modules(small, passes, **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16], ids=str)
+def test_types_of_masks(dtype: torch.dtype, small: Model, passes: list[int]) -> None:
+    given = prompts()
+    given["attention_mask"] = given["attention_mask"].to(dtype)
+    assert_program_is_the_modules(small, passes, **given, max_new_tokens=8, do_sample=False)
+
+
+def test_positions_of_the_caller(small: Model, passes: list[int]) -> None:
+    given = prompts()
+    given["position_ids"] = torch.arange(9)[None] * 3 + torch.arange(3)[:, None]
+    assert_program_is_the_modules(small, passes, **given, max_new_tokens=12, do_sample=False)
+
+
+def test_a_mask_with_holes(small: Model, passes: list[int]) -> None:
+    given = prompts()
+    given["attention_mask"] = torch.rand(3, 9, generator=torch.Generator().manual_seed(3)).gt(0.4).long()
+    given["attention_mask"][:, -1] = 1
+    for mode in MODES.values():
+        assert_program_is_the_modules(small, passes, **given, max_new_tokens=12, **mode)
+
+
+# ---- angles ------------------------------------------------------------------------------------------------
+
+STATIC: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+}  # fmt: skip
+MOVING: dict[str, dict[str, Any]] = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}  # fmt: skip
+
+
+def with_rope(parameters: dict[str, Any]) -> Model:
+    return llama(max_position_embeddings=128, rope_parameters={"rope_theta": 1000.0, **parameters})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", STATIC)
+def test_static_rotations(name: str, dtype: torch.dtype, passes: list[int]) -> None:
+    model = optimized(with_rope(STATIC[name]).to(dtype))
+    prove(model)
+    assert_program_is_the_modules(model, passes, max_new_tokens=51, do_sample=False)
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_rotations_that_depend_on_the_length(name: str, passes: list[int]) -> None:
+    model = with_rope(MOVING[name])
+    expected = generated(model, max_new_tokens=40, do_sample=False)
+    optimized(model)
+    assert name in str(hfopt.explain(model).by_module)
+    passes.clear()
+    found = generated(model, max_new_tokens=40, do_sample=False)
+    assert len(passes) == 40
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_positions_past_the_table_of_angles(dtype: torch.dtype, passes: list[int]) -> None:
+    model = optimized(llama(max_position_embeddings=4096).to(dtype))
+    prove(model)
+    for first in (1015, 2040, 3000, 1015):
+        given = prompts(2)
+        given["position_ids"] = torch.arange(first - 9, first).repeat(2, 1)
+        assert_program_is_the_modules(model, passes, **given, max_new_tokens=20, do_sample=False)
+
+
+# ---- a cache from before -----------------------------------------------------------------------------------
+
+
+def second_turn(model: Model, mode: dict[str, Any], has_mask: bool, n_cropped: int) -> Any:
+    """Goes on from the cache of an earlier request, of which a few tokens are taken back."""
+    given = {**prompts(2), "do_sample": False, **ALL_OUTPUTS, "max_new_tokens": 12}
+    if not has_mask:
+        given = {**given, "input_ids": given["input_ids"].clamp(min=2), "attention_mask": None}
+    before = model.generate(**given)
+    cache, sequences = before.past_key_values, before.sequences
+    if n_cropped:
+        cache.crop(-n_cropped)
+        sequences = sequences[:, :-n_cropped]
+    more = torch.randint(2, VOCABULARY, (2, 3), generator=torch.Generator().manual_seed(2))
+    ids = torch.cat([sequences, more], 1)
+    mask = None
+    if has_mask:
+        mask = torch.cat([given["attention_mask"], torch.ones(2, ids.shape[1] - 9, dtype=torch.long)], 1)
+    torch.manual_seed(3)
+    return model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=30, **mode, **ALL_OUTPUTS
+    )
+
+
+@pytest.mark.parametrize("n_cropped", [0, 1, 5, 14])
+@pytest.mark.parametrize("has_mask", [True, False])
+@pytest.mark.parametrize("mode", ["greedy", "sampling"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_second_turn(name: str, mode: str, has_mask: bool, n_cropped: int, passes: list[int]) -> None:
+    model = optimized(FAMILIES[name]())
+    prove(model)
+    passes.clear()
+    ours = second_turn(model, MODES[mode], has_mask, n_cropped)
+    assert len(passes) == 2
+    with modules_alone(model):
+        assert_same_bits(ours, second_turn(model, MODES[mode], has_mask, n_cropped))
+
+
+@pytest.mark.parametrize("is_proven", [False, True])
+def test_layers_cropped_one_by_one(is_proven: bool, passes: list[int]) -> None:
+    model = optimized(llama())
+    if is_proven:
+        prove(model)
+    ids, mask = prompts(2)["input_ids"].clamp(min=2), torch.ones(2, 9, dtype=torch.long)
+
+    def run() -> Any:
+        cache = IndirectCache(model.config)
+        with torch.no_grad():
+            model(input_ids=ids[:, :7], past_key_values=cache)
+        for layer in cache.layers:
+            layer.crop(-2)  # each has its own map of rows now
+        return model.generate(
+            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=10, do_sample=False, **ALL_OUTPUTS
+        )
+
+    passes.clear()
+    ours = run()
+    assert len(passes) == 11  # such a cache is left to the modules
+    with modules_alone(model):
+        assert_same_bits(ours, run())
+
+
+def test_beams_go_on_from_a_cache_of_beams(small: Model, passes: list[int]) -> None:
+    given = {**prompts(1), "num_beams": 4, "num_return_sequences": 4, "do_sample": False, **ALL_OUTPUTS}
+
+    def run() -> Any:
+        before = small.generate(**given, max_new_tokens=10)
+        ids = torch.cat([before.sequences, torch.full((4, 2), 5)], 1)
+        cache = copy.deepcopy(before.past_key_values)
+        return small.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=40,
+            do_sample=False,
+            **ALL_OUTPUTS,
+        )
+
+    passes.clear()
+    ours = run()
+    assert len(passes) == 2
+    with modules_alone(small):
+        assert_same_bits(ours, run())
+
+
+def test_layers_that_the_model_has_not(passes: list[int]) -> None:
+    """A model that was made shorter has a cache for more layers than it fills."""
+    model = llama(num_hidden_layers=3)
+    model.model.layers = model.model.layers[:2]  # in training mode, as a new list is
+    expected = generated(model, max_new_tokens=10, do_sample=False).sequences
+    optimized(model)
+    for _ in range(2):
+        assert torch.equal(generated(model, max_new_tokens=10, do_sample=False).sequences, expected)
+
+
+def test_a_layer_that_is_there_twice() -> None:
+    model = llama(num_hidden_layers=2)
+    model.model.layers.append(model.model.layers[1])
+    expected = generated(model, max_new_tokens=10, do_sample=False).sequences
+    optimized(model)
+    assert hfopt.explain(model).by_module is not None
+    assert torch.equal(generated(model, max_new_tokens=10, do_sample=False).sequences, expected)
+
+
+def test_layers_in_another_order() -> None:
+    model = llama(num_hidden_layers=3)
+    model.model.layers = torch.nn.ModuleList([model.model.layers[index] for index in (2, 0, 1)])
+    expected = generated(model, max_new_tokens=10, do_sample=False).sequences
+    optimized(model)
+    for _ in range(2):
+        assert torch.equal(generated(model, max_new_tokens=10, do_sample=False).sequences, expected)
+
+
+def test_the_first_step_goes_both_ways(passes: list[int]) -> None:
+    model = optimized(llama())
+    assert PROGRAMS in model.__dict__
+    found = generated(model, max_new_tokens=6, do_sample=False)
+    assert len(passes) == 2
+    with modules_alone(model):
+        assert_same_bits(found, generated(model, max_new_tokens=6, do_sample=False))
