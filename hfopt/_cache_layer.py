@@ -166,6 +166,13 @@ class IndirectLayer(DynamicLayer):
             self._known_bits,
         )
 
+    def newest(self) -> Tensor:
+        """Keys and values of the last token, in place: [2, n_rows, n_kv_heads, head_dim]."""
+        rows = self.rows
+        buffer, length = (self.trunk, self.trunk_len) if rows.is_identity else (self.branch, self.branch_len)
+        assert buffer is not None
+        return buffer[:, : rows.n_rows, :, length - 1]
+
     def _admit(self, n_rows: int, n_new: int, layout: Layout) -> None:
         """What an append seldom meets: the first tokens in the buffers, or arguments that do not fit."""
         length = self.get_seq_length()

@@ -101,6 +101,10 @@ class IndirectCache(DynamicCache):
         lengths = {(layer.trunk_len, layer.branch_len) for layer in layers}
         return len(lengths) == 1 and rows.n_rows == n_rows
 
+    def newest(self) -> list[Tensor]:
+        """Views of the last token that every layer of an even cache holds, [2, n_rows, n_kv_heads, head_dim]."""
+        return [layer.newest() for layer in self._indirect()]
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -98,14 +98,29 @@ class Decoding:
         n_rows = len(tokens)
         program = self._program(n_rows)
         # what has changed meanwhile (a hook that takes itself away, say) may have taken part in this step
-        is_due = program is not None and program is self._offered and not self._programs.is_proven(program)
-        if is_due and logits.dtype is program.dtype and self._cache.is_even(n_rows):
-            self._cache.crop(-1)
-            again = self._run(program, tokens)
-            if again is not None:
-                bits = _BITS[program.dtype]
-                self._programs.conclude(program, torch.equal(logits.view(bits), again.view(bits)))
+        if program is not None and program is self._offered and not self._programs.is_proven(program):
+            self._prove(program, tokens, logits)
         self._positions += 1
+
+    def _prove(self, program: Program, tokens: Tensor, logits: Tensor) -> None:
+        """Make the step again, if that can be done."""
+        if logits.dtype is not program.dtype or not self._cache.is_even(len(tokens)):
+            return
+        written = self._cache.newest()
+        expected = [logits, *(each.clone() for each in written)]
+        self._cache.crop(-1)
+        again = self._run(program, tokens)
+        if again is None:
+            return
+        bits = _BITS[program.dtype]
+        is_equal = all(
+            torch.equal(one.view(bits), other.view(bits))
+            for one, other in zip(expected, [again, *written], strict=True)
+        )
+        self._programs.conclude(program, is_equal)
+        if not is_equal:
+            for there, theirs in zip(written, expected[1:], strict=True):
+                there.copy_(theirs)
 
     def _program(self, n_rows: int) -> Program | None:
         if _has_hooks(self._model):

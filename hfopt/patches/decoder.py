@@ -8,7 +8,7 @@ from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import Builder, Program, Slot, Table
 from hfopt.patches.families import family_of
 from hfopt.patches.families.family import Decoder
-from hfopt.patches.guards import is_bare
+from hfopt.patches.guards import has_own_forward, is_bare
 from hfopt.patches.layer import swapped
 
 
@@ -21,7 +21,7 @@ def build(model: nn.Module) -> Program:
     if family is None:
         raise UnsupportedModel(f"{type(model).__name__} is no decoder that hfopt knows whole")
     for path, module in model.named_modules():
-        if "forward" in vars(module) or vars(module).get("_compiled_call_impl") is not None:
+        if has_own_forward(module) or vars(module).get("_compiled_call_impl") is not None:
             raise UnsupportedModel(f"{path or 'the model'} has a forward of its own")
         is_called = type(module).forward is not nn.Module.forward  # a ModuleList is not
         if path and is_called and not is_bare(module):

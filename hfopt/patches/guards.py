@@ -4,6 +4,7 @@ All of this is asked on every call, so each question is a few attribute reads.
 """
 
 from collections.abc import Iterable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -58,9 +59,22 @@ def _needs_grad(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 def is_bare(module: nn.Module) -> bool:
     """Whether a call is nothing but the class's `forward` in evaluation mode, so that it may be bypassed."""
     state = module.__dict__
-    if state["training"] or "forward" in state or "_hf_hook" in state or state["_forward_pre_hooks"]:
+    if state["training"] or "_hf_hook" in state or state["_forward_pre_hooks"]:
+        return False
+    if "forward" in state and has_own_forward(module):
         return False
     return not state["_forward_hooks"] or not _has_live_hooks(state["_forward_hooks"])
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether an attribute stands for the class's `forward`, and is not just that, which accelerate leaves behind."""
+    state = module.__dict__
+    if "forward" not in state:
+        return False
+    forward = state["forward"]
+    if not isinstance(forward, MethodType) or forward.__self__ is not module:
+        return True
+    return forward.__func__ is not type(module).forward
 
 
 def _has_live_hooks(hooks: Mapping[int, Any]) -> bool:

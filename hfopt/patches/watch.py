@@ -35,9 +35,12 @@ class Watch:
             state[name] for state in states for name in ("_parameters", "_buffers") if state[name]
         ]
         self._owned: list[Any] = [
-            each for each in self._held() if type(each) in _WITH_ADDRESS and each.layout is torch.strided
+            each
+            for each in self._held()
+            if each is not None and type(each) in _WITH_ADDRESS and each.layout is torch.strided
         ]
         self._tensors_then = self._held()
+        self._forwards = [(state, state["forward"]) for state in states[1:] if "forward" in state]
         self._then = self._now()
         self._rest = self._seldom()
 
@@ -55,6 +58,7 @@ class Watch:
         return [
             list(map(type, modules)),
             list(map(len, states)),
+            [states[0].get("forward")],
             list(map(len, self._hooks)),
             list(map(_TRAINING, states)),
             list(chain.from_iterable(map(dict.values, self._children))),
@@ -76,7 +80,7 @@ class Watch:
         held = self._held()
         if len(held) != len(self._tensors_then) or not all(map(is_, held, self._tensors_then)):
             return False
-        return self._now() == self._then
+        return self._now() == self._then and all(state.get("forward") == own for state, own in self._forwards)
 
     def holds_wholly(self) -> bool:
         """Whether nothing of this has changed since."""
