@@ -11,7 +11,7 @@ import hfopt
 from hfopt.cache import IndirectCache
 from hfopt.functional import ROW_LIMIT
 from hfopt.generation import PROGRAMS
-from tests.generation_cases import FAMILIES, VOCABULARY, Model, gptj, llama, opt, prompts
+from tests.generation_cases import FAMILIES, VOCABULARY, Model, gptj, llama, one_thread, opt, prompts
 from tests.reference import DTYPES
 from tests.step_cases import (
     ALL_OUTPUTS,
@@ -26,6 +26,8 @@ from tests.step_cases import (
 )
 
 __all__ = ["passes"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 VARIANTS: dict[str, Callable[[], Model]] = {
     **FAMILIES,

@@ -18,7 +18,7 @@ import hfopt
 from hfopt.errors import InvalidInput
 from hfopt.generation import PROGRAMS
 from hfopt.patches.watch import Watch
-from tests.generation_cases import FAMILIES, Model, gptj, llama, opt
+from tests.generation_cases import FAMILIES, Model, gptj, llama, one_thread, opt
 from tests.step_cases import (
     assert_program_is_the_modules,
     assert_same_bits,
@@ -30,6 +30,8 @@ from tests.step_cases import (
 )
 
 __all__ = ["passes"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 N_TOKENS = 12
 Change = Callable[[Model], None]
@@ -268,17 +270,15 @@ def test_a_hook_that_takes_itself_away(is_proven: bool, passes: list[int]) -> No
     model = optimized(llama())
     if is_proven:
         prove(model)
-    linear = model.get_submodule(_LINEAR)
+    handles: list[Any] = []
 
     def once(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        handle.remove()
+        handles[0].remove()
         return output * 2
 
     def register(model: Model) -> None:
-        nonlocal handle
-        handle = linear.register_forward_hook(once)
+        handles.append(model.get_submodule(_LINEAR).register_forward_hook(once))
 
-    handle: Any = None
     streamer = ByStreamer(model, {1: register})
     passes.clear()
     generated(model, max_new_tokens=N_TOKENS, do_sample=False, streamer=streamer)
@@ -291,7 +291,7 @@ def test_an_embedding_that_does_more(passes: list[int]) -> None:
     model, stock = llama(), llama()
     for each in (model, stock):
         own = each.model.embed_tokens
-        each.model.embed_tokens = Scaled(*own.weight.shape, _weight=own.weight).eval()
+        each.model.embed_tokens = Scaled(own.num_embeddings, own.embedding_dim, _weight=own.weight).eval()
     optimized(model)
     for _ in range(2):
         passes.clear()
@@ -650,15 +650,15 @@ class _Wrapper(Tensor):
         return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
 
     def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
+        self.own = inner
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         def unwrapped(value: Any) -> Any:
-            return value.inner if isinstance(value, _Wrapper) else value
+            return value.own if isinstance(value, _Wrapper) else value
 
-        found = function(*map(unwrapped, args), **(kwargs or {}))
-        return _Wrapper(found) if function is torch.ops.aten.detach.default else found
+        found = func(*map(unwrapped, args), **(kwargs or {}))
+        return _Wrapper(found) if func is torch.ops.aten.detach.default else found
 
 
 def test_weights_without_memory_of_their_own(passes: list[int]) -> None:

@@ -1,6 +1,6 @@
 """Rotary position embedding, fused with the write of new keys and values into the cache."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -97,16 +97,23 @@ def check_qkv(
 
 def cache_record(appended: "Appended", dtype: torch.dtype, n_kv_heads: int, head_dim: int) -> np.ndarray:
     """The `kernels.cache_record` of a layer; raises `InvalidInput` unless it has this dtype and these heads."""
-    trunk, branch, buffers = appended.trunk, appended.branch, appended.buffers
     layout = dtype, n_kv_heads, head_dim
-    # `_replace` may have put other arrays beside the buffers of a cache
-    if buffers is None or buffers.trunk is not trunk or buffers.branch is not branch:
-        return _checked_record(trunk, branch, *layout)
+    buffers = known_buffers(appended)
+    if buffers is None:
+        return _checked_record(appended.trunk, appended.branch, *layout)
     if buffers.checked != layout:
-        buffers.record = _checked_record(trunk, branch, *layout)
+        buffers.record = _checked_record(buffers.trunk, buffers.branch, *layout)
         buffers.checked = layout
     record: np.ndarray = buffers.record
     return record
+
+
+def known_buffers(appended: "Appended") -> Any:
+    """Those of a cache, unless `_replace` has put other arrays beside them."""
+    buffers = appended.buffers
+    if buffers is None or buffers.trunk is not appended.trunk or buffers.branch is not appended.branch:
+        return None
+    return buffers
 
 
 def _checked_record(

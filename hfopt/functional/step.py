@@ -15,7 +15,7 @@ from hfopt.kernels.linear import ROW_LIMIT
 from .attention import check_lengths
 from .checks import ELEMENTS, prepare_threads
 from .program import Program
-from .rotary import cache_record
+from .rotary import cache_record, known_buffers
 
 if TYPE_CHECKING:
     from hfopt.cache import Appended
@@ -62,7 +62,7 @@ class StepScratch:
         if first.n_new != 1 or len(first.trunk_row) != n_rows:
             given = f"{first.n_new} tokens of {len(first.trunk_row)} rows"
             raise InvalidInput(f"appended has {given}: one token of {n_rows} rows is needed")
-        buffers = [each.buffers for each in appended]
+        buffers = [known_buffers(each) for each in appended]
         if buffers != self._buffers or None in buffers:
             layout = program.dtype, program.n_kv_heads, program.head_dim
             self.records[:] = [cache_record(each, *layout) for each in appended]

@@ -1,0 +1,388 @@
+"""Programs and steps refuse what does not fit, and write nowhere else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hfopt import functional
+from hfopt.cache import IndirectCache
+from hfopt.errors import InvalidInput
+from hfopt.functional import ROW_LIMIT, Builder, LinearWeights, Program, Slot, StepScratch, Table
+from hfopt.generation import PROGRAMS
+from hfopt.kernels import step as kernels
+from tests.generation_cases import FAMILIES, one_thread, prompts
+from tests.reference import DTYPES
+from tests.step_cases import bits, optimized, prove
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+HEADS = (4, 2, 8)  # of queries, of keys, channels
+SIZE = HEADS[0] * HEADS[2]
+WIDTH = (HEADS[0] + 2 * HEADS[1]) * HEADS[2]
+N_TOKENS, N_LOGITS = 19, 23
+
+
+def weights(*shapes: tuple[int, int], dtype: torch.dtype = torch.float32) -> LinearWeights:
+    return LinearWeights.of([torch.randn(shape).to(dtype) for shape in shapes], [None] * len(shapes))
+
+
+def begun() -> tuple[Builder, Slot]:
+    builder = Builder(torch.float32)
+    return builder, builder.look_up(Table(torch.randn(N_TOKENS, SIZE)), "tokens")
+
+
+def layered(builder: Builder, x: Slot, layer: int, heads: tuple[int, int, int] = HEADS) -> Slot:
+    qkv = builder.linear(x, weights((WIDTH, SIZE), dtype=builder.dtype))
+    builder.rotate_and_store(qkv, layer, heads, "none", None)
+    attended = builder.attend(qkv, layer, heads, 0.3)
+    return builder.linear(attended, weights((SIZE, SIZE), dtype=builder.dtype), residuals=(x,))
+
+
+def program(n_layers: int = 2, dtype: torch.dtype = torch.float32) -> Program:
+    builder = Builder(dtype)
+    x = builder.look_up(Table(torch.randn(N_TOKENS, SIZE).to(dtype)), "tokens")
+    for layer in range(n_layers):
+        x = layered(builder, x, layer)
+    logits = builder.linear(x, weights((N_LOGITS, SIZE), dtype=dtype), is_last=True)
+    return builder.program(n_layers, logits.size)
+
+
+def append(cache: IndirectCache, n_rows: int, n_layers: int = 2, dtype: torch.dtype = torch.float32) -> Any:
+    return [cache.append(layer, n_rows, 1, *HEADS[1:], dtype) for layer in range(n_layers)]
+
+
+def given(n_rows: int = 3) -> dict[str, Any]:
+    """Arguments of a step that are right."""
+    cache = IndirectCache()
+    return {
+        "scratch": StepScratch(program(), n_rows),
+        "tokens": torch.arange(n_rows),
+        "positions": np.arange(n_rows, dtype=np.int64),
+        "appended": append(cache, n_rows),
+        "mask": np.ones((n_rows, 1), np.uint8),
+    }
+
+
+def test_what_is_right() -> None:
+    assert functional.step(**given()).shape == (3, 1, N_LOGITS)
+
+
+# ---- programs ----------------------------------------------------------------------------------------------
+
+_BFLOAT = torch.bfloat16
+
+
+def _rotate(builder: Builder, x: Slot, rotation: str, *tables: Tensor) -> None:
+    qkv = builder.linear(x, weights((WIDTH, SIZE)))
+    angles = [builder.look_up(Table(each), "positions") for each in tables]
+    builder.rotate_and_store(qkv, 0, HEADS, rotation, tuple(angles) or None)  # type: ignore[arg-type]
+
+
+def _attend(builder: Builder, x: Slot, *heads: int) -> None:
+    builder.attend(builder.linear(x, weights((WIDTH, SIZE))), 0, heads, 1.0)  # type: ignore[arg-type]
+
+
+def _norm_of_another_dtype(builder: Builder, x: Slot) -> None:
+    other = builder.look_up(Table(torch.randn(N_TOKENS, SIZE).to(_BFLOAT)), "tokens")
+    builder.rms_norm(other, torch.ones(SIZE), 1e-5)
+
+
+def _linear_of_another_dtype(builder: Builder, x: Slot) -> None:
+    other = builder.look_up(Table(torch.randn(N_TOKENS, SIZE).to(_BFLOAT)), "tokens")
+    builder.linear(other, weights((8, SIZE)))
+
+
+def _residual_of_another_dtype(builder: Builder, x: Slot) -> None:
+    other = builder.look_up(Table(torch.randn(N_TOKENS, SIZE).to(_BFLOAT)), "tokens")
+    builder.linear(x, weights((SIZE, SIZE)), residuals=(other,))
+
+
+def _after_the_last(builder: Builder, x: Slot) -> None:
+    builder.rms_norm(builder.linear(x, weights((SIZE, SIZE)), is_last=True), torch.ones(SIZE), 1e-5)
+
+
+REFUSED: dict[str, Callable[[Builder, Slot], Any]] = {
+    "norm weight size": lambda b, x: b.rms_norm(x, torch.ones(SIZE - 1), 1e-5),
+    "norm weight dtype": lambda b, x: b.rms_norm(x, torch.ones(SIZE, dtype=_BFLOAT), 1e-5),
+    "norm weight strides": lambda b, x: b.rms_norm(x, torch.ones(2 * SIZE)[::2], 1e-5),
+    "norm weight None": lambda b, x: b.rms_norm(x, None, 1e-5),  # type: ignore[arg-type]
+    "norm weight meta": lambda b, x: b.rms_norm(x, torch.ones(SIZE, device="meta"), 1e-5),
+    "norm bias size": lambda b, x: b.layer_norm(x, None, torch.ones(SIZE + 1), 1e-5),
+    "norm input dtype": _norm_of_another_dtype,
+    "linear size": lambda b, x: b.linear(x, weights((8, SIZE + 1))),
+    "linear dtype": lambda b, x: b.linear(x, weights((8, SIZE), dtype=_BFLOAT)),
+    "linear input dtype": _linear_of_another_dtype,
+    "residual size": lambda b, x: b.linear(x, weights((8, SIZE)), residuals=(x,)),
+    "residual dtype": _residual_of_another_dtype,
+    "too many residuals": lambda b, x: b.linear(
+        x, weights((SIZE, SIZE)), residuals=[x] * (kernels.MOST_RESIDUALS + 1)
+    ),
+    "activation": lambda b, x: b.linear(x, weights((8, SIZE)), activation="sine"),
+    "gate alone": lambda b, x: b.linear(x, weights((8, SIZE)), gated=True),
+    "gate and up differ": lambda b, x: b.linear(x, weights((8, SIZE), (10, SIZE)), gated=True),
+    "after the last": _after_the_last,
+    "heads and size": lambda b, x: _attend(b, x, 4, 2, 7),
+    "heads and groups": lambda b, x: _attend(b, x, 2, 3, 8),
+    "no heads": lambda b, x: _attend(b, x, 8, 0, 8),
+    "negative heads": lambda b, x: _attend(b, x, -4, -2, -8),
+    "rotation": lambda b, x: _rotate(b, x, "spiral"),
+    "no angles": lambda b, x: _rotate(b, x, "half"),
+    "angles for none": lambda b, x: _rotate(b, x, "none", *[torch.randn(5, 8)] * 2),
+    "angles beyond a head": lambda b, x: _rotate(b, x, "half", *[torch.randn(5, 10)] * 2),
+    "pairs beyond a head": lambda b, x: _rotate(b, x, "interleaved", *[torch.randn(5, 5)] * 2),
+    "odd angles": lambda b, x: _rotate(b, x, "half", *[torch.randn(5, 5)] * 2),
+    "angles differ": lambda b, x: _rotate(b, x, "half", torch.randn(5, 8), torch.randn(5, 6)),
+    "angles of another dtype": lambda b, x: _rotate(b, x, "half", *[torch.randn(5, 8).to(_BFLOAT)] * 2),
+    "added size": lambda b, x: b.add_looked_up(Table(torch.randn(5, SIZE - 1)), "positions", x),
+    "added dtype": lambda b, x: b.add_looked_up(Table(torch.randn(5, SIZE).to(_BFLOAT)), "positions", x),
+    "table of one dimension": lambda b, x: b.look_up(Table(torch.randn(5)), "tokens"),
+    "table of integers": lambda b, x: b.look_up(Table(torch.ones(5, 5, dtype=torch.long)), "tokens"),
+    "table with strides": lambda b, x: b.look_up(Table(torch.randn(5, 5).t()), "tokens"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_operands_that_do_not_fit(name: str) -> None:
+    builder, x = begun()
+    with pytest.raises(InvalidInput):
+        REFUSED[name](builder, x)
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 0), (0, 2), (1, 2), (0, 1, 2), (-1, 0)])
+def test_layers_are_cached_once_each(layers: tuple[int, ...]) -> None:
+    builder, x = begun()
+    for layer in layers:
+        x = layered(builder, x, layer)
+    logits = builder.linear(x, weights((N_LOGITS, SIZE)), is_last=True)
+    with pytest.raises(InvalidInput):
+        builder.program(2, logits.size)
+
+
+def test_layers_with_other_heads() -> None:
+    builder, x = begun()
+    x = layered(builder, x, 0)
+    x = layered(builder, x, 1, (2, 1, 16))
+    logits = builder.linear(x, weights((N_LOGITS, SIZE)), is_last=True)
+    with pytest.raises(InvalidInput, match="shapes"):
+        builder.program(2, logits.size)
+
+
+@pytest.mark.parametrize("n_logits", [N_LOGITS - 1, N_LOGITS + 1, 0])
+def test_as_many_logits_as_the_last_linear_has(n_logits: int) -> None:
+    builder, x = begun()
+    builder.linear(layered(builder, x, 0), weights((N_LOGITS, SIZE)), is_last=True)
+    with pytest.raises(InvalidInput, match="n_logits"):
+        builder.program(1, n_logits)
+
+
+def test_without_a_last_linear() -> None:
+    builder, x = begun()
+    layered(builder, x, 0)
+    with pytest.raises(InvalidInput, match="n_logits"):
+        builder.program(1, SIZE)
+
+
+@pytest.mark.parametrize("grown", [torch.zeros(8, 5), torch.zeros(8, 4).to(_BFLOAT), torch.zeros(4, 8).t()])
+def test_a_table_that_grows_into_something_else(grown: Tensor) -> None:
+    table = Table(torch.zeros(2, 4), lambda n: grown)
+    assert len(table.reach(2)) == 2
+    with pytest.raises(InvalidInput):
+        table.reach(3)
+
+
+# ---- steps -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_rows", [-1, 0, ROW_LIMIT + 1])
+def test_rows_of_scratch(n_rows: int) -> None:
+    with pytest.raises(InvalidInput, match="n_rows"):
+        StepScratch(program(), n_rows)
+
+
+def _replaced(appended: Any, which: int = 0, **changes: Any) -> Any:
+    return [each._replace(**changes) if place == which else each for place, each in enumerate(appended)]
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "fewer tokens": lambda a: {"tokens": a["tokens"][:1]},
+    "more tokens": lambda a: {"tokens": torch.arange(4)},
+    "tokens of two dimensions": lambda a: {"tokens": a["tokens"][:, None]},
+    "tokens of another type": lambda a: {"tokens": a["tokens"].int()},
+    "tokens elsewhere": lambda a: {"tokens": a["tokens"].to("meta")},
+    "fewer positions": lambda a: {"positions": a["positions"][:1]},
+    "positions of another type": lambda a: {"positions": a["positions"].astype(np.float64)},
+    "a mask of fewer rows": lambda a: {"mask": a["mask"][:1]},
+    "a mask of fewer keys": lambda a: {"mask": a["mask"][:, :0]},
+    "a mask of another type": lambda a: {"mask": a["mask"].astype(np.int64)},
+    "a mask of more dimensions": lambda a: {"mask": a["mask"][:, None]},
+    "no layers": lambda a: {"appended": []},
+    "fewer layers": lambda a: {"appended": a["appended"][:1]},
+    "more layers": lambda a: {"appended": a["appended"] * 2},
+    "other rows": lambda a: {"appended": append(IndirectCache(), 2)},
+    "another dtype": lambda a: {"appended": append(IndirectCache(), 3, dtype=_BFLOAT)},
+    "other heads": lambda a: {
+        "appended": [IndirectCache().append(0, 3, 1, 1, 8, torch.float32) for _ in range(2)]
+    },
+    "another size": lambda a: {
+        "appended": [IndirectCache().append(0, 3, 1, 2, 4, torch.float32) for _ in range(2)]
+    },
+    "lengths differ": lambda a: {"appended": _replaced(a["appended"], 1, trunk_len=2)},
+    "parts differ": lambda a: {"appended": _replaced(a["appended"], 1, in_branch=True)},
+    "several tokens": lambda a: {"appended": [each._replace(n_new=2) for each in a["appended"]]},
+    "longer than stored": lambda a: {"appended": [each._replace(trunk_len=65) for each in a["appended"]]},
+    "negative length": lambda a: {"appended": [each._replace(trunk_len=-1) for each in a["appended"]]},
+    "nothing stored": lambda a: {"appended": [each._replace(trunk_len=0) for each in a["appended"]]},
+    "no branch": lambda a: {
+        "appended": [each._replace(in_branch=True, branch_len=1) for each in a["appended"]]
+    },
+    "fewer rows of one layer": lambda a: {
+        "appended": _replaced(a["appended"], 1, trunk=a["appended"][1].trunk[:, :2].copy())
+    },
+    "fewer columns of one layer": lambda a: {
+        "appended": _replaced(a["appended"], 1, trunk=a["appended"][1].trunk[:, :, :, :0].copy())
+    },
+    "rows of another type": lambda a: {
+        "appended": [each._replace(trunk_row=each.trunk_row.astype(np.int64)) for each in a["appended"]]
+    },
+    "a row that is not there": lambda a: {
+        "appended": _replaced(a["appended"], trunk_row=np.array([0, 1, 3], np.int32))
+    },
+    "a negative row": lambda a: {
+        "appended": _replaced(a["appended"], trunk_row=np.array([0, -1, 2], np.int32))
+    },
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_step_refuses(name: str) -> None:
+    arguments = given()
+    stored = [each.trunk.copy() for each in arguments["appended"]]
+    with pytest.raises(InvalidInput):
+        functional.step(**{**arguments, **WRONG[name](arguments)})
+    for before, after in zip(stored, arguments["appended"], strict=True):
+        assert np.array_equal(before.view(np.uint8), after.trunk.view(np.uint8))
+    # and goes on with what is right
+    assert functional.step(**arguments).isfinite().all()
+
+
+@pytest.mark.parametrize("index", [-1, N_TOKENS, 1 << 40, -(1 << 62)])
+def test_tokens_outside_the_table(index: int) -> None:
+    arguments = given()
+    with pytest.raises(InvalidInput, match="no such rows"):
+        functional.step(**{**arguments, "tokens": torch.tensor([1, index, 2])})
+
+
+@pytest.mark.parametrize(
+    "name, position",
+    # the angles of llama are computed as far as they are needed
+    [
+        ("gptj", -1),
+        ("gptj", 96),
+        ("gptj", 1 << 40),
+        ("opt", -1),
+        ("opt", 96),
+        ("opt", 1 << 40),
+        ("llama", -1),
+    ],
+)
+def test_positions_outside_the_tables(name: str, position: int) -> None:
+    model = optimized(FAMILIES[name]())
+    prove(model)
+    built = model.__dict__[PROGRAMS]._made.program
+    cache = IndirectCache(model.config)
+    appended = [
+        cache.append(layer, 1, 1, built.n_kv_heads, built.head_dim, torch.float32) for layer in range(2)
+    ]
+    with pytest.raises(InvalidInput, match="no such rows"):
+        functional.step(StepScratch(built, 1), torch.tensor([1]), np.array([position]), appended)
+
+
+@pytest.mark.parametrize("name", ["gptj", "opt"])
+def test_requests_past_the_positions(name: str) -> None:
+    model = optimized(FAMILIES[name]())
+    prove(model)
+    with pytest.raises(InvalidInput, match="position"):
+        model.generate(**prompts(2), max_new_tokens=120, do_sample=False)
+
+
+def test_a_token_that_the_embedding_has_not() -> None:
+    """A head that is larger than the embedding; the cache is left as it was before the step."""
+    model = FAMILIES["llama"]()
+    model.lm_head = torch.nn.Linear(64, 400).eval()
+    with torch.no_grad():
+        model.lm_head.bias[3] = 1e3
+        prove(optimized(model))
+        model.lm_head.bias[300] = 1e4
+    cache = IndirectCache(model.config)
+    with pytest.raises(InvalidInput, match="no such rows"):
+        model.generate(**prompts(1, 4), past_key_values=cache, max_new_tokens=4, do_sample=False)
+    assert cache.get_seq_length() == 4
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 8, ROW_LIMIT])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_is_written_around_arena_and_logits(
+    name: str, dtype: torch.dtype, n_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = optimized(FAMILIES[name]().to(dtype))
+    prove(model)
+    built: Program = model.__dict__[PROGRAMS]._made.program
+    cache = IndirectCache(model.config)
+    results = []
+    for is_guarded in (False, True):
+        appended = [
+            cache.append(layer, n_rows, 1, built.n_kv_heads, built.head_dim, dtype) for layer in range(2)
+        ]
+        scratch = StepScratch(built, n_rows)
+        size, guard = built.row_bytes * n_rows, 256
+        memory = np.full(size + 2 * guard + 64, 0xA5, np.uint8)
+        n_bytes = n_rows * built.n_logits * dtype.itemsize
+        logits = np.full(n_bytes + 2 * guard, 0xA5, np.uint8)
+        first = -(-(memory.ctypes.data + guard) // 64) * 64 - memory.ctypes.data
+        with monkeypatch.context() as patch:
+            if is_guarded:
+                scratch.arena = memory.ctypes.data + first
+                out = torch.from_numpy(logits)[guard : guard + n_bytes].view(dtype)
+                patch.setattr(
+                    torch, "empty", lambda shape, dtype, out=out: out.view(shape)
+                )  # what `step` makes
+            tokens = torch.arange(n_rows)
+            positions = np.arange(n_rows, dtype=np.int64)
+            results.append(functional.step(scratch, tokens, positions, appended).clone())
+        if is_guarded:
+            assert (memory[:first] == 0xA5).all() and (memory[first + size :] == 0xA5).all()
+            assert (logits[:guard] == 0xA5).all() and (logits[guard + n_bytes :] == 0xA5).all()
+            assert not (logits[guard : guard + n_bytes] == 0xA5).all()
+        for layer in cache.layers:
+            layer.crop(-1)
+    assert torch.equal(bits(results[0]), bits(results[1]))
+
+
+def test_columns_behind_the_cache_stay() -> None:
+    arguments = given(2)
+    for each in arguments["appended"]:
+        each.trunk[:] = 7.0
+    functional.step(**arguments)
+    for each in arguments["appended"]:
+        assert (each.trunk[:, :, :, 1:] == 7.0).all() and not (each.trunk[:, :, :, :1] == 7.0).any()
+
+
+def test_infinite_and_hidden() -> None:
+    """What a mask hides may be anything."""
+    arguments = given(2)
+    first = functional.step(**arguments)
+    cache = IndirectCache()
+    append(cache, 2)
+    for layer in cache.layers:
+        layer.trunk[:] = torch.nan
+    arguments["appended"] = append(cache, 2)
+    arguments["mask"] = np.array([[0, 1], [0, 1]], np.uint8)
+    assert torch.equal(bits(functional.step(**arguments)), bits(first))
