@@ -27,7 +27,7 @@ ALLOWED = {
     "patches": {"errors", "functional", "cache", "modules"},
     "progress": {"kernels"},
     "generation": {"errors", "functional", "cache", "progress"},
-    "report": {"errors", "env", "functional", "patches", "progress"},
+    "report": {"errors", "env", "functional", "patches", "generation", "progress"},
     "optimize": {"errors", "env", "functional", "patches", "generation", "report", "progress"},
     "warmup": {"functional", "optimize", "progress"},
     "__init__": {"errors", "cache", "generation", "optimize", "report", "warmup", "embedded"},

@@ -630,6 +630,13 @@ def test_a_watch_of_a_model_that_is_used(make: Callable[[], Model]) -> None:
     assert watch.holds_wholly()
 
 
+def test_a_watch_of_a_model_that_is_gone() -> None:
+    model = llama()
+    watch = Watch(model)
+    del model
+    assert not watch.holds() and not watch.holds_wholly()
+
+
 def test_a_change_of_numbers_is_in_the_next_request(passes: list[int]) -> None:
     model, stock = llama(), llama()
     optimized(model)

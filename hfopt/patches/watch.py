@@ -77,6 +77,8 @@ class Watch:
 
     def holds(self) -> bool:
         """Whether nothing of this has changed since; attributes and buffers are not looked into."""
+        if self._model() is None:  # of which a shallow copy has the watch
+            return False
         held = self._held()
         if len(held) != len(self._tensors_then) or not all(map(is_, held, self._tensors_then)):
             return False
