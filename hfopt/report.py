@@ -14,6 +14,7 @@ from hfopt import env, generation
 from hfopt.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from hfopt.functional import Listing
     from hfopt.functional.choice import Choice
     from hfopt.patches.walk import Kept, Swapped, Walk
 
@@ -23,7 +24,8 @@ class Report:
     """What `optimize` has done to a model, and on what machine.
 
     memory_before, memory_after: resident memory of the process around `optimize`, in bytes. is_applied: False
-    for what `optimize` would do. by_module: why decode steps go module by module; None if one is a single call.
+    for what `optimize` would do. by_module: why decode steps go module by module; None if one is a single call, of the
+    instructions in program.
     idle: swapped modules that cannot run in kernels as they are now, and why. kernels: the argument of `optimize`.
     choices: what "auto" takes for this model's dtypes.
     """
@@ -34,6 +36,7 @@ class Report:
     swapped: tuple[Swapped, ...]
     kept: tuple[Kept, ...]
     by_module: str | None
+    program: Listing | None
     idle: dict[str, str]
     cpu_path: str
     threads: int
@@ -48,6 +51,7 @@ class Report:
         """The report of a pass over a model that has just ended."""
         from hfopt.functional import choice  # here, because `import hfopt` must not load Numba
 
+        by_module, program = _steps(walk.model)
         dtypes = Counter(str(weight.dtype).removeprefix("torch.") for weight in walk.model.parameters())
         return cls(
             model_class=type(walk.model).__qualname__,
@@ -55,7 +59,8 @@ class Report:
             is_applied=is_applied,
             swapped=tuple(walk.swapped()),
             kept=tuple(walk.kept()),
-            by_module=_by_module(walk.model),
+            by_module=by_module,
+            program=program,
             idle=walk.idle(),
             cpu_path=env.cpu_path(),
             threads=env.threads(),
@@ -157,15 +162,16 @@ def explain(model: nn.Module) -> Report:
     return replace(now, kept=kept, memory_after=done.memory_after)
 
 
-def _by_module(model: nn.Module) -> str | None:
-    """In words, why decode steps of a swapped model go module by module."""
+def _steps(model: nn.Module) -> tuple[str | None, Listing | None]:
+    """In words, why decode steps of a swapped model go module by module; or the program that they run."""
     from hfopt.patches.programs import Programs
 
     generator = generation.generator_of(model)
     if generator is None:
-        return "the model does not generate"
+        return "the model does not generate", None
     programs: Programs = generator.__dict__.get(generation.PROGRAMS) or Programs("hfopt")
-    return programs.reason(generator) or generation.obstacle(generator)
+    reason = programs.reason(generator) or generation.obstacle(generator)
+    return reason, programs.listing(generator) if reason is None else None
 
 
 def _short(class_name: str) -> str:

@@ -392,6 +392,36 @@ def test_explain_prints_the_report(config_file: str, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
 
 
+def test_explain_prints_the_program_of_a_step(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["explain", "--random-weights", config_file, "--program"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "layer 1 as layer 0" in lines and "layer 1" not in lines
+    assert main([*arguments, "--all-layers"]) == 0
+    all_lines = capsys.readouterr().out.splitlines()
+    assert "layer 0" in all_lines and "layer 1" in all_lines
+    assert [line.split()[0] for line in all_lines[2:-2] if "layer " not in line] == [
+        str(n) for n in range(21)
+    ]
+    assert "64 → 96 + 96" in all_lines[12] and "silu, gate × up" in all_lines[12]
+    assert all_lines[-2].startswith("21 instructions, ")
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [line["layer"] for line in report["program"]["instructions"]] == [None] * 3 + [0] * 8 + [1] * 8 + [
+        None
+    ] * 2
+
+
+def test_explain_says_why_there_is_no_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TINY | {"model_type": "qwen2"}))
+    assert main(["explain", "--random-weights", str(file), "--program"]) == 0
+    output = capsys.readouterr().out
+    assert "has no program" in output and "is no decoder that hfopt knows whole" in output
+    assert main(["explain", "--random-weights", str(file), "--all-layers"]) == 2
+    assert "--all-layers needs --program" in capsys.readouterr().err
+
+
 def test_doctor_tests_the_kernels_and_names_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     output = capsys.readouterr().out

@@ -8,6 +8,7 @@ from .activation import ACTIVATIONS
 from .attention import Mask, attend, prepare_mask
 from .choice import Kernels
 from .linear import LinearWeights, linear
+from .listing import Instruction, Listing
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .program import Builder, Program, Slot, Table
 from .rotary import rotate_and_store
@@ -18,8 +19,10 @@ __all__ = [
     "ACTIVATIONS",
     "ROW_LIMIT",
     "Builder",
+    "Instruction",
     "Kernels",
     "LinearWeights",
+    "Listing",
     "Mask",
     "Program",
     "Slot",

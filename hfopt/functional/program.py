@@ -19,6 +19,7 @@ from hfopt.kernels import step as kernels
 from .activation import CODES
 from .checks import check_array, check_contiguous, check_floats
 from .linear import LinearWeights
+from .listing import Instruction, Listing
 from .rotary import ROTATIONS
 
 Index = Literal["tokens", "positions"]
@@ -64,14 +65,6 @@ def _check_rows(rows: Tensor) -> None:
         raise InvalidInput(f"rows has shape {tuple(rows.shape)}: [n, size] is needed")
 
 
-class Instruction(NamedTuple):
-    """A line of a program for people to read: the operation, its shapes, and the bytes of weights that it reads."""
-
-    name: str
-    shapes: str
-    n_bytes: int
-
-
 class Program(NamedTuple):
     """A decode step.
 
@@ -88,16 +81,20 @@ class Program(NamedTuple):
     n_kv_heads: int
     head_dim: int
     n_logits: int
-    listing: tuple[Instruction, ...]
+    listing: Listing
     kept: tuple[Any, ...]
 
 
 class Builder:
     """Collects the instructions of a program for weights of one dtype, float32 or bfloat16; raises `InvalidInput` for
-    operands that do not fit."""
+    operands that do not fit.
+
+    layer: the one that the next instructions belong to, for the listing.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.layer: int | None = None
         self._code: list[np.ndarray] = []
         self._scalars: list[float] = []
         self._listing: list[Instruction] = []
@@ -130,12 +127,32 @@ class Builder:
                 f"an operand is {slot.dtype} [{slot.size}]: {dtype} [{size}] in scratch is needed"
             )
 
-    def _add(self, shapes: str, n_bytes: int, columns: dict[int, int], scalar: float = 0.0) -> None:
+    def _add(
+        self,
+        shapes: str,
+        n_bytes: int,
+        columns: dict[int, int],
+        reads: Sequence[Slot],
+        out: Slot,
+        *,
+        scalar: float = 0.0,
+        then: str = "",
+    ) -> None:
         row = np.full(kernels.COLUMNS, kernels.NONE, np.int64)
         row[list(columns)] = list(columns.values())
         self._code.append(row)
         self._scalars.append(scalar)
-        self._listing.append(Instruction(kernels.NAMES[columns[kernels.OP]], shapes, n_bytes))
+        self._listing.append(
+            Instruction(
+                name=kernels.NAMES[columns[kernels.OP]],
+                layer=self.layer,
+                shapes=shapes,
+                then=then,
+                n_bytes=n_bytes,
+                reads=tuple(each.place for each in reads),
+                writes=None if out.place == kernels.LOGITS else out.place,
+            )
+        )
 
     # ---- what looks something up ------------------------------------------------------------------------------------
 
@@ -154,7 +171,7 @@ class Builder:
             kernels.TABLE: self._table(table),
             kernels.BY: _INDICES[by],
         }
-        self._add(f"[{size}]", size * item_size, columns)
+        self._add(f"[{size}]", size * item_size, columns, (), out)
         return out
 
     def add_looked_up(self, table: Table, by: Index, x: Slot) -> None:
@@ -170,7 +187,7 @@ class Builder:
             kernels.TABLE: self._table(table),
             kernels.BY: _INDICES[by],
         }
-        self._add(f"[{size}]", size * self.dtype.itemsize, columns)
+        self._add(f"[{size}]", size * self.dtype.itemsize, columns, (x,), x)
 
     # ---- arithmetic -------------------------------------------------------------------------------------------------
 
@@ -202,7 +219,7 @@ class Builder:
             kernels.BIAS: self._vector("bias", bias, x.size),
         }
         n_bytes = sum(each.nbytes for each in (weight, bias) if each is not None)
-        self._add(f"[{x.size}]", n_bytes, columns, eps)
+        self._add(f"[{x.size}]", n_bytes, columns, (x,), out, scalar=eps)
         return out
 
     def linear(
@@ -246,12 +263,15 @@ class Builder:
             kernels.GATED: int(gated),
             kernels.CODE: CODES[activation],
         } | {kernels.RESIDUALS + place: each.place for place, each in enumerate(residuals)}
-        parts = [str(x.size), " + ".join(str(size) for size in weights.table[:, 2])]
-        after = (
-            [activation or ""] + ["gate × up"] * gated + [f"+ {len(residuals)} residuals"] * bool(residuals)
-        )
+        shapes = f"{x.size} → {' + '.join(str(size) for size in weights.table[:, 2])}"
+        several = "s" if len(residuals) > 1 else ""
+        then = [
+            *([activation] if activation else []),
+            *(["gate × up"] if gated else []),
+            *([f"+ {len(residuals)} residual{several}"] if residuals else []),
+        ]
         n_bytes = sum(each.nbytes for each in weights.tensors if each is not None)
-        self._add(", ".join([" → ".join(parts), *filter(None, after)]), n_bytes, columns)
+        self._add(shapes, n_bytes, columns, (x, *residuals), out, then=", ".join(then))
         return out
 
     def rotate_and_store(
@@ -292,7 +312,8 @@ class Builder:
             }
         elif rotation != "none":
             raise InvalidInput(f"angles is None: rotation {rotation!r} needs it")
-        self._add(f"layer {layer}, {heads[0]} / {heads[1]} heads of {heads[2]}", 0, columns)
+        shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
+        self._add(shapes, 0, columns, (qkv, *(angles or ())), qkv)
 
     def attend(self, qkv: Slot, layer: int, heads: tuple[int, int, int], scale: float) -> Slot:
         """`functional.attend`."""
@@ -307,7 +328,8 @@ class Builder:
             kernels.LAYER: layer,
             kernels.N_HEADS: heads[0],
         }
-        self._add(f"layer {layer}, {heads[0]} / {heads[1]} heads of {heads[2]}", 0, columns, scale)
+        shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
+        self._add(shapes, 0, columns, (qkv,), out, scalar=scale)
         return out
 
     def _check_heads(self, qkv: Slot, heads: tuple[int, int, int]) -> None:
@@ -340,6 +362,11 @@ class Builder:
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
             n_logits=n_logits,
-            listing=tuple(self._listing),
+            listing=Listing(
+                instructions=tuple(self._listing),
+                n_bytes=sum(each.n_bytes for each in self._listing),
+                scratch_bytes=self._row_bytes,
+                cached_bytes=2 * n_layers * n_kv_heads * head_dim * self.dtype.itemsize,
+            ),
             kept=tuple(self._kept),
         )

@@ -42,7 +42,9 @@ def _build(model: Any, record: Decoder) -> Program:
     layers = decoder._modules[record.layers]
     angles = _angles(builder, decoder, record)
     for index in range(len(layers)):
+        builder.layer = index
         x = swapped(layers, str(index)).emit(builder, x, angles)
+    builder.layer = None
     x = _through(builder, decoder, record.norm, x)
     x = _through(builder, decoder, record.project_out, x)
     logits = swapped(model, record.head).emit(builder, x, is_last=True)

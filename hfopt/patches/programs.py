@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hfopt.errors import UnsupportedModel
-from hfopt.functional import ROW_LIMIT, Kernels, Program
+from hfopt.functional import ROW_LIMIT, Kernels, Listing, Program
 from hfopt.functional.choice import takes_torch
 from hfopt.patches.decoder import build
 from hfopt.patches.guards import captured_outputs, is_plain_inference
@@ -81,6 +81,11 @@ class Programs:
             if reason is None and not is_plain_inference(model, (), {}):
                 reason = "autocast, a trace or hooks on all modules are on"
         return reason
+
+    def listing(self, model: nn.Module) -> Listing | None:
+        """The program of this model for people to read; None if steps go module by module."""
+        program = self._current(model, is_first=True).program
+        return None if program is None else program.listing
 
     def is_proven(self, program: Program) -> bool:
         """Whether a step of this program is known to give the bits that the modules give."""
