@@ -1,4 +1,5 @@
-"""Shapes of well-known models, so that anyone can measure them with random weights and no download.
+"""Shapes of well-known models, and of one that is nothing but overhead, so that anyone can measure them with random
+weights and no download.
 
 Each entry holds the fields of the model's `config.json` that matter for its shape; the rest are the defaults
 of transformers.
@@ -26,6 +27,18 @@ SHAPES: dict[str, dict[str, Any]] = {
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
+        "tie_word_embeddings": True,
+    },
+    # what a token takes here is the cost of calls
+    "llama-hidden-64": {
+        "model_type": "llama",
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
     },
     "llama-160m": {

@@ -40,6 +40,7 @@ ALLOWED = {
         "shapes",
         "functional",
         "cache",
+        "generation",
         "kernels.selftest",
         "kernels._jit",
     },

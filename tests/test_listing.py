@@ -12,7 +12,7 @@ from hfopt import limits
 from hfopt.functional import Instruction, Listing
 from hfopt.functional.step import StepScratch
 
-LINE = Instruction("linear", None, "8 → 8", "silu", 128, (0,), 64)
+LINE = Instruction("linear", None, "8 → 8", "silu", (0,), 64, n_bytes=128)
 
 
 def listing(*instructions: Instruction) -> Listing:
@@ -67,6 +67,12 @@ def test_columns_are_aligned_and_sizes_have_units() -> None:
     ]
 
 
+def test_what_is_read_grows_with_rows_and_context() -> None:
+    line = dataclasses.replace(LINE, row_bytes=10, token_bytes=3)
+    assert line.bytes_read(1, 0) == 138
+    assert line.bytes_read(4, 5) == 128 + 4 * (10 + 5 * 3)
+
+
 # ---- of models -------------------------------------------------------------------------------------------------------
 
 
@@ -92,9 +98,10 @@ def test_a_step_reads_every_weight_once(name: str, dtype: torch.dtype) -> None:
     model = hfopt.optimize(models()[name].eval().to(dtype))
     program = hfopt.explain(model).program
     assert program is not None
-    looked_up = sum(line.n_bytes for line in program.instructions if "look" in line.name)
     read = sum(weight.nbytes for weight in limits.read_weights(model))
-    assert program.n_bytes - looked_up == read
+    assert sum(line.n_bytes for line in program.instructions) == read
+    looked_up = {line.name: line.row_bytes for line in program.instructions if line.row_bytes}
+    assert looked_up.keys() <= {"look up", "add looked up"} and program.n_bytes > read
     assert program.cached_bytes == limits.bytes_per_token_in_cache(model)
     assert sum(line.writes is None for line in program.instructions) == 1
 

@@ -24,9 +24,7 @@ _QUICK = {"repetitions": 2, "prompt_tokens": 64, "new_tokens": 8}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `hfopt bench`."""
     names = [*ROWS, _FIRST_USE]
-    parser.add_argument(
-        "--rows", default=",".join(names), help="which rows, separated by commas (default: all: %(default)s)"
-    )
+    parser.add_argument("--rows", help=f"which rows, separated by commas (default: all: {','.join(names)})")
     parser.add_argument(
         "--shape",
         default="llama-3.2-1b",
@@ -55,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure single kernels instead: linear, attention, small, sampling, launch, separated by commas "
         "(default: all)",
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="in place of the table, the time of the instructions of the decode steps that --rows names",
+    )
     parser.add_argument("--quick", action="store_true", help=f"a rough look: {_QUICK}")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="figures as JSON to FILE, or instead of the text"
@@ -72,11 +75,15 @@ def run(args: argparse.Namespace) -> int:
         vars(args).update(_QUICK)
     if bench_growth.is_asked_for(args):
         return bench_growth.run(args, _configuration(args))
-    names = args.rows.split(",")
+    if args.profile:
+        from . import bench_profile  # here, because it loads Numba
+
+        return bench_profile.run(args, _configuration(args))
+    names = args.rows.split(",") if args.rows is not None else [*ROWS, _FIRST_USE]
     unknown = sorted(set(names) - {*ROWS, _FIRST_USE})
     if unknown or args.new_tokens < 2:
         raise InvalidInput(
-            f"--rows={args.rows} must name some of {', '.join([*ROWS, _FIRST_USE])}; "
+            f"--rows={','.join(names)} must name some of {', '.join([*ROWS, _FIRST_USE])}; "
             f"--new-tokens={args.new_tokens} must be at least 2"
         )
     report: dict[str, Any] = {"configuration": _configuration(args), "rows": {}}
@@ -85,10 +92,12 @@ def run(args: argparse.Namespace) -> int:
             say(f"{key:<18}{value}")
         say("")
     lines: list[list[str]] = []
-    groups = dict.fromkeys((ROWS[name].small, ROWS[name].dtype) for name in names if name in ROWS)
-    for small, dtype in groups:
-        chosen = {n: ROWS[n] for n in names if n in ROWS and (ROWS[n].small, ROWS[n].dtype) == (small, dtype)}
-        figures = _measure(args, args.small_shape if small else args.shape, dtype, chosen)
+    groups: dict[tuple[tuple[str, int | None], torch.dtype], dict[str, Row]] = {}
+    for name in names:
+        if name in ROWS:
+            groups.setdefault((ROWS[name].source(args), ROWS[name].dtype), {})[name] = ROWS[name]
+    for (source, dtype), chosen in groups.items():
+        figures = _measure(args, source, dtype, chosen)
         report["rows"] |= figures["rows"]
         report.setdefault("samples", []).append(figures["samples"])
         lines += [line_of(row) for row in figures["rows"].values()]
@@ -142,12 +151,13 @@ def _configuration(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(
-    args: argparse.Namespace, shape: str, dtype: torch.dtype, rows: dict[str, Row]
+    args: argparse.Namespace, source: tuple[str, int | None], dtype: torch.dtype, rows: dict[str, Row]
 ) -> dict[str, Any]:
     """The figures of the rows of one model, and all samples."""
+    shape, n_layers = source
     name = str(dtype).removeprefix("torch.")
     with progress(f"Making random weights of {shape} in {name}"):
-        model = models.random_model(models.named_config(shape, args.layers), dtype)
+        model = models.random_model(models.named_config(shape, n_layers), dtype)
     lengths = args.prompt_tokens, args.new_tokens
     rows = {key: row for key, row in rows.items() if has_positions(model.config, row.workload(*lengths))}
     cases = cases_of(model, [workload for row in rows.values() for workload in row.workloads(*lengths)])
@@ -159,6 +169,7 @@ def _measure(
         "rows": figures,
         "samples": {
             "shape": shape,
+            "layers": model.config.num_hidden_layers,
             "dtype": name,
             "peak_rate": rate,
             "cases": {case: [sample.to_dict() for sample in chosen] for case, chosen in samples.items()},

@@ -146,8 +146,12 @@ def cells_of(figures: dict[str, Any]) -> list[str]:
     """The cells of a table: stock, optimised, ratio, shares of the limit."""
     stock, optimized = figures["stock"], figures["optimized"]
     return [
-        f"{stock['seconds'] * 1e3:.1f} ms",
-        f"{optimized['seconds'] * 1e3:.1f} ms",
+        _milliseconds(stock["seconds"]),
+        _milliseconds(optimized["seconds"]),
         f"{figures['ratio']:.2f} ×",
         f"{stock['limit']:.0%} / {optimized['limit']:.0%}",
     ]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.{1 if seconds >= 0.01 else 2}f} ms"

@@ -127,11 +127,8 @@ def again(function: Callable[[], object], count: int) -> Call:
     return Call(run, times=count)
 
 
-def launched(function: Callable[[], object]) -> Callable[[], None]:
-    """The launches of a call, again with its arguments and into its results: a kernel without what is around it.
-
-    They may hold addresses, but only of what the function keeps or returns.
-    """
+def launches_of(function: Callable[[], Any]) -> tuple[Any, list[partial]]:
+    """What the function returns, and the launches of kernels on the way, which can be made again."""
     found = []
     original = _jit.Launch.__call__
 
@@ -141,6 +138,15 @@ def launched(function: Callable[[], object]) -> Callable[[], None]:
 
     with mock.patch.object(_jit.Launch, "__call__", record):
         result = function()
+    return result, found
+
+
+def launched(function: Callable[[], object]) -> Callable[[], None]:
+    """The launches of a call, again with its arguments and into its results: a kernel without what is around it.
+
+    They may hold addresses, but only of what the function keeps or returns.
+    """
+    result, found = launches_of(function)
 
     def run(alive: object = (function, result)) -> None:
         for launch in found:

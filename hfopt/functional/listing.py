@@ -15,22 +15,28 @@ class Instruction:
     """A line of a program.
 
     layer: of the decoder, None before and behind them. then: what the same kernel does to its results. n_bytes: of weights
-    that it reads (of a table: for each row of the step). reads, writes: slots by the bytes of scratch a row before
-    them; writes is None for the logits.
+    that it reads, whatever the number of rows; row_bytes: for each row; token_bytes: for each row and token of its
+    context. reads, writes: slots by the bytes of scratch a row before them; writes is None for the logits.
     """
 
     name: str
     layer: int | None
     shapes: str
     then: str
-    n_bytes: int
     reads: tuple[int, ...]
     writes: int | None
+    n_bytes: int = 0
+    row_bytes: int = 0
+    token_bytes: int = 0
 
     @property
     def kind(self) -> tuple[str, ...]:
-        """Equal for instructions that do the same over other weights."""
+        """Name, shapes and what follows: equal for instructions that do the same over other weights."""
         return self.name, self.shapes, self.then
+
+    def bytes_read(self, n_rows: int, n_tokens: int) -> int:
+        """Bytes that must come from memory in a step of n_rows rows, each with a context of n_tokens."""
+        return self.n_bytes + n_rows * (self.row_bytes + n_tokens * self.token_bytes)
 
     @property
     def slots(self) -> str:
@@ -73,7 +79,7 @@ class Listing:
         alike: list[int] = []
         for layer, group in groupby(enumerate(self.instructions), lambda pair: pair[1].layer):
             numbered = list(group)
-            kinds = [(line.kind, line.n_bytes) for _, line in numbered]
+            kinds = [(line.kind, line.bytes_read(1, 0)) for _, line in numbered]
             if folded and layer is not None and kinds == shown:
                 alike.append(layer)
                 continue
@@ -85,7 +91,7 @@ class Listing:
                 first_shown = layer
                 yield (f"layer {layer}",)
             for number, line in numbered:
-                yield f"{number}", line.name, line.shapes, line.then, _size(line.n_bytes), line.slots
+                yield f"{number}", line.name, line.shapes, line.then, _size(line.bytes_read(1, 0)), line.slots
         if alike:
             yield (_as_before(alike, first_shown),)
 

@@ -130,13 +130,13 @@ class Builder:
     def _add(
         self,
         shapes: str,
-        n_bytes: int,
         columns: dict[int, int],
         reads: Sequence[Slot],
         out: Slot,
         *,
         scalar: float = 0.0,
         then: str = "",
+        **n_bytes: int,
     ) -> None:
         row = np.full(kernels.COLUMNS, kernels.NONE, np.int64)
         row[list(columns)] = list(columns.values())
@@ -148,9 +148,9 @@ class Builder:
                 layer=self.layer,
                 shapes=shapes,
                 then=then,
-                n_bytes=n_bytes,
                 reads=tuple(each.place for each in reads),
                 writes=None if out.place == kernels.LOGITS else out.place,
+                **n_bytes,
             )
         )
 
@@ -171,7 +171,7 @@ class Builder:
             kernels.TABLE: self._table(table),
             kernels.BY: _INDICES[by],
         }
-        self._add(f"[{size}]", size * item_size, columns, (), out)
+        self._add(f"[{size}]", columns, (), out, row_bytes=size * item_size)
         return out
 
     def add_looked_up(self, table: Table, by: Index, x: Slot) -> None:
@@ -187,7 +187,7 @@ class Builder:
             kernels.TABLE: self._table(table),
             kernels.BY: _INDICES[by],
         }
-        self._add(f"[{size}]", size * self.dtype.itemsize, columns, (x,), x)
+        self._add(f"[{size}]", columns, (x,), x, row_bytes=size * self.dtype.itemsize)
 
     # ---- arithmetic -------------------------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class Builder:
             kernels.BIAS: self._vector("bias", bias, x.size),
         }
         n_bytes = sum(each.nbytes for each in (weight, bias) if each is not None)
-        self._add(f"[{x.size}]", n_bytes, columns, (x,), out, scalar=eps)
+        self._add(f"[{x.size}]", columns, (x,), out, scalar=eps, n_bytes=n_bytes)
         return out
 
     def linear(
@@ -271,7 +271,7 @@ class Builder:
             *([f"+ {len(residuals)} residual{several}"] if residuals else []),
         ]
         n_bytes = sum(each.nbytes for each in weights.tensors if each is not None)
-        self._add(shapes, n_bytes, columns, (x, *residuals), out, then=", ".join(then))
+        self._add(shapes, columns, (x, *residuals), out, then=", ".join(then), n_bytes=n_bytes)
         return out
 
     def rotate_and_store(
@@ -313,7 +313,7 @@ class Builder:
         elif rotation != "none":
             raise InvalidInput(f"angles is None: rotation {rotation!r} needs it")
         shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
-        self._add(shapes, 0, columns, (qkv, *(angles or ())), qkv)
+        self._add(shapes, columns, (qkv, *(angles or ())), qkv)
 
     def attend(self, qkv: Slot, layer: int, heads: tuple[int, int, int], scale: float) -> Slot:
         """`functional.attend`."""
@@ -329,7 +329,8 @@ class Builder:
             kernels.N_HEADS: heads[0],
         }
         shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
-        self._add(shapes, 0, columns, (qkv,), out, scalar=scale)
+        token_bytes = 2 * heads[1] * heads[2] * self.dtype.itemsize
+        self._add(shapes, columns, (qkv,), out, scalar=scale, token_bytes=token_bytes)
         return out
 
     def _check_heads(self, qkv: Slot, heads: tuple[int, int, int]) -> None:
@@ -364,9 +365,9 @@ class Builder:
             n_logits=n_logits,
             listing=Listing(
                 instructions=tuple(self._listing),
-                n_bytes=sum(each.n_bytes for each in self._listing),
+                n_bytes=sum(each.bytes_read(1, 0) for each in self._listing),
                 scratch_bytes=self._row_bytes,
-                cached_bytes=2 * n_layers * n_kv_heads * head_dim * self.dtype.itemsize,
+                cached_bytes=sum(each.token_bytes for each in self._listing),
             ),
             kept=tuple(self._kept),
         )
