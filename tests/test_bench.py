@@ -1,5 +1,6 @@
 """The figures of `hfopt bench` and of the summaries, from samples whose figures are known."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_a_decode_row(model: LlamaForCausalLM) -> None:
     assert figures["stock"]["limit"] == pytest.approx(0.25)
     assert figures["optimized"]["limit"] == pytest.approx(0.5)
     cells = bench_rows.line_of(figures)
-    assert cells[3:] == ["2.00 ×", "≥ 2.0 ×, ≥ 85%", "25% / 50%"]
+    assert cells[3:] == ["2.00 ×", "≥ 2.0 ×, ≥ 92%", "25% / 50%"]
 
 
 def test_a_row_with_a_length_of_its_own(model: LlamaForCausalLM) -> None:
@@ -99,6 +100,28 @@ def test_a_row_with_a_length_of_its_own(model: LlamaForCausalLM) -> None:
     figures = bench_rows.figures_of(row, model, samples, 10, 4, 1.0)
     assert figures["optimized"]["limit"] == pytest.approx(0.5)
     assert bench_rows.line_of(figures)[4] == "≥ 80%"
+
+
+def test_a_row_with_a_time_of_its_own(model: LlamaForCausalLM) -> None:
+    row = bench_rows.ROWS["decode-32-layers"]
+    workload = bench_cases.Workload(32, 4)
+    samples = samples_of([sample(9.0, [10e-3])], [sample(9.0, [0.5e-3])], workload)
+    cells = bench_rows.line_of(bench_rows.figures_of(row, model, samples, 10, 4, 1.0))
+    assert cells[1:5] == ["10.0 ms", "0.50 ms", "20.00 ×", "≤ 0.6 ms"]
+
+
+def test_rows_name_their_models() -> None:
+    args = argparse.Namespace(shape="a", small_shape="b", layers=None)
+    fewer = argparse.Namespace(shape="a", small_shape="b", layers=2)
+    sources = {
+        name: [bench_rows.ROWS[name].source(given) for given in (args, fewer)]
+        for name in ("decode-bf16", "decode-small", "decode-1-layer")
+    }
+    assert sources == {
+        "decode-bf16": [("a", None), ("a", 2)],
+        "decode-small": [("b", None), ("b", 2)],
+        "decode-1-layer": [("llama-hidden-64", 1), ("llama-hidden-64", 1)],
+    }
 
 
 def test_a_prefill_row(model: LlamaForCausalLM) -> None:
@@ -172,7 +195,7 @@ def test_the_command_on_a_small_shape(tmp_path: Path, capsys: pytest.CaptureFixt
                 "bench",
                 *arguments,
                 "--rows",
-                "decode-small,beam-next,decode-bf16-8k,decode-f32-b8,prefill-f32",
+                "decode-small,decode-1-layer,beam-next,decode-bf16-8k,decode-f32-b8,prefill-f32",
                 "--json",
                 str(target),
             ]
@@ -189,7 +212,14 @@ def test_the_command_on_a_small_shape(tmp_path: Path, capsys: pytest.CaptureFixt
     ):
         assert text in output
     figures = json.loads(target.read_text())
-    assert set(figures["rows"]) == {"beam-next", "decode-small", "decode-f32-b8", "prefill-f32"}
+    assert set(figures["rows"]) == {
+        "beam-next",
+        "decode-small",
+        "decode-1-layer",
+        "decode-f32-b8",
+        "prefill-f32",
+    }
+    assert [group["layers"] for group in figures["samples"]] == [2, 1, 2]
     assert figures["left out"] == ["decode-bf16-8k"]  # the model has positions for 2,048 tokens
     assert figures["configuration"]["repetitions"] == 2
     for group in figures["samples"]:

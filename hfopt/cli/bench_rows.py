@@ -87,6 +87,7 @@ ROWS: dict[str, Row] = {
         None,
         wanted_seconds=0.25e-3,
         n_layers=1,
+        prompt_tokens=32,
     ),
     "decode-32-layers": Row(
         "decode bfloat16, 32 layers of hidden size 64",
@@ -96,6 +97,7 @@ ROWS: dict[str, Row] = {
         None,
         wanted_seconds=0.6e-3,
         n_layers=32,
+        prompt_tokens=32,
     ),
 }
 
