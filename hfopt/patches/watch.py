@@ -1,89 +1,129 @@
 """Watch: whether a model is still the one from which something was made."""
 
 import weakref
-from itertools import chain
-from operator import is_, itemgetter, methodcaller
+from itertools import chain, cycle
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
 from torch import nn
 
 _TRAINING = itemgetter("training")
-_ADDRESS = methodcaller("data_ptr")
 # others may have no memory of their own
 _WITH_ADDRESS = (torch.Tensor, nn.Parameter)
 _PLAIN = (bool, int, float, str, type(None))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_TENSORS = ("_parameters", "_buffers")
+_PARTS = 32
 
 
 class Watch:
     """Remembers what a forward pass of a model depends on, but for the numbers in its parameters.
 
-    These are classes, children, hooks, modes, attributes, and which tensors are the parameters and buffers. It is asked
-    before every step, so it goes through lists that are made once.
+    These are classes, children, hooks, modes, attributes, and which tensors are the parameters and buffers. To look at all
+    of that takes longer than a small model's kernels, most of it waiting for memory: between the steps of a big model
+    nothing of it stays in the caches. So it can be looked at in parts.
     """
 
     def __init__(self, model: nn.Module) -> None:
         # the model holds what holds the watch: it would not be freed
         self._model = weakref.ref(model)
-        modules = list(model.modules())
-        self._parts = modules[1:]
-        states = [vars(module) for module in modules]
-        self._part_states = states[1:]
-        self._hooks = [state[name] for state in states for name in ("_forward_hooks", "_forward_pre_hooks")]
-        self._children = [state["_modules"] for state in states if state["_modules"]]
-        self._tensors = [
-            state[name] for state in states for name in ("_parameters", "_buffers") if state[name]
-        ]
-        self._owned: list[Any] = [
-            each
-            for each in self._held()
-            if each is not None and type(each) in _WITH_ADDRESS and each.layout is torch.strided
-        ]
-        self._tensors_then = self._held()
-        self._forwards = [(state, state["forward"]) for state in states[1:] if "forward" in state]
-        self._then = self._now()
-        self._rest = self._seldom()
+        self._model_then = _look(model)
+        modules = list(model.modules())[1:]
+        self._states = [vars(module) for module in modules]
+        size = max(-(-len(modules) // _PARTS), 1)
+        self._parts = [_Part(modules[first : first + size]) for first in range(0, len(modules), size)]
+        self._turns = cycle(self._parts)
+        self._rest = self._seldom(model)
 
-    def _everything(self) -> tuple[list[nn.Module], list[dict[str, Any]]]:
-        model = self._model()
-        assert model is not None
-        return [model, *self._parts], [vars(model), *self._part_states]
-
-    def _held(self) -> list[torch.Tensor | None]:
-        return list(chain.from_iterable(map(dict.values, self._tensors)))
-
-    def _now(self) -> list[list[Any]]:
-        """What is compared by value."""
-        modules, states = self._everything()
-        return [
-            list(map(type, modules)),
-            list(map(len, states)),
-            [states[0].get("forward")],
-            list(map(len, self._hooks)),
-            list(map(_TRAINING, states)),
-            list(chain.from_iterable(map(dict.values, self._children))),
-            list(map(_ADDRESS, self._owned)),
-        ]
-
-    def _seldom(self) -> list[Any]:
+    def _seldom(self, model: nn.Module) -> list[Any]:
         """What nobody changes in the middle of a request: attributes, layouts, and what is in the buffers."""
-        _, states = self._everything()
+        states = [vars(model), *self._states]
         plain = [(name, value) for state in states for name, value in state.items() if type(value) in _PLAIN]
-        layouts = [(each.dtype, each.shape, each.stride()) for each in self._owned]
+        owned = chain(_owned(_tensors([vars(model)])), *(part.owned for part in self._parts))
+        layouts = [(each.dtype, each.shape, each.stride()) for each in owned]
         buffers = chain.from_iterable(state["_buffers"].values() for state in states)
         # inference tensors count no versions
         versions = [each._version for each in buffers if each is not None and not each.is_inference()]
         return [plain, layouts, versions]
 
+    def _holds_itself(self) -> bool:
+        model = self._model()  # None for the watch of a shallow copy, whose original is gone
+        return model is not None and _look(model) == self._model_then
+
+    def holds_in_part(self) -> bool:
+        """Whether nothing has changed in a part of the model, another one each time: 32 calls have seen all of it."""
+        return self._holds_itself() and next(self._turns).holds()
+
     def holds(self) -> bool:
-        """Whether nothing of this has changed since; attributes and buffers are not looked into."""
-        if self._model() is None:  # of which a shallow copy has the watch
-            return False
-        held = self._held()
-        if len(held) != len(self._tensors_then) or not all(map(is_, held, self._tensors_then)):
-            return False
-        return self._now() == self._then and all(state.get("forward") == own for state, own in self._forwards)
+        """Whether nothing has changed since; attributes and buffers are not looked into."""
+        return self._holds_itself() and all(part.holds() for part in self._parts)
 
     def holds_wholly(self) -> bool:
         """Whether nothing of this has changed since."""
-        return self.holds() and self._seldom() == self._rest
+        model = self._model()
+        return model is not None and self.holds() and self._seldom(model) == self._rest
+
+
+def _tensors(states: list[dict[str, Any]]) -> list[torch.Tensor | None]:
+    return [each for state in states for name in _TENSORS for each in state[name].values()]
+
+
+def _owned(tensors: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Those that have an address."""
+    return [each for each in tensors if type(each) in _WITH_ADDRESS and each.layout is torch.strided]
+
+
+def _look(module: nn.Module) -> list[Any]:
+    """The same as a `_Part`, of one module that is not held."""
+    state = vars(module)
+    tensors = _tensors([state])
+    return [
+        type(module),
+        len(state),
+        state.get("forward"),
+        state["training"],
+        [len(state[name]) for name in _HOOKS],
+        dict(state["_modules"]),
+        [id(each) for each in tensors],
+        [each.data_ptr() for each in _owned(tensors)],
+    ]
+
+
+class _Part:
+    """Some modules. The lists that are compared are made once, and each comparison is one loop in C."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        states = [vars(module) for module in modules]
+        hooks = [state[name] for state in states for name in _HOOKS]
+        self._modules, self._states = modules, states
+        self._unhooked = [each for each in hooks if not each]
+        self._hooked = [each for each in hooks if each]
+        self._children = [state["_modules"] for state in states if state["_modules"]]
+        self._children_then = [dict(each) for each in self._children]
+        self._tensors = [state[name] for state in states for name in _TENSORS if state[name]]
+        self._tensors_then = self._held()
+        self.owned = _owned(self._tensors_then)
+        self._forwards = [(state, state["forward"]) for state in states if "forward" in state]
+        self._then = self._now()
+
+    def _held(self) -> list[torch.Tensor | None]:
+        return list(chain.from_iterable(map(dict.values, self._tensors)))
+
+    def _now(self) -> list[list[Any]]:
+        return [
+            list(map(type, self._modules)),
+            list(map(len, self._states)),
+            list(map(len, self._hooked)),
+            list(map(_TRAINING, self._states)),
+            list(map(torch.Tensor.data_ptr, self.owned)),
+        ]
+
+    def holds(self) -> bool:
+        if any(self._unhooked) or self._children != self._children_then:
+            return False
+        held = self._held()
+        # equal tensors are not enough
+        if len(held) != len(self._tensors_then) or not all(map(is_, held, self._tensors_then)):
+            return False
+        return self._now() == self._then and all(state.get("forward") == own for state, own in self._forwards)
