@@ -29,6 +29,8 @@ class Buffers:
 
     def __init__(self, trunk: np.ndarray, branch: np.ndarray) -> None:
         self.trunk, self.branch = trunk, branch
+        self.trunk_columns = 0 if trunk is None else trunk.shape[3]
+        self.branch_rows, self.branch_columns = (0, 0) if branch is None else branch.shape[1:4:2]
         self.checked: tuple[torch.dtype, int, int] | None = None
         self.record: Any = None
 
@@ -50,6 +52,13 @@ class Appended(NamedTuple):
     trunk_row: np.ndarray  # int32 [n_rows]
     table: np.ndarray  # int32 [n_rows, >= branch_len], C-contiguous
     buffers: Buffers | None = None  # if trunk and branch are those of a cache, which are checked once
+
+
+class AppendedEverywhere(NamedTuple):
+    """All layers after room was made in each for one token a row, the same of the same rows."""
+
+    first: Appended
+    buffers: list[Buffers]  # of each layer
 
 
 class IndirectLayer(DynamicLayer):
@@ -78,8 +87,7 @@ class IndirectLayer(DynamicLayer):
         self._view()
 
     def _view(self) -> None:
-        self._trunk_bits, self._branch_bits = _bits(self.trunk), _bits(self.branch)
-        self._known_bits = Buffers(self._trunk_bits, self._branch_bits)
+        self.buffers = Buffers(_bits(self.trunk), _bits(self.branch))
 
     # What is stored
 
@@ -142,28 +150,28 @@ class IndirectLayer(DynamicLayer):
         rows = self.rows
         if rows.is_identity:
             length = self.trunk_len + n_new
-            if length > self._trunk_bits.shape[3]:
+            if length > self.buffers.trunk_columns:
                 self.trunk = self._grown(self.trunk, n_rows, length)
                 self._view()
             self.trunk_len = length
         else:
             length = self.branch_len + n_new
-            if length > self._branch_bits.shape[3] or n_rows > self._branch_bits.shape[1]:
+            if length > self.buffers.branch_columns or n_rows > self.buffers.branch_rows:
                 self.branch = self._grown(self.branch, n_rows, length)
                 self._view()
             if length > rows.n_branch:
                 rows.extend(length)
             self.branch_len = length
         return Appended(
-            self._trunk_bits,
-            self._branch_bits,
+            self.buffers.trunk,
+            self.buffers.branch,
             self.trunk_len,
             self.branch_len,
             not rows.is_identity,
             n_new,
             rows.trunk_row,
             rows.table,
-            self._known_bits,
+            self.buffers,
         )
 
     def newest(self) -> Tensor:
@@ -172,6 +180,15 @@ class IndirectLayer(DynamicLayer):
         buffer, length = (self.trunk, self.trunk_len) if rows.is_identity else (self.branch, self.branch_len)
         assert buffer is not None
         return buffer[:, : rows.n_rows, :, length - 1]
+
+    def has_room(self, layout: Layout) -> bool:
+        """Whether the buffers have this layout, and a column for one more token of each row."""
+        rows, buffers = self.rows, self.buffers
+        if self._layout != layout:
+            return False
+        if rows.is_identity:
+            return self.trunk_len < buffers.trunk_columns
+        return self.branch_len < buffers.branch_columns and rows.n_rows <= buffers.branch_rows
 
     def _admit(self, n_rows: int, n_new: int, layout: Layout) -> None:
         """What an append seldom meets: the first tokens in the buffers, or arguments that do not fit."""
@@ -312,7 +329,7 @@ class IndirectLayer(DynamicLayer):
             super().prefetch()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.endswith("_bits")}
+        return {name: value for name, value in self.__dict__.items() if name != "buffers"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from hfopt._cache_layer import Appended, IndirectLayer
+from hfopt._cache_layer import Appended, AppendedEverywhere, Buffers, IndirectLayer
 from hfopt._cache_rows import RowMap
 from hfopt.errors import InvalidInput
 
-__all__ = ["Appended", "IndirectCache"]
+__all__ = ["Appended", "AppendedEverywhere", "Buffers", "IndirectCache"]
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ class IndirectCache(DynamicCache):
 
     def append_everywhere(
         self, n_rows: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> list[Appended] | None:
+    ) -> AppendedEverywhere | None:
         """`append` one token a row in every layer; None, with nothing changed, unless all hold the same tokens and rows.
 
         Raises as `append`.
@@ -91,15 +91,28 @@ class IndirectCache(DynamicCache):
             self._fork_for(n_rows)
         if not self.is_even(n_rows):
             return None
-        return [layer.append(n_rows, 1, n_kv_heads, head_dim, dtype) for layer in self.layers]
+        layers, layout = self.layers, (n_kv_heads, head_dim, dtype)
+        have_room = all(layer.has_room(layout) for layer in layers)
+        first = layers[0].append(n_rows, 1, *layout)
+        for layer in layers[1:]:
+            if have_room:
+                layer.trunk_len, layer.branch_len = first.trunk_len, first.branch_len
+            else:
+                layer.append(n_rows, 1, *layout)
+        return AppendedEverywhere(first, [layer.buffers for layer in layers])
 
     def is_even(self, n_rows: int) -> bool:
-        """Whether all layers hold the same tokens of the same n_rows rows."""
+        """Whether all layers have buffers with the same tokens, at least one, of the same n_rows rows."""
         rows, layers = self._rows, self.layers
-        if not layers or not all(isinstance(layer, IndirectLayer) and layer.rows is rows for layer in layers):
+        if not layers or not isinstance(layers[0], IndirectLayer):
             return False
-        lengths = {(layer.trunk_len, layer.branch_len) for layer in layers}
-        return len(lengths) == 1 and rows.n_rows == n_rows
+        trunk_len, branch_len = layers[0].trunk_len, layers[0].branch_len
+        for layer in layers:
+            if not isinstance(layer, IndirectLayer) or layer.rows is not rows or layer.trunk is None:
+                return False
+            if layer.trunk_len != trunk_len or layer.branch_len != branch_len:
+                return False
+        return trunk_len > 0 and rows.n_rows == n_rows
 
     def newest(self) -> list[Tensor]:
         """Views of the last token that every layer of an even cache holds, [2, n_rows, n_kv_heads, head_dim]."""
@@ -157,6 +170,10 @@ class IndirectCache(DynamicCache):
         return list({id(layer.rows): layer.rows for layer in stored if layer.get_seq_length() > 0}.values())
 
     def _rearrange(self, method: str, argument: Any) -> None:
+        if self._is_even():
+            self._rows.n_branch = self.layers[0].branch_len
+            getattr(self._rows, method)(argument)
+            return
         for rows in self._settled():
             getattr(rows, method)(argument)
         for layer in self.layers:

@@ -13,7 +13,7 @@ from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .program import Builder, Program, Slot, Table
 from .rotary import rotate_and_store
 from .sampling import argmax, log_softmax_top_k
-from .step import ROW_LIMIT, StepScratch, step
+from .step import ROW_LIMIT, StepScratch, choose, step
 
 __all__ = [
     "ACTIVATIONS",
@@ -32,6 +32,7 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "attend",
+    "choose",
     "layer_norm",
     "linear",
     "log_softmax_top_k",

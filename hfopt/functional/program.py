@@ -6,8 +6,8 @@ A `Builder` is told the operations in order; it lays out the scratch and writes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,11 @@ class Table:
         _check_rows(rows)
         self.rows = rows
         self._build = build
+
+    @property
+    def grows(self) -> bool:
+        """Whether it can have more rows."""
+        return self._build is not None
 
     def reach(self, n: int) -> Tensor:
         """The table, with n rows if it can have them."""
@@ -82,7 +87,14 @@ class Program(NamedTuple):
     head_dim: int
     n_logits: int
     listing: Listing
-    kept: tuple[Any, ...]
+    kept: tuple[LinearWeights | Tensor, ...]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Those that the code has addresses of."""
+        for each in self.kept:
+            for tensor in each.tensors if isinstance(each, LinearWeights) else (each,):
+                if tensor is not None:
+                    yield tensor
 
 
 class Builder:
@@ -99,7 +111,7 @@ class Builder:
         self._scalars: list[float] = []
         self._listing: list[Instruction] = []
         self._tables: list[Table] = []
-        self._kept: list[Any] = []
+        self._kept: list[LinearWeights | Tensor] = []
         self._row_bytes = 0
         self._free: list[Slot] = []
         self._cached: set[tuple[int, int]] = set()

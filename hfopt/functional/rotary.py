@@ -13,7 +13,7 @@ from hfopt.kernels.cache_record import BRANCH, TRUNK, record_of
 from .checks import ELEMENTS, address_of, check_array, check_floats, prepare_threads
 
 if TYPE_CHECKING:
-    from hfopt.cache import Appended
+    from hfopt.cache import Appended, Buffers
 
 ROTATIONS = {"none": kernels.NONE, "half": kernels.HALF, "interleaved": kernels.INTERLEAVED}
 
@@ -101,6 +101,12 @@ def cache_record(appended: "Appended", dtype: torch.dtype, n_kv_heads: int, head
     buffers = known_buffers(appended)
     if buffers is None:
         return _checked_record(appended.trunk, appended.branch, *layout)
+    return record_of_buffers(buffers, *layout)
+
+
+def record_of_buffers(buffers: "Buffers", dtype: torch.dtype, n_kv_heads: int, head_dim: int) -> np.ndarray:
+    """`cache_record`, found once for the buffers of a layer."""
+    layout = dtype, n_kv_heads, head_dim
     if buffers.checked != layout:
         buffers.record = _checked_record(buffers.trunk, buffers.branch, *layout)
         buffers.checked = layout

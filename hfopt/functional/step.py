@@ -1,7 +1,8 @@
 """The decode step of a request: a program, run over the request's own scratch."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+import sys
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,19 +16,22 @@ from hfopt.kernels.linear import ROW_LIMIT
 from .attention import check_lengths
 from .checks import ELEMENTS, prepare_threads
 from .program import Program
-from .rotary import cache_record, known_buffers
+from .rotary import record_of_buffers
 
 if TYPE_CHECKING:
-    from hfopt.cache import Appended
+    from hfopt.cache import AppendedEverywhere, Buffers
 
-__all__ = ["ROW_LIMIT", "StepScratch", "step"]
+__all__ = ["ROW_LIMIT", "StepScratch", "choose", "step"]
 
 _NO_MASK = np.empty(0, np.uint8)
 _LINE = 64
 
 
 class StepScratch:
-    """What a request keeps between its steps for a program: the arena, and what kernels are told of tables and cache."""
+    """What a request keeps between its steps for a program: the arena, and what kernels are told of tables and cache.
+
+    The memory that the program reads stays alive with it, even if a thread gives a parameter other memory in the meantime.
+    """
 
     def __init__(self, program: Program, n_rows: int) -> None:
         """Raises `InvalidInput` for more rows than a step can have."""
@@ -38,34 +42,42 @@ class StepScratch:
         self.ids = np.zeros((2, n_rows), np.int64)
         self._arena = np.empty(program.row_bytes * n_rows + _LINE, np.uint8)
         self.arena = -(-self._arena.ctypes.data // _LINE) * _LINE
+        self.chosen = np.zeros(n_rows, np.int64)
+        self.chosen_at = self.chosen.ctypes.data
         self.tables = np.zeros((len(program.tables), 2), np.int64)
         self.records = np.zeros((program.n_layers, records.LENGTH), np.int64)
-        self._buffers: list[Any] = []
         self._least: list[int] = []  # of each number in the records
+        self._n_positions = 0
         self._rows: list[Tensor] = []
+        self._buffers: list[Buffers] = []
+        self._storages = [tensor.untyped_storage() for tensor in program.tensors()]
 
-    def reach(self, position: int) -> None:
-        """Let tables have a row for this position, if they grow."""
-        rows = [table.reach(position + 1) for table in self.program.tables]
-        if not self._rows or any(a is not b for a, b in zip(rows, self._rows, strict=True)):
-            self._rows = rows
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        """Room for logits that nobody keeps, [n_rows, 1, n_logits]."""
+        return torch.empty((len(self.chosen), 1, self.program.n_logits), dtype=self.program.dtype)
+
+    def reach(self, n_positions: int) -> None:
+        """Let tables have a row for each of so many positions, if they grow."""
+        if n_positions > self._n_positions:
+            tables = self.program.tables
+            rows = self._rows = [table.reach(n_positions) for table in tables]
             self.tables[:] = [(each.data_ptr(), len(each)) for each in rows]
+            growing = (len(each) for each, table in zip(rows, tables, strict=True) if table.grows)
+            self._n_positions = min(growing, default=sys.maxsize)
 
-    def read(self, appended: Sequence["Appended"]) -> None:
+    def read(self, appended: "AppendedEverywhere") -> None:
         """Note where the cache has its layers. Raises `InvalidInput` unless the token fits into all of them."""
         program, n_rows = self.program, self.n_rows
-        sizes = {each[2:6] for each in appended}
-        if len(appended) != program.n_layers or len(sizes) != 1:
-            given = f"{len(appended)} layers with {len(sizes)} lengths"
-            raise InvalidInput(f"appended has {given}: {program.n_layers} layers of one length are needed")
-        first = appended[0]
+        first, buffers = appended
+        if len(buffers) != program.n_layers:
+            raise InvalidInput(f"appended has {len(buffers)} layers: {program.n_layers} are needed")
         if first.n_new != 1 or len(first.trunk_row) != n_rows:
             given = f"{first.n_new} tokens of {len(first.trunk_row)} rows"
             raise InvalidInput(f"appended has {given}: one token of {n_rows} rows is needed")
-        buffers = [known_buffers(each) for each in appended]
-        if buffers != self._buffers or None in buffers:
+        if buffers != self._buffers:
             layout = program.dtype, program.n_kv_heads, program.head_dim
-            self.records[:] = [cache_record(each, *layout) for each in appended]
+            self.records[:] = [record_of_buffers(each, *layout) for each in buffers]
             self._buffers = buffers
             self._least = self.records.min(0).tolist()
         check_lengths(first, n_rows)
@@ -83,26 +95,49 @@ class StepScratch:
 
 def step(
     scratch: StepScratch,
-    tokens: Tensor,
+    tokens: np.ndarray,
     positions: np.ndarray,
-    appended: Sequence["Appended"],
+    appended: "AppendedEverywhere",
     mask: np.ndarray | None = None,
 ) -> Tensor:
     """Logits [n_rows, 1, n_logits] of one new token a row, whose keys and values are written to the cache.
 
-    tokens: int64 [n_rows]; positions: int64 [n_rows]; appended: every layer after it made room for the token, all with the
-    same tokens of the same rows; mask: uint8 [n_rows, keys], 0 for what is hidden. Raises `InvalidInput`.
+    tokens: int64 [n_rows]; positions: int64 [n_rows]; appended: all layers after they made room for the token; mask: uint8
+    [n_rows, keys], 0 for what is hidden. Raises `InvalidInput`.
     """
-    program, ids = scratch.program, scratch.ids
+    program = scratch.program
+    logits = torch.empty((len(scratch.chosen), 1, program.n_logits), dtype=program.dtype)
+    _run(scratch, tokens, positions, appended, mask, logits, 0)
+    return logits
+
+
+def choose(
+    scratch: StepScratch,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    appended: "AppendedEverywhere",
+    mask: np.ndarray | None = None,
+) -> np.ndarray:
+    """`argmax` of these logits, int64 [n_rows]; the array belongs to the scratch, and the next call writes to it."""
+    _run(scratch, tokens, positions, appended, mask, scratch.logits, scratch.chosen_at)
+    return scratch.chosen
+
+
+def _run(
+    scratch: StepScratch,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    appended: "AppendedEverywhere",
+    mask: np.ndarray | None,
+    logits: Tensor,
+    chosen: int,
+) -> None:
+    program, ids, first = scratch.program, scratch.ids, appended.first
     n_rows = scratch.n_rows
-    if tokens.dtype is not torch.int64 or tokens.shape != (n_rows,) or not tokens.is_cpu:
-        given = f"{tokens.dtype} {tuple(tokens.shape)}"
-        raise InvalidInput(f"tokens is {given}: torch.int64 {(n_rows,)} in CPU memory is needed")
-    if positions.dtype != np.int64 or positions.shape != (n_rows,):
-        given = f"{positions.dtype} {positions.shape}"
-        raise InvalidInput(f"positions is {given}: int64 {(n_rows,)} is needed")
+    for name, given in (("tokens", tokens), ("positions", positions)):
+        if given.dtype != np.int64 or given.shape != (n_rows,):
+            raise InvalidInput(f"{name} is {given.dtype} {given.shape}: int64 {(n_rows,)} is needed")
     scratch.read(appended)
-    first = appended[0]
     n_keys = first.trunk_len + first.branch_len
     hidden = _NO_MASK
     if mask is not None:
@@ -110,15 +145,14 @@ def step(
             given = f"{mask.dtype} {mask.shape}"
             raise InvalidInput(f"mask is {given}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
         hidden = mask[:, :n_keys].reshape(-1)  # of as many dimensions as none: one variant of the kernel
-    ids[0], ids[1] = tokens.numpy(), positions
-    scratch.reach(int(positions.max()))
-    logits = torch.empty((n_rows, 1, program.n_logits), dtype=program.dtype)
+    ids[0], ids[1] = tokens, positions
+    scratch.reach(max(positions.tolist()) + 1)
     prepare_threads()
     wrong = kernels.run_step(
         ELEMENTS[program.dtype],
         program.code,
         program.scalars,
-        n_rows,
+        ids.shape[1],
         scratch.arena,
         scratch.tables,
         ids,
@@ -130,9 +164,10 @@ def step(
         first.table,
         hidden,
         logits.data_ptr(),
+        program.n_logits,
+        chosen,
     )
     if wrong == kernels.UNKNOWN_INDEX:
         raise InvalidInput(f"tokens {ids[0]} at positions {ids[1]}: the model's tables have no such rows")
     if wrong:
         raise InvalidInput("the cache names rows that it has not")
-    return logits

@@ -14,8 +14,9 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from ._types import Ids, Model
 from .choice import continuations, select
+from .sequences import Sequences
 from .step import Steps
-from .stopping import Stopping
+from .stopping import Stopping, runs_foreign_code
 
 DEAD = np.float32(-1e9)  # added to the score of what must not be chosen, as in transformers
 
@@ -46,9 +47,10 @@ def beam_search(
     fill = int(pad or ends[0]) if ends is not None else -1
 
     stopping = Stopping(stopping_criteria)
-    steps = Steps(model, generation_config, model_kwargs)
+    is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria])
+    steps = Steps(model, generation_config, model_kwargs, is_alone=not is_foreign)
     beams = Beams(n_rows // generation_config.num_beams, generation_config, prompt_length)
-    sequences = input_ids  # grows only if somebody reads it
+    sequences = Sequences(input_ids)  # grow only if somebody reads them
     outputs = steps.prompt(input_ids)
     reads_sequences = bool(logits_processor) or stopping.reads_sequences or not steps.plain
     while True:
@@ -64,7 +66,7 @@ def beam_search(
 
         if keeps_log_probs:
             log_probs = torch.log_softmax(next_logits, dim=-1, dtype=torch.float32)
-            log_probs = logits_processor(sequences, log_probs)
+            log_probs = logits_processor(sequences.ids, log_probs)
             if scores is not None:
                 scores += (log_probs,)
             top_scores, top = select(log_probs, beams.scores, n_candidates, generation_config.do_sample)
@@ -73,15 +75,16 @@ def beam_search(
         candidates = beams.candidates(top_scores, top, next_logits.shape[-1])
 
         length += 1
-        extended = candidates.extend(sequences) if stopping.reads_sequences else None
+        extended = candidates.extend(sequences.ids) if stopping.reads_sequences else None
         hits = stopping(candidates.tokens, length, extended, scores)
         rows, tokens = beams.advance(candidates, hits)
         if reads_sequences:
-            sequences = torch.cat([sequences.index_select(0, rows), tokens[:, None]], dim=-1)
-        steps.reorder(rows)
+            sequences.reorder(rows)
+            sequences.append(tokens)
+        steps.reorder(torch.from_numpy(rows))
         if beams.done:
             break
-        outputs = steps.next(tokens, sequences)
+        outputs = steps.next(tokens, sequences.ids if reads_sequences else None)
 
     n_best = generation_config.num_return_sequences
     new_tokens, beam_indices, sequences_scores = beams.best(n_best, fill)
@@ -104,20 +107,22 @@ def beam_search(
 class Candidates:
     """Continuations of one step, best first.
 
-    `scores` float32 and `keys` int64 (beam * n_tokens + token) are [n_prompts, n_candidates]; `rows` and
-    `tokens` int64 are flat over both.
+    `scores` float32, `keys` int64 (beam * n_tokens + token) and `beams` are [n_prompts, n_candidates]; `tokens` int64 are
+    flat over both.
     """
 
-    def __init__(self, scores: Tensor, keys: Tensor, n_tokens: int, num_beams: int):
+    def __init__(self, scores: Tensor, keys: Tensor, n_tokens: int, first_rows: np.ndarray):
         self.scores = scores.numpy()
         self.keys = keys.numpy()
-        first_rows = np.arange(len(self.keys))[:, None] * num_beams
-        self.rows = torch.from_numpy((self.keys // n_tokens + first_rows).reshape(-1))
-        self.tokens = torch.from_numpy((self.keys % n_tokens).reshape(-1))
+        self.beams, tokens = np.divmod(self.keys, n_tokens)
+        self.tokens = tokens.reshape(-1)
+        self._first_rows = first_rows
 
     def extend(self, sequences: Tensor) -> Tensor:
         """The whole sequence of every candidate, int64 [n_prompts * n_candidates, length + 1]."""
-        return torch.cat([sequences.index_select(0, self.rows), self.tokens[:, None]], dim=-1)
+        rows = torch.from_numpy((self.beams + self._first_rows).reshape(-1))
+        tokens = torch.from_numpy(self.tokens)
+        return torch.cat([sequences.index_select(0, rows), tokens[:, None]], dim=-1)
 
 
 class Beams:
@@ -145,6 +150,8 @@ class Beams:
         self._finished = np.zeros((n_prompts, self.num_beams), dtype=np.bool_)
         self._improvable = np.ones((n_prompts, 1), dtype=np.bool_)
         self._n_tokens = 0
+        self._prompts = np.arange(n_prompts)[:, None]
+        self._first_rows = self._prompts * self.num_beams
 
     @property
     def scores(self) -> Tensor:
@@ -153,26 +160,25 @@ class Beams:
 
     def candidates(self, scores: Tensor, keys: Tensor, n_tokens: int) -> Candidates:
         self._n_tokens = n_tokens
-        return Candidates(scores, keys, n_tokens, self.num_beams)
+        return Candidates(scores, keys, n_tokens, self._first_rows)
 
-    def advance(self, candidates: Candidates, hits: Tensor | None) -> tuple[Tensor, Tensor]:
+    def advance(self, candidates: Candidates, hits: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Makes the best candidates the next beams, and pools those that stop here (`hits`, flat bool).
 
         Returns the row that each new beam grew from, int32, and its token, int64, [n_prompts * num_beams].
         """
         scores, keys = candidates.scores, candidates.keys
-        stopped = np.zeros(keys.shape, dtype=np.bool_) if hits is None else hits.numpy().reshape(keys.shape)
+        stopped = np.zeros(keys.shape, dtype=np.bool_) if hits is None else hits.reshape(keys.shape)
         self._collect(scores, keys, stopped)
 
         running = scores + stopped * DEAD
-        best = _top(running, self.num_beams)
-        self._running = np.take_along_axis(running, best, axis=1)
-        parents, tokens = divmod(np.take_along_axis(keys, best, axis=1), self._n_tokens)
+        best = self._prompts, _top(running, self.num_beams)
+        self._running = running[best]
+        parents, tokens = candidates.beams[best], candidates.tokens.reshape(keys.shape)[best]
         self._parents.append(parents)
         self._tokens.append(tokens)
         self.done = self._is_done(stopped)
-        rows = parents + np.arange(len(parents))[:, None] * self.num_beams
-        return torch.from_numpy(rows.astype(np.int32).reshape(-1)), torch.from_numpy(tokens.reshape(-1))
+        return (parents + self._first_rows).astype(np.int32).reshape(-1), tokens.reshape(-1)
 
     def _collect(self, scores: np.ndarray, keys: np.ndarray, stopped: np.ndarray) -> None:
         step = len(self._parents)
@@ -185,10 +191,8 @@ class Beams:
         scores = np.concatenate([self._scores, final], axis=1)
         references = np.concatenate([self._references, step * self.num_beams * self._n_tokens + keys], axis=1)
         finished = np.concatenate([self._finished, stopped], axis=1)
-        best = _top(scores, self.num_beams)
-        self._scores = np.take_along_axis(scores, best, axis=1)
-        self._references = np.take_along_axis(references, best, axis=1)
-        self._finished = np.take_along_axis(finished, best, axis=1)
+        best = self._prompts, _top(scores, self.num_beams)
+        self._scores, self._references, self._finished = scores[best], references[best], finished[best]
 
     def _is_done(self, stopped: np.ndarray) -> bool:
         n_new = len(self._parents)

@@ -55,17 +55,29 @@ class Decoding:
     The first step that a program ever makes is made by the modules too, and both must give the same bits.
     """
 
-    def __init__(self, model: Model, cache: IndirectCache, positions: np.ndarray, seen: np.ndarray | None):
+    def __init__(
+        self,
+        model: Model,
+        cache: IndirectCache,
+        positions: np.ndarray,
+        seen: np.ndarray | None,
+        *,
+        chooses: bool,
+        is_alone: bool,
+    ):
         self._model, self._cache, self._programs = model, cache, model.__dict__[PROGRAMS]
-        self._positions = positions
-        self._seen = seen
-        self._is_first = True
+        self._positions, self._seen = positions, seen
+        self._chooses = chooses
+        self._look, self._next_look = "wholly", "in part" if is_alone else "well"
         self._scratch: StepScratch | None = None
         self._offered: Program | None = None  # of the step that the modules are asked for instead
 
     @classmethod
-    def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any]) -> Decoding | None:
-        """For a request whose next token has the position and the mask in `model_kwargs`; None if there is no program."""
+    def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], **options: bool) -> Decoding | None:
+        """For a request whose next token has the position and the mask in `model_kwargs`; None if there is no program.
+
+        options: see `Steps`.
+        """
         position_ids, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
         if PROGRAMS not in model.__dict__ or not isinstance(cache, IndirectCache):
             return None
@@ -80,20 +92,24 @@ class Decoding:
         else:
             return None
         positions = position_ids[:, 0].numpy().astype(np.int64)
-        return cls(model, cache, positions, None if seen is None or seen.all() else seen.astype(np.uint8))
+        seen = None if seen is None or seen.all() else seen.astype(np.uint8)
+        return cls(model, cache, positions, seen, **options)
 
-    def step(self, tokens: Tensor) -> Logits | None:
-        """Logits for one more token a row, int64 [n_rows]; None, with nothing changed, if modules have to do it."""
+    def step(self, tokens: np.ndarray) -> Logits | np.ndarray | None:
+        """Logits for one more token a row, int64 [n_rows], or the tokens that are chosen from them.
+
+        None, with nothing changed, if modules have to do it.
+        """
         program = self._offered = self._program(len(tokens))
         if program is None or not self._programs.is_proven(program):
             return None
-        logits = self._run(program, tokens)
-        if logits is None:
+        outcome = self._run(program, tokens, self._chooses)
+        if outcome is None:
             return None
         self._positions += 1
-        return Logits(logits)
+        return outcome if isinstance(outcome, np.ndarray) else Logits(outcome)
 
-    def follow(self, tokens: Tensor, logits: Tensor) -> None:
+    def follow(self, tokens: np.ndarray, logits: Tensor) -> None:
         """Take note of a step that the modules have made."""
         n_rows = len(tokens)
         program = self._program(n_rows)
@@ -125,12 +141,12 @@ class Decoding:
     def _program(self, n_rows: int) -> Program | None:
         if _has_hooks(self._model):
             return None
-        program = self._programs.of(self._model, n_rows, is_first=self._is_first)
-        self._is_first = False
+        program = self._programs.of(self._model, n_rows, self._look)
+        self._look = self._next_look
         return program
 
-    def _run(self, program: Program, tokens: Tensor) -> Tensor | None:
-        from ..functional import StepScratch, step
+    def _run(self, program: Program, tokens: np.ndarray, chooses: bool = False) -> Any:
+        from ..functional import StepScratch, choose, step
 
         n_rows = len(tokens)
         appended = self._cache.append_everywhere(n_rows, program.n_kv_heads, program.head_dim, program.dtype)
@@ -140,9 +156,10 @@ class Decoding:
         if scratch is None or scratch.program is not program or scratch.n_rows != n_rows:
             scratch = self._scratch = StepScratch(program, n_rows)
         positions = np.broadcast_to(self._positions, (n_rows,))  # one may stand for all rows
-        mask = self._mask(appended[0].trunk_len + appended[0].branch_len)
+        mask = self._mask(appended.first.trunk_len + appended.first.branch_len)
+        run = choose if chooses else step
         try:
-            return step(scratch, tokens, positions, appended, mask)
+            return run(scratch, tokens, positions, appended, mask)
         except InvalidInput:
             self._cache.crop(-1)  # its columns have not been written
             raise

@@ -156,6 +156,8 @@ def _loop(
         return None
     if model.config.is_encoder_decoder or not hasattr(model, "_prefill"):
         return None
+    if model.device.type not in ("cpu", "meta"):
+        return None
     prepared, _ = model._prepare_generation_config(generation_config, **kwargs)
     check_counts(prepared.num_beams, prepared.num_return_sequences)
     if prepared.compile_config is not None or prepared.low_memory:

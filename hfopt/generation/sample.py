@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -9,8 +10,9 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ._types import Ids, Model
 from .choice import argmax
+from .sequences import Sequences
 from .step import Steps
-from .stopping import Stopping
+from .stopping import Stopping, runs_foreign_code
 
 
 def sample(
@@ -32,45 +34,55 @@ def sample(
     keeps_logits = bool(logits_processor) or scores is not None or logits is not None
 
     stopping = Stopping(stopping_criteria)
-    steps = Steps(model, generation_config, model_kwargs)
+    is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria, *([streamer] if streamer else [])])
+    chooses = not (keeps_logits or generation_config.do_sample)
+    steps = Steps(model, generation_config, model_kwargs, chooses=chooses, is_alone=not is_foreign)
+    sequences = Sequences(input_ids)
     pad: Any = generation_config._pad_token_tensor
-    finished: Tensor | None = None
+    finished: np.ndarray | None = None
     outputs = steps.prompt(input_ids)
+    reads_sequences = bool(logits_processor) or stopping.reads_sequences or not steps.plain
+    ids: Ids = input_ids
     while True:
-        next_logits = outputs.logits[:, -1]
-        if keeps_logits:
-            next_logits = next_logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
-        next_scores = logits_processor(input_ids, next_logits)
-        if scores is not None:
-            scores += (next_scores,)
-        if logits is not None:
-            logits += (next_logits,)
-        if attentions is not None:
-            attentions += (outputs.attentions,)
-        if hidden_states is not None:
-            hidden_states += (outputs.hidden_states,)
+        if isinstance(outputs, np.ndarray):
+            tokens = outputs
+        else:
+            next_logits = outputs.logits[:, -1]
+            if keeps_logits:
+                next_logits = next_logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
+            next_scores = logits_processor(ids, next_logits)
+            if scores is not None:
+                scores += (next_scores,)
+            if logits is not None:
+                logits += (next_logits,)
+            if attentions is not None:
+                attentions += (outputs.attentions,)
+            if hidden_states is not None:
+                hidden_states += (outputs.hidden_states,)
+            if generation_config.do_sample:
+                probabilities = torch.softmax(next_scores, dim=-1, dtype=torch.float32)
+                tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1).numpy()
+            else:
+                tokens = argmax(next_scores).numpy()
         del outputs  # the logits of a whole prompt may be large
 
-        if generation_config.do_sample:
-            probabilities = torch.softmax(next_scores, dim=-1, dtype=torch.float32)
-            tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1)
-        else:
-            tokens = argmax(next_scores)
         if finished is not None and stopping.pads_finished:
-            tokens = torch.where(finished, pad.to(tokens.device), tokens)
-        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-
-        hits = stopping(tokens, input_ids.shape[1], input_ids, scores)
+            tokens = np.where(finished, int(pad), tokens)
+        sequences.append(tokens)
+        if reads_sequences:
+            ids = sequences.ids
+        hits = stopping(tokens, sequences.length, ids, scores)
         if hits is not None:
             finished = hits if finished is None else finished | hits
         if streamer is not None:
-            streamer.put(tokens.cpu())
-        if finished is not None and bool(finished.all()):
+            streamer.put(torch.from_numpy(tokens.copy()))
+        if finished is not None and finished.all():
             break
-        outputs = steps.next(tokens, input_ids)
+        outputs = steps.next(tokens, ids)
 
     if streamer is not None:
         streamer.end()
+    input_ids = sequences.ids.clone(memory_format=torch.contiguous_format)
     if not wants:
         return input_ids
     return GenerateDecoderOnlyOutput(

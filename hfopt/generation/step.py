@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin
@@ -22,15 +23,27 @@ class Steps:
 
     After the prompt, a text decoder with a cache needs one token, one position and one more column of the
     mask: that is built directly (`plain`). All others are prepared by their own methods, from sequences.
+
+    chooses: steps may give the `argmax` of their logits in place of outputs. is_alone: no code of the user runs between
+    them, in this thread.
     """
 
-    def __init__(self, model: Model, generation_config: GenerationConfig, model_kwargs: dict[str, Any]):
+    def __init__(
+        self,
+        model: Model,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *,
+        chooses: bool = False,
+        is_alone: bool = False,
+    ):
         self.model = model
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
         self.plain = False
         self._limit = position_limit(model, generation_config.max_length)
         self._position = 0
+        self._chooses, self._is_alone = chooses, is_alone
         self._decoding: Decoding | None = None
         self._n_unseen = 0  # steps that `model_kwargs` know nothing of
 
@@ -49,11 +62,16 @@ class Steps:
         if self._limit is not None and self.model_kwargs.get("position_ids") is not None:
             self._position = int(self.model_kwargs["position_ids"][..., -1].max())
         if self.plain:
-            self._decoding = Decoding.of(self.model, self.cache, self.model_kwargs)
+            self._decoding = Decoding.of(
+                self.model, self.cache, self.model_kwargs, chooses=self._chooses, is_alone=self._is_alone
+            )
         return outputs
 
-    def next(self, tokens: Tensor, sequences: Tensor | None) -> Outputs:
-        """The outputs for one more token a row, int64 [n_rows]; all `sequences` are needed unless `plain`."""
+    def next(self, tokens: np.ndarray, sequences: Tensor | None) -> Outputs | np.ndarray:
+        """The outputs for one more token a row, int64 [n_rows]; all `sequences` are needed unless `plain`.
+
+        Chosen tokens come as an array, which the next step overwrites.
+        """
         if self._limit is not None and self._position >= self._limit:
             raise InvalidInput(
                 f"max_length={self.generation_config.max_length}: the next token would have position "
@@ -61,10 +79,10 @@ class Steps:
             )
         self._position += 1
         if self._decoding is not None:
-            logits = self._decoding.step(tokens)
-            if logits is not None:
+            outputs = self._decoding.step(tokens)
+            if outputs is not None:
                 self._n_unseen += 1
-                return logits
+                return outputs
         if not self.plain:
             model_inputs = self.model.prepare_inputs_for_generation(
                 sequences,
@@ -87,7 +105,7 @@ class Steps:
                 [attention_mask, attention_mask.new_ones((len(tokens), 1))], dim=-1
             )
         outputs = self.model(
-            input_ids=tokens[:, None],
+            input_ids=torch.from_numpy(tokens)[:, None],
             past_key_values=given["past_key_values"],
             return_dict=True,
             **model_inputs,

@@ -1,10 +1,29 @@
 """When a row stops: transformers' criteria, most of them answered from the last token alone."""
 
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+)
 
 from .latency import TokenClock
+
+
+def runs_foreign_code(parts: Iterable[Any]) -> bool:
+    """Whether one of these (processors, criteria, a streamer) runs code that is neither transformers' nor ours."""
+    return any(
+        type(each).__module__.partition(".")[0] not in ("transformers", "hfopt")
+        or isinstance(each, PrefixConstrainedLogitsProcessor)
+        for each in parts
+    )
 
 
 class Stopping:
@@ -29,33 +48,39 @@ class Stopping:
             if type(criteria) in by_type:
                 by_type[type(criteria)].append(criteria)
         self._lengths = by_type[MaxLengthCriteria]
-        self._ends = by_type[EosTokenCriteria]
+        ends = (criteria.eos_token_id.flatten().tolist() for criteria in by_type[EosTokenCriteria])
+        self._ends = frozenset(token for each in ends for token in each)
         self._clocks = by_type[MaxTimeCriteria] + by_type[TokenClock]
         self.reads_sequences = bool(self._readers)
         # transformers' own test for "finished rows are padded"; a user's criterion may have the attribute
         self.pads_finished = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
 
     def __call__(
-        self, tokens: Tensor, length: int, sequences: Tensor | None, scores: tuple[Tensor, ...] | None
-    ) -> Tensor | None:
+        self, tokens: np.ndarray, length: int, sequences: Tensor | None, scores: tuple[Tensor, ...] | None
+    ) -> np.ndarray | None:
         """Which rows stop now: bool [n_rows], or None when none does.
 
         `tokens` int64 [n_rows] are the newest tokens, `length` counts them and all before; `sequences` int64
         [n_rows, length] may be None unless `reads_sequences`. All criteria are asked each time: some count.
         """
-        hits: Tensor | None = None
+        hits: np.ndarray | None = None
         for limit in self._lengths:
             if length >= limit.max_length:
-                hits = torch.ones_like(tokens, dtype=torch.bool)
+                hits = np.ones(len(tokens), np.bool_)
             elif limit.max_position_embeddings is not None and length > limit.max_position_embeddings:
-                limit(tokens[:, None].expand(-1, length), scores)  # for its warning
-        for end in self._ends:
-            ended = torch.isin(tokens, end.eos_token_id.to(tokens.device))
-            hits = ended if hits is None else hits | ended
+                limit(_shaped(tokens, length), scores)  # for its warning
+        if not self._ends.isdisjoint(newest := tokens.tolist()):
+            hits = _either(hits, np.array([token in self._ends for token in newest]))
         for clock in self._clocks:
-            stopped = clock(tokens[:, None].expand(-1, length), scores)
-            hits = stopped if hits is None else hits | stopped
+            hits = _either(hits, clock(_shaped(tokens, length), scores).numpy())
         if self._readers:
-            stopped = self._readers(sequences, scores)
-            hits = stopped if hits is None else hits | stopped
+            hits = _either(hits, self._readers(sequences, scores).cpu().numpy())
         return hits
+
+
+def _shaped(tokens: np.ndarray, length: int) -> Tensor:
+    return torch.from_numpy(tokens)[:, None].expand(-1, length)
+
+
+def _either(hits: np.ndarray | None, others: np.ndarray) -> np.ndarray:
+    return others if hits is None else hits | others

@@ -18,6 +18,7 @@ from .cache_record import BRANCH, LENGTH, TRUNK
 from .linear import Linear, multiply_rows, rows_scratch
 from .norm import add_row, layer_norm, rms_norm
 from .rope import rotate_and_store_rows
+from .sampling import argmax
 
 LOOK_UP, ADD_LOOKED_UP, RMS_NORM, LAYER_NORM, LINEAR, ROTATE_AND_STORE, ATTEND = range(7)
 NAMES = ("look up", "add looked up", "rms_norm", "layer_norm", "linear", "rotate and store", "attend")
@@ -38,6 +39,7 @@ UNKNOWN_INDEX, UNKNOWN_ROW = 1, 2  # what `run_step` returns
 
 _rms_norm = body(rms_norm.__wrapped__)
 _layer_norm = body(layer_norm.__wrapped__)
+_argmax = body(argmax.__wrapped__)
 
 
 class _Cache(NamedTuple):
@@ -110,13 +112,16 @@ def run_step(
     table,
     mask,
     logits,
+    n_logits,
+    chosen,
 ):
     """Runs a program for one new token in each of 1 to 32 rows. Returns 0, or UNKNOWN_INDEX or UNKNOWN_ROW, nothing written.
 
     Like an array of the element type, float32 or bfloat16 bits; code int64 [n, COLUMNS], scalars float64 [n]; address of the
     arena, on a 64-byte boundary; tables int64 [n, 2]; ids int64 [2, n_rows]: tokens, positions; records int64 [layers,
     `cache_record`]; lengths, in_branch, trunk_row and table as in `cache.Appended`; mask uint8 [n_rows, 1, keys], empty
-    if all are seen; address of logits, of the element type.
+    if all are seen; address of logits [n_rows, n_logits], of the element type; address of chosen int64 [n_rows], their
+    `sampling.argmax`, or 0 if that is not wanted.
     """
     rows = pointer(like)
     cache = _Cache(
@@ -177,6 +182,8 @@ def run_step(
                 else:
                     target = shifted(address_as(out, rows), row * size)
                     add_row(target, shifted(address_as(source, rows), ids[n, row] * size), size, target)
+    if chosen != 0:
+        _argmax(like, logits, n_rows, n_logits, chosen)
     room[0] = 0  # the last uses of the scratch: it must live until here
     residuals[0] = 0
     return 0

@@ -3,6 +3,7 @@
 import logging
 import threading
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -15,6 +16,10 @@ from hfopt.patches.guards import captured_outputs, is_plain_inference
 from hfopt.patches.watch import Watch
 
 logger = logging.getLogger(__name__)
+
+Look: TypeAlias = Literal["in part", "well", "wholly"]
+
+_LOOKS = {"in part": Watch.holds_in_part, "well": Watch.holds, "wholly": Watch.holds_wholly}
 
 
 @dataclass
@@ -41,12 +46,13 @@ class Programs:
     def __reduce__(self) -> tuple[type, tuple[Kernels]]:
         return Programs, (self._kernels,)
 
-    def of(self, model: nn.Module, n_rows: int, *, is_first: bool = False) -> Program | None:
+    def of(self, model: nn.Module, n_rows: int, look: Look = "well") -> Program | None:
         """The program for a step with n_rows rows; None if this step has to go module by module.
 
-        is_first: of a request, when more is looked at.
+        look: how closely at the model, see `Watch`. "wholly" at the first step of a request; "in part" at others if no code
+        of the user runs between them, so that only another thread can have changed the model.
         """
-        program = self._current(model, is_first).program
+        program = self._current(model, look).program
         if program is None or n_rows > ROW_LIMIT:
             return None
         if not is_plain_inference(model, (), {}) or captured_outputs() is not None:
@@ -55,9 +61,9 @@ class Programs:
             return None
         return program
 
-    def _current(self, model: nn.Module, is_first: bool) -> _Made:
+    def _current(self, model: nn.Module, look: Look) -> _Made:
         made = self._made
-        if made is None or not (made.watch.holds_wholly() if is_first else made.watch.holds()):
+        if made is None or not _LOOKS[look](made.watch):
             made = self._make(model)
         return made
 
@@ -74,7 +80,7 @@ class Programs:
 
     def reason(self, model: nn.Module) -> str | None:
         """In words, why steps of this model go module by module; None if they need not."""
-        reason = self._current(model, is_first=True).reason
+        reason = self._current(model, "wholly").reason
         if reason is None and self._kernels == "torch":
             reason = "its Linears run in torch's kernels"
         with torch.no_grad():
@@ -84,7 +90,7 @@ class Programs:
 
     def listing(self, model: nn.Module) -> Listing | None:
         """The program of this model for people to read; None if steps go module by module."""
-        program = self._current(model, is_first=True).program
+        program = self._current(model, "wholly").program
         return None if program is None else program.listing
 
     def is_proven(self, program: Program) -> bool:
