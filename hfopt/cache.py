@@ -170,7 +170,7 @@ class IndirectCache(DynamicCache):
         return list({id(layer.rows): layer.rows for layer in stored if layer.get_seq_length() > 0}.values())
 
     def _rearrange(self, method: str, argument: Any) -> None:
-        if self._is_even():
+        if self.is_even(self._rows.n_rows):
             self._rows.n_branch = self.layers[0].branch_len
             getattr(self._rows, method)(argument)
             return

@@ -97,7 +97,7 @@ class ReadyStep:
             raise InvalidInput(f"--profile: decode steps of this model go module by module: {reason}")
         appended = cache.append_everywhere(n_rows, program.n_kv_heads, program.head_dim, program.dtype)
         scratch = StepScratch(program, n_rows)
-        tokens, positions = torch.zeros(n_rows, dtype=torch.long), np.full(n_rows, workload.prompt_tokens)
+        tokens, positions = np.zeros(n_rows, np.int64), np.full(n_rows, workload.prompt_tokens)
         #: logits of the last one
         self.logits, (launch,) = launches_of(lambda: step(scratch, tokens, positions, appended))
         self._owners = cache, scratch  # of what the launch has the addresses of

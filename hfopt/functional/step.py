@@ -142,8 +142,8 @@ def _run(
     hidden = _NO_MASK
     if mask is not None:
         if mask.dtype != np.uint8 or mask.ndim != 2 or len(mask) != n_rows or mask.shape[1] < n_keys:
-            given = f"{mask.dtype} {mask.shape}"
-            raise InvalidInput(f"mask is {given}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
+            shape = f"{mask.dtype} {mask.shape}"
+            raise InvalidInput(f"mask is {shape}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
         hidden = mask[:, :n_keys].reshape(-1)  # of as many dimensions as none: one variant of the kernel
     ids[0], ids[1] = tokens, positions
     scratch.reach(max(positions.tolist()) + 1)

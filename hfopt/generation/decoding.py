@@ -68,9 +68,13 @@ class Decoding:
         self._model, self._cache, self._programs = model, cache, model.__dict__[PROGRAMS]
         self._positions, self._seen = positions, seen
         self._chooses = chooses
-        self._look, self._next_look = "wholly", "in part" if is_alone else "well"
+        self._is_alone, self._is_first = is_alone, True
         self._scratch: StepScratch | None = None
         self._offered: Program | None = None  # of the step that the modules are asked for instead
+        # not at the top, because `import hfopt` must not load Numba; not in each step, because that takes time
+        from .. import functional
+
+        self._functional = functional
 
     @classmethod
     def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], **options: bool) -> Decoding | None:
@@ -118,7 +122,7 @@ class Decoding:
             self._prove(program, tokens, logits)
         self._positions += 1
 
-    def _prove(self, program: Program, tokens: Tensor, logits: Tensor) -> None:
+    def _prove(self, program: Program, tokens: np.ndarray, logits: Tensor) -> None:
         """Make the step again, if that can be done."""
         if logits.dtype is not program.dtype or not self._cache.is_even(len(tokens)):
             return
@@ -139,25 +143,29 @@ class Decoding:
                 there.copy_(theirs)
 
     def _program(self, n_rows: int) -> Program | None:
+        scratch = self._scratch
+        if self._is_alone and scratch is not None and self._programs.holds(scratch.program):
+            program: Program = scratch.program
+            return program
         if _has_hooks(self._model):
             return None
-        program = self._programs.of(self._model, n_rows, self._look)
-        self._look = self._next_look
+        program = self._programs.of(self._model, n_rows, is_first=self._is_first)
+        self._is_first = False
         return program
 
     def _run(self, program: Program, tokens: np.ndarray, chooses: bool = False) -> Any:
-        from ..functional import StepScratch, choose, step
-
         n_rows = len(tokens)
         appended = self._cache.append_everywhere(n_rows, program.n_kv_heads, program.head_dim, program.dtype)
         if appended is None:
             return None
         scratch = self._scratch
         if scratch is None or scratch.program is not program or scratch.n_rows != n_rows:
-            scratch = self._scratch = StepScratch(program, n_rows)
-        positions = np.broadcast_to(self._positions, (n_rows,))  # one may stand for all rows
+            scratch = self._scratch = self._functional.StepScratch(program, n_rows)
+        positions = self._positions
+        if len(positions) != n_rows:  # one stands for all rows
+            positions = self._positions = np.repeat(positions, n_rows)
         mask = self._mask(appended.first.trunk_len + appended.first.branch_len)
-        run = choose if chooses else step
+        run = self._functional.choose if chooses else self._functional.step
         try:
             return run(scratch, tokens, positions, appended, mask)
         except InvalidInput:

@@ -3,10 +3,10 @@
 import logging
 import threading
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import ROW_LIMIT, Kernels, Listing, Program
@@ -16,10 +16,6 @@ from hfopt.patches.guards import captured_outputs, is_plain_inference
 from hfopt.patches.watch import Watch
 
 logger = logging.getLogger(__name__)
-
-Look: TypeAlias = Literal["in part", "well", "wholly"]
-
-_LOOKS = {"in part": Watch.holds_in_part, "well": Watch.holds, "wholly": Watch.holds_wholly}
 
 
 @dataclass
@@ -46,13 +42,12 @@ class Programs:
     def __reduce__(self) -> tuple[type, tuple[Kernels]]:
         return Programs, (self._kernels,)
 
-    def of(self, model: nn.Module, n_rows: int, look: Look = "well") -> Program | None:
+    def of(self, model: nn.Module, n_rows: int, *, is_first: bool = False) -> Program | None:
         """The program for a step with n_rows rows; None if this step has to go module by module.
 
-        look: how closely at the model, see `Watch`. "wholly" at the first step of a request; "in part" at others if no code
-        of the user runs between them, so that only another thread can have changed the model.
+        is_first: of a request, when more is looked at.
         """
-        program = self._current(model, look).program
+        program = self._current(model, is_first).program
         if program is None or n_rows > ROW_LIMIT:
             return None
         if not is_plain_inference(model, (), {}) or captured_outputs() is not None:
@@ -61,9 +56,19 @@ class Programs:
             return None
         return program
 
-    def _current(self, model: nn.Module, look: Look) -> _Made:
+    def holds(self, program: Program) -> bool:
+        """Whether this is still the model's program, for the next step of a request that runs no code of its user.
+
+        What can be different then is what another thread has changed, and it is enough to find that some steps later.
+        """
         made = self._made
-        if made is None or not _LOOKS[look](made.watch):
+        if made is None or made.program is not program or _global_forward_hooks or _global_forward_pre_hooks:
+            return False
+        return made.watch.holds_in_part()
+
+    def _current(self, model: nn.Module, is_first: bool) -> _Made:
+        made = self._made
+        if made is None or not (made.watch.holds_wholly() if is_first else made.watch.holds()):
             made = self._make(model)
         return made
 
@@ -80,7 +85,7 @@ class Programs:
 
     def reason(self, model: nn.Module) -> str | None:
         """In words, why steps of this model go module by module; None if they need not."""
-        reason = self._current(model, "wholly").reason
+        reason = self._current(model, is_first=True).reason
         if reason is None and self._kernels == "torch":
             reason = "its Linears run in torch's kernels"
         with torch.no_grad():
@@ -90,7 +95,7 @@ class Programs:
 
     def listing(self, model: nn.Module) -> Listing | None:
         """The program of this model for people to read; None if steps go module by module."""
-        program = self._current(model, "wholly").program
+        program = self._current(model, is_first=True).program
         return None if program is None else program.listing
 
     def is_proven(self, program: Program) -> bool:

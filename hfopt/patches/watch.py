@@ -71,7 +71,8 @@ def _tensors(states: list[dict[str, Any]]) -> list[torch.Tensor | None]:
 
 def _owned(tensors: list[torch.Tensor | None]) -> list[torch.Tensor]:
     """Those that have an address."""
-    return [each for each in tensors if type(each) in _WITH_ADDRESS and each.layout is torch.strided]
+    found = (each for each in tensors if each is not None and type(each) in _WITH_ADDRESS)
+    return [each for each in found if each.layout is torch.strided]
 
 
 def _look(module: nn.Module) -> list[Any]:
