@@ -182,7 +182,7 @@ class IndirectCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row r continues row `beam_idx[r]`."""
-        if len(beam_idx) == self.n_rows:
+        if self.copies > 1 and beam_idx.shape[0] == self.n_rows:
             self.copies = 1  # every beam brought a prompt of its own
         self.fork()
         self._rearrange("reorder_cache", beam_idx)

@@ -44,6 +44,7 @@ class Steps:
         self._limit = position_limit(model, generation_config.max_length)
         self._position = 0
         self._chooses, self._is_alone = chooses, is_alone
+        self._reorder: Any = getattr(model, "_reorder_cache", None)
         self._decoding: Decoding | None = None
         self._n_unseen = 0  # steps that `model_kwargs` know nothing of
 
@@ -105,7 +106,7 @@ class Steps:
                 [attention_mask, attention_mask.new_ones((len(tokens), 1))], dim=-1
             )
         outputs = self.model(
-            input_ids=torch.from_numpy(tokens)[:, None],
+            input_ids=torch.tensor(tokens)[:, None],  # a copy: hooks may keep it
             past_key_values=given["past_key_values"],
             return_dict=True,
             **model_inputs,
@@ -134,8 +135,8 @@ class Steps:
         """Row i of the cache goes on from row `rows[i]`, int32 [n_rows]."""
         if self.cache is None:
             return
-        if hasattr(self.model, "_reorder_cache"):
-            self.model_kwargs["past_key_values"] = self.model._reorder_cache(self.cache, rows)
+        if self._reorder is not None:
+            self.model_kwargs["past_key_values"] = self._reorder(self.cache, rows)
         elif hasattr(self.cache, "reorder_cache"):
             self.cache.reorder_cache(rows)
         else:
