@@ -1,0 +1,84 @@
+"""The blocks of keys and values of a chunk of decode attention, and which rows see the same ones.
+
+Blocks of 16 keys are read where they are, if they follow each other and all are seen. Others (those of the
+branch, and those of which a mask hides some) are gathered first, without what is hidden, so that NaN or Inf
+there cannot reach a result.
+"""
+
+from ._attention_cache import key_of
+from ._decode_tile import BLOCK, address_of, seen_keys, set_address
+from ._parallel import body
+from ._pointer import bytes_at, load, load_part, shifted, store
+from ._simd import LANES
+
+
+@body
+def copy_row(source, size, target, padded):
+    """target = source, and zeros up to `padded`, a multiple of 16."""
+    for k in range(0, padded, LANES):
+        if k + LANES <= size:
+            store(target, k, load(source, k))
+        else:
+            store(target, k, load_part(source, k, max(size - k, 0)))
+
+
+@body
+def seen_of(problem, place, first, count):
+    """Bits of `count` <= 16 keys, those that the row at a place sees; first: token number of the first."""
+    if problem.mask == 0:
+        return (1 << count) - 1
+    n_keys = problem.cache.trunk.n_tokens + problem.cache.branch.n_tokens
+    return seen_keys(bytes_at(problem.mask), problem.order[place] * n_keys + first, count)
+
+
+@body
+def list_blocks(problem, segment, in_trunk, p, kv_head, place, first, n, keys, values, room):
+    """Addresses of blocks of those of n keys from token `first` of a segment on that the row at a place sees.
+
+    Returns how many keys these are, and writes hidden ones nowhere. room: for copies of n keys and values.
+    """
+    cache, size, padded = problem.cache, problem.cache.size, problem.plan.padded
+    start = first if in_trunk else cache.trunk.n_tokens + first
+    held_values = shifted(room, problem.plan.chunk * padded)
+    n_blocks = 0
+    n_held = 0
+    for t in range(0, n, BLOCK):
+        count = min(n - t, BLOCK)
+        seen = seen_of(problem, place, start + t, count)
+        if in_trunk and size == padded and seen == (1 << BLOCK) - 1:
+            key = key_of(segment, p, kv_head, first + t, size)
+            set_address(keys, n_blocks, address_of(key))
+            set_address(values, n_blocks, address_of(shifted(key, segment.to_values)))
+            n_blocks += 1
+        elif seen != 0:
+            for token in range(first + t, first + t + count):
+                if seen >> (token - first - t) & 1:
+                    row = p if in_trunk else cache.table[problem.order[place] * cache.table_row + token]
+                    key = key_of(segment, row, kv_head, token, size)
+                    copy_row(key, size, shifted(room, n_held * padded), padded)
+                    value = shifted(key, segment.to_values)
+                    copy_row(value, size, shifted(held_values, n_held * padded), padded)
+                    n_held += 1
+    n_seen = n_blocks * BLOCK + n_held
+    while n_held % BLOCK != 0:
+        copy_row(room, 0, shifted(room, n_held * padded), padded)
+        copy_row(room, 0, shifted(held_values, n_held * padded), padded)
+        n_held += 1
+    for t in range(0, n_held, BLOCK):
+        set_address(keys, n_blocks, address_of(shifted(room, t * padded)))
+        set_address(values, n_blocks, address_of(shifted(held_values, t * padded)))
+        n_blocks += 1
+    return n_seen
+
+
+@body
+def rows_alike(problem, begin, end, first, n):
+    """Whether the rows at places begin ... end see the same ones of n keys."""
+    alike = True
+    if problem.mask != 0:
+        for t in range(first, first + n, BLOCK):
+            count = min(first + n - t, BLOCK)
+            seen = seen_of(problem, begin, t, count)
+            for place in range(begin + 1, end):
+                alike &= seen_of(problem, place, t, count) == seen
+    return alike

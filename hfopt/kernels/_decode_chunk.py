@@ -1,0 +1,204 @@
+"""A chunk of keys of decode attention: the unfinished softmax of all queries that read it.
+
+While the keys of a chunk are read its values are asked for, and with them the next chunk's keys, so that the
+memory is never idle.
+"""
+
+import numpy as np
+
+from ._attention_cache import key_of
+from ._attention_tile import weight_of, where_up_to
+from ._decode_blocks import copy_row, list_blocks, rows_alike
+from ._decode_tile import (
+    BLOCK,
+    address_of,
+    pack_query,
+    partner,
+    score_tile,
+    stack_addresses,
+    tile_columns,
+    weigh_tile,
+    where_keys,
+)
+from ._parallel import body
+from ._pointer import as_units, load, shifted, store, store_scalar
+from ._simd import LANES
+from ._tile import stack_floats, units_ratio
+from ._vector import lane, larger, splat
+
+MOST_KEYS = 256  # of a chunk; also a literal below, in the sizes of stacks
+MAX, SUM, SEEN = range(3)  # behind the weighted values of a query and chunk
+_TILE = 4  # queries of a tile, if there are more than one
+_TILES = 2  # tiles that are worked on together
+_BLOCKS = 2  # blocks of long values, of which one pass takes some columns, and which the L1 cache holds
+_NOTHING = np.float32(-np.inf)
+_ZERO = np.float32(0.0)
+_ONE = np.float32(1.0)
+
+
+@body
+def room_of(chunk, padded):
+    """Elements of the `room` of `attend_chunk`, for heads of `padded` channels."""
+    return 2 * chunk * padded + _TILES * _TILE * (padded + MOST_KEYS) + padded
+
+
+@body
+def weigh_scores(scores, n_vectors, width, n, scale, weights):
+    """weights = 2^(scale * scores - max) for n keys of a tile of queries; (maxima, sums), each in all lanes
+    of its query.
+    """
+    top = splat(_NOTHING)
+    for v in range(n_vectors):
+        value = load(scores, v * LANES) * splat(scale)
+        if n - v * width < width:
+            value = where_keys(n - v * width, width, value, splat(_NOTHING))
+        store(scores, v * LANES, value)
+        top = larger(value, top)
+    top = larger(top, partner(top, 1))
+    top = larger(top, partner(top, 2))
+    if width > 4:
+        top = larger(top, partner(top, 4))
+        top = larger(top, partner(top, 8))
+    # all scores may be -inf: these weights have to be 0 beside those of other chunks
+    shift = where_up_to(top, splat(_NOTHING), splat(_ZERO), top)
+    total = splat(_ZERO)
+    for v in range(n_vectors):
+        value = weight_of(load(scores, v * LANES) - shift, as_units(weights, weights))
+        store(weights, v * LANES, value)
+        total = total + value
+    total = total + partner(total, 1)
+    total = total + partner(total, 2)
+    if width > 4:
+        total = total + partner(total, 4)
+        total = total + partner(total, 8)
+    return top, total
+
+
+@body
+def weigh_values(weights, queries, values, n_blocks, units, ahead, out, out_row, n_valid):
+    """out[i, :] = sum over keys of weights[key, i] values[key, :] for the first n_valid queries of a tile."""
+    p = as_units(weights, weights)
+    ratio = units_ratio(weights)
+    columns = tile_columns(p, 1, 1) if queries == 1 else tile_columns(p, 4, 1)
+    step = n_blocks if units * ratio <= columns else _BLOCKS
+    for block in range(0, n_blocks, step):
+        n = min(n_blocks - block, step)
+        here = shifted(values, block)
+        w = as_units(shifted(weights, block * queries * LANES), weights)
+        more = block > 0
+        at = 0
+        while at < units:
+            left = (units - at) * ratio
+            to = shifted(out, at * ratio)
+            if queries == 1 and left >= columns:
+                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 1)
+                at += columns // ratio
+            elif queries == 1:
+                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 0)
+                at += LANES
+            elif left >= columns:
+                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 1)
+                at += columns // ratio
+            else:
+                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 0)
+                at += LANES
+
+
+@body
+def attend_blocks(problem, kv_head, query, n_queries, keys, values, n_blocks, n, ahead, room, partial):
+    """Unfinished softmax of n_queries <= 8 queries of a key head over n keys.
+
+    query: number of the first one, over all places; keys, values: addresses of blocks; ahead: bytes from keys
+    to what is read next, and from values.
+    """
+    size, padded = problem.cache.size, problem.plan.padded
+    scores = stack_floats(8 * 256)
+    packed = room
+    weights = shifted(packed, _TILES * _TILE * padded)
+    filled = shifted(weights, _TILES * _TILE * MOST_KEYS)
+    queries = 1 if n_queries == 1 else _TILE
+    tiles = (n_queries + _TILE - 1) // _TILE
+    width = LANES // queries
+    units = padded // units_ratio(room)
+    steps = units // width
+    place = query // problem.group
+    member = query - place * problem.group
+    for i in range(n_queries):
+        head = kv_head * problem.group + member
+        source = shifted(problem.q, problem.order[place] * problem.q_row + head * size)
+        member += 1
+        if member == problem.group:
+            member = 0
+            place += 1
+        if size != padded:
+            copy_row(source, size, filled, padded)
+            source = filled
+        target = as_units(shifted(packed, i // _TILE * _TILE * padded), packed)
+        if queries == 1:
+            pack_query(source, steps, target, 0, 1)
+        else:
+            pack_query(source, steps, target, i % _TILE, 4)
+
+    q = as_units(packed, packed)
+    to_values, to_next = ahead
+    n_vectors = n_blocks * queries
+    span = n_vectors * LANES
+    if queries == 1:
+        score_tile(q, steps, keys, n_blocks, units, to_values, scores, span, 1, 1)
+    elif tiles == 1:
+        score_tile(q, steps, keys, n_blocks, units, to_values, scores, span, 4, 1)
+    else:
+        score_tile(q, steps, keys, n_blocks, units, to_values, scores, span, 4, 2)
+    out_row = padded + LANES
+    for tile in range(tiles):
+        first = tile * _TILE
+        w = shifted(weights, tile * span)
+        top, total = weigh_scores(shifted(scores, tile * span), n_vectors, width, n, problem.scale, w)
+        for i in range(min(n_queries - first, _TILE)):
+            stats = shifted(partial, (first + i) * out_row + padded)
+            store_scalar(stats, MAX, lane(top, i * width))
+            store_scalar(stats, SUM, lane(total, i * width))
+            store_scalar(stats, SEEN, _ONE)
+    for tile in range(tiles):
+        first = tile * _TILE
+        w, here = shifted(weights, tile * span), shifted(partial, first * out_row)
+        weigh_values(w, queries, values, n_blocks, units, to_next, here, out_row, n_queries - first)
+
+
+@body
+def attend_chunk(problem, segment, in_trunk, p, kv_head, chunk, begin, end, next_key, room):
+    """One chunk of a physical row of the trunk, or of the branch of one row, for the rows at places begin ... end.
+
+    next_key: address of the key that is read after that, or 0.
+    """
+    plan, size = problem.plan, problem.cache.size
+    first = chunk * plan.chunk
+    n = min(segment.n_tokens - first, plan.chunk)
+    keys, values = stack_addresses(16), stack_addresses(16)
+    scratch = shifted(room, 2 * plan.chunk * plan.padded)
+    here = address_of(key_of(segment, p, kv_head, first, size))
+    to_values = address_of(shifted(segment.keys, segment.to_values)) - address_of(segment.keys)
+    to_next = next_key - here - to_values if next_key != 0 else 0
+    slot = chunk if in_trunk else plan.trunk_chunks + chunk
+    n_slots = plan.trunk_chunks + plan.branch_chunks
+    together = max(end - begin, 1) if rows_alike(problem, begin, end, first, n) else 1
+    out_row = plan.padded + LANES
+    for place in range(begin, end, together):
+        n_seen = list_blocks(problem, segment, in_trunk, p, kv_head, place, first, n, keys, values, room)
+        n_blocks = (n_seen + BLOCK - 1) // BLOCK
+        n_queries = together * problem.group
+        query = 0
+        while query < n_queries:
+            number = place * problem.group + query
+            partial = ((kv_head * n_slots + slot) * problem.n_rows * problem.group + number) * out_row
+            partial = shifted(problem.partials, partial)
+            count = min(n_queries - query, _TILES * _TILE)
+            if n_seen > 0:
+                ahead = to_values, to_next
+                attend_blocks(
+                    problem, kv_head, number, count, keys, values, n_blocks, n_seen, ahead, scratch, partial
+                )
+            else:
+                for i in range(count):
+                    store_scalar(shifted(partial, i * out_row + plan.padded), SEEN, _ZERO)
+            query += count
