@@ -57,9 +57,16 @@ def _queries(qkv: Tensor, heads: tuple[int, int, int]) -> Tensor:
     return qkv[..., : n_heads * size].unflatten(-1, (n_heads, size)).transpose(1, 2)
 
 
-def _check(qkv: Tensor, cache: Appended, mask: Mask, seen: Tensor, heads: tuple[int, int, int]) -> Tensor:
+def _check(
+    qkv: Tensor,
+    cache: Appended,
+    mask: Mask,
+    seen: Tensor,
+    heads: tuple[int, int, int],
+    scale: float | None = None,
+) -> Tensor:
     """Compares `attend` with float64 and with torch at the same dtype; returns its result."""
-    scale = heads[2] ** -0.5
+    scale = heads[2] ** -0.5 if scale is None else scale
     out = functional.attend(qkv, cache._replace(n_new=qkv.shape[1]), mask, scale, *heads)
     keys, values = reference.gathered(cache, qkv.dtype)
     # what nobody sees may be NaN, and torch cannot skip it
@@ -94,6 +101,16 @@ def test_decode(
     seen[0] = False
     out = _check(qkv, cache, _bytes(seen), seen, heads)
     assert not out[0].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", (0.0, -0.3, 30.0))
+@pytest.mark.parametrize("group", (1, 3))
+def test_decode_with_any_scale(dtype: torch.dtype, scale: float, group: int) -> None:
+    heads = (2 * group, 2, 24)
+    qkv = _qkv(dtype, 1, 1, heads)
+    cache = _cache(dtype, 1, 1, 2, 24, (90, 0))
+    _check(qkv, cache, Mask("none"), torch.ones(1, 1, 90, dtype=torch.bool), heads, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -220,14 +237,7 @@ def test_prefill_with_any_scale(dtype: torch.dtype, scale: float) -> None:
     heads = (4, 2, 24)
     qkv = _qkv(dtype, 1, 40, heads)
     cache = _cache(dtype, 1, 1, 2, 24, (90, 0))
-    seen = _causal(1, 40, 90)
-    out = functional.attend(qkv, cache._replace(n_new=40), Mask("causal"), scale, *heads)
-    keys, values = reference.gathered(cache, dtype)
-    exact = _flat(
-        reference.attention(_queries(qkv, heads).double(), keys.double(), values.double(), seen, scale)
-    )
-    theirs = _flat(reference.attention(_queries(qkv, heads), keys, values, seen, scale))
-    assert_as_exact_as_torch(out, theirs, exact)
+    _check(qkv, cache, Mask("causal"), _causal(1, 40, 90), heads, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -30,10 +30,10 @@ def is_finite(number):
 
 
 @body
-def copy_row(source, size, factor, target):
-    """target = factor * source, zeros up to a multiple of 16."""
-    for k in range(0, size, LANES):
-        value = load(source, k) if k + LANES <= size else load_part(source, k, size - k)
+def copy_row(source, size, factor, target, padded):
+    """target = factor * source, and zeros up to `padded`, a multiple of 16."""
+    for k in range(0, padded, LANES):
+        value = load(source, k) if k + LANES <= size else load_part(source, k, max(size - k, 0))
         store(target, k, value * splat(factor))
 
 
@@ -64,7 +64,7 @@ def pack_queries(
             q = min(q_begin + column + i, q_end - 1)
             token = (row * n_new + q // group) * qkv_row
             source = shifted(qkv, token + (kv_head * group + q % group) * size)
-            copy_row(source, size, factor, shifted(rows, i * padded))
+            copy_row(source, size, factor, shifted(rows, i * padded), padded)
         for unit in range(0, padded // per_unit, LANES):
             target = shifted(queries, unit * width + column)
             transpose_block(shifted(rows, unit * per_unit), padded, target, width)
@@ -85,7 +85,7 @@ def find_keys(cache, row, kv_head, first, n, size, room):
     stride = rounded(size, LANES * units_ratio(room))
     for j in range(n_read):
         key, _ = token_of(cache, row, kv_head, first + min(j, n - 1))
-        copy_row(key, size, _ONE, shifted(room, j * stride))
+        copy_row(key, size, _ONE, shifted(room, j * stride), stride)
     return room, stride
 
 

@@ -5,21 +5,15 @@ branch, and those of which a mask hides some) are gathered first, without what i
 there cannot reach a result.
 """
 
+import numpy as np
+
 from ._attention_cache import key_of
+from ._attention_pack import copy_row
 from ._decode_tile import BLOCK, address_of, seen_keys, set_address
 from ._parallel import body
-from ._pointer import bytes_at, load, load_part, shifted, store
-from ._simd import LANES
+from ._pointer import bytes_at, shifted
 
-
-@body
-def copy_row(source, size, target, padded):
-    """target = source, and zeros up to `padded`, a multiple of 16."""
-    for k in range(0, padded, LANES):
-        if k + LANES <= size:
-            store(target, k, load(source, k))
-        else:
-            store(target, k, load_part(source, k, max(size - k, 0)))
+_ONE = np.float32(1.0)
 
 
 @body
@@ -55,14 +49,14 @@ def list_blocks(problem, segment, in_trunk, p, kv_head, place, first, n, keys, v
                 if seen >> (token - first - t) & 1:
                     row = p if in_trunk else cache.table[problem.order[place] * cache.table_row + token]
                     key = key_of(segment, row, kv_head, token, size)
-                    copy_row(key, size, shifted(room, n_held * padded), padded)
+                    copy_row(key, size, _ONE, shifted(room, n_held * padded), padded)
                     value = shifted(key, segment.to_values)
-                    copy_row(value, size, shifted(held_values, n_held * padded), padded)
+                    copy_row(value, size, _ONE, shifted(held_values, n_held * padded), padded)
                     n_held += 1
     n_seen = n_blocks * BLOCK + n_held
     while n_held % BLOCK != 0:
-        copy_row(room, 0, shifted(room, n_held * padded), padded)
-        copy_row(room, 0, shifted(held_values, n_held * padded), padded)
+        copy_row(room, 0, _ONE, shifted(room, n_held * padded), padded)
+        copy_row(room, 0, _ONE, shifted(held_values, n_held * padded), padded)
         n_held += 1
     for t in range(0, n_held, BLOCK):
         set_address(keys, n_blocks, address_of(shifted(room, t * padded)))

@@ -4,11 +4,14 @@ While the keys of a chunk are read its values are asked for, and with them the n
 memory is never idle.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from ._attention_cache import key_of
+from ._attention_pack import copy_row
 from ._attention_tile import weight_of, where_up_to
-from ._decode_blocks import copy_row, list_blocks, rows_alike
+from ._decode_blocks import list_blocks, rows_alike
 from ._decode_tile import (
     BLOCK,
     address_of,
@@ -34,6 +37,18 @@ _BLOCKS = 2  # blocks of long values, of which one pass takes some columns, and 
 _NOTHING = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
+
+
+class _Blocks(NamedTuple):
+    """Keys and values of a key head, in blocks."""
+
+    kv_head: Any
+    keys: Any  # addresses
+    values: Any
+    n_blocks: Any
+    n: Any  # keys
+    to_values: Any  # bytes from keys to what is read next
+    to_next: Any  # and from values
 
 
 @body
@@ -105,11 +120,18 @@ def weigh_values(weights, queries, values, n_blocks, units, ahead, out, out_row,
 
 
 @body
-def attend_blocks(problem, kv_head, query, n_queries, keys, values, n_blocks, n, ahead, room, partial):
-    """Unfinished softmax of n_queries <= 8 queries of a key head over n keys.
+def query_of(problem, kv_head, number):
+    """Pointer to a query of a key head, numbered over all places."""
+    place, member = number // problem.group, number % problem.group
+    head = kv_head * problem.group + member
+    return shifted(problem.q, problem.order[place] * problem.q_row + head * problem.cache.size)
 
-    query: number of the first one, over all places; keys, values: addresses of blocks; ahead: bytes from keys
-    to what is read next, and from values.
+
+@body
+def attend_blocks(problem, blocks, query, n_queries, room, partial, row):
+    """Unfinished softmax of n_queries <= 8 queries of a key head, from number `query` on, over some blocks.
+
+    partial: where the first one is left, and `row` floats behind it the next.
     """
     size, padded = problem.cache.size, problem.plan.padded
     scores = stack_floats(8 * 256)
@@ -121,17 +143,10 @@ def attend_blocks(problem, kv_head, query, n_queries, keys, values, n_blocks, n,
     width = LANES // queries
     units = padded // units_ratio(room)
     steps = units // width
-    place = query // problem.group
-    member = query - place * problem.group
     for i in range(n_queries):
-        head = kv_head * problem.group + member
-        source = shifted(problem.q, problem.order[place] * problem.q_row + head * size)
-        member += 1
-        if member == problem.group:
-            member = 0
-            place += 1
+        source = query_of(problem, blocks.kv_head, query + i)
         if size != padded:
-            copy_row(source, size, filled, padded)
+            copy_row(source, size, _ONE, filled, padded)
             source = filled
         target = as_units(shifted(packed, i // _TILE * _TILE * padded), packed)
         if queries == 1:
@@ -140,29 +155,27 @@ def attend_blocks(problem, kv_head, query, n_queries, keys, values, n_blocks, n,
             pack_query(source, steps, target, i % _TILE, 4)
 
     q = as_units(packed, packed)
-    to_values, to_next = ahead
+    n_blocks, n = blocks.n_blocks, blocks.n
     n_vectors = n_blocks * queries
     span = n_vectors * LANES
     if queries == 1:
-        score_tile(q, steps, keys, n_blocks, units, to_values, scores, span, 1, 1)
+        score_tile(q, steps, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 1, 1)
     elif tiles == 1:
-        score_tile(q, steps, keys, n_blocks, units, to_values, scores, span, 4, 1)
+        score_tile(q, steps, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 4, 1)
     else:
-        score_tile(q, steps, keys, n_blocks, units, to_values, scores, span, 4, 2)
-    out_row = padded + LANES
+        score_tile(q, steps, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 4, 2)
     for tile in range(tiles):
         first = tile * _TILE
         w = shifted(weights, tile * span)
         top, total = weigh_scores(shifted(scores, tile * span), n_vectors, width, n, problem.scale, w)
         for i in range(min(n_queries - first, _TILE)):
-            stats = shifted(partial, (first + i) * out_row + padded)
+            stats = shifted(partial, (first + i) * row + padded)
             store_scalar(stats, MAX, lane(top, i * width))
             store_scalar(stats, SUM, lane(total, i * width))
-            store_scalar(stats, SEEN, _ONE)
     for tile in range(tiles):
         first = tile * _TILE
-        w, here = shifted(weights, tile * span), shifted(partial, first * out_row)
-        weigh_values(w, queries, values, n_blocks, units, to_next, here, out_row, n_queries - first)
+        w, here = shifted(weights, tile * span), shifted(partial, first * row)
+        weigh_values(w, queries, blocks.values, n_blocks, units, blocks.to_next, here, row, n_queries - first)
 
 
 @body
@@ -179,26 +192,21 @@ def attend_chunk(problem, segment, in_trunk, p, kv_head, chunk, begin, end, next
     here = address_of(key_of(segment, p, kv_head, first, size))
     to_values = address_of(shifted(segment.keys, segment.to_values)) - address_of(segment.keys)
     to_next = next_key - here - to_values if next_key != 0 else 0
-    slot = chunk if in_trunk else plan.trunk_chunks + chunk
-    n_slots = plan.trunk_chunks + plan.branch_chunks
     together = max(end - begin, 1) if rows_alike(problem, begin, end, first, n) else 1
-    out_row = plan.padded + LANES
+    slot = chunk if in_trunk else plan.trunk_chunks + chunk
+    slot_size = plan.padded + LANES
+    row = (plan.trunk_chunks + plan.branch_chunks) * slot_size
     for place in range(begin, end, together):
         n_seen = list_blocks(problem, segment, in_trunk, p, kv_head, place, first, n, keys, values, room)
         n_blocks = (n_seen + BLOCK - 1) // BLOCK
-        n_queries = together * problem.group
-        query = 0
-        while query < n_queries:
-            number = place * problem.group + query
-            partial = ((kv_head * n_slots + slot) * problem.n_rows * problem.group + number) * out_row
+        blocks = _Blocks(kv_head, keys, values, n_blocks, n_seen, to_values, to_next)
+        query, last = place * problem.group, (place + together) * problem.group
+        while query < last:
+            partial = (kv_head * problem.n_rows * problem.group + query) * row + slot * slot_size
             partial = shifted(problem.partials, partial)
-            count = min(n_queries - query, _TILES * _TILE)
+            count = min(last - query, _TILES * _TILE)
+            for i in range(count):
+                store_scalar(shifted(partial, i * row + plan.padded), SEEN, _ONE if n_seen > 0 else _ZERO)
             if n_seen > 0:
-                ahead = to_values, to_next
-                attend_blocks(
-                    problem, kv_head, number, count, keys, values, n_blocks, n_seen, ahead, scratch, partial
-                )
-            else:
-                for i in range(count):
-                    store_scalar(shifted(partial, i * out_row + plan.padded), SEEN, _ZERO)
+                attend_blocks(problem, blocks, query, count, scratch, partial, row)
             query += count

@@ -71,7 +71,7 @@ class _Problem(NamedTuple):
     plan: _Plan
     order: Any  # row numbers, sorted by trunk row; "place" is a place in it
     starts: Any  # trunk row p is read by the rows order[starts[p]:starts[p + 1]]
-    partials: Any  # float32 [n_kv_heads, chunks, places, group, padded + 16], see MAX
+    partials: Any  # float32 [n_kv_heads, places, group, chunks, padded + 16], see MAX
 
 
 # ---- an item of work -------------------------------------------------------------------------------------------------
@@ -96,14 +96,16 @@ def attend_item(problem, index, following, room):
         next_key = address_of(key_of(cache.trunk, p, kv_head, chunk * plan.chunk, cache.size))
     if index < n_trunk_items:
         kv_head, p, chunk = trunk_item(problem, index)
-        begin, end = problem.starts[p], problem.starts[p + 1]
-        attend_chunk(problem, cache.trunk, True, p, kv_head, chunk, begin, end, next_key, room)
+        segment, begin, end = cache.trunk, problem.starts[p], problem.starts[p + 1]
     else:
-        place = (index - n_trunk_items) // plan.branch_chunks
-        chunk = (index - n_trunk_items) % plan.branch_chunks
-        kv_head = place % cache.n_kv_heads
-        place //= cache.n_kv_heads
-        attend_chunk(problem, cache.branch, False, 0, kv_head, chunk, place, place + 1, next_key, room)
+        stream, chunk = (
+            (index - n_trunk_items) // plan.branch_chunks,
+            (index - n_trunk_items) % plan.branch_chunks,
+        )
+        segment, p, kv_head, begin = cache.branch, 0, stream % cache.n_kv_heads, stream // cache.n_kv_heads
+        end = begin + 1
+    in_trunk = index < n_trunk_items
+    attend_chunk(problem, segment, in_trunk, p, kv_head, chunk, begin, end, next_key, room)
 
 
 # ---- all items -------------------------------------------------------------------------------------------------------
@@ -173,12 +175,11 @@ def _join_task(index, problem, out):
     n_slots = plan.trunk_chunks + plan.branch_chunks
     kv_head, query = index // n_queries, index % n_queries
     out_row = plan.padded + LANES
-    here = shifted(problem.partials, (kv_head * n_slots * n_queries + query) * out_row)
+    here = shifted(problem.partials, index * n_slots * out_row)
     head = kv_head * problem.group + query % problem.group
     row = problem.order[query // problem.group]
     target = shifted(out, (row * cache.n_kv_heads * problem.group + head) * cache.size)
-    step = n_queries * out_row
-    join_chunks(here, n_slots, step, cache.size, plan.padded, as_units(out, out), target)
+    join_chunks(here, n_slots, out_row, cache.size, plan.padded, as_units(out, out), target)
 
 
 @body
