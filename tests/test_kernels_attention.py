@@ -124,7 +124,7 @@ def test_decode_of_every_width(dtype: torch.dtype, size: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", (15, 16, 17, 63, 64, 65, 255, 256, 257))
 def test_decode_around_blocks_and_chunks(dtype: torch.dtype, length: int) -> None:
-    # a few heads and rows have chunks of 64 keys, 256 of them chunks of 256
+    # a few heads and rows have chunks of 64 keys, 128 of them chunks of 256
     n_rows, heads = (1, (8, 4, 32)) if length < 255 else (4, (128, 64, 32))
     cache = _cache(dtype, n_rows, n_rows, heads[1], 32, (length, 0))
     everything = torch.ones(n_rows, 1, length, dtype=torch.bool)

@@ -37,7 +37,7 @@ from ._vector import fma, lane, splat
 
 _LEAST_KEYS = 64  # of a chunk
 _CHUNK_BYTES = 1 << 17  # of the keys of a chunk, which stay in the L2 cache of a core with their values
-_ITEMS = 256  # chunks that keep many threads busy to the end
+_ITEMS = 128  # chunks that keep many threads busy to the end
 _PARALLEL_SIZE = 1 << 17  # multiply-adds; below, more threads cost more than they save
 _NOTHING = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
