@@ -13,10 +13,10 @@ from hfopt.kernels.linear_tiles import linear_tiles, tile_scratch
 
 DTYPES = [torch.float32, torch.bfloat16]
 # around every boundary: rows of a tile (1, 2, 4), of two, three and more tiles (8, 12, 16), the last row whose weights are
-# not packed (32), packed tiles (8, 14), several of them
-ROWS = [1, 2, 3, 4, 5, 8, 9, 12, 13, 15, 16, 17, 31, 32, 33, 42, 43, 45]
-# features around a vector (16 or 32), odd ones (the last unit half full), the steps of a block (16, 32 and 64 chunks: 256 to
-# 1024 float32, 512 to 2048 bfloat16) and the depth of a panel (1024 units)
+# not packed (64), packed tiles of 13, 8 and 14 rows
+ROWS = [1, 2, 3, 4, 5, 8, 9, 12, 13, 15, 16, 17, 31, 32, 33, 36, 37, 63, 64, 65, 71, 79]
+# features around a vector (16 or 32), odd ones (the last unit half full), the steps of a block (8 to 64 chunks: 128 to 1024
+# float32, 256 to 2048 bfloat16) and the depth of a panel (1024 units)
 FEATURES = [1, 15, 16, 31, 33, 41, 123, 511, 512, 513, 1023, 1024, 1025, 2047, 2048, 2049, 4100]
 # output columns around rows of weights at a time (4, 8), a block (16) and a panel (32)
 COLUMNS = [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 32, 33, 48]
@@ -105,7 +105,7 @@ def test_several_matrices_in_one_launch(dtype, rows, sizes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 4, 33])
+@pytest.mark.parametrize("rows", [1, 4, 33, 70])
 @pytest.mark.parametrize("columns", [5, 16, 50])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gated(dtype, rows, columns, with_bias):
@@ -159,7 +159,7 @@ def test_same_bits_with_any_number_of_threads(dtype, rows):
     assert torch.equal(alone, together)
 
 
-@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("rows", [1, 9, 70])
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
 def test_nothing_outside_the_output_is_written(rows, dtype):
     columns, features, guard = 21, 77, 64

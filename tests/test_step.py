@@ -105,7 +105,7 @@ def test_rows(n_rows: int, dtype: torch.dtype, passes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("is_proven", [False, True])
-@pytest.mark.parametrize("n_rows, n_beams", [(ROW_LIMIT + 1, 1), (11, 4)])
+@pytest.mark.parametrize("n_rows, n_beams", [(ROW_LIMIT + 1, 1), (ROW_LIMIT // 4 + 1, 4)])
 def test_more_rows_than_a_step_has(n_rows: int, n_beams: int, is_proven: bool, passes: list[int]) -> None:
     model = llama()
     given = {**prompts(n_rows), "max_new_tokens": 8, "do_sample": False, "num_beams": n_beams}

@@ -387,7 +387,7 @@ def test_explain_shows_what_was_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[-6].startswith(f"auto with {n_threads} threads kernels torch's time / hfopt's")
     assert lines[-4:] == [
         "linear, float32, 2-8 rows torch 0.50",
-        f"linear, float32, {ROW_LIMIT + 1}-127 rows torch 0.50",
+        f"linear, float32, 33-{ROW_LIMIT} rows torch 0.50",
         "attention, float32, 2-31 new tokens hfopt not measurable",
         "other sizes not needed yet",
     ]

@@ -24,7 +24,7 @@ from .activation import activate
 WEIGHT, BIAS, SIZE, COLUMN = range(4)
 _FIELDS = 4
 
-ROW_LIMIT = 32  # most rows of `linear_rows`; a literal below, in the size of its stack
+ROW_LIMIT = 64  # most rows of `linear_rows`; a literal below, in the size of its stack
 _PARALLEL_SIZE = 1 << 16  # elements to pack, or multiply-adds; below, more threads cost more than they save
 
 
@@ -179,6 +179,8 @@ def _steps(n_rows):
     """
     if n_rows <= 2:
         return 64, 64
+    if n_rows > 32:
+        return 8, 32
     return (32, 64) if n_rows == 4 else (16, 32)
 
 
@@ -253,9 +255,9 @@ def _dot_block(x, n_rows, size, w, n_columns, following, sums):
 
 @body
 def _rows_block(index, rows, layer):
-    """One block of up to 32 rows, straight from the row-major weights."""
-    sums = _tile.stack_floats(32 * 16 * 16)
-    gate = _tile.stack_floats(32 * 16 * 16)
+    """One block of up to 64 rows, straight from the row-major weights."""
+    sums = _tile.stack_floats(64 * 16 * 16)
+    gate = _tile.stack_floats(64 * 16 * 16)
     x, n_packed, size = rows.packed, rows.n_packed, layer.size
     matrix, first = find_block(layer, index)
     columns = columns_of(layer, matrix, first)
@@ -281,7 +283,7 @@ def rows_scratch(x, n_rows, size):
 
 @body
 def multiply_rows(x, n_rows, layer, scratch):
-    """layer.out = epilogue(x W^T + b) for 1 to 32 rows at x; scratch: pointer to `rows_scratch` float32."""
+    """layer.out = epilogue(x W^T + b) for 1 to 64 rows at x; scratch: pointer to `rows_scratch` float32."""
     size, n_packed = layer.size, _packed_rows(n_rows)
     packed = as_units(shifted(scratch, _tile.to_cache_line(scratch)), x)
     packing = (x, n_rows, size, packed, n_packed)
@@ -293,7 +295,7 @@ def multiply_rows(x, n_rows, layer, scratch):
 
 @launch
 def linear_rows(like, x, n_rows, size, table, gated, code, residuals, out, width):
-    """out = epilogue(x W^T + b) for 1 to 32 rows.
+    """out = epilogue(x W^T + b) for 1 to 64 rows.
 
     Addresses of x [n_rows, size] and out [n_rows, width] of the type of `like`, float32 or bfloat16 bits; table int64
     [matrices, 4]; residuals int64 addresses of arrays like out; code from `activation`.

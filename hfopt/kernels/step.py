@@ -115,7 +115,7 @@ def run_step(
     n_logits,
     chosen,
 ):
-    """Runs a program for one new token in each of 1 to 32 rows. Returns 0, or UNKNOWN_INDEX or UNKNOWN_ROW, nothing written.
+    """Runs a program for one new token in each of 1 to 64 rows. Returns 0, or UNKNOWN_INDEX or UNKNOWN_ROW, nothing written.
 
     Like an array of the element type, float32 or bfloat16 bits; code int64 [n, COLUMNS], scalars float64 [n]; address of the
     arena, on a 64-byte boundary; tables int64 [n, 2]; ids int64 [2, n_rows]: tokens, positions; records int64 [layers,
