@@ -1,5 +1,7 @@
 """Rotary position embedding, fused with the write of new keys and values into the cache."""
 
+from typing import Any, NamedTuple
+
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
 from ._pointer import address_as, floats_at, load, load_part, pointer, shifted, store, store_part
@@ -60,11 +62,39 @@ def rotate_pairs(x, cos, sin, n_rotary, out):
         store_part(out, k, count, fma(value, c, rotated_pairs(value) * s))
 
 
+class _Batch(NamedTuple):
+    """New tokens and where they go; sizes and steps in elements."""
+
+    qkv: Any  # pointers to the first token's
+    cos: Any
+    sin: Any
+    keys: Any
+    width: Any  # of qkv
+    n_new: Any  # tokens of a row
+    n_angles: Any  # of a token
+    angle_step: Any  # from a row to the next
+    n_rotary: Any
+    kind: Any
+    n_heads: Any
+    n_kv_heads: Any
+    size: Any  # channels of a head
+    to_values: Any  # from a key to its value
+    columns: Any  # of the cache
+
+
 @body
-def rotate_and_store_token(qkv, cos, sin, n_rotary, kind, n_heads, n_kv_heads, size, keys, values, stride):
-    """One token: rotates its queries in place; writes keys, rotated, and values, heads `stride` apart."""
+def _token(index, batch):
+    """One token: rotates its queries in place; writes keys, rotated, and values."""
+    row = index // batch.n_new
+    token = index - row * batch.n_new
+    angle = row * batch.angle_step + token * batch.n_angles
+    cos, sin = shifted(batch.cos, angle), shifted(batch.sin, angle)
+    n_heads, n_kv_heads, size, n_rotary = batch.n_heads, batch.n_kv_heads, batch.size, batch.n_rotary
+    stride = batch.columns * size
+    keys = shifted(batch.keys, row * n_kv_heads * stride + token * size)
+    values = shifted(keys, batch.to_values)
     for head in range(n_heads + 2 * n_kv_heads):
-        source = shifted(qkv, head * size)
+        source = shifted(batch.qkv, index * batch.width + head * size)
         target = source
         first = 0  # channel from which on nothing turns
         if head >= n_heads + n_kv_heads:
@@ -73,50 +103,12 @@ def rotate_and_store_token(qkv, cos, sin, n_rotary, kind, n_heads, n_kv_heads, s
             first = n_rotary
             if head >= n_heads:
                 target = shifted(keys, (head - n_heads) * stride)
-            if kind == HALF:
+            if batch.kind == HALF:
                 rotate_half(source, cos, sin, n_rotary, target)
-            elif kind == INTERLEAVED:
+            elif batch.kind == INTERLEAVED:
                 rotate_pairs(source, cos, sin, n_rotary, target)
         if head >= n_heads:
             copy_channels(source, first, size, target)
-
-
-@body
-def _token(
-    index,
-    qkv,
-    width,
-    n_new,
-    cos,
-    sin,
-    angle_step,
-    n_angles,
-    n_rotary,
-    kind,
-    n_heads,
-    n_kv_heads,
-    size,
-    keys,
-    to_values,
-    columns,
-):
-    row = index // n_new
-    token = index - row * n_new
-    angle = row * angle_step + token * n_angles
-    key = shifted(keys, (row * n_kv_heads * columns + token) * size)
-    rotate_and_store_token(
-        shifted(qkv, index * width),
-        shifted(cos, angle),
-        shifted(sin, angle),
-        n_rotary,
-        kind,
-        n_heads,
-        n_kv_heads,
-        size,
-        key,
-        shifted(key, to_values),
-        columns * size,
-    )
 
 
 @body
@@ -134,25 +126,24 @@ def rotate_and_store_rows(
     width = (n_heads + 2 * n_kv_heads) * size
     n_tokens = n_rows * n_new
     n_angles = n_rotary // 2 if kind == INTERLEAVED else n_rotary
-    angle_step = n_new * n_angles if n_angle_rows > 1 else 0
-    arguments = (
+    batch = _Batch(
         qkv,
-        width,
-        n_new,
         cos,
         sin,
-        angle_step,
+        shifted(address_as(record[part + ADDRESS], qkv), first * size),
+        width,
+        n_new,
         n_angles,
+        n_new * n_angles if n_angle_rows > 1 else 0,
         n_rotary,
         kind,
         n_heads,
         n_kv_heads,
         size,
-        shifted(address_as(record[part + ADDRESS], qkv), first * size),
         record[part + ROWS] * n_kv_heads * columns * size,
         columns,
     )
-    parallel_for(_token, threads_for(n_tokens, n_tokens * width, _PARALLEL_SIZE), n_tokens, arguments)
+    parallel_for(_token, threads_for(n_tokens, n_tokens * width, _PARALLEL_SIZE), n_tokens, (batch,))
 
 
 @launch
