@@ -37,6 +37,8 @@ ADDRESS, N_ROWS = range(2)  # of a table
 
 UNKNOWN_INDEX, UNKNOWN_ROW = 1, 2  # what `run_step` returns
 
+_MANY = np.iinfo(np.int64).max
+
 _rms_norm = body(rms_norm.__wrapped__)
 _layer_norm = body(layer_norm.__wrapped__)
 _argmax = body(argmax.__wrapped__)
@@ -63,14 +65,21 @@ def _open(cache, layer, like):
 @body
 def _check(code, tables, ids, n_rows, cache, like):
     """0 if all rows exist that are looked up in tables and in the cache."""
+    # layers share the rows that they look up, so those with no fewer than an earlier one need no look
+    n_trunk_rows = n_branch_rows = _MANY
     for i in range(code.shape[0]):
         if code[i, OP] == LOOK_UP or code[i, OP] == ADD_LOOKED_UP:
             for row in range(n_rows):
                 index = ids[code[i, BY], row]
                 if index < 0 or index >= tables[code[i, TABLE], N_ROWS]:
                     return UNKNOWN_INDEX
-        elif code[i, OP] == ATTEND and not valid_rows(_open(cache, code[i, LAYER], like), n_rows):
-            return UNKNOWN_ROW
+        elif code[i, OP] == ATTEND:
+            opened = _open(cache, code[i, LAYER], like)
+            if opened.trunk.n_rows < n_trunk_rows or opened.branch.n_rows < n_branch_rows:
+                if not valid_rows(opened, n_rows):
+                    return UNKNOWN_ROW
+                n_trunk_rows = min(n_trunk_rows, opened.trunk.n_rows)
+                n_branch_rows = min(n_branch_rows, opened.branch.n_rows)
     return 0
 
 
