@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GPTJConfig,
     GPTJForCausalLM,
@@ -17,6 +17,17 @@ from transformers import (
 
 VOCABULARY = 211
 Model: TypeAlias = Any  # transformers leaves the methods of GenerationMixin untyped
+
+
+class Doubled(nn.Module):
+    """What an adapter is to the model: another module around its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return 2 * self.inner(hidden_states)
 
 
 @pytest.fixture

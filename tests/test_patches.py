@@ -17,7 +17,7 @@ from hfopt import functional
 from hfopt.patches.activation import match_activation
 from hfopt.patches.probe import undisturbed
 from hfopt.patches.replacement import Replacement, original_class
-from tests.generation_cases import FAMILIES, gptj, llama, one_thread, opt, prompts
+from tests.generation_cases import FAMILIES, Doubled, gptj, llama, one_thread, opt, prompts
 from tests.reference import assert_as_exact_as_torch
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
@@ -341,14 +341,6 @@ def test_hooks_on_all_modules_of_the_process_fire(kernels: list[str]) -> None:
     "path", ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", "input_layernorm"]
 )
 def test_a_replaced_child_is_called(path: str, kernels: list[str]) -> None:
-    class Doubled(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, hidden_states: Tensor) -> Tensor:
-            return 2 * self.inner(hidden_states)
-
     model, stock = llama(), llama()
     hfopt.optimize(model)
     for each in (model, stock):

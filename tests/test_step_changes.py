@@ -18,7 +18,7 @@ import hfopt
 from hfopt.errors import InvalidInput
 from hfopt.generation import PROGRAMS
 from hfopt.patches.watch import Watch
-from tests.generation_cases import FAMILIES, Model, gptj, llama, one_thread, opt
+from tests.generation_cases import FAMILIES, Doubled, Model, gptj, llama, one_thread, opt
 from tests.step_cases import (
     assert_program_is_the_modules,
     assert_same_bits,
@@ -35,17 +35,6 @@ pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 N_TOKENS = 12
 Change = Callable[[Model], None]
-
-
-class Doubled(nn.Module):
-    """What an adapter is to the model: another module around its own."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return 2 * self.inner(hidden_states)
 
 
 class Half(nn.Module):
