@@ -170,8 +170,9 @@ def _steps(model: nn.Module) -> tuple[str | None, Listing | None]:
     if generator is None:
         return "the model does not generate", None
     programs: Programs = generator.__dict__.get(generation.PROGRAMS) or Programs("hfopt")
-    reason = programs.reason(generator) or generation.obstacle(generator)
-    return reason, programs.listing(generator) if reason is None else None
+    reason, listing = programs.shown(generator)
+    reason = reason or generation.obstacle(generator)
+    return reason, listing if reason is None else None
 
 
 def _short(class_name: str) -> str:

@@ -94,6 +94,20 @@ class LinearWeights:
             fingerprints=tuple(_Fingerprint.of(tensor) for tensor in tensors),
         )
 
+    @property
+    def sizes(self) -> list[int]:
+        """out_i of each matrix."""
+        sizes: list[int] = self.table[:, kernels.SIZE].tolist()
+        return sizes
+
+    def width(self, gated: bool) -> int:
+        """Columns of the result; raises `InvalidInput` if `gated` does not fit the matrices."""
+        if not gated:
+            return self.out_features
+        if len(self.table) != 2 or 2 * self.smallest != self.out_features:
+            raise InvalidInput(f"gated needs two matrices of one size: weights has rows {self.sizes}")
+        return self.out_features // 2
+
     def reads(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
         """Whether the record still describes exactly these tensors."""
         return self.fingerprints == tuple(_Fingerprint.of(tensor) for tensor in (*weights, *biases))
@@ -135,12 +149,7 @@ def linear(
     size = given[-1]
     if size != weights.in_features:
         raise InvalidInput(f"hidden_states has {size} features: the weights need {weights.in_features}")
-    width = weights.out_features
-    if gated:
-        if len(weights.table) != 2 or 2 * weights.smallest != width:
-            sizes = weights.table[:, kernels.SIZE].tolist()
-            raise InvalidInput(f"gated needs two matrices of one size: weights has rows {sizes}")
-        width //= 2
+    width = weights.width(gated)
     shape = (*given[:-1], width)
     out = x.new_empty(*shape)
     addresses = _NO_RESIDUALS

@@ -25,7 +25,7 @@ from .rotary import ROTATIONS
 Index = Literal["tokens", "positions"]
 
 _INDICES = {"tokens": kernels.TOKENS, "positions": kernels.POSITIONS}
-_LINE = 64  # bytes of a cache line, on which slots begin
+LINE = 64  # bytes of a cache line, on which slots begin
 
 
 class Slot(NamedTuple):
@@ -120,7 +120,7 @@ class Builder:
         self._n_logits: int | None = None
 
     def _slot(self, size: int, dtype: torch.dtype) -> Slot:
-        n_bytes = -(-size * dtype.itemsize // _LINE) * _LINE
+        n_bytes = -(-size * dtype.itemsize // LINE) * LINE
         fitting = next((each for each in self._free if each.n_bytes == n_bytes), None)
         if fitting is not None:
             self._free.remove(fitting)
@@ -132,12 +132,10 @@ class Builder:
         """These slots are not read any more."""
         self._free += slots
 
-    def _check(self, slot: Slot, size: int, dtype: torch.dtype | None = None) -> None:
+    def _check(self, slot: Slot, dtype: torch.dtype | None = None) -> None:
         dtype = dtype or self.dtype
-        if slot.place < 0 or slot.dtype is not dtype or slot.size != size:
-            raise InvalidInput(
-                f"an operand is {slot.dtype} [{slot.size}]: {dtype} [{size}] in scratch is needed"
-            )
+        if slot.place < 0 or slot.dtype is not dtype:
+            raise InvalidInput(f"an operand is {slot.dtype} [{slot.size}]: {dtype} in scratch is needed")
 
     def _add(
         self,
@@ -189,7 +187,7 @@ class Builder:
     def add_looked_up(self, table: Table, by: Index, x: Slot) -> None:
         """x plus such a row."""
         size = table.rows.shape[1]
-        self._check(x, x.size)
+        self._check(x)
         if table.rows.dtype is not self.dtype or size != x.size:
             raise InvalidInput(f"the table is {table.rows.dtype} [{size}]: {self.dtype} [{x.size}] is needed")
         columns = {
@@ -220,7 +218,7 @@ class Builder:
         return self._norm(x, kernels.LAYER_NORM, weight, bias, eps)
 
     def _norm(self, x: Slot, op: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Slot:
-        self._check(x, x.size)
+        self._check(x)
         out = self._slot(x.size, self.dtype)
         columns = {
             kernels.OP: op,
@@ -250,15 +248,12 @@ class Builder:
             raise InvalidInput(f"weights are {given}: {self.dtype} with {x.size} are needed")
         if activation not in CODES:
             raise InvalidInput(f"activation is {activation!r}: the kernels have none of this name")
-        if gated and (len(weights.table) != 2 or 2 * weights.smallest != weights.out_features):
-            sizes = weights.table[:, 2].tolist()
-            raise InvalidInput(f"gated needs two matrices of one size: weights has rows {sizes}")
-        width = weights.out_features // (2 if gated else 1)
+        width = weights.width(gated)
         if any(each.size != width for each in residuals) or len(residuals) > kernels.MOST_RESIDUALS:
             raise InvalidInput(f"residuals have sizes {[each.size for each in residuals]}: up to "
                                f"{kernels.MOST_RESIDUALS} of {width} are allowed")  # fmt: skip
         for each in (x, *residuals):
-            self._check(each, each.size)
+            self._check(each)
         if is_last:
             out, self._n_logits = Slot(kernels.LOGITS, width, 0, self.dtype), width
         else:
@@ -275,7 +270,7 @@ class Builder:
             kernels.GATED: int(gated),
             kernels.CODE: CODES[activation],
         } | {kernels.RESIDUALS + place: each.place for place, each in enumerate(residuals)}
-        shapes = f"{x.size} → {' + '.join(str(size) for size in weights.table[:, 2])}"
+        shapes = f"{x.size} → {' + '.join(str(size) for size in weights.sizes)}"
         several = "s" if len(residuals) > 1 else ""
         then = [
             *([activation] if activation else []),
@@ -316,7 +311,7 @@ class Builder:
                     f"{angles[0].size} angles turn {n_rotary} channels: up to {heads[2]} are allowed"
                 )
             for each in angles:
-                self._check(each, each.size, torch.float32)
+                self._check(each, torch.float32)
             columns |= {
                 kernels.COS: angles[0].place,
                 kernels.SIN: angles[1].place,
@@ -347,7 +342,7 @@ class Builder:
 
     def _check_heads(self, qkv: Slot, heads: tuple[int, int, int]) -> None:
         n_heads, n_kv_heads, head_dim = heads
-        self._check(qkv, qkv.size)
+        self._check(qkv)
         fits = qkv.size == (n_heads + 2 * n_kv_heads) * head_dim and min(heads) > 0
         if not fits or n_heads % n_kv_heads:
             raise InvalidInput(

@@ -15,7 +15,7 @@ from hfopt.kernels.linear import ROW_LIMIT
 
 from .attention import check_lengths
 from .checks import ELEMENTS, prepare_threads
-from .program import Program
+from .program import LINE, Program
 from .rotary import record_of_buffers
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["ROW_LIMIT", "StepScratch", "choose", "step"]
 
 _NO_MASK = np.empty(0, np.uint8)
-_LINE = 64
 
 
 class StepScratch:
@@ -40,8 +39,8 @@ class StepScratch:
         self.program = program
         self.n_rows = n_rows
         self.ids = np.zeros((2, n_rows), np.int64)
-        self._arena = np.empty(program.row_bytes * n_rows + _LINE, np.uint8)
-        self.arena = -(-self._arena.ctypes.data // _LINE) * _LINE
+        self._arena = np.empty(program.row_bytes * n_rows + LINE, np.uint8)
+        self.arena = -(-self._arena.ctypes.data // LINE) * LINE
         self.chosen = np.zeros(n_rows, np.int64)
         self.chosen_at = self.chosen.ctypes.data
         self.tables = np.zeros((len(program.tables), 2), np.int64)
@@ -55,7 +54,7 @@ class StepScratch:
     @functools.cached_property
     def logits(self) -> Tensor:
         """Room for logits that nobody keeps, [n_rows, 1, n_logits]."""
-        return torch.empty((len(self.chosen), 1, self.program.n_logits), dtype=self.program.dtype)
+        return torch.empty((self.n_rows, 1, self.program.n_logits), dtype=self.program.dtype)
 
     def reach(self, n_positions: int) -> None:
         """Let tables have a row for each of so many positions, if they grow."""
@@ -106,7 +105,7 @@ def step(
     [n_rows, keys], 0 for what is hidden. Raises `InvalidInput`.
     """
     program = scratch.program
-    logits = torch.empty((len(scratch.chosen), 1, program.n_logits), dtype=program.dtype)
+    logits = torch.empty((scratch.n_rows, 1, program.n_logits), dtype=program.dtype)
     _run(scratch, tokens, positions, appended, mask, logits, 0)
     return logits
 
@@ -152,7 +151,7 @@ def _run(
         ELEMENTS[program.dtype],
         program.code,
         program.scalars,
-        ids.shape[1],
+        n_rows,
         scratch.arena,
         scratch.tables,
         ids,

@@ -14,7 +14,8 @@ from .inputs import position_limit
 
 # What a text decoder is given besides its tokens; anything else is left to `prepare_inputs_for_generation`.
 _CONSTANT = ("use_cache", "logits_to_keep", "output_attentions", "output_hidden_states")
-_PLAIN = {"past_key_values", "attention_mask", "position_ids", "inputs_embeds", *_CONSTANT}
+_ADVANCING = ("position_ids", "attention_mask")
+_PLAIN = {"past_key_values", "inputs_embeds", *_ADVANCING, *_CONSTANT}
 _PREPARING = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
@@ -93,18 +94,13 @@ class Steps:
             outputs = self.model(**model_inputs, return_dict=True)
             self._update(outputs)
             return outputs
-        self._catch_up(len(tokens))
+        if self._n_unseen:
+            self._advance(len(tokens), self._n_unseen)
+            self._n_unseen = 0
         given = self.model_kwargs
         model_inputs = {key: given[key] for key in _CONSTANT if key in given}
-        position_ids, attention_mask = given.get("position_ids"), given.get("attention_mask")
-        if position_ids is not None:
-            model_inputs["position_ids"] = position_ids
-            given["position_ids"] = position_ids + 1
-        if attention_mask is not None:
-            model_inputs["attention_mask"] = attention_mask
-            given["attention_mask"] = torch.cat(
-                [attention_mask, attention_mask.new_ones((len(tokens), 1))], dim=-1
-            )
+        model_inputs |= {key: given[key] for key in _ADVANCING if given.get(key) is not None}
+        self._advance(len(tokens), 1)
         outputs = self.model(
             input_ids=torch.tensor(tokens)[:, None],  # a copy: hooks may keep it
             past_key_values=given["past_key_values"],
@@ -115,11 +111,8 @@ class Steps:
             self._decoding.follow(tokens, outputs.logits)
         return outputs
 
-    def _catch_up(self, n_rows: int) -> None:
-        """Let `model_kwargs` know of the steps that went past them."""
-        n_steps, self._n_unseen = self._n_unseen, 0
-        if n_steps == 0:
-            return
+    def _advance(self, n_rows: int, n_steps: int) -> None:
+        """Let `model_kwargs` be what the step after so many more is given."""
         given = self.model_kwargs
         if given.get("position_ids") is not None:
             given["position_ids"] = given["position_ids"] + n_steps

@@ -83,20 +83,16 @@ class Programs:
             self._made = made
             return made
 
-    def reason(self, model: nn.Module) -> str | None:
-        """In words, why steps of this model go module by module; None if they need not."""
-        reason = self._current(model, is_first=True).reason
+    def shown(self, model: nn.Module) -> tuple[str | None, Listing | None]:
+        """(in words, why steps of this model go module by module, or None; the program for people to read)."""
+        made = self._current(model, is_first=True)
+        reason = made.reason
         if reason is None and self._kernels == "torch":
             reason = "its Linears run in torch's kernels"
         with torch.no_grad():
             if reason is None and not is_plain_inference(model, (), {}):
                 reason = "autocast, a trace or hooks on all modules are on"
-        return reason
-
-    def listing(self, model: nn.Module) -> Listing | None:
-        """The program of this model for people to read; None if steps go module by module."""
-        program = self._current(model, is_first=True).program
-        return None if program is None else program.listing
+        return reason, None if made.program is None else made.program.listing
 
     def is_proven(self, program: Program) -> bool:
         """Whether a step of this program is known to give the bits that the modules give."""
