@@ -55,7 +55,7 @@ class Appended(NamedTuple):
 
 
 class AppendedEverywhere(NamedTuple):
-    """All layers after room was made in each for one token a row, the same of the same rows."""
+    """All layers after room was made in each for new tokens of the same rows, behind the same tokens."""
 
     first: Appended
     buffers: list[Buffers]  # of each layer
@@ -181,14 +181,14 @@ class IndirectLayer(DynamicLayer):
         assert buffer is not None
         return buffer[:, : rows.n_rows, :, length - 1]
 
-    def has_room(self, layout: Layout) -> bool:
-        """Whether the buffers have this layout, and a column for one more token of each row."""
+    def has_room(self, n_new: int, layout: Layout) -> bool:
+        """Whether the buffers have this layout, and columns for so many more tokens of each row."""
         rows, buffers = self.rows, self.buffers
         if self._layout != layout:
             return False
         if rows.is_identity:
-            return self.trunk_len < buffers.trunk_columns
-        return self.branch_len < buffers.branch_columns and rows.n_rows <= buffers.branch_rows
+            return self.trunk_len + n_new <= buffers.trunk_columns
+        return self.branch_len + n_new <= buffers.branch_columns and rows.n_rows <= buffers.branch_rows
 
     def _admit(self, n_rows: int, n_new: int, layout: Layout) -> None:
         """What an append seldom meets: the first tokens in the buffers, or arguments that do not fit."""

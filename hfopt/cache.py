@@ -81,9 +81,9 @@ class IndirectCache(DynamicCache):
         return layer.append(n_rows, n_new, n_kv_heads, head_dim, dtype)
 
     def append_everywhere(
-        self, n_rows: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
+        self, n_rows: int, n_new: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> AppendedEverywhere | None:
-        """`append` one token a row in every layer; None, with nothing changed, unless all hold the same tokens and rows.
+        """`append` tokens in every layer; None, with nothing changed, unless all hold the same tokens and rows.
 
         Raises as `append`.
         """
@@ -92,13 +92,13 @@ class IndirectCache(DynamicCache):
         if not self.is_even(n_rows):
             return None
         layers, layout = self.layers, (n_kv_heads, head_dim, dtype)
-        have_room = all(layer.has_room(layout) for layer in layers)
-        first = layers[0].append(n_rows, 1, *layout)
+        have_room = all(layer.has_room(n_new, layout) for layer in layers)
+        first = layers[0].append(n_rows, n_new, *layout)
         for layer in layers[1:]:
             if have_room:
                 layer.trunk_len, layer.branch_len = first.trunk_len, first.branch_len
             else:
-                layer.append(n_rows, 1, *layout)
+                layer.append(n_rows, n_new, *layout)
         return AppendedEverywhere(first, [layer.buffers for layer in layers])
 
     def is_even(self, n_rows: int) -> bool:

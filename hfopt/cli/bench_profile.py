@@ -95,7 +95,7 @@ class ReadyStep:
         if program is None:
             reason = hfopt.explain(model).by_module or f"a step of {n_rows} rows has other kernels"
             raise InvalidInput(f"--profile: decode steps of this model go module by module: {reason}")
-        appended = cache.append_everywhere(n_rows, program.n_kv_heads, program.head_dim, program.dtype)
+        appended = cache.append_everywhere(n_rows, 1, program.n_kv_heads, program.head_dim, program.dtype)
         scratch = StepScratch(program, n_rows)
         tokens, positions = np.zeros(n_rows, np.int64), np.full(n_rows, workload.prompt_tokens)
         #: logits of the last one
@@ -173,25 +173,29 @@ def _steps(ready: ReadyStep) -> list[float]:
 
 
 def _tokens(model: Any, case: Case, kernel: _jit.Launch) -> list[tuple[float, float]]:
-    """(seconds, seconds of them outside kernels) of tokens that `generate` makes, from one step's end to the next one's."""
-    launches: list[tuple[float, float, bool]] = []
+    """(seconds, seconds of them outside kernels) of tokens that `generate` makes, from one step's end to the next one's.
+
+    Tokens of one launch share its time.
+    """
+    launches: list[tuple[float, float, int]] = []
     original = _jit.Launch.__call__
 
     def timed(self: _jit.Launch, *args: Any) -> Any:
         begin = time.perf_counter()
         result = original(self, *args)
-        launches.append((begin, time.perf_counter(), self is kernel))
+        launches.append((begin, time.perf_counter(), result if self is kernel else 0))
         return result
 
     given = {} if case.cache is None else {"past_key_values": case.cache()}
     with mock.patch.object(_jit.Launch, "__call__", timed):
         model.generate(**case.inputs, **case.options, **given)
-    ends = [index for index, (_, _, is_step) in enumerate(launches) if is_step]
-    tokens = []
+    ends = [index for index, (_, _, n_steps) in enumerate(launches) if n_steps]
+    tokens: list[tuple[float, float]] = []
     for first, last in itertools.pairwise(ends):
         seconds = launches[last][1] - launches[first][1]
         inside = sum(end - begin for begin, end, _ in launches[first + 1 : last + 1])
-        tokens.append((seconds, seconds - inside))
+        n_steps = launches[last][2]
+        tokens += [(seconds / n_steps, (seconds - inside) / n_steps)] * n_steps
     return tokens
 
 

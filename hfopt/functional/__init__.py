@@ -13,12 +13,13 @@ from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .program import Builder, Program, Slot, Table
 from .rotary import rotate_and_store
 from .sampling import argmax, log_softmax_top_k
-from .step import ROW_LIMIT, StepScratch, choose, step
+from .step import ROW_LIMIT, Ends, StepScratch, choose, step
 
 __all__ = [
     "ACTIVATIONS",
     "ROW_LIMIT",
     "Builder",
+    "Ends",
     "Instruction",
     "Kernels",
     "LinearWeights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ _OWN_HOOKS = (share_prompts, unshare_prompts)
 _LOOKS_INSIDE = ("output_attentions", "output_hidden_states")
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 _COLUMN_STEP = 256
+_CALL_SECONDS = 0.15  # at most about that: Python answers Ctrl-C between calls
+_MOST_STEPS = 32
 
 
 def obstacle(model: Model) -> str | None:
@@ -49,6 +52,13 @@ class Logits(NamedTuple):
     hidden_states: None = None
 
 
+class Choosing(NamedTuple):
+    """Of a request that needs no more of its logits than their `argmax`: what ends its rows, and then fills them."""
+
+    ends: np.ndarray  # int64
+    pad: int
+
+
 class Decoding:
     """The steps of one request behind its prompt, as far as the model has a program for them.
 
@@ -62,12 +72,14 @@ class Decoding:
         positions: np.ndarray,
         seen: np.ndarray | None,
         *,
-        chooses: bool,
+        choosing: Choosing | None,
         is_alone: bool,
     ):
         self._model, self._cache, self._programs = model, cache, model.__dict__[PROGRAMS]
         self._positions, self._seen = positions, seen
-        self._chooses = chooses
+        self._choosing = choosing
+        self._ahead: list[np.ndarray] = []  # tokens of steps that have been made already
+        self._n_steps, self._seconds = 1, _CALL_SECONDS  # of the last call, of a step in it
         self._is_alone, self._is_first = is_alone, True
         self._scratch: StepScratch | None = None
         self._offered: Program | None = None  # of the step that the modules are asked for instead
@@ -77,7 +89,7 @@ class Decoding:
         self._functional = functional
 
     @classmethod
-    def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], **options: bool) -> Decoding | None:
+    def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], **options: Any) -> Decoding | None:
         """For a request whose next token has the position and the mask in `model_kwargs`; None if there is no program.
 
         options: see `Steps`.
@@ -99,19 +111,54 @@ class Decoding:
         seen = None if seen is None or seen.all() else seen.astype(np.uint8)
         return cls(model, cache, positions, seen, **options)
 
-    def step(self, tokens: np.ndarray) -> Logits | np.ndarray | None:
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next steps have been made already."""
+        return bool(self._ahead)
+
+    def step(
+        self, tokens: np.ndarray, most: int = 1, finished: np.ndarray | None = None
+    ) -> Logits | np.ndarray | None:
         """Logits for one more token a row, int64 [n_rows], or the tokens that are chosen from them.
 
-        None, with nothing changed, if modules have to do it.
+        None, with nothing changed, if modules have to do it. most: steps that may be made at once, if the tokens that are
+        chosen are those of the next step, but for padding in rows that are finished, bool [n_rows].
         """
-        program = self._offered = self._program(len(tokens))
-        if program is None or not self._programs.is_proven(program):
-            return None
-        outcome = self._run(program, tokens, self._chooses)
-        if outcome is None:
-            return None
+        if not self._ahead:
+            program = self._offered = self._program(len(tokens))
+            if program is None or not self._programs.is_proven(program):
+                return None
+            if self._choosing is None:
+                logits = self._run(program, tokens)
+                if logits is None:
+                    return None
+                self._positions += 1
+                return Logits(logits)
+            if not self._choose(program, tokens, most, finished):
+                return None
         self._positions += 1
-        return outcome if isinstance(outcome, np.ndarray) else Logits(outcome)
+        return self._ahead.pop(0)
+
+    def _choose(self, program: Program, tokens: np.ndarray, most: int, finished: np.ndarray | None) -> bool:
+        """Go ahead by as many steps as are short enough to be made in one call; False if there is no way."""
+        n_steps = max(1, min(most, _MOST_STEPS, 2 * self._n_steps, int(_CALL_SECONDS / self._seconds)))
+        if self._seen is not None and len(tokens) > 1:
+            n_steps = 1
+        choosing = self._choosing
+        assert choosing is not None
+        if finished is None:
+            finished = np.zeros(len(tokens), np.bool_)
+        begin = time.perf_counter()
+        chosen = self._run(
+            program, tokens, n_steps, self._functional.Ends(finished, choosing.pad, choosing.ends)
+        )
+        if chosen is None:
+            return False
+        self._n_steps, self._seconds = len(chosen), (time.perf_counter() - begin) / len(chosen)
+        if len(chosen) < n_steps:
+            self._cache.crop(len(chosen) - n_steps)
+        self._ahead = list(chosen)
+        return True
 
     def follow(self, tokens: np.ndarray, logits: Tensor) -> None:
         """Take note of a step that the modules have made."""
@@ -153,9 +200,11 @@ class Decoding:
         self._is_first = False
         return program
 
-    def _run(self, program: Program, tokens: np.ndarray, chooses: bool = False) -> Any:
+    def _run(self, program: Program, tokens: np.ndarray, n_steps: int = 1, ends: Any = None) -> Any:
+        """Logits, or with `ends` the tokens that are chosen in up to n_steps steps; None if the cache cannot take them."""
         n_rows = len(tokens)
-        appended = self._cache.append_everywhere(n_rows, program.n_kv_heads, program.head_dim, program.dtype)
+        layout = program.n_kv_heads, program.head_dim, program.dtype
+        appended = self._cache.append_everywhere(n_rows, n_steps, *layout)
         if appended is None:
             return None
         scratch = self._scratch
@@ -165,11 +214,11 @@ class Decoding:
         if len(positions) != n_rows:  # one stands for all rows
             positions = self._positions = np.repeat(positions, n_rows)
         mask = self._mask(appended.first.trunk_len + appended.first.branch_len)
-        run = self._functional.choose if chooses else self._functional.step
+        given = scratch, tokens, positions, appended, mask
         try:
-            return run(scratch, tokens, positions, appended, mask)
+            return self._functional.step(*given) if ends is None else self._functional.choose(*given, ends)
         except InvalidInput:
-            self._cache.crop(-1)  # its columns have not been written
+            self._cache.crop(-n_steps)  # its columns have not been written
             raise
 
     def _mask(self, n_keys: int) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ._types import Ids, Model
 from .choice import argmax
+from .decoding import Choosing
 from .sequences import Sequences
 from .step import Steps
 from .stopping import Stopping, runs_foreign_code
@@ -35,10 +36,12 @@ def sample(
 
     stopping = Stopping(stopping_criteria)
     is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria, *([streamer] if streamer else [])])
-    chooses = not (keeps_logits or generation_config.do_sample)
-    steps = Steps(model, generation_config, model_kwargs, chooses=chooses, is_alone=not is_foreign)
-    sequences = Sequences(input_ids)
     pad: Any = generation_config._pad_token_tensor
+    choosing = None
+    if not (keeps_logits or generation_config.do_sample):
+        choosing = Choosing(stopping.ends, int(pad) if stopping.pads_finished else 0)
+    steps = Steps(model, generation_config, model_kwargs, choosing=choosing, is_alone=not is_foreign)
+    sequences = Sequences(input_ids)
     finished: np.ndarray | None = None
     outputs = steps.prompt(input_ids)
     reads_sequences = bool(logits_processor) or stopping.reads_sequences or not steps.plain
@@ -71,14 +74,16 @@ def sample(
         sequences.append(tokens)
         if reads_sequences:
             ids = sequences.ids
-        hits = stopping(tokens, sequences.length, ids, scores)
+        hits = stopping(tokens, sequences.length, ids, scores, is_ahead=steps.is_ahead)
         if hits is not None:
             finished = hits if finished is None else finished | hits
         if streamer is not None:
             streamer.put(torch.from_numpy(tokens.copy()))
         if finished is not None and finished.all():
             break
-        outputs = steps.next(tokens, ids)
+        # whoever looks at each token gets it before the next one is made
+        most = 1 if is_foreign or streamer is not None else stopping.left(sequences.length)
+        outputs = steps.next(tokens, ids, most=most, finished=finished)
 
     if streamer is not None:
         streamer.end()

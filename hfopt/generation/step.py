@@ -9,7 +9,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 
 from ..errors import InvalidInput
 from ._types import Model, Outputs
-from .decoding import Decoding
+from .decoding import Choosing, Decoding
 from .inputs import position_limit
 
 # What a text decoder is given besides its tokens; anything else is left to `prepare_inputs_for_generation`.
@@ -25,7 +25,7 @@ class Steps:
     After the prompt, a text decoder with a cache needs one token, one position and one more column of the
     mask: that is built directly (`plain`). All others are prepared by their own methods, from sequences.
 
-    chooses: steps may give the `argmax` of their logits in place of outputs. is_alone: no code of the user runs between
+    choosing: steps may give the `argmax` of their logits in place of outputs. is_alone: no code of the user runs between
     them, in this thread.
     """
 
@@ -35,7 +35,7 @@ class Steps:
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         *,
-        chooses: bool = False,
+        choosing: Choosing | None = None,
         is_alone: bool = False,
     ):
         self.model = model
@@ -44,7 +44,7 @@ class Steps:
         self.plain = False
         self._limit = position_limit(model, generation_config.max_length)
         self._position = 0
-        self._chooses, self._is_alone = chooses, is_alone
+        self._choosing, self._is_alone = choosing, is_alone
         self._reorder: Any = getattr(model, "_reorder_cache", None)
         self._decoding: Decoding | None = None
         self._n_unseen = 0  # steps that `model_kwargs` know nothing of
@@ -65,23 +65,37 @@ class Steps:
             self._position = int(self.model_kwargs["position_ids"][..., -1].max())
         if self.plain:
             self._decoding = Decoding.of(
-                self.model, self.cache, self.model_kwargs, chooses=self._chooses, is_alone=self._is_alone
+                self.model, self.cache, self.model_kwargs, choosing=self._choosing, is_alone=self._is_alone
             )
         return outputs
 
-    def next(self, tokens: np.ndarray, sequences: Tensor | None) -> Outputs | np.ndarray:
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next step was made together with the last one."""
+        return self._decoding is not None and self._decoding.is_ahead
+
+    def next(
+        self,
+        tokens: np.ndarray,
+        sequences: Tensor | None,
+        *,
+        most: int = 1,
+        finished: np.ndarray | None = None,
+    ) -> Outputs | np.ndarray:
         """The outputs for one more token a row, int64 [n_rows]; all `sequences` are needed unless `plain`.
 
-        Chosen tokens come as an array, which the next step overwrites.
+        Chosen tokens come as an array. most, finished: see `Decoding.step`.
         """
         if self._limit is not None and self._position >= self._limit:
             raise InvalidInput(
                 f"max_length={self.generation_config.max_length}: the next token would have position "
                 f"{self._position}, and the model's table of positions ends at {self._limit - 1}"
             )
+        if self._limit is not None:
+            most = min(most, self._limit - self._position)
         self._position += 1
         if self._decoding is not None:
-            outputs = self._decoding.step(tokens)
+            outputs = self._decoding.step(tokens, most, finished)
             if outputs is not None:
                 self._n_unseen += 1
                 return outputs

@@ -50,18 +50,32 @@ class Stopping:
         self._lengths = by_type[MaxLengthCriteria]
         ends = (criteria.eos_token_id.flatten().tolist() for criteria in by_type[EosTokenCriteria])
         self._ends = frozenset(token for each in ends for token in each)
-        self._clocks = by_type[MaxTimeCriteria] + by_type[TokenClock]
+        self.ends = np.array(sorted(self._ends), np.int64)
+        self._times, self._clocks = by_type[MaxTimeCriteria], by_type[TokenClock]
         self.reads_sequences = bool(self._readers)
         # transformers' own test for "finished rows are padded"; a user's criterion may have the attribute
         self.pads_finished = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
 
+    def left(self, length: int) -> int:
+        """How many tokens more can follow `length` tokens, if none of them is in `ends`; 1 if that takes another look."""
+        if self._readers or self._times or not self._lengths:
+            return 1
+        return min(limit.max_length for limit in self._lengths) - length
+
     def __call__(
-        self, tokens: np.ndarray, length: int, sequences: Tensor | None, scores: tuple[Tensor, ...] | None
+        self,
+        tokens: np.ndarray,
+        length: int,
+        sequences: Tensor | None,
+        scores: tuple[Tensor, ...] | None,
+        *,
+        is_ahead: bool = False,
     ) -> np.ndarray | None:
         """Which rows stop now: bool [n_rows], or None when none does.
 
         `tokens` int64 [n_rows] are the newest tokens, `length` counts them and all before; `sequences` int64
-        [n_rows, length] may be None unless `reads_sequences`. All criteria are asked each time: some count.
+        [n_rows, length] may be None unless `reads_sequences`. All criteria are asked each time: some count. is_ahead: the
+        next tokens are there already, so that clocks wait for them.
         """
         hits: np.ndarray | None = None
         for limit in self._lengths:
@@ -71,7 +85,7 @@ class Stopping:
                 limit(_shaped(tokens, length), scores)  # for its warning
         if not self._ends.isdisjoint(newest := tokens.tolist()):
             hits = _either(hits, np.array([token in self._ends for token in newest]))
-        for clock in self._clocks:
+        for clock in (*self._times, *(() if is_ahead else self._clocks)):
             hits = _either(hits, clock(_shaped(tokens, length), scores).numpy())
         if self._readers:
             hits = _either(hits, self._readers(sequences, scores).cpu().numpy())

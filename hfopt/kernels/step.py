@@ -104,45 +104,23 @@ def _look_up(table, n_bytes, index, target):
         target[k] = source[k]
 
 
-@launch
-def run_step(
-    like,
-    code,
-    scalars,
-    n_rows,
-    arena,
-    tables,
-    ids,
-    records,
-    trunk_len,
-    branch_len,
-    in_branch,
-    trunk_row,
-    table,
-    mask,
-    logits,
-    n_logits,
-    chosen,
-):
-    """Runs a program for one new token in each of 1 to 64 rows. Returns 0, or UNKNOWN_INDEX or UNKNOWN_ROW, nothing written.
+class _Step(NamedTuple):
+    """What the instructions of a step share besides the cache."""
 
-    Like an array of the element type, float32 or bfloat16 bits; code int64 [n, COLUMNS], scalars float64 [n]; address of the
-    arena, on a 64-byte boundary; tables int64 [n, 2]; ids int64 [2, n_rows]: tokens, positions; records int64 [layers,
-    `cache_record`]; lengths, in_branch, trunk_row and table as in `cache.Appended`; mask uint8 [n_rows, 1, keys], empty
-    if all are seen; address of logits [n_rows, n_logits], of the element type; address of chosen int64 [n_rows], their
-    `sampling.argmax`, or 0 if that is not wanted.
-    """
-    rows = pointer(like)
-    cache = _Cache(
-        pointer(records), trunk_len, branch_len, pointer(trunk_row), pointer(table), table.shape[1]
-    )
-    wrong = _check(code, tables, ids, n_rows, cache, rows)
-    if wrong != 0:
-        return wrong
-    hidden = address_of(pointer(mask)) if mask.size > 0 else 0
-    part, first = (BRANCH, branch_len - 1) if in_branch else (TRUNK, trunk_len - 1)
-    room = np.empty(_scratch(code, n_rows, cache, rows) // 8 + 9, np.int64)
-    scratch = (address_of(pointer(room)) + 63) // 64 * 64
+    n_rows: Any
+    arena: Any  # address
+    tables: Any
+    ids: Any
+    in_branch: Any
+    mask: Any  # address, or 0
+    scratch: Any  # address
+
+
+@body
+def _walk(like, code, scalars, step, cache, logits):
+    """Runs all instructions for one token a row."""
+    rows, n_rows, arena, tables, ids = pointer(like), step.n_rows, step.arena, step.tables, step.ids
+    part, first = (BRANCH, cache.branch_len - 1) if step.in_branch else (TRUNK, cache.trunk_len - 1)
     residuals = np.empty(MOST_RESIDUALS, np.int64)
     for i in range(code.shape[0]):
         op, size = code[i, OP], code[i, SIZE]
@@ -164,7 +142,7 @@ def run_step(
                 address_as(out, rows),
                 code[i, WIDTH],
             )
-            multiply_rows(address_as(x, rows), n_rows, layer, floats_at(scratch))
+            multiply_rows(address_as(x, rows), n_rows, layer, floats_at(step.scratch))
         elif op == RMS_NORM:
             _rms_norm(like, x, n_rows, size, 0, code[i, WEIGHT], scalars[i], 0, out)
         elif op == LAYER_NORM:
@@ -182,7 +160,7 @@ def run_step(
             plan = plan_rows(opened, n_rows, n_heads)
             q_row = (n_heads + 2 * opened.n_kv_heads) * opened.size
             q, target, scale = address_as(x, rows), address_as(out, rows), np.float32(scalars[i])
-            attend_rows(plan, opened, q, q_row, n_rows, n_heads, hidden, scale, scratch, target)
+            attend_rows(plan, opened, q, q_row, n_rows, n_heads, step.mask, scale, step.scratch, target)
         else:
             source, n = tables[code[i, TABLE], ADDRESS], code[i, BY]
             for row in range(n_rows):
@@ -191,8 +169,88 @@ def run_step(
                 else:
                     target = shifted(address_as(out, rows), row * size)
                     add_row(target, shifted(address_as(source, rows), ids[n, row] * size), size, target)
-    if chosen != 0:
-        _argmax(like, logits, n_rows, n_logits, chosen)
-    room[0] = 0  # the last uses of the scratch: it must live until here
-    residuals[0] = 0
-    return 0
+    residuals[0] = 0  # the last use: it must live until here
+
+
+@body
+def _follow(ids, chosen, finished, pad, ends):
+    """Lets the chosen tokens be those of the next step, `pad` in finished rows; whether none of the others ends its row."""
+    goes_on = True
+    for row in range(ids.shape[1]):
+        if finished[row]:
+            chosen[row] = pad
+        else:
+            for i in range(ends.shape[0]):
+                if chosen[row] == ends[i]:
+                    goes_on = False
+        ids[TOKENS, row] = chosen[row]
+        ids[POSITIONS, row] += 1
+    return goes_on
+
+
+@launch
+def run_step(
+    like,
+    code,
+    scalars,
+    n_rows,
+    arena,
+    tables,
+    ids,
+    records,
+    trunk_len,
+    branch_len,
+    in_branch,
+    trunk_row,
+    table,
+    mask,
+    logits,
+    n_logits,
+    chosen,
+    finished,
+    pad,
+    ends,
+):
+    """Runs a program for one new token in each of 1 to 64 rows, and again for the tokens that it chooses itself.
+
+    Returns how many times, or -UNKNOWN_INDEX or -UNKNOWN_ROW if a step found that, nothing written, and was the first.
+
+    Like an array of the element type, float32 or bfloat16 bits; code int64 [n, COLUMNS], scalars float64 [n]; address of the
+    arena, on a 64-byte boundary; tables int64 [n, 2]; ids int64 [2, n_rows]: tokens, positions; records int64 [layers,
+    `cache_record`]; lengths in the first step, in_branch, trunk_row and table as in `cache.Appended`; mask uint8 [n_rows, 1,
+    keys], empty if all are seen, of more than one step with rows of one sequence only; address of logits [n_rows, n_logits],
+    of the element type. chosen int64 [n_steps, n_rows]: the `sampling.argmax` of each step, or no rows for one step whose
+    logits are wanted; behind it `pad` in rows that are finished, bool [n_rows]. The last step is one that chooses any of
+    `ends`, int64 [n], for another row.
+    """
+    rows = pointer(like)
+    hidden = address_of(pointer(mask)) if mask.size > 0 else 0
+    room = np.empty(0, np.int64)
+    n_steps = max(chosen.shape[0], 1)
+    for k in range(n_steps):
+        in_trunk = 0 if in_branch else k
+        cache = _Cache(
+            pointer(records),
+            trunk_len + in_trunk,
+            branch_len + k - in_trunk,
+            pointer(trunk_row),
+            pointer(table),
+            table.shape[1],
+        )
+        wrong = _check(code, tables, ids, n_rows, cache, rows)
+        if wrong != 0:
+            return k if k > 0 else -wrong
+        needed = _scratch(code, n_rows, cache, rows) // 8 + 9
+        if needed > room.shape[0]:
+            room = np.empty(needed, np.int64)
+        scratch = (address_of(pointer(room)) + 63) // 64 * 64
+        _walk(
+            like, code, scalars, _Step(n_rows, arena, tables, ids, in_branch, hidden, scratch), cache, logits
+        )
+        if chosen.shape[0] > 0:
+            _argmax(like, logits, n_rows, n_logits, address_of(pointer(chosen)) + 8 * n_rows * k)
+            if not _follow(ids, chosen[k], finished, pad, ends):
+                n_steps = k + 1
+                break
+    room[0] = 0  # the last use of the scratch: it must live until here
+    return n_steps
