@@ -25,6 +25,8 @@ WEIGHT, BIAS, SIZE, COLUMN = range(4)
 _FIELDS = 4
 
 ROW_LIMIT = 64  # most rows of `linear_rows`; a literal below, in the size of its stack
+_SHORT_ROW = 48  # chunks, 3 KB
+_ROW_STEP = 64  # chunks whose products with 1 or 2 rows are one sum
 _PARALLEL_SIZE = 1 << 16  # elements to pack, or multiply-adds; below, more threads cost more than they save
 
 
@@ -178,7 +180,7 @@ def _steps(n_rows):
     The part of x in use stays in the L1 cache; the distances were measured.
     """
     if n_rows <= 2:
-        return 64, 64
+        return _ROW_STEP, 64
     if n_rows > 32:
         return 8, 32
     return (32, 64) if n_rows == 4 else (16, 32)
@@ -209,6 +211,30 @@ def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, near, sums, more):
 
 
 @body
+def _dot_in_order(x, size, w, n_columns, following, sums):
+    """`_dot_block` for 1 row of x and short ones of w: in the order of memory, which a core's own prefetcher follows.
+
+    Measured 6 to 19 % faster for rows of 1.5 KB, as fast for 4 KB, and slower for long ones.
+    """
+    width = LANES * _tile.units_ratio(w)
+    whole, end, distance = size // width, n_columns * size, 16 * width
+    for column in range(n_columns):
+        out = shifted(sums, column * LANES)
+        first = 0
+        while True:
+            last = min(first + _ROW_STEP, whole)
+            tail = size - whole * width if last == whole else 0
+            place, chunks, more = column * size + first * width, last - first, first > 0
+            x_here, w_here = shifted(x, first * LANES), shifted(w, place)
+            behind = place + distance - end
+            ahead = shifted(following, behind) if behind >= 0 else shifted(w_here, distance)
+            _tile.dot_tile(x_here, LANES, w_here, size, chunks, tail, ahead, ahead, out, more, 1, 1, 1, 0)
+            first = last
+            if first == whole:
+                break
+
+
+@body
 def _dot_block(x, n_rows, size, w, n_columns, following, sums):
     """sums[i, j, :] = partial sums of x[i] . w[j] for all packed rows and up to 16 columns.
 
@@ -217,6 +243,9 @@ def _dot_block(x, n_rows, size, w, n_columns, following, sums):
     """
     width = LANES * _tile.units_ratio(w)
     whole = size // width
+    if n_rows == 1 and whole <= _SHORT_ROW:
+        _dot_in_order(x, size, w, n_columns, following, sums)
+        return
     step, distance = _steps(n_rows)
     together = 8 if n_rows <= 2 else 4
     first = 0
