@@ -21,17 +21,17 @@ def seen_of(problem, place, first, count):
     """Bits of `count` <= 16 keys, those that the row at a place sees; first: token number of the first."""
     if problem.mask == 0:
         return (1 << count) - 1
-    n_keys = problem.cache.trunk.n_tokens + problem.cache.branch.n_tokens
-    return seen_keys(bytes_at(problem.mask), problem.order[place] * n_keys + first, count)
+    return seen_keys(bytes_at(problem.mask), problem.order[place] * problem.mask_row + first, count)
 
 
 @body
-def list_blocks(problem, segment, in_trunk, p, kv_head, place, first, n, keys, values, room):
-    """Addresses of blocks of those of n keys from token `first` of a segment on that the row at a place sees.
+def list_blocks(problem, item, place, first, n, keys, values, room):
+    """Addresses of blocks of those of n keys from token `first` of an item's segment on that the row at a place sees.
 
     Returns how many keys these are, and writes hidden ones nowhere. room: for copies of n keys and values.
     """
-    cache, size, padded = problem.cache, problem.cache.size, problem.plan.padded
+    cache, size, padded = problem.cache, problem.cache.size, problem.padded
+    segment, in_trunk, p, kv_head = item.segment, item.in_trunk, item.row, item.kv_head
     start = first if in_trunk else cache.trunk.n_tokens + first
     held_values = shifted(room, problem.plan.chunk * padded)
     n_blocks = 0

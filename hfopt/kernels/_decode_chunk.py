@@ -24,19 +24,33 @@ from ._decode_tile import (
     where_keys,
 )
 from ._parallel import body
-from ._pointer import as_units, load, shifted, store, store_scalar
+from ._pointer import as_units, floats_at, load, load_scalar, shifted, store, store_scalar
 from ._simd import LANES
 from ._tile import stack_floats, units_ratio
-from ._vector import lane, larger, splat
+from ._vector import fma, lane, larger, splat
 
 MOST_KEYS = 256  # of a chunk; also a literal below, in the sizes of stacks
 MAX, SUM, SEEN = range(3)  # behind the weighted values of a query and chunk
 _TILE = 4  # queries of a tile, if there are more than one
-_TILES = 2  # tiles that are worked on together
+TOGETHER = 8  # queries that are worked on together, in two tiles
 _BLOCKS = 2  # blocks of long values, of which one pass takes some columns, and which the L1 cache holds
 _NOTHING = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
+
+
+class Item(NamedTuple):
+    """A span of chunks of a stream."""
+
+    segment: Any
+    in_trunk: Any
+    row: Any  # physical, in the trunk
+    kv_head: Any
+    begin: Any  # places of the rows that read it: begin ... end
+    end: Any
+    first: Any  # chunk
+    last: Any  # chunk behind it
+    slot: Any  # of the partials of a query
 
 
 class _Blocks(NamedTuple):
@@ -49,12 +63,6 @@ class _Blocks(NamedTuple):
     n: Any  # keys
     to_values: Any  # bytes from keys to what is read next
     to_next: Any  # and from values
-
-
-@body
-def room_of(chunk, padded):
-    """Elements of the `room` of `attend_chunk`, for heads of `padded` channels."""
-    return 2 * chunk * padded + _TILES * _TILE * (padded + MOST_KEYS) + padded
 
 
 @body
@@ -133,11 +141,11 @@ def attend_blocks(problem, blocks, query, n_queries, room, partial, row):
 
     partial: where the first one is left, and `row` floats behind it the next.
     """
-    size, padded = problem.cache.size, problem.plan.padded
+    size, padded = problem.cache.size, problem.padded
     scores = stack_floats(8 * 256)
     packed = room
-    weights = shifted(packed, _TILES * _TILE * padded)
-    filled = shifted(weights, _TILES * _TILE * MOST_KEYS)
+    weights = shifted(packed, TOGETHER * padded)
+    filled = shifted(weights, TOGETHER * MOST_KEYS)
     queries = 1 if n_queries == 1 else _TILE
     tiles = (n_queries + _TILE - 1) // _TILE
     width = LANES // queries
@@ -179,34 +187,65 @@ def attend_blocks(problem, blocks, query, n_queries, room, partial, row):
 
 
 @body
-def attend_chunk(problem, segment, in_trunk, p, kv_head, chunk, begin, end, next_key, room):
-    """One chunk of a physical row of the trunk, or of the branch of one row, for the rows at places begin ... end.
+def merge_partial(fresh, partial, size, like):
+    """Adds the unfinished softmax `fresh` of other keys of a query to `partial`. like: units of a weight."""
+    here, there = shifted(fresh, size), shifted(partial, size)
+    largest, known, seen = load_scalar(here, MAX), load_scalar(there, MAX), load_scalar(there, SEEN) > _ZERO
+    if seen and not largest > known:
+        largest = known
+    shift = _ZERO if largest == _NOTHING else largest
+    new = weight_of(splat(load_scalar(here, MAX) - shift), like)
+    total = lane(new, 0) * load_scalar(here, SUM)
+    if seen:
+        old = weight_of(splat(known - shift), like)
+        total += lane(old, 0) * load_scalar(there, SUM)
+        for column in range(0, size, LANES):
+            store(partial, column, fma(old, load(partial, column), new * load(fresh, column)))
+    else:
+        for column in range(0, size, LANES):
+            store(partial, column, new * load(fresh, column))
+    store_scalar(there, MAX, largest)
+    store_scalar(there, SUM, total)
+    store_scalar(there, SEEN, _ONE)
 
-    next_key: address of the key that is read after that, or 0.
-    """
-    plan, size = problem.plan, problem.cache.size
+
+@body
+def attend_chunk(problem, item, chunk, next_key, room):
+    """One chunk of a span, for all rows that read it; next_key: address of the key that is read after that, or 0."""
+    plan, size, segment = problem.plan, problem.cache.size, item.segment
     first = chunk * plan.chunk
     n = min(segment.n_tokens - first, plan.chunk)
     keys, values = stack_addresses(16), stack_addresses(16)
-    scratch = shifted(room, 2 * plan.chunk * plan.padded)
-    here = address_of(key_of(segment, p, kv_head, first, size))
+    partial_size = problem.padded + LANES
+    fresh = floats_at(address_of(room))
+    held = shifted(room, TOGETHER * partial_size * units_ratio(room))
+    scratch = shifted(held, 2 * plan.chunk * problem.padded)
+    here = address_of(key_of(segment, item.row, item.kv_head, first, size))
     to_values = address_of(shifted(segment.keys, segment.to_values)) - address_of(segment.keys)
     to_next = next_key - here - to_values if next_key != 0 else 0
+    begin, end = item.begin, item.end
     together = max(end - begin, 1) if rows_alike(problem, begin, end, first, n) else 1
-    slot = chunk if in_trunk else plan.trunk_chunks + chunk
-    slot_size = plan.padded + LANES
-    row = (plan.trunk_chunks + plan.branch_chunks) * slot_size
+    n_slots = plan.trunk.n_spans + plan.branch.n_spans
+    row = n_slots * partial_size
     for place in range(begin, end, together):
-        n_seen = list_blocks(problem, segment, in_trunk, p, kv_head, place, first, n, keys, values, room)
+        n_seen = list_blocks(problem, item, place, first, n, keys, values, held)
         n_blocks = (n_seen + BLOCK - 1) // BLOCK
-        blocks = _Blocks(kv_head, keys, values, n_blocks, n_seen, to_values, to_next)
+        blocks = _Blocks(item.kv_head, keys, values, n_blocks, n_seen, to_values, to_next)
         query, last = place * problem.group, (place + together) * problem.group
         while query < last:
-            partial = (kv_head * problem.n_rows * problem.group + query) * row + slot * slot_size
+            partial = (item.kv_head * problem.n_rows * problem.group + query) * row + item.slot * partial_size
             partial = shifted(problem.partials, partial)
-            count = min(last - query, _TILES * _TILE)
-            for i in range(count):
-                store_scalar(shifted(partial, i * row + plan.padded), SEEN, _ONE if n_seen > 0 else _ZERO)
-            if n_seen > 0:
-                attend_blocks(problem, blocks, query, count, scratch, partial, row)
+            count = min(last - query, TOGETHER)
+            if chunk == item.first:
+                for i in range(count):
+                    store_scalar(
+                        shifted(partial, i * row + problem.padded), SEEN, _ONE if n_seen > 0 else _ZERO
+                    )
+                if n_seen > 0:
+                    attend_blocks(problem, blocks, query, count, scratch, partial, row)
+            elif n_seen > 0:
+                attend_blocks(problem, blocks, query, count, scratch, fresh, partial_size)
+                for i in range(count):
+                    source, target = shifted(fresh, i * partial_size), shifted(partial, i * row)
+                    merge_partial(source, target, problem.padded, as_units(room, room))
             query += count

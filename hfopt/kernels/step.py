@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._attention_cache import open_cache, valid_rows
+from ._decode_plan import layout_of
 from ._decode_tile import address_of
 from ._jit import launch
-from ._parallel import body
+from ._parallel import body, usable_threads
 from ._pointer import address_as, bytes_at, floats_at, integers_at, pointer, shifted
-from .attention import attend_rows, plan_rows, scratch_bytes
+from ._tile import units_ratio
+from .attention import attend_rows
 from .cache_record import BRANCH, LENGTH, TRUNK
 from .linear import Linear, multiply_rows, rows_scratch
 from .norm import add_row, layer_norm, rms_norm
@@ -92,7 +94,8 @@ def _scratch(code, n_rows, cache, like):
             most = max(most, 4 * rows_scratch(like, n_rows, code[i, SIZE]))
         elif code[i, OP] == ATTEND:
             layer = _open(cache, code[i, LAYER], like)
-            most = max(most, scratch_bytes(plan_rows(layer, n_rows, code[i, N_HEADS]), layer, n_rows))
+            heads = code[i, N_HEADS], layer.n_kv_heads, layer.size, 4 // units_ratio(like), usable_threads()
+            most = max(most, layout_of(n_rows, *heads).n_bytes)
     return most
 
 
@@ -157,10 +160,21 @@ def _walk(like, code, scalars, step, cache, logits):
             )
         elif op == ATTEND:
             opened, n_heads = _open(cache, code[i, LAYER], rows), code[i, N_HEADS]
-            plan = plan_rows(opened, n_rows, n_heads)
             q_row = (n_heads + 2 * opened.n_kv_heads) * opened.size
             q, target, scale = address_as(x, rows), address_as(out, rows), np.float32(scalars[i])
-            attend_rows(plan, opened, q, q_row, n_rows, n_heads, step.mask, scale, step.scratch, target)
+            attend_rows(
+                opened,
+                q,
+                q_row,
+                n_rows,
+                n_heads,
+                step.mask,
+                opened.trunk.n_tokens + opened.branch.n_tokens,
+                scale,
+                step.scratch,
+                usable_threads(),
+                target,
+            )
         else:
             source, n = tables[code[i, TABLE], ADDRESS], code[i, BY]
             for row in range(n_rows):
