@@ -10,7 +10,7 @@ import numpy as np
 from ._attention_cache import key_of
 from ._attention_pack import copy_row
 from ._decode_tile import BLOCK, address_of, seen_keys, set_address
-from ._parallel import body
+from ._parallel import body, inlined
 from ._pointer import bytes_at, shifted
 
 _ONE = np.float32(1.0)
@@ -24,7 +24,7 @@ def seen_of(problem, place, first, count):
     return seen_keys(bytes_at(problem.mask), problem.order[place] * problem.mask_row + first, count)
 
 
-@body
+@inlined
 def list_blocks(problem, item, place, first, n, keys, values, room):
     """Addresses of blocks of those of n keys from token `first` of an item's segment on that the row at a place sees.
 
@@ -65,7 +65,7 @@ def list_blocks(problem, item, place, first, n, keys, values, room):
     return n_seen
 
 
-@body
+@inlined
 def rows_alike(problem, begin, end, first, n):
     """Whether the rows at places begin ... end see the same ones of n keys."""
     alike = True

@@ -23,7 +23,7 @@ from ._decode_tile import (
     weigh_tile,
     where_keys,
 )
-from ._parallel import body
+from ._parallel import body, inlined
 from ._pointer import as_units, floats_at, load, load_scalar, shifted, store, store_scalar
 from ._simd import LANES
 from ._tile import stack_floats, units_ratio
@@ -97,12 +97,12 @@ def weigh_scores(scores, n_vectors, width, n, scale, weights):
     return top, total
 
 
-@body
+@inlined
 def weigh_values(weights, queries, values, n_blocks, units, ahead, out, out_row, n_valid):
     """out[i, :] = sum over keys of weights[key, i] values[key, :] for the first n_valid queries of a tile."""
     p = as_units(weights, weights)
     ratio = units_ratio(weights)
-    columns = tile_columns(p, 1, 1) if queries == 1 else tile_columns(p, 4, 1)
+    columns = tile_columns(p, 2) if queries == 1 else tile_columns(p, 1)
     step = n_blocks if units * ratio <= columns else _BLOCKS
     for block in range(0, n_blocks, step):
         n = min(n_blocks - block, step)
@@ -114,8 +114,11 @@ def weigh_values(weights, queries, values, n_blocks, units, ahead, out, out_row,
             left = (units - at) * ratio
             to = shifted(out, at * ratio)
             if queries == 1 and left >= columns:
-                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 1)
+                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 2)
                 at += columns // ratio
+            elif queries == 1 and left >= tile_columns(p, 1):
+                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 1)
+                at += tile_columns(p, 1) // ratio
             elif queries == 1:
                 weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 0)
                 at += LANES
@@ -135,7 +138,7 @@ def query_of(problem, kv_head, number):
     return shifted(problem.q, problem.order[place] * problem.q_row + head * problem.cache.size)
 
 
-@body
+@inlined
 def attend_blocks(problem, blocks, query, n_queries, room, partial, row):
     """Unfinished softmax of n_queries <= 8 queries of a key head, from number `query` on, over some blocks.
 
@@ -186,7 +189,7 @@ def attend_blocks(problem, blocks, query, n_queries, room, partial, row):
         weigh_values(w, queries, blocks.values, n_blocks, units, blocks.to_next, here, row, n_queries - first)
 
 
-@body
+@inlined
 def merge_partial(fresh, partial, size, like):
     """Adds the unfinished softmax `fresh` of other keys of a query to `partial`. like: units of a weight."""
     here, there = shifted(fresh, size), shifted(partial, size)
@@ -209,7 +212,7 @@ def merge_partial(fresh, partial, size, like):
     store_scalar(there, SEEN, _ONE)
 
 
-@body
+@inlined
 def attend_chunk(problem, item, chunk, next_key, room):
     """One chunk of a span, for all rows that read it; next_key: address of the key that is read after that, or 0."""
     plan, size, segment = problem.plan, problem.cache.size, item.segment

@@ -7,6 +7,8 @@ so that little is left to be added across lanes, and a vector of results holds `
 Keys and values come in blocks of 16 rows, `stride` units apart, at addresses that a list names.
 """
 
+import functools
+
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
@@ -206,7 +208,12 @@ def score_tile(typingctx, q, steps, keys, n_blocks, stride, ahead, out, out_stri
     return signature, codegen
 
 
-_SUMS = {4: 4, 2: 8, 1: 8}  # queries of a tile -> vectors of sums of each
+_CHAINS = 8  # sums that one query needs at least to add a product each cycle
+
+
+def _sums(p, width):
+    """Vectors of sums of each query of a `weigh_tile`: those of one vector of units, 4, or 8."""
+    return (2 if _is_pairs(p) else 1, 4, 8)[width]
 
 
 def _interleaved(builder, low, high):
@@ -240,9 +247,9 @@ def weigh_tile(
     """out[g * out_stride + c] (+)= sum over 16 n_blocks keys of p[key, g] value[key, c], g < n_valid.
 
     p: units of weights in the order of `score_tile`; c: channels from unit `column` on, as many as
-    `tile_columns` says for the literals n_queries and wide.
+    `tile_columns` says for the literal `wide`.
     """
-    queries, is_wide = _literal_ints(n_queries, wide)
+    queries, breadth = _literal_ints(n_queries, wide)
     index = types.intp
     signature = types.void(
         p, address_list, index, index, index, index, out, index, index, types.boolean, n_queries, wide
@@ -250,12 +257,13 @@ def weigh_tile(
     pairs = _is_pairs(p)
     width = LANES // queries
     ratio = 2 if pairs else 1
-    vectors = _SUMS[queries] if is_wide else ratio
+    vectors = _sums(p, breadth)
+    sets = min(_CHAINS // vectors, 4 // ratio) if queries == 1 else 1  # of sums, for one key after the other
 
     def emit(builder, args):
         p, values, n_blocks, stride, column, ahead, out, out_stride, n_valid, more = args
         unit, vector = (I32, I32X) if pairs else (F32, F32X)
-        slots = _accumulators(builder, queries * vectors)
+        slots = _accumulators(builder, queries * vectors * sets)
 
         def row_of(first, key):
             place = builder.mul(stride, builder.add(first, _constant(key)))
@@ -277,8 +285,9 @@ def weigh_tile(
             for g in range(queries):
                 weight = builder.load(builder.gep(weights, [_constant((g * width + key) // ratio)]), align=4)
                 weight = _simd.emit_splat(builder, weight, vector)
+                first_slot = (key // ratio % sets * queries + g) * vectors
                 for c, value in enumerate(columns):
-                    _add_into(builder, slots[g * vectors + c], weight, value)
+                    _add_into(builder, slots[first_slot + c], weight, value)
 
         with cgutils.for_range(builder, n_blocks) as blocks:
             block = _emit_block(builder, values, blocks.index, unit)
@@ -295,7 +304,11 @@ def weigh_tile(
         for g in range(queries):
             with builder.if_then(builder.icmp_signed(">", n_valid, _constant(g))):
                 target = builder.gep(out, [builder.mul(out_stride, _constant(g))])
-                sums = [builder.load(slot) for slot in slots[g * vectors : (g + 1) * vectors]]
+                parts = [
+                    [builder.load(slot) for slot in slots[g * vectors + c :: queries * vectors]]
+                    for c in range(vectors)
+                ]
+                sums = [functools.reduce(builder.fadd, part) for part in parts]
                 if pairs:
                     sums = [v for c in range(0, vectors, 2) for v in _in_order(builder, sums[c : c + 2])]
                 for c, value in enumerate(sums):
@@ -308,7 +321,7 @@ def weigh_tile(
                             builder.store(value, there, align=4)
 
     def codegen(context, builder, sig, args):
-        name = f"hfopt.weigh_tile.{queries}.{is_wide}.{'pairs' if pairs else 'floats'}"
+        name = f"hfopt.weigh_tile.{queries}.{breadth}.{'pairs' if pairs else 'floats'}"
         _outlined(builder, name, args[:10], emit)
         return context.get_dummy_value()
 
@@ -316,8 +329,8 @@ def weigh_tile(
 
 
 @intrinsic(prefer_literal=True)
-def tile_columns(typingctx, p, n_queries, wide):
+def tile_columns(typingctx, p, wide):
     """Channels of a `weigh_tile`."""
-    queries, is_wide = _literal_ints(n_queries, wide)
-    columns = (_SUMS[queries] if is_wide else 2 if _is_pairs(p) else 1) * LANES
-    return types.intp(p, n_queries, wide), lambda context, builder, sig, args: _constant(columns)
+    (breadth,) = _literal_ints(wide)
+    columns = _sums(p, breadth) * LANES
+    return types.intp(p, wide), lambda context, builder, sig, args: _constant(columns)

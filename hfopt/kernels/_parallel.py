@@ -56,11 +56,24 @@ class _BodyCompiler(Compiler):
         super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
 
 
+def _linked(py_func: Callable, **options: bool):
+    return numba.njit(
+        pipeline_class=_BodyCompiler,
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+        **_jit.OPTIONS,
+        **options,
+    )(py_func)
+
+
 def body(py_func: Callable):
     """Decorator of a function on one tile of work, for launches and other bodies to call (not for Python)."""
-    return numba.njit(
-        pipeline_class=_BodyCompiler, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_jit.OPTIONS
-    )(py_func)
+    return _linked(py_func)
+
+
+def inlined(py_func: Callable):
+    """The same for what is called in one place, with records of which a call would hand over every number."""
+    return _linked(py_func, forceinline=True)
 
 
 def _call(builder, name, result, args):

@@ -19,7 +19,7 @@ from ._decode_chunk import MAX, SEEN, SUM, Item, attend_chunk
 from ._decode_plan import LINE, Plan, layout_of, plan_rows, sort_by_trunk_row
 from ._decode_tile import address_of
 from ._jit import launch
-from ._parallel import body, next_index, parallel_for, usable_threads
+from ._parallel import body, inlined, next_index, parallel_for, usable_threads
 from ._pointer import (
     address_as,
     as_units,
@@ -64,7 +64,7 @@ class _Problem(NamedTuple):
 # ---- an item of work -------------------------------------------------------------------------------------------------
 
 
-@body
+@inlined
 def item_of(problem, index):
     """Item number `index`; those of the trunk are the first ones."""
     cache, plan, starts = problem.cache, problem.plan, problem.starts
@@ -88,7 +88,7 @@ def item_of(problem, index):
     return Item(segment, in_trunk, row, kv_head, begin, end, first, last, slot)
 
 
-@body
+@inlined
 def _first_key(problem, item, chunk):
     """Address of the first key of a chunk in the trunk, or 0."""
     if not item.in_trunk:
@@ -97,7 +97,7 @@ def _first_key(problem, item, chunk):
     return address_of(key_of(item.segment, item.row, item.kv_head, chunk * problem.plan.chunk, cache.size))
 
 
-@body
+@inlined
 def attend_item(problem, item, next_key, room):
     """All chunks of an item, while what is read next in the trunk is asked for; next_key: what follows the item, or 0."""
     for chunk in range(item.first, item.last):
