@@ -10,12 +10,17 @@ from typing import Any, NamedTuple
 from ._decode_chunk import MOST_KEYS, TOGETHER
 from ._parallel import body, threads_for
 from ._simd import LANES
+from ._tile import units_ratio
 
 _LEAST_KEYS = 64  # of a chunk
 _CHUNK_BYTES = 1 << 17  # of the keys of a chunk, which stay in the L2 cache of a core with their values
 _ITEMS = 128  # items that keep many threads busy to the end
-_PARALLEL_SIZE = 1 << 17  # multiply-adds; below, more threads cost more than they save
-LINE = 64  # bytes of a cache line
+_PARALLEL_SIZE = 1 << 17  # bytes or multiply-adds; below, more threads cost more than they save
+_LINE = 64  # bytes of a cache line
+DONE, JOINED = (
+    8,
+    9,
+)  # counters: items that are done, and queries that are joined, behind the items that are taken
 
 
 class Cut(NamedTuple):
@@ -36,12 +41,13 @@ class Plan(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Of the scratch, in bytes: a number to count with, lists of rows, partials, and room for each thread."""
+    """Of the scratch, in bytes: counters, order of the rows and where it has another row of the trunk, partials, rooms."""
 
     padded: Any  # channels of a head, with zeros up to whole vectors of units
     chunk: Any  # most keys of one
-    partials: Any  # where they are
-    rooms: Any
+    order: Any  # where it is
+    partials: Any
+    rooms: Any  # one for each thread
     room: Any  # size of one
     n_bytes: Any
 
@@ -53,8 +59,8 @@ def layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
     chunk = MOST_KEYS
     while chunk > _LEAST_KEYS and chunk * head_dim * item_size > _CHUNK_BYTES:
         chunk //= 2
-    # what the threads count with has a cache line of its own
-    partials = LINE + ((2 * n_rows + 1) * 8 + LINE - 1) // LINE * LINE
+    order = 2 * _LINE
+    partials = order + ((2 * n_rows + 1) * 8 + _LINE - 1) // _LINE * _LINE
     partial = (padded + LANES) * 4
     n_streams = n_kv_heads * n_rows
     n_spans = (_ITEMS + n_kv_heads - 1) // n_kv_heads + (_ITEMS + n_streams - 1) // n_streams
@@ -62,7 +68,7 @@ def layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
     # keys and values that were gathered; queries, their weights, one with zeros behind it
     elements = 2 * chunk * padded + TOGETHER * (padded + MOST_KEYS) + padded
     room = TOGETHER * partial + elements * item_size
-    return Layout(padded, chunk, partials, rooms, room, rooms + threads * room)
+    return Layout(padded, chunk, order, partials, rooms, room, rooms + threads * room)
 
 
 def scratch_bytes(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
@@ -112,5 +118,7 @@ def plan_rows(cache, n_rows, n_groups, n_heads, chunk, threads):
     of_trunk = _cut(trunk.n_tokens, chunk, n_streams)
     of_branch = _cut(branch.n_tokens, chunk, cache.n_kv_heads * n_rows)
     n_items = cache.n_kv_heads * (n_groups * of_trunk.n_spans + n_rows * of_branch.n_spans)
-    work = n_rows * n_heads * (trunk.n_tokens + branch.n_tokens) * cache.size
+    n_multiply_adds = n_rows * n_heads * (trunk.n_tokens + branch.n_tokens) * cache.size
+    n_read = n_streams * trunk.n_tokens + cache.n_kv_heads * n_rows * branch.n_tokens
+    work = max(n_multiply_adds, n_read * cache.size * 8 // units_ratio(trunk.keys))
     return Plan(chunk, of_trunk, of_branch, n_items, min(threads, threads_for(n_items, work, _PARALLEL_SIZE)))

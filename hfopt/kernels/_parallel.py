@@ -259,6 +259,27 @@ def next_index(typingctx, counter):
     return types.int64(types.CPointer(types.int64)), codegen
 
 
+@intrinsic
+def arrive(typingctx, counter, count):
+    """Adds to counter[0]; what the thread wrote before can be read by those that find it there with `arrived`."""
+
+    def codegen(context, builder, sig, args):
+        builder.atomic_rmw("add", args[0], args[1], "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(types.CPointer(types.int64), types.int64), codegen
+
+
+@intrinsic
+def arrived(typingctx, counter):
+    """counter[0]; see `arrive`."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load_atomic(args[0], "acquire", 8)
+
+    return types.int64(types.CPointer(types.int64)), codegen
+
+
 @body
 def threads_for(n_tiles, work, enough):
     """Threads for n_tiles tiles: one if `work` is below `enough`. Results must not depend on it."""

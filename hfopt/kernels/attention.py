@@ -16,10 +16,10 @@ import numpy as np
 from ._attention_cache import Cache, key_of, open_cache, valid_rows
 from ._attention_tile import weight_of
 from ._decode_chunk import MAX, SEEN, SUM, Item, attend_chunk
-from ._decode_plan import LINE, Plan, layout_of, plan_rows, sort_by_trunk_row
+from ._decode_plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_trunk_row
 from ._decode_tile import address_of
 from ._jit import launch
-from ._parallel import body, inlined, next_index, parallel_for, usable_threads
+from ._parallel import arrive, arrived, body, inlined, next_index, next_share, parallel_for, usable_threads
 from ._pointer import (
     address_as,
     as_units,
@@ -36,6 +36,7 @@ from ._simd import LANES
 from ._tile import units_ratio
 from ._vector import fma, lane, splat
 
+_PATIENCE = 5000  # looks at what the others have done
 _NOTHING = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
@@ -142,23 +143,8 @@ def join_partials(partials, n_slots, step, size, stats, like, out):
         store_part(out, column, min(size - column, LANES), value)
 
 
-@body
-def _attend_task(worker, problem, counter, rooms, room_size):
-    room = address_as(rooms + worker * room_size, problem.q)
-    n_items = problem.plan.n_items
-    index = next_index(counter)
-    while index < n_items:
-        following = next_index(counter)
-        next_key = 0
-        if following < n_items:
-            after = item_of(problem, following)
-            next_key = _first_key(problem, after, after.first)
-        attend_item(problem, item_of(problem, index), next_key, room)
-        index = following
-
-
-@body
-def _join_task(index, problem, out):
+@inlined
+def _join(index, problem, out):
     cache, plan = problem.cache, problem.plan
     n_queries = problem.n_rows * problem.group
     n_slots = plan.trunk.n_spans + plan.branch.n_spans
@@ -172,6 +158,39 @@ def _join_task(index, problem, out):
 
 
 @body
+def _attend_task(worker, problem, counters, rooms, room_size, out):
+    """Takes items while there are any, and joins partials when all items are done.
+
+    A second launch would wait for all threads. Here one that has no item left waits for a while only; the last one sees
+    that it is, and joins what others have left.
+    """
+    room = address_as(rooms + worker * room_size, problem.q)
+    n_items, n_done = problem.plan.n_items, 0
+    index = next_index(counters)
+    while index < n_items:
+        following = next_index(counters)
+        next_key = 0
+        if following < n_items:
+            after = item_of(problem, following)
+            next_key = _first_key(problem, after, after.first)
+        attend_item(problem, item_of(problem, index), next_key, room)
+        n_done += 1
+        index = following
+    done, joined = shifted(counters, DONE), shifted(counters, JOINED)
+    arrive(done, n_done)
+    n_looks = 0
+    while arrived(done) < n_items and n_looks < _PATIENCE:
+        n_looks += 1
+    if arrived(done) == n_items:
+        n_queries = problem.n_rows * problem.group * problem.cache.n_kv_heads
+        first, end = next_share(joined, n_queries, problem.plan.threads)
+        while first < end:
+            for query in range(first, end):
+                _join(query, problem, out)
+            first, end = next_share(joined, n_queries, problem.plan.threads)
+
+
+@body
 def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scale, scratch, threads, out):
     """out[r, head] = softmax(scale * q[r, head] . keys of row r) values of row r; 0 for a row without
     visible keys.
@@ -182,11 +201,11 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scale, scratch
     """
     item_size = 4 // units_ratio(q)
     places = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads)
-    order, starts = integers_at(scratch + LINE), integers_at(scratch + LINE + 8 * n_rows)
+    counters, order = integers_at(scratch), integers_at(scratch + places.order)
+    starts = shifted(order, n_rows)
     n_groups = sort_by_trunk_row(cache.trunk_row, n_rows, order, starts)
     plan = plan_rows(cache, n_rows, n_groups, n_heads, places.chunk, threads)
-    counter = integers_at(scratch)
-    counter[0] = 0
+    counters[0] = counters[DONE] = counters[JOINED] = 0
     problem = _Problem(
         q,
         q_row,
@@ -203,9 +222,8 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scale, scratch
         starts,
         floats_at(scratch + places.partials),
     )
-    shared = problem, counter, scratch + places.rooms, places.room
+    shared = problem, counters, scratch + places.rooms, places.room, out
     parallel_for(_attend_task, plan.threads, plan.threads, shared)
-    parallel_for(_join_task, plan.threads, n_rows * n_heads, (problem, out))
 
 
 @launch
