@@ -353,7 +353,8 @@ def test_nothing_is_written_around_arena_and_logits(
             cache.append(layer, n_rows, 1, built.n_kv_heads, built.head_dim, dtype) for layer in range(2)
         ]
         scratch = StepScratch(built, n_rows)
-        size, guard = built.row_bytes * n_rows, 256
+        arena, guard = built.row_bytes * n_rows, 256
+        size = arena + scratch.scratch_bytes
         memory = np.full(size + 2 * guard + 64, 0xA5, np.uint8)
         n_bytes = n_rows * built.n_logits * dtype.itemsize
         logits = np.full(n_bytes + 2 * guard, 0xA5, np.uint8)
@@ -361,6 +362,7 @@ def test_nothing_is_written_around_arena_and_logits(
         with monkeypatch.context() as patch:
             if is_guarded:
                 scratch.arena = memory.ctypes.data + first
+                scratch.scratch = scratch.arena + arena
                 out = torch.from_numpy(logits)[guard : guard + n_bytes].view(dtype)
                 patch.setattr(
                     torch, "empty", lambda shape, dtype, out=out: out.view(shape)

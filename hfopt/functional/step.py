@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ROW_LIMIT", "Ends", "StepScratch", "choose", "step"]
 
-_NO_MASK = np.empty(0, np.uint8)
+_NO_MASK = np.empty((0, 0), np.uint8)
 _NO_ENDS = np.empty(0, np.int64)
 
 
 class StepScratch:
-    """What a request keeps between its steps for a program: the arena, and what kernels are told of tables and cache.
+    """What a request keeps between its steps for a program: the arena, scratch of the kernels, and what they are told of
+    tables and cache.
 
     The memory that the program reads stays alive with it, even if a thread gives a parameter other memory in the meantime.
     """
@@ -41,8 +42,12 @@ class StepScratch:
         self.n_rows = n_rows
         self.ids = np.zeros((2, n_rows), np.int64)
         self.none_finished = np.zeros(n_rows, np.bool_)
-        self._arena = np.empty(program.row_bytes * n_rows + LINE, np.uint8)
+        self.threads = torch.get_num_threads()
+        sizes = n_rows, program.n_kv_heads, program.head_dim, self.threads
+        self.scratch_bytes: int = kernels.scratch_bytes(ELEMENTS[program.dtype], program.code, *sizes)
+        self._arena = np.empty(program.row_bytes * n_rows + self.scratch_bytes + LINE, np.uint8)
         self.arena = -(-self._arena.ctypes.data // LINE) * LINE
+        self.scratch = self.arena + program.row_bytes * n_rows
         self.tables = np.zeros((len(program.tables), 2), np.int64)
         self.records = np.zeros((program.n_layers, records.LENGTH), np.int64)
         self._least: list[int] = []  # of each number in the records
@@ -162,7 +167,7 @@ def _run(
             raise InvalidInput(f"mask is {shape}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
         if n_steps > 1 and n_rows > 1:
             raise InvalidInput(f"mask has {n_rows} rows: one is allowed for {n_steps} steps")
-        hidden = mask[:, :n_keys].reshape(-1)  # of as many dimensions as none: one variant of the kernel
+        hidden = np.ascontiguousarray(mask)
     finished, pad, end_tokens = ends or (scratch.none_finished, 0, _NO_ENDS)
     if finished.dtype != np.bool_ or finished.shape != (n_rows,):
         raise InvalidInput(f"finished is {finished.dtype} {finished.shape}: bool {(n_rows,)} is needed")
@@ -178,6 +183,8 @@ def _run(
         program.scalars,
         n_rows,
         scratch.arena,
+        scratch.scratch,
+        scratch.threads,
         scratch.tables,
         ids,
         scratch.records,

@@ -12,7 +12,7 @@ from ._attention_cache import open_cache, valid_rows
 from ._decode_plan import layout_of
 from ._decode_tile import address_of
 from ._jit import launch
-from ._parallel import body, usable_threads
+from ._parallel import body
 from ._pointer import address_as, bytes_at, floats_at, integers_at, pointer, shifted
 from ._tile import units_ratio
 from .attention import attend_rows
@@ -85,17 +85,16 @@ def _check(code, tables, ids, n_rows, cache, like):
     return 0
 
 
-@body
-def _scratch(code, n_rows, cache, like):
-    """Bytes of scratch of the instruction that needs most."""
-    most = 0
+@launch
+def scratch_bytes(like, code, n_rows, n_kv_heads, head_dim, threads):
+    """Bytes of scratch of the instruction of a program that needs most on so many threads, whatever the context."""
+    most, item_size = 0, 4 // units_ratio(pointer(like))
     for i in range(code.shape[0]):
         if code[i, OP] == LINEAR:
-            most = max(most, 4 * rows_scratch(like, n_rows, code[i, SIZE]))
+            most = max(most, 4 * rows_scratch(pointer(like), n_rows, code[i, SIZE]))
         elif code[i, OP] == ATTEND:
-            layer = _open(cache, code[i, LAYER], like)
-            heads = code[i, N_HEADS], layer.n_kv_heads, layer.size, 4 // units_ratio(like), usable_threads()
-            most = max(most, layout_of(n_rows, *heads).n_bytes)
+            heads = code[i, N_HEADS], n_kv_heads, head_dim
+            most = max(most, layout_of(n_rows, *heads, item_size, threads).n_bytes)
     return most
 
 
@@ -116,7 +115,9 @@ class _Step(NamedTuple):
     ids: Any
     in_branch: Any
     mask: Any  # address, or 0
+    mask_row: Any  # bytes from a row to the next
     scratch: Any  # address
+    threads: Any  # that it is made for
 
 
 @body
@@ -162,19 +163,8 @@ def _walk(like, code, scalars, step, cache, logits):
             opened, n_heads = _open(cache, code[i, LAYER], rows), code[i, N_HEADS]
             q_row = (n_heads + 2 * opened.n_kv_heads) * opened.size
             q, target, scale = address_as(x, rows), address_as(out, rows), np.float32(scalars[i])
-            attend_rows(
-                opened,
-                q,
-                q_row,
-                n_rows,
-                n_heads,
-                step.mask,
-                opened.trunk.n_tokens + opened.branch.n_tokens,
-                scale,
-                step.scratch,
-                usable_threads(),
-                target,
-            )
+            seen, room = (step.mask, step.mask_row), (step.scratch, step.threads)
+            attend_rows(opened, q, q_row, n_rows, n_heads, *seen, scale, *room, target)
         else:
             source, n = tables[code[i, TABLE], ADDRESS], code[i, BY]
             for row in range(n_rows):
@@ -209,6 +199,8 @@ def run_step(
     scalars,
     n_rows,
     arena,
+    scratch,
+    threads,
     tables,
     ids,
     records,
@@ -230,16 +222,16 @@ def run_step(
     Returns how many times, or -UNKNOWN_INDEX or -UNKNOWN_ROW if a step found that, nothing written, and was the first.
 
     Like an array of the element type, float32 or bfloat16 bits; code int64 [n, COLUMNS], scalars float64 [n]; address of the
-    arena, on a 64-byte boundary; tables int64 [n, 2]; ids int64 [2, n_rows]: tokens, positions; records int64 [layers,
-    `cache_record`]; lengths in the first step, in_branch, trunk_row and table as in `cache.Appended`; mask uint8 [n_rows, 1,
-    keys], empty if all are seen, of more than one step with rows of one sequence only; address of logits [n_rows, n_logits],
-    of the element type. chosen int64 [n_steps, n_rows]: the `sampling.argmax` of each step, or no rows for one step whose
-    logits are wanted; behind it `pad` in rows that are finished, bool [n_rows]. The last step is one that chooses any of
-    `ends`, int64 [n], for another row.
+    arena and of `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]; ids int64 [2, n_rows]:
+    tokens, positions; records int64 [layers, `cache_record`]; lengths in the first step, in_branch, trunk_row and table as
+    in `cache.Appended`; mask uint8 [n_rows, keys or more], empty if all are seen, of more than one step with rows of one
+    sequence only; address of logits [n_rows, n_logits], of the element type. chosen int64 [n_steps, n_rows]: the
+    `sampling.argmax` of each step, or no rows for one step whose logits are wanted; behind it `pad` in rows that are
+    finished, bool [n_rows]. The last step is one that chooses any of `ends`, int64 [n], for another row.
     """
     rows = pointer(like)
     hidden = address_of(pointer(mask)) if mask.size > 0 else 0
-    room = np.empty(0, np.int64)
+    step = _Step(n_rows, arena, tables, ids, in_branch, hidden, mask.shape[1], scratch, threads)
     n_steps = max(chosen.shape[0], 1)
     for k in range(n_steps):
         in_trunk = 0 if in_branch else k
@@ -254,17 +246,10 @@ def run_step(
         wrong = _check(code, tables, ids, n_rows, cache, rows)
         if wrong != 0:
             return k if k > 0 else -wrong
-        needed = _scratch(code, n_rows, cache, rows) // 8 + 9
-        if needed > room.shape[0]:
-            room = np.empty(needed, np.int64)
-        scratch = (address_of(pointer(room)) + 63) // 64 * 64
-        _walk(
-            like, code, scalars, _Step(n_rows, arena, tables, ids, in_branch, hidden, scratch), cache, logits
-        )
+        _walk(like, code, scalars, step, cache, logits)
         if chosen.shape[0] > 0:
             _argmax(like, logits, n_rows, n_logits, address_of(pointer(chosen)) + 8 * n_rows * k)
             if not _follow(ids, chosen[k], finished, pad, ends):
                 n_steps = k + 1
                 break
-    room[0] = 0  # the last use of the scratch: it must live until here
     return n_steps
