@@ -1,5 +1,7 @@
 """Attention over the cache, decode and prefill, against float64 and against torch."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,10 @@ from hfopt.cache import Appended, IndirectCache
 from hfopt.errors import InvalidInput
 from hfopt.functional import Mask
 from hfopt.kernels import attention, attention_prefill, cache_record
+from hfopt.kernels._attention_cache import open_cache
+from hfopt.kernels._decode_plan import scratch_bytes
+from hfopt.kernels._jit import launch
+from hfopt.kernels._pointer import address_as, pointer
 from tests import reference
 from tests.reference import DTYPES, Guarded, assert_as_exact_as_torch, assert_same_on_threads, bits
 
@@ -134,6 +140,96 @@ def test_decode_around_blocks_and_chunks(dtype: torch.dtype, length: int) -> Non
         seen = everything.clone()
         seen[0, :, :first] = False
         _check(qkv, cache, _bytes(seen), seen, heads)
+
+
+def _padded(n_rows: int, n_keys: int, chunk: int) -> Iterator[Tensor]:
+    """What rows see whose chunks are hidden in turn: first ones, ones in between, last ones, other ones for each row, all."""
+    everything = torch.ones(n_rows, 1, n_keys, dtype=torch.bool)
+    chunks = torch.arange(n_keys) // chunk
+    for hidden in (chunks == 0, chunks <= 1, chunks == 1, chunks == chunks[-1], chunks >= 0):
+        seen = everything.clone()
+        seen[0, :, hidden] = False
+        yield seen
+    yield everything & ((chunks + torch.arange(n_rows)[:, None]) % 2 == 1)[:, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n_rows", "heads", "lengths", "chunk"),
+    # 128 streams and more have one span each, and a key head alone has 128
+    [(2, (128, 64, 24), (length, 0), 256) for length in (511, 512, 513, 769)]
+    + [(2, (3, 1, 24), (length, 70), 64) for length in (127 * 64, 128 * 64, 128 * 64 + 1, 260 * 64 + 5)]
+    + [(128, (1, 1, 24), (3, length), 64) for length in (64, 65, 129)],
+)
+def test_decode_around_spans(
+    dtype: torch.dtype, n_rows: int, heads: tuple[int, int, int], lengths: tuple[int, int], chunk: int
+) -> None:
+    qkv = _qkv(dtype, n_rows, 1, heads)
+    cache = _cache(dtype, n_rows, 2 if n_rows == 2 else 1, *heads[1:], lengths)
+    _check(qkv, cache, Mask("none"), torch.ones(n_rows, 1, sum(lengths), dtype=torch.bool), heads)
+    for seen in _padded(n_rows, sum(lengths), chunk):
+        out = _check(qkv, cache, _bytes(seen), seen, heads)
+        assert not out[~seen.any(-1)].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+@pytest.mark.parametrize("place", ("keys", "values"))
+@pytest.mark.parametrize("token", (7, 300, 769))
+def test_decode_of_a_span_that_is_not_finite(
+    dtype: torch.dtype, value: float, place: str, token: int
+) -> None:
+    """In the first, a middle and the last chunk of a span; whole keys, so that all scores of the chunk are -inf or NaN."""
+    heads = (64, 64, 24)
+    qkv = _qkv(dtype, 2, 1, heads).abs()
+    cache = _cache(dtype, 2, 2, *heads[1:], (770, 0))
+    first = token // 256 * 256
+    stored = torch.from_numpy(cache.trunk).view(dtype)[0 if place == "keys" else 1, 0]
+    stored[:, first : first + 256] = value
+    seen = torch.ones(2, 1, 770, dtype=torch.bool)
+    for shown in (seen, seen & (torch.arange(770) < first + 256), seen & (torch.arange(770) >= first)):
+        out = functional.attend(qkv, cache, _bytes(shown), 0.2, *heads)
+        keys, values = reference.gathered(cache, dtype)
+        hidden = ~shown.any(1)[:, None, :, None]
+        keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
+        theirs = _flat(reference.attention(_queries(qkv, heads), keys, values, shown, 0.2))
+        assert torch.equal(out.isnan(), theirs.isnan())
+        assert torch.equal(out.isinf(), theirs.isinf())
+
+
+@launch
+def _attend_within(
+    like, qkv, n_rows, record, trunk_len, branch_len, trunk_row, table, n_heads, threads, scratch, out
+):
+    q, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
+    rows = pointer(trunk_row), pointer(table), table.shape[1]
+    cache = open_cache(q, pointer(record), trunk_len, branch_len, *rows)
+    q_row = (n_heads + 2 * cache.n_kv_heads) * cache.size
+    attention.attend_rows(cache, q, q_row, n_rows, n_heads, 0, 0, np.float32(0.1), scratch, threads, out)
+
+
+@pytest.mark.parametrize("heads", ((32, 8, 64), (12, 12, 64), (16, 1, 128)))
+@pytest.mark.parametrize("n_rows", (1, 4, 64))
+@pytest.mark.parametrize("branch_len", (0, 150))
+def test_scratch_does_not_grow_with_the_context(
+    heads: tuple[int, int, int], n_rows: int, branch_len: int
+) -> None:
+    n_heads, n_kv_heads, size = heads
+    threads, guard = torch.get_num_threads(), 4096
+    n_bytes = scratch_bytes(n_rows, *heads, 2, threads)
+    memory = np.full(n_bytes + 2 * guard, 0xA5, np.uint8)
+    first = -(-(memory.ctypes.data + guard) // 64) * 64 - memory.ctypes.data
+    qkv, out = _qkv(torch.bfloat16, n_rows, 1, heads), torch.empty(n_rows, n_heads * size)
+    for n_trunk_rows in {1, min(n_rows, 4)}:
+        trunk = np.zeros((2, n_trunk_rows, n_kv_heads, 100_000 if n_rows < 64 else 20_000, size), np.uint16)
+        branch = np.zeros((2, n_rows, n_kv_heads, branch_len, size), np.uint16)
+        rows = np.arange(n_rows, dtype=np.int32) % n_trunk_rows
+        table = np.zeros((n_rows, branch_len), np.int32)
+        for n_keys in (1000, trunk.shape[3]):
+            parts = cache_record.record_of(trunk, branch), n_keys, branch_len, rows, table
+            room = threads, memory.ctypes.data + first, out.data_ptr()
+            _attend_within(bits(qkv)[0, 0, :0], qkv.data_ptr(), n_rows, *parts, n_heads, *room)
+            assert (memory[:first] == 0xA5).all() and (memory[first + n_bytes :] == 0xA5).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
