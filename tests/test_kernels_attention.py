@@ -143,7 +143,7 @@ def test_decode_around_blocks_and_chunks(dtype: torch.dtype, length: int) -> Non
 
 
 def _padded(n_rows: int, n_keys: int, chunk: int) -> Iterator[Tensor]:
-    """What rows see whose chunks are hidden in turn: first ones, ones in between, last ones, other ones for each row, all."""
+    """What rows see whose chunks are hidden: the first ones, one in between, the last one, all, others for each row."""
     everything = torch.ones(n_rows, 1, n_keys, dtype=torch.bool)
     chunks = torch.arange(n_keys) // chunk
     for hidden in (chunks == 0, chunks <= 1, chunks == 1, chunks == chunks[-1], chunks >= 0):

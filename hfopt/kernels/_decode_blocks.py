@@ -11,8 +11,12 @@ from ._attention_cache import key_of
 from ._attention_pack import copy_row
 from ._decode_tile import BLOCK, address_of, seen_keys, set_address
 from ._parallel import body, inlined
-from ._pointer import bytes_at, shifted
+from ._pointer import as_units, bytes_at, load, shifted, store
+from ._simd import LANES
+from ._tile import units_ratio
+from ._vector import splat
 
+_ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 
 
@@ -22,6 +26,18 @@ def seen_of(problem, place, first, count):
     if problem.mask == 0:
         return (1 << count) - 1
     return seen_keys(bytes_at(problem.mask), problem.order[place] * problem.mask_row + first, count)
+
+
+@body
+def _hold(source, n, size, target, padded):
+    """n rows of `size` elements as rows of `padded` elements, with zeros behind them."""
+    if size == padded:
+        units, held = as_units(source, source), as_units(target, target)
+        for k in range(0, n * padded // units_ratio(source), LANES):
+            store(held, k, load(units, k))
+    else:
+        for i in range(n):
+            copy_row(shifted(source, i * size), size, _ONE, shifted(target, i * padded), padded)
 
 
 @inlined
@@ -44,20 +60,22 @@ def list_blocks(problem, item, place, first, n, keys, values, room):
             set_address(keys, n_blocks, address_of(key))
             set_address(values, n_blocks, address_of(shifted(key, segment.to_values)))
             n_blocks += 1
-        elif seen != 0:
-            for token in range(first + t, first + t + count):
+        else:
+            together = count if in_trunk and seen == (1 << count) - 1 else 1
+            for token in range(first + t, first + t + count, together):
                 if seen >> (token - first - t) & 1:
                     row = p if in_trunk else cache.table[problem.order[place] * cache.table_row + token]
                     key = key_of(segment, row, kv_head, token, size)
-                    copy_row(key, size, _ONE, shifted(room, n_held * padded), padded)
+                    _hold(key, together, size, shifted(room, n_held * padded), padded)
                     value = shifted(key, segment.to_values)
-                    copy_row(value, size, _ONE, shifted(held_values, n_held * padded), padded)
-                    n_held += 1
+                    _hold(value, together, size, shifted(held_values, n_held * padded), padded)
+                    n_held += together
     n_seen = n_blocks * BLOCK + n_held
-    while n_held % BLOCK != 0:
-        copy_row(room, 0, _ONE, shifted(room, n_held * padded), padded)
-        copy_row(room, 0, _ONE, shifted(held_values, n_held * padded), padded)
-        n_held += 1
+    n_copied = n_held
+    n_held = (n_held + BLOCK - 1) // BLOCK * BLOCK
+    # scores of no key are overwritten, but values have a weight of 0
+    for k in range(n_copied * padded, n_held * padded, LANES):
+        store(held_values, k, splat(_ZERO))
     for t in range(0, n_held, BLOCK):
         set_address(keys, n_blocks, address_of(shifted(room, t * padded)))
         set_address(values, n_blocks, address_of(shifted(held_values, t * padded)))
