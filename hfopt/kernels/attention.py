@@ -2,11 +2,11 @@
 
 The keys are split into chunks. For each chunk, queries that read the same keys (the query heads of one key
 head; in the trunk of the cache also the rows of one prompt) are worked on together, and leave an unfinished
-softmax: the largest score, the sum of the exponentials, and the weighted sum of the values. A second pass
-joins the chunks of each query, in order (https://arxiv.org/abs/2311.01282, with the indirect rows of
-https://arxiv.org/abs/2401.05391).
+softmax: the largest score, the sum of the exponentials, and the weighted sum of the values. Those of a span of chunks
+are merged as it is read; in the end the spans of each query are joined, in order (https://arxiv.org/abs/2311.01282,
+with the indirect rows of https://arxiv.org/abs/2401.05391).
 
-Here are the plan and the items of work; what is done with a chunk is in `_decode_chunk`.
+Here are the items of work; how it is cut is in `_decode_plan`, what is done with a chunk in `_decode_chunk`.
 """
 
 from typing import Any, NamedTuple
