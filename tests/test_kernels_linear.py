@@ -9,7 +9,7 @@ from hfopt.errors import InvalidInput
 from hfopt.functional.activation import ACTIVATIONS
 from hfopt.functional.linear import LinearWeights, linear
 from hfopt.kernels import linear as kernels
-from hfopt.kernels.linear_tiles import linear_tiles, tile_scratch
+from hfopt.kernels.linear_tiles import linear_tiles
 
 DTYPES = [torch.float32, torch.bfloat16]
 # around every boundary: rows of a tile (1, 2, 4), of two, three and more tiles (8, 12, 16), the last row whose weights are
@@ -169,13 +169,9 @@ def test_nothing_outside_the_output_is_written(rows, dtype):
     weight = np.zeros((columns, features), dtype)
     table = np.array([[weight.ctypes.data, 0, columns, 0]], np.int64)
     nothing = np.empty(0, np.int64)
-    if rows <= kernels.ROW_LIMIT:
-        place = (np.empty(0, dtype), x.ctypes.data, rows, features)
-        kernels.linear_rows(*place, table, False, 0, nothing, out.ctypes.data, columns)
-    else:
-        *shapes, tile_rows = tile_scratch(rows, features, x.itemsize, 2)
-        scratch = [np.empty(shape, np.float32) for shape in shapes]
-        linear_tiles(x, table, False, 0, nothing, out, *scratch, tile_rows)
+    kernel = kernels.linear_rows if rows <= kernels.ROW_LIMIT else linear_tiles
+    place = (np.empty(0, dtype), x.ctypes.data, rows, features)
+    kernel(*place, table, False, 0, nothing, out.ctypes.data, columns)
     assert (out == 0).all()
     assert (memory[:guard] == 123).all() and (memory[-guard:] == 123).all()
 

@@ -11,13 +11,12 @@ from torch.nn import functional as F
 
 from hfopt.errors import InvalidInput
 from hfopt.kernels import linear as kernels
-from hfopt.kernels.linear_tiles import linear_tiles, tile_scratch
+from hfopt.kernels.linear_tiles import linear_tiles
 
 from .activation import ACTIVATIONS, CODES
 from .checks import (
     ELEMENTS,
     address_of,
-    array_of,
     check_array,
     check_contiguous,
     check_floats,
@@ -163,26 +162,19 @@ def linear(
     if by != "hfopt" and takes_torch(by, "linear", x.dtype, out.numel() // width):
         return _linear_in_torch(x, weights, activation, gated, residuals)
     prepare_threads()
-    code = CODES[activation]
-    if n_rows <= kernels.ROW_LIMIT:
-        kernels.linear_rows(
-            ELEMENTS[x.dtype],
-            address_of("hidden_states", x),
-            n_rows,
-            size,
-            weights.table,
-            gated,
-            code,
-            addresses,
-            out.data_ptr(),
-            width,
-        )
-        return out
-    rows, target = array_of(x).reshape(n_rows, size), array_of(out).reshape(n_rows, width)
-    chunks = torch.get_num_threads()
-    *shapes, tile_rows = tile_scratch(n_rows, size, rows.itemsize, chunks)
-    packed, panels, sums = (np.empty(shape, np.float32) for shape in shapes)
-    linear_tiles(rows, weights.table, gated, code, addresses, target, packed, panels, sums, tile_rows)
+    kernel = kernels.linear_rows if n_rows <= kernels.ROW_LIMIT else linear_tiles
+    kernel(
+        ELEMENTS[x.dtype],
+        address_of("hidden_states", x),
+        n_rows,
+        size,
+        weights.table,
+        gated,
+        CODES[activation],
+        addresses,
+        out.data_ptr(),
+        width,
+    )
     return out
 
 

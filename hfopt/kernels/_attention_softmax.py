@@ -16,7 +16,7 @@ from ._attention_tile import (
     where_up_to,
 )
 from ._parallel import body
-from ._pointer import load, load_scalar, pointer, shifted, store
+from ._pointer import load, load_scalar, shifted, store
 from ._simd import LANES
 from ._tile import stack_floats, transpose_block, units_ratio
 from ._vector import fence, fma, larger, splat
@@ -71,22 +71,23 @@ def hide_later(scores, width, begin, n, offset, limits):
 
 
 @body
-def hide_masked(scores, width, n, mask, row, group, q_begin, q_end, first):
-    """-inf to the scores of n keys from `first` on where the mask has 0."""
+def hide_masked(scores, width, n, seen, row, group, q_begin, q_end, first):
+    """-inf to the scores of n keys from `first` on that are hidden by a byte."""
     by_query = stack_floats(256)
     by_key = stack_floats(256)
     for column in range(0, width, LANES):
         for start in range(0, n, LANES):
             for i in range(LANES):
                 q = min(q_begin + column + i, q_end - 1)
-                place = (row * mask.shape[1] + q // group) * mask.shape[2] + first + start
-                seen = where_bytes(pointer(mask), place, n - start, splat(_ONE), splat(_ZERO))
-                store(by_query, i * LANES, seen)
+                place = (row * seen.n_new + q // group) * seen.n_keys + first + start
+                store(
+                    by_query, i * LANES, where_bytes(seen.bytes, place, n - start, splat(_ONE), splat(_ZERO))
+                )
             transpose_block(by_query, LANES, by_key, LANES)
             for j in range(min(n - start, LANES)):
                 place = (start + j) * width + column
-                seen = load(by_key, j * LANES)
-                store(scores, place, where_up_to(splat(_ONE), seen, load(scores, place), splat(_NOTHING)))
+                is_seen = load(by_key, j * LANES)
+                store(scores, place, where_up_to(splat(_ONE), is_seen, load(scores, place), splat(_NOTHING)))
 
 
 @body

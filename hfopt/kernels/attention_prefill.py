@@ -12,6 +12,8 @@ An item of work is some tiles of one key head; threads take items until none is 
 keys in order, whatever the items are, so the bits depend on nothing else.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from ._attention_cache import open_cache, valid_rows
@@ -30,11 +32,14 @@ from ._attention_softmax import (
     weigh_keys,
 )
 from ._attention_tile import where_bytes
+from ._decode_tile import address_of
 from ._jit import launch
 from ._parallel import body, next_index, parallel_for, threads_for
 from ._pointer import (
     address_as,
     as_units,
+    floats_at,
+    integers_at,
     load,
     load_scalar,
     pointer,
@@ -45,7 +50,7 @@ from ._pointer import (
     store_scalar,
 )
 from ._simd import LANES
-from ._tile import to_cache_line, transpose_block, units_ratio
+from ._tile import transpose_block, units_ratio
 from ._vector import splat, sum_lanes
 
 ALL, CAUSAL, BYTES = range(3)
@@ -55,36 +60,53 @@ _ITEMS = 4  # of a thread at least, if there are as many tiles: threads should e
 _PARALLEL_SIZE = 1 << 17  # multiply-adds; below, more threads cost more than they save
 _LOG2_E = 1.4426950408889634
 _NOTHING = np.float32(-np.inf)
+_LINE = 64  # bytes
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 
 
+class Seen(NamedTuple):
+    """Which keys the new tokens see."""
+
+    kind: Any  # ALL, CAUSAL: those up to the token itself, or BYTES
+    bytes: Any  # pointer to uint8 [n_rows, n_new, n_keys], 0 for what is hidden
+    n_new: Any
+    n_keys: Any
+
+
+class _Plan(NamedTuple):
+    """How the work is split."""
+
+    n_tiles: Any  # of a row and key head
+    n_parts: Any  # items that they make
+    threads: Any
+    room: Any  # floats of scratch of a thread
+
+
 @body
-def count_seen(mask, row, begin, end, first, n):
+def count_seen(seen, row, begin, end, first, n):
     """How many bytes of the mask are not 0, for positions begin to end and n keys from `first` on."""
     total = splat(_ZERO)
     for position in range(begin, end):
-        start = (row * mask.shape[1] + position) * mask.shape[2] + first
+        start = (row * seen.n_new + position) * seen.n_keys + first
         for j in range(0, n, LANES):
-            total = total + where_bytes(pointer(mask), start + j, n - j, splat(_ONE), splat(_ZERO))
+            total = total + where_bytes(seen.bytes, start + j, n - j, splat(_ONE), splat(_ZERO))
     return sum_lanes(total)
 
 
 @body
-def visible_keys(kind, mask, row, begin, end, n_past, first, n):
+def visible_keys(seen, row, begin, end, n_past, first, n):
     """(of n keys those up to the last that positions begin to end may see, those up to which all see all)."""
-    if kind == CAUSAL:
+    if seen.kind == CAUSAL:
         return max(min(n, n_past + end - first), 0), max(min(n, n_past + begin + 1 - first), 0)
-    if kind == BYTES:
-        seen = count_seen(mask, row, begin, end, first, n)
-        return (n if seen > _ZERO else 0), (n if seen == np.float32((end - begin) * n) else 0)
+    if seen.kind == BYTES:
+        count = count_seen(seen, row, begin, end, first, n)
+        return (n if count > _ZERO else 0), (n if count == np.float32((end - begin) * n) else 0)
     return n, n
 
 
 @body
-def finish_tile(
-    sums, stats, kind, mask, n_new, n_heads, row, kv_head, group, q_begin, q_end, width, size, rows, out
-):
+def finish_tile(sums, stats, seen, n_heads, row, kv_head, group, q_begin, q_end, width, size, rows, out):
     """out = sums / totals; 0 for a query that saw no key. rows: room for 16 rows."""
     padded = rounded(size, LANES)
     for column in range(0, width, LANES):
@@ -96,10 +118,10 @@ def finish_tile(
             total = load_scalar(stats, TOTAL * TILE + column + i)
             inverse = _ONE / total
             # a query may also have seen keys of which none has a weight: NaN is the answer then
-            if kind == BYTES and total == _ZERO:
-                seen = count_seen(mask, row, position, position + 1, 0, mask.shape[2])
-                inverse = inverse if seen > _ZERO else _ZERO
-            token = (row * n_new + position) * n_heads + kv_head * group + head
+            if seen.kind == BYTES and total == _ZERO:
+                count = count_seen(seen, row, position, position + 1, 0, seen.n_keys)
+                inverse = inverse if count > _ZERO else _ZERO
+            token = (row * seen.n_new + position) * n_heads + kv_head * group + head
             target = shifted(out, token * size)
             for k in range(0, size, LANES):
                 store_part(target, k, min(size - k, LANES), load(rows, i * padded + k) * splat(inverse))
@@ -143,11 +165,11 @@ def scratch(n_tiles, size, p):
 
 
 @body
-def attend_item(qkv, n_new, cache, kind, mask, scale, n_heads, row, kv_head, begin, end, room, out):
+def attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, room, out):
     """One item: tiles begin to end of one row and key head. room: as `scratch` says."""
-    size = cache.size
+    size, n_new = cache.size, seen.n_new
     group = n_heads // cache.n_kv_heads
-    n_keys = cache.trunk.n_tokens + cache.branch.n_tokens
+    n_keys = seen.n_keys
     n_queries, n_past = n_new * group, n_keys - n_new
     qkv_row = (n_heads + 2 * cache.n_kv_heads) * size
     per_unit = units_ratio(qkv)
@@ -179,7 +201,7 @@ def attend_item(qkv, n_new, cache, kind, mask, scale, n_heads, row, kv_head, beg
         )
 
     last = n_keys
-    if kind == CAUSAL:
+    if seen.kind == CAUSAL:
         last = n_past + (tile_place(end - 1, n_queries)[1] - 1) // group + 1
     for first in range(0, last, BLOCK * per_unit):
         n = min(last - first, BLOCK * per_unit)
@@ -188,7 +210,7 @@ def attend_item(qkv, n_new, cache, kind, mask, scale, n_heads, row, kv_head, beg
         for tile in range(begin, end):
             q_begin, q_end, width = tile_place(tile, n_queries)
             t_begin, t_end = q_begin // group, (q_end - 1) // group + 1
-            own, shared = visible_keys(kind, mask, row, t_begin, t_end, n_past, first, n)
+            own, shared = visible_keys(seen, row, t_begin, t_end, n_past, first, n)
             if own == 0:
                 continue
             if not packed:
@@ -201,12 +223,12 @@ def attend_item(qkv, n_new, cache, kind, mask, scale, n_heads, row, kv_head, beg
             own_sums, own_stats = shifted(sums, place * channels), shifted(stats, place * STATS)
             block = as_units(keys, qkv)
             score_keys(shifted(queries, place * units), width, block, stride // per_unit, size, own, scores)
-            if shared < own and kind == CAUSAL:
+            if shared < own and seen.kind == CAUSAL:
                 hide_later(
                     scores, width, shared, own, first - n_past - t_begin, shifted(own_stats, LIMIT * TILE)
                 )
             elif shared < own:
-                hide_masked(scores, width, own, mask, row, group, q_begin, q_end, first)
+                hide_masked(scores, width, own, seen, row, group, q_begin, q_end, first)
             weigh_keys(scores, width, own, power, weights, own_sums, size, own_stats)
             add_values(weights, width, own, values, size, own_sums)
             if not finite:
@@ -215,67 +237,60 @@ def attend_item(qkv, n_new, cache, kind, mask, scale, n_heads, row, kv_head, beg
     for tile in range(begin, end):
         q_begin, q_end, width = tile_place(tile, n_queries)
         place = (tile - begin) * TILE
+        own_sums, own_stats = shifted(sums, place * channels), shifted(stats, place * STATS)
         finish_tile(
-            shifted(sums, place * channels),
-            shifted(stats, place * STATS),
-            kind,
-            mask,
-            n_new,
-            n_heads,
-            row,
-            kv_head,
-            group,
-            q_begin,
-            q_end,
-            width,
-            size,
-            rows,
-            out,
+            own_sums, own_stats, seen, n_heads, row, kv_head, group, q_begin, q_end, width, size, rows, out
         )
 
 
 @body
-def _attend_task(
-    worker,
-    counter,
-    n_parts,
-    n_tiles,
-    qkv,
-    n_rows,
-    n_new,
-    cache,
-    kind,
-    mask,
-    scale,
-    n_heads,
-    room,
-    n_floats,
-    out,
-):
+def _attend_task(worker, counter, plan, qkv, n_rows, cache, seen, scale, n_heads, room, out):
     n_sequences = n_rows * cache.n_kv_heads
-    here = shifted(room, worker * n_floats)
-    here = shifted(here, to_cache_line(here))
+    n_parts, n_tiles = plan.n_parts, plan.n_tiles
+    here = shifted(room, worker * plan.room)
     while True:
         item = next_index(counter)
         if item >= n_parts * n_sequences:
             break
         # the last positions see most keys: long items first, so that short ones fill up the end
         part, index = n_parts - 1 - item // n_sequences, item % n_sequences
-        attend_item(
-            qkv,
-            n_new,
-            cache,
-            kind,
-            mask,
-            scale,
-            n_heads,
-            index // cache.n_kv_heads,
-            index % cache.n_kv_heads,
-            part * n_tiles // n_parts,
-            (part + 1) * n_tiles // n_parts,
-            here,
-            out,
-        )
+        row, kv_head = index // cache.n_kv_heads, index % cache.n_kv_heads
+        begin, end = part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts
+        attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, here, out)
+
+
+@body
+def plan_tokens(cache, n_rows, n_new, n_heads):
+    """How `attend_tokens` is to do its work, on as many threads as may be used now."""
+    n_keys, size = cache.trunk.n_tokens + cache.branch.n_tokens, cache.size
+    n_sequences = n_rows * cache.n_kv_heads
+    n_tiles = (n_new * (n_heads // cache.n_kv_heads) + TILE - 1) // TILE
+    threads = threads_for(n_sequences * n_tiles, n_rows * n_new * n_heads * n_keys * size, _PARALLEL_SIZE)
+    most = max(_ITEM_FLOATS // (2 * TILE * size), 1)
+    item_tiles = min(n_sequences * n_tiles // (_ITEMS * threads) + 1, most)
+    n_parts = (n_tiles + item_tiles - 1) // item_tiles
+    sizes = scratch((n_tiles + n_parts - 1) // n_parts, size, cache.trunk.keys)
+    n_floats = sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] + sizes[5] + sizes[6]  # whole cache lines
+    return _Plan(n_tiles, n_parts, threads, n_floats)
+
+
+@body
+def tokens_scratch(plan):
+    """Bytes of the scratch of `attend_tokens`."""
+    return _LINE + 4 * plan.threads * plan.room
+
+
+@body
+def attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, scale, room, out):
+    """`attention.attend_rows` for several new tokens a row, the last ones of the row's keys.
+
+    Pointers to qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size] and out [n_rows n_new, n_heads size]; address of the
+    scratch, on a 64-byte boundary.
+    """
+    counter = integers_at(room)
+    counter[0] = 0
+    arguments = counter, plan, qkv, n_rows, cache, seen, scale, n_heads, floats_at(room + _LINE), out
+    parallel_for(_attend_task, plan.threads, plan.threads, arguments)
 
 
 @launch
@@ -305,33 +320,10 @@ def attend_prefill(
     cache = open_cache(qkv, pointer(record), trunk_len, branch_len, *rows)
     if not valid_rows(cache, n_rows):
         return 1
-    n_keys, size = trunk_len + branch_len, cache.size
-    n_sequences = n_rows * cache.n_kv_heads
-    n_tiles = (n_new * (n_heads // cache.n_kv_heads) + TILE - 1) // TILE
-    threads = threads_for(n_sequences * n_tiles, n_rows * n_new * n_heads * n_keys * size, _PARALLEL_SIZE)
-    most = max(_ITEM_FLOATS // (2 * TILE * size), 1)
-    item_tiles = min(n_sequences * n_tiles // (_ITEMS * threads) + 1, most)
-    n_parts = (n_tiles + item_tiles - 1) // item_tiles
-    sizes = scratch((n_tiles + n_parts - 1) // n_parts, size, qkv)
-    n_floats = sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] + sizes[5] + sizes[6] + LANES
-    room = np.empty(threads * n_floats, np.float32)
-    counter = np.zeros(1, np.int64)
-    arguments = (
-        pointer(counter),
-        n_parts,
-        n_tiles,
-        qkv,
-        n_rows,
-        n_new,
-        cache,
-        kind,
-        mask,
-        np.float32(scale),
-        n_heads,
-        pointer(room),
-        n_floats,
-        out,
-    )
-    parallel_for(_attend_task, threads, threads, arguments)
-    room[0], counter[0] = 0, 0  # the last uses of the scratch: it must live until here
+    plan = plan_tokens(cache, n_rows, n_new, n_heads)
+    seen = Seen(kind, pointer(mask), n_new, trunk_len + branch_len)
+    room = np.empty(tokens_scratch(plan) // 8 + 9, np.int64)
+    scratch = (address_of(pointer(room)) + _LINE - 1) // _LINE * _LINE
+    attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, np.float32(scale), scratch, out)
+    room[0] = 0  # the last use of the scratch: it must live until here
     return 0

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _tile
+from ._decode_tile import address_of
 from ._jit import launch
 from ._parallel import body, next_share, parallel_for, usable_threads
-from ._pointer import as_units, load, pointer, shifted
+from ._pointer import address_as, as_units, floats_at, integers_at, load, pointer, shifted
 from ._simd import LANES
 from .linear import SIZE, Linear, columns_of, count_blocks, field_of, find_block, finish, weight_rows
 
@@ -21,6 +22,7 @@ TILE_COLUMNS = 2 * LANES
 # they meet (14 rows x 512 units, 28 KB) in an L1 cache; x is read once for every 128 columns.
 PANELS = 4
 PANEL_UNITS = 512
+_LINE = 64  # bytes
 
 
 class _Tiles(NamedTuple):
@@ -33,10 +35,13 @@ class _Tiles(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """What each worker has of its own."""
+    """What each worker has of its own, in pointers to float32 of the first one's."""
 
-    panels: Any  # units for the packed panels [workers, PANELS * PANEL_UNITS * 32]
-    sums: Any  # float32 [workers, PANELS * tiles * tile_rows * 32]
+    panels: Any
+    panel_floats: Any  # of a worker
+    sums: Any
+    sum_floats: Any
+    n_workers: Any
 
 
 class _Group(NamedTuple):
@@ -156,13 +161,13 @@ def _worker(worker, counter, tiles, layer, scratch):
     """Shares of all panels of all parts of the rows, as long as there are any, with scratch of its own."""
     n_panels = (count_blocks(layer) + (0 if layer.gated else 1)) // (1 if layer.gated else 2)
     n_tiles = (tiles.n_rows + tiles.tile_rows - 1) // tiles.tile_rows
-    n_workers = scratch.panels.shape[0]
+    n_workers = scratch.n_workers
     n_together, n_parts = split_tiles(n_tiles, n_panels, n_workers)
     n_groups = (n_panels + n_together - 1) // n_together
-    room = as_units(shifted(pointer(scratch.panels), worker * scratch.panels.shape[1]), layer.out)
-    sums = shifted(pointer(scratch.sums), worker * scratch.sums.shape[1])
+    room = as_units(shifted(scratch.panels, worker * scratch.panel_floats), layer.out)
+    sums = shifted(scratch.sums, worker * scratch.sum_floats)
     while True:
-        start, end = next_share(pointer(counter), n_groups * n_parts, n_workers)
+        start, end = next_share(counter, n_groups * n_parts, n_workers)
         if start == end:
             break
         for index in range(start, end):
@@ -173,40 +178,64 @@ def _worker(worker, counter, tiles, layer, scratch):
             _multiply_group(tiles, layer, group, room, sums)
 
 
-@launch
-def linear_tiles(x, table, gated, code, residuals, out, packed, panels, sums, tile_rows):
-    """out = epilogue(x W^T + b) for many rows, x and out being arrays; other arguments as in `linear_rows`, and scratch.
+@body
+def _tile_rows(n_rows):
+    """Rows of a register tile, so that few only fill up the last one; a small tile keeps the multiply-adds less busy."""
+    best, least = 14, (n_rows + 13) // 14 * 14 * 100
+    cost = (n_rows + 12) // 13 * 13 * 100
+    if cost < least:
+        best, least = 13, cost
+    return 8 if (n_rows + 7) // 8 * 8 * 108 < least else best
 
-    tile_rows: rows of one register tile; see `tile_scratch`.
+
+@body
+def _sizes(n_rows, n_units):
+    """(rows of a tile, tiles, float32 of packed x, of the panels of a worker, of its sums); the last three in whole cache
+    lines.
     """
-    n_rows, size = x.shape
+    tile_rows = _tile_rows(n_rows)
     n_tiles = (n_rows + tile_rows - 1) // tile_rows
-    per_unit = _tile.units_ratio(pointer(x))
-    n_units = (size + per_unit - 1) // per_unit
-    tiles = _Tiles(as_units(pointer(packed), pointer(x)), n_units, n_rows, tile_rows)
-    parallel_for(_pack_tile, min(usable_threads(), n_tiles), n_tiles, (pointer(x), size, tiles))
-    n_workers = panels.shape[0]
-    counter = np.zeros(1, np.int64)
+    packed = (n_tiles * (n_units * tile_rows + LANES) + LANES - 1) // LANES * LANES
+    sums = PANELS * n_tiles * tile_rows * TILE_COLUMNS
+    return tile_rows, n_tiles, packed, PANELS * PANEL_UNITS * TILE_COLUMNS, sums
+
+
+@body
+def _units(x, size):
+    """32-bit units of a row."""
+    per_unit = _tile.units_ratio(x)
+    return (size + per_unit - 1) // per_unit
+
+
+@body
+def tiles_scratch(x, n_rows, size):
+    """Bytes of scratch that `multiply_tiles` needs."""
+    _, _, packed, panels, sums = _sizes(n_rows, _units(x, size))
+    return _LINE + 4 * (packed + usable_threads() * (panels + sums))
+
+
+@body
+def multiply_tiles(x, n_rows, layer, scratch):
+    """layer.out = epilogue(x W^T + b) for many rows at x; scratch: `tiles_scratch` bytes, on a 64-byte boundary."""
+    size, n_workers = layer.size, usable_threads()
+    n_units = _units(x, size)
+    tile_rows, n_tiles, packed, panel_floats, sum_floats = _sizes(n_rows, n_units)
+    counter, first = integers_at(scratch), floats_at(scratch + _LINE)
+    panels = shifted(first, packed)
+    sums = shifted(panels, n_workers * panel_floats)
+    tiles = _Tiles(as_units(first, x), n_units, n_rows, tile_rows)
+    parallel_for(_pack_tile, min(n_workers, n_tiles), n_tiles, (x, size, tiles))
+    counter[0] = 0
+    own = _Scratch(panels, panel_floats, sums, sum_floats, n_workers)
+    parallel_for(_worker, n_workers, n_workers, (counter, tiles, layer, own))
+
+
+@launch
+def linear_tiles(like, x, n_rows, size, table, gated, code, residuals, out, width):
+    """`linear_rows` for any number of rows, faster than it for more than 64."""
+    x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
     addresses, n_residuals = pointer(residuals), residuals.shape[0]
-    target, width = pointer(out), out.shape[1]
-    layer = Linear(size, pointer(table), table.shape[0], gated, code, addresses, n_residuals, target, width)
-    workers = min(usable_threads(), n_workers)
-    parallel_for(_worker, workers, n_workers, (counter, tiles, layer, _Scratch(panels, sums)))
-
-
-def tile_scratch(n_rows: int, size: int, item_size: int, n_workers: int) -> tuple[tuple, tuple, tuple, int]:
-    """Shapes of the float32 arrays `packed`, `panels` and `sums` of `linear_tiles`, and its tile_rows.
-
-    n_workers: threads among which the panels are dealt out.
-    """
-
-    def cost(tile_rows: int) -> float:
-        """Of the rows with those that fill the last tile; a small tile keeps the multiply-adds less busy."""
-        return -(-n_rows // tile_rows) * tile_rows * (1.08 if tile_rows == 8 else 1.0)
-
-    tile_rows = min((14, 13, 8), key=cost)
-    n_units = -(-size * item_size // 4)
-    n_tiles = -(-n_rows // tile_rows)
-    packed = (n_tiles * (n_units * tile_rows + LANES),)
-    sums = (n_workers, PANELS * n_tiles * tile_rows * TILE_COLUMNS)
-    return packed, (n_workers, PANELS * PANEL_UNITS * TILE_COLUMNS), sums, tile_rows
+    layer = Linear(size, pointer(table), table.shape[0], gated, code, addresses, n_residuals, out, width)
+    room = np.empty(tiles_scratch(x, n_rows, size) // 8 + 9, np.int64)
+    multiply_tiles(x, n_rows, layer, (address_of(pointer(room)) + _LINE - 1) // _LINE * _LINE)
+    room[0] = 0  # the last use of the scratch: it must live until here

@@ -79,14 +79,9 @@ def _linear(dtype: type, n_rows: int) -> float:
     out: Array = np.zeros((n_rows, 35), dtype)
     table = np.array([[_address(w), _address(bias), 35, 0]], np.int64)
     nothing = np.zeros(0, np.int64)
-    if n_rows <= linear.ROW_LIMIT:
-        like: Array = np.empty(0, dtype)
-        rows = (like, _address(x), n_rows, 41)
-        linear.linear_rows(*rows, table, False, activation.NONE, nothing, _address(out), 35)
-    else:
-        *shapes, tile_rows = linear_tiles.tile_scratch(n_rows, 41, x.itemsize, 2)
-        scratch = (np.empty(shape, np.float32) for shape in shapes)
-        linear_tiles.linear_tiles(x, table, False, activation.NONE, nothing, out, *scratch, tile_rows)
+    kernel = linear.linear_rows if n_rows <= linear.ROW_LIMIT else linear_tiles.linear_tiles
+    rows = np.empty(0, dtype), _address(x), n_rows, 41
+    kernel(*rows, table, False, activation.NONE, nothing, _address(out), 35)
     expected = _exact(x) @ _exact(w).T + _exact(bias)
     return _error(out, expected) / float(np.abs(expected).max())
 
