@@ -83,13 +83,13 @@ class IndirectCache(DynamicCache):
     def append_everywhere(
         self, n_rows: int, n_new: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> AppendedEverywhere | None:
-        """`append` tokens in every layer; None, with nothing changed, unless all hold the same tokens and rows.
+        """`append` tokens in every layer; None, with nothing changed, unless all hold the same tokens and rows, or none.
 
         Raises as `append`.
         """
         if self.copies > 1:
             self._fork_for(n_rows)
-        if not self.is_even(n_rows):
+        if not self.is_even(n_rows) and not self._is_empty():
             return None
         layers, layout = self.layers, (n_kv_heads, head_dim, dtype)
         have_room = all(layer.has_room(n_new, layout) for layer in layers)
@@ -113,6 +113,12 @@ class IndirectCache(DynamicCache):
             if layer.trunk_len != trunk_len or layer.branch_len != branch_len:
                 return False
         return trunk_len > 0 and rows.n_rows == n_rows
+
+    def _is_empty(self) -> bool:
+        """Whether all layers have room for the first tokens of the same rows."""
+        rows, layers = self._rows, self.layers
+        are_ours = all(isinstance(layer, IndirectLayer) and layer.rows is rows for layer in layers)
+        return bool(layers) and are_ours and not any(layer.get_seq_length() for layer in layers)
 
     def newest(self) -> list[Tensor]:
         """Views of the last token that every layer of an even cache holds, [2, n_rows, n_kv_heads, head_dim]."""

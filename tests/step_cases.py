@@ -87,13 +87,13 @@ def assert_same_bits(one: Any, other: Any) -> None:
 
 
 def assert_program_is_the_modules(model: Model, passes: list[int], **arguments: Any) -> Any:
-    """`generate` of a proven model takes every step from the program, with the bits that the modules give."""
+    """`generate` of a proven model takes prompt and steps from the program, with the bits that the modules give."""
     passes.clear()
     ours = generated(model, arguments)
-    assert len(passes) == 1, "steps of the program"
+    assert not passes, "prompt and steps of the program"
     with modules_alone(model):
         passes.clear()
         theirs = generated(model, arguments)
-        assert len(passes) == len(theirs.logits), "steps of the modules"
+        assert len(passes) == len(theirs.logits), "prompt and steps of the modules"
     assert_same_bits(ours, theirs)
     return ours

@@ -13,11 +13,10 @@ from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .program import Builder, Program, Slot, Table
 from .rotary import rotate_and_store
 from .sampling import argmax, log_softmax_top_k
-from .step import ROW_LIMIT, Ends, StepScratch, choose, step
+from .step import Ends, StepScratch, choose, prefill, step
 
 __all__ = [
     "ACTIVATIONS",
-    "ROW_LIMIT",
     "Builder",
     "Ends",
     "Instruction",
@@ -37,6 +36,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "log_softmax_top_k",
+    "prefill",
     "prepare_mask",
     "rms_norm",
     "rotate_and_store",

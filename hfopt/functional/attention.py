@@ -34,7 +34,7 @@ class Mask(NamedTuple):
     bytes: np.ndarray = _NO_BYTES  # uint8 [n_rows, n_new, n_keys] of kind "bytes"
 
 
-_KINDS = {"none": prefill.ALL, "causal": prefill.CAUSAL, "bytes": prefill.BYTES}
+KINDS = {"none": prefill.ALL, "causal": prefill.CAUSAL, "bytes": prefill.BYTES}
 
 
 def prepare_mask(attention_mask: object, n_rows: int, n_new: int, n_keys: int) -> Mask:
@@ -99,7 +99,7 @@ def attend(
     address, record = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
     n_rows, n_new, _ = qkv.shape
     check_lengths(appended, n_rows)
-    hidden = _NO_BYTES if mask.kind in ("none", "causal") else _checked_bytes(mask, appended, n_rows, n_new)
+    hidden = checked_bytes(mask, appended, n_rows, n_new)
     out = qkv.new_empty(n_rows, n_new, n_heads * head_dim)
     if not out.numel():
         return out
@@ -113,7 +113,7 @@ def attend(
     if n_new == 1:
         wrong = decode.attend_decode(like, address, n_rows, *cache, hidden, factor, n_heads, target)
     else:
-        kind = _KINDS[mask.kind]
+        kind = KINDS[mask.kind]
         sizes = (address, n_rows, n_new)
         wrong = prefill.attend_prefill(like, *sizes, *cache, kind, hidden, factor, n_heads, target)
     if wrong:
@@ -167,9 +167,12 @@ def _gathered(appended: "Appended", n_rows: int, dtype: torch.dtype) -> Tensor:
     return torch.cat([trunk, branch[:, indices, :, columns].permute(2, 0, 3, 1, 4)], dim=3)
 
 
-def _checked_bytes(mask: Mask, appended: "Appended", n_rows: int, n_new: int) -> np.ndarray:
-    if mask.kind not in _KINDS:
-        raise InvalidInput(f"mask is of kind {mask.kind!r}: {', '.join(map(repr, _KINDS))} are allowed")
+def checked_bytes(mask: Mask, appended: "Appended", n_rows: int, n_new: int) -> np.ndarray:
+    """The bytes of a mask, none for a kind without; raises `InvalidInput` for other kinds and for bytes that do not fit."""
+    if mask.kind in ("none", "causal"):
+        return _NO_BYTES
+    if mask.kind not in KINDS:
+        raise InvalidInput(f"mask is of kind {mask.kind!r}: {', '.join(map(repr, KINDS))} are allowed")
     given, shape = mask.bytes, (n_rows, n_new, appended.trunk_len + appended.branch_len)
     if given.shape != shape or given.dtype != np.uint8 or not given.flags.c_contiguous:
         raise InvalidInput(f"mask has bytes {given.dtype} {given.shape}: contiguous uint8 {shape} is needed")

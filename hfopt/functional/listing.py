@@ -1,4 +1,4 @@
-"""A program for people to read: what each instruction does, over what, and what a step costs at least."""
+"""A program for people to read: what each instruction does, over what, and what a decode step costs at least."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decoder as a flat program: the instructions of one decode step, over weights where they are and one scratch arena.
+"""A decoder as a flat program: the instructions for new tokens, over weights where they are and one scratch arena.
 
 A `Builder` is told the operations in order; it lays out the scratch and writes a row of numbers for each (see
 `kernels.step`). Nothing of a request is in a `Program`: threads share it.
@@ -71,9 +71,9 @@ def _check_rows(rows: Tensor) -> None:
 
 
 class Program(NamedTuple):
-    """A decode step.
+    """The way of new tokens through a decoder.
 
-    code int64 [n, columns], scalars float64 [n]: see `kernels.step`. row_bytes: of the arena, for each row of a step.
+    code int64 [n, columns], scalars float64 [n]: see `kernels.step`. row_bytes: of the arena, for each new token.
     kept: what owns the addresses in the code.
     """
 
@@ -242,7 +242,7 @@ class Builder:
         residuals: Sequence[Slot] = (),
         is_last: bool = False,
     ) -> Slot:
-        """`functional.linear`; what the last one returns are the logits."""
+        """`functional.linear`; what the last one returns are the logits, of the last new token of each row alone."""
         if weights.dtype is not self.dtype or weights.in_features != x.size:
             given = f"{weights.dtype} with {weights.in_features} features"
             raise InvalidInput(f"weights are {given}: {self.dtype} with {x.size} are needed")
@@ -255,6 +255,9 @@ class Builder:
         for each in (x, *residuals):
             self._check(each)
         if is_last:
+            if residuals:
+                raise InvalidInput(f"residuals are {len(residuals)}: the last linear has none")
+            self._take_last(x)
             out, self._n_logits = Slot(kernels.LOGITS, width, 0, self.dtype), width
         else:
             out = self._slot(width, self.dtype)
@@ -280,6 +283,17 @@ class Builder:
         n_bytes = sum(each.nbytes for each in weights.tensors if each is not None)
         self._add(shapes, columns, (x, *residuals), out, then=", ".join(then), n_bytes=n_bytes)
         return out
+
+    def _take_last(self, x: Slot) -> None:
+        """Only the last token of each row goes on."""
+        n_bytes = x.size * self.dtype.itemsize
+        columns = {
+            kernels.OP: kernels.TAKE_LAST,
+            kernels.IN: x.place,
+            kernels.OUT: x.place,
+            kernels.SIZE: n_bytes,
+        }
+        self._add(f"[{x.size}]", columns, (x,), x)
 
     def rotate_and_store(
         self,
@@ -357,6 +371,8 @@ class Builder:
             raise InvalidInput(f"layers cache heads of shapes {sorted(self._cached)}: one is allowed")
         if self._stored != self._attended or sorted(self._stored) != list(range(n_layers)):
             raise InvalidInput(f"layers {self._attended} are cached: each of {n_layers} is needed once")
+        if self._n_logits is not None and self._code[-1][kernels.OUT] != kernels.LOGITS:
+            raise InvalidInput(f"{self._listing[-1].name} follows the last linear: nothing may")
         if self._n_logits != n_logits:
             raise InvalidInput(f"n_logits is {n_logits}: the last linear has {self._n_logits}")
         ((n_kv_heads, head_dim),) = self._cached

@@ -1,4 +1,4 @@
-"""The decode step of a request: a program, run over the request's own scratch."""
+"""The prompt of a request and its decode steps: a program, run over the request's own scratch."""
 
 import functools
 import sys
@@ -11,9 +11,9 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 from hfopt.kernels import cache_record as records
 from hfopt.kernels import step as kernels
-from hfopt.kernels.linear import ROW_LIMIT
+from hfopt.kernels.attention_prefill import BYTES
 
-from .attention import check_lengths
+from .attention import KINDS, Mask, check_lengths, checked_bytes
 from .checks import ELEMENTS, prepare_threads
 from .program import LINE, Program
 from .rotary import record_of_buffers
@@ -21,7 +21,7 @@ from .rotary import record_of_buffers
 if TYPE_CHECKING:
     from hfopt.cache import AppendedEverywhere, Buffers
 
-__all__ = ["ROW_LIMIT", "Ends", "StepScratch", "choose", "step"]
+__all__ = ["Ends", "StepScratch", "choose", "prefill", "step"]
 
 _NO_MASK = np.empty((0, 0), np.uint8)
 _NO_ENDS = np.empty(0, np.int64)
@@ -31,23 +31,25 @@ class StepScratch:
     """What a request keeps between its steps for a program: the arena, scratch of the kernels, and what they are told of
     tables and cache.
 
+    n_new: tokens of a row in each call.
+
     The memory that the program reads stays alive with it, even if a thread gives a parameter other memory in the meantime.
     """
 
-    def __init__(self, program: Program, n_rows: int) -> None:
-        """Raises `InvalidInput` for more rows than a step can have."""
-        if not 1 <= n_rows <= ROW_LIMIT:
-            raise InvalidInput(f"n_rows is {n_rows}: 1 to {ROW_LIMIT} are allowed")
+    def __init__(self, program: Program, n_rows: int, n_new: int = 1) -> None:
+        """Raises `InvalidInput` if there are no rows or no tokens."""
+        if n_rows < 1 or n_new < 1:
+            raise InvalidInput(f"n_rows is {n_rows} and n_new {n_new}: at least 1 is needed")
         self.program = program
-        self.n_rows = n_rows
-        self.ids = np.zeros((2, n_rows), np.int64)
+        self.n_rows, self.n_new = n_rows, n_new
+        self.ids = np.zeros((2, n_rows * n_new), np.int64)
         self.none_finished = np.zeros(n_rows, np.bool_)
         self.threads = torch.get_num_threads()
-        sizes = n_rows, program.n_kv_heads, program.head_dim, self.threads
+        sizes = n_rows, n_new, program.n_kv_heads, program.head_dim, self.threads
         self.scratch_bytes: int = kernels.scratch_bytes(ELEMENTS[program.dtype], program.code, *sizes)
-        self._arena = np.empty(program.row_bytes * n_rows + self.scratch_bytes + LINE, np.uint8)
+        self._arena = np.empty(program.row_bytes * n_rows * n_new + self.scratch_bytes + LINE, np.uint8)
         self.arena = -(-self._arena.ctypes.data // LINE) * LINE
-        self.scratch = self.arena + program.row_bytes * n_rows
+        self.scratch = self.arena + program.row_bytes * n_rows * n_new
         self.tables = np.zeros((len(program.tables), 2), np.int64)
         self.records = np.zeros((program.n_layers, records.LENGTH), np.int64)
         self._least: list[int] = []  # of each number in the records
@@ -105,6 +107,36 @@ class Ends(NamedTuple):
     tokens: np.ndarray  # int64
 
 
+def prefill(
+    program: Program,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    appended: "AppendedEverywhere",
+    mask: Mask,
+) -> Tensor:
+    """Logits [n_rows, 1, n_logits] of the last of n_new tokens a row; the keys and values of all are written to the cache.
+
+    tokens: int64 [n_rows, n_new]; positions: int64 [1 or n_rows, n_new]; appended: all layers after they made room for the
+    tokens. Raises `InvalidInput`.
+    """
+    n_new = appended.first.n_new
+    if tokens.dtype != np.int64 or tokens.ndim != 2 or tokens.shape[1] != n_new:
+        raise InvalidInput(f"tokens is {tokens.dtype} {tokens.shape}: int64 [rows, {n_new}] is needed")
+    n_rows = len(tokens)
+    if positions.dtype != np.int64 or positions.shape not in ((1, n_new), (n_rows, n_new)):
+        given = f"{positions.dtype} {positions.shape}"
+        raise InvalidInput(f"positions is {given}: int64 [1 or {n_rows}, {n_new}] is needed")
+    scratch = StepScratch(program, n_rows, n_new)
+    scratch.read(appended)
+    hidden = checked_bytes(mask, appended.first, n_rows, n_new)
+    # of as many dimensions as for a step: one variant of the kernel
+    hidden = hidden.reshape(n_rows, -1) if hidden.size else _NO_MASK
+    logits, chosen = _empty_logits(scratch), np.empty((0, n_rows), np.int64)
+    positions = np.broadcast_to(positions, tokens.shape)
+    _run(scratch, tokens, positions, appended, KINDS[mask.kind], hidden, logits, chosen)
+    return logits
+
+
 def step(
     scratch: StepScratch,
     tokens: np.ndarray,
@@ -119,9 +151,9 @@ def step(
     """
     if appended.first.n_new != 1:
         raise InvalidInput(f"appended has {appended.first.n_new} tokens: one is needed")
-    program = scratch.program
-    logits = torch.empty((scratch.n_rows, 1, program.n_logits), dtype=program.dtype)
-    _run(scratch, tokens, positions, appended, mask, logits, np.empty((0, scratch.n_rows), np.int64), None)
+    logits, chosen = _empty_logits(scratch), np.empty((0, scratch.n_rows), np.int64)
+    hidden = _checked(scratch, tokens, positions, appended, mask)
+    _run(scratch, tokens, positions, appended, BYTES, hidden, logits, chosen)
     return logits
 
 
@@ -139,8 +171,39 @@ def choose(
     caller takes back the rest of the room. Other arguments as in `step`, the mask for the keys of the last one.
     """
     chosen = np.empty((appended.first.n_new, scratch.n_rows), np.int64)
-    n_steps = _run(scratch, tokens, positions, appended, mask, scratch.logits, chosen, ends)
+    hidden = _checked(scratch, tokens, positions, appended, mask)
+    n_steps = _run(scratch, tokens, positions, appended, BYTES, hidden, scratch.logits, chosen, ends)
     return chosen[:n_steps]
+
+
+def _empty_logits(scratch: StepScratch) -> Tensor:
+    return torch.empty((scratch.n_rows, 1, scratch.program.n_logits), dtype=scratch.program.dtype)
+
+
+def _checked(
+    scratch: StepScratch,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    appended: "AppendedEverywhere",
+    mask: np.ndarray | None,
+) -> np.ndarray:
+    """The mask of decode steps as the kernel reads it."""
+    n_rows, first = scratch.n_rows, appended.first
+    if scratch.n_new != 1:
+        raise InvalidInput(f"scratch is for {scratch.n_new} tokens of a row: one is needed")
+    for name, given in (("tokens", tokens), ("positions", positions)):
+        if given.dtype != np.int64 or given.shape != (n_rows,):
+            raise InvalidInput(f"{name} is {given.dtype} {given.shape}: int64 {(n_rows,)} is needed")
+    scratch.read(appended)
+    if mask is None:
+        return _NO_MASK
+    n_keys = first.trunk_len + first.branch_len
+    if mask.dtype != np.uint8 or mask.ndim != 2 or len(mask) != n_rows or mask.shape[1] < n_keys:
+        shape = f"{mask.dtype} {mask.shape}"
+        raise InvalidInput(f"mask is {shape}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
+    if first.n_new > 1 and n_rows > 1:
+        raise InvalidInput(f"mask has {n_rows} rows: one is allowed for {first.n_new} steps")
+    return np.ascontiguousarray(mask)
 
 
 def _run(
@@ -148,33 +211,21 @@ def _run(
     tokens: np.ndarray,
     positions: np.ndarray,
     appended: "AppendedEverywhere",
-    mask: np.ndarray | None,
+    kind: int,
+    hidden: np.ndarray,
     logits: Tensor,
     chosen: np.ndarray,
-    ends: Ends | None,
+    ends: Ends | None = None,
 ) -> int:
     program, ids, first = scratch.program, scratch.ids, appended.first
-    n_rows, n_steps = scratch.n_rows, first.n_new
-    for name, given in (("tokens", tokens), ("positions", positions)):
-        if given.dtype != np.int64 or given.shape != (n_rows,):
-            raise InvalidInput(f"{name} is {given.dtype} {given.shape}: int64 {(n_rows,)} is needed")
-    scratch.read(appended)
-    n_keys = first.trunk_len + first.branch_len
-    hidden = _NO_MASK
-    if mask is not None:
-        if mask.dtype != np.uint8 or mask.ndim != 2 or len(mask) != n_rows or mask.shape[1] < n_keys:
-            shape = f"{mask.dtype} {mask.shape}"
-            raise InvalidInput(f"mask is {shape}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
-        if n_steps > 1 and n_rows > 1:
-            raise InvalidInput(f"mask has {n_rows} rows: one is allowed for {n_steps} steps")
-        hidden = np.ascontiguousarray(mask)
+    n_rows, n_steps = scratch.n_rows, max(len(chosen), 1)
     finished, pad, end_tokens = ends or (scratch.none_finished, 0, _NO_ENDS)
     if finished.dtype != np.bool_ or finished.shape != (n_rows,):
         raise InvalidInput(f"finished is {finished.dtype} {finished.shape}: bool {(n_rows,)} is needed")
     if end_tokens.dtype != np.int64 or end_tokens.ndim != 1:
         raise InvalidInput(f"ends are {end_tokens.dtype} {end_tokens.shape}: int64 [n] is needed")
-    ids[0], ids[1] = tokens, positions
-    scratch.reach(max(positions.tolist()) + n_steps)
+    ids[0], ids[1] = tokens.reshape(-1), positions.reshape(-1)
+    scratch.reach(int(ids[1].max()) + n_steps)
     in_trunk = 0 if first.in_branch else n_steps - 1
     prepare_threads()
     outcome: int = kernels.run_step(
@@ -182,6 +233,7 @@ def _run(
         program.code,
         program.scalars,
         n_rows,
+        scratch.n_new,
         scratch.arena,
         scratch.scratch,
         scratch.threads,
@@ -193,6 +245,7 @@ def _run(
         first.in_branch,
         first.trunk_row,
         first.table,
+        kind,
         hidden,
         logits.data_ptr(),
         program.n_logits,

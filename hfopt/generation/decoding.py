@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PROGRAMS = "_hfopt_programs"  # attribute of an optimized model
 
 _OWN_HOOKS = (share_prompts, unshare_prompts)
-_LOOKS_INSIDE = ("output_attentions", "output_hidden_states")
+LOOKS_INSIDE = ("output_attentions", "output_hidden_states")
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 _COLUMN_STEP = 256
 _CALL_SECONDS = 0.15  # at most about that: Python answers Ctrl-C between calls
@@ -29,19 +29,21 @@ _MOST_STEPS = 32
 
 def obstacle(model: Model) -> str | None:
     """In words, why requests of this model take no steps from a program, whatever its modules are."""
-    if _has_hooks(model):
+    if has_hooks(model):
         return "the model has hooks"
-    wanted = _wanted(model)
-    return None if wanted is None else f"its configuration has {wanted}"
+    name = wanted(model)
+    return None if name is None else f"its configuration has {name}"
 
 
-def _has_hooks(model: Model) -> bool:
+def has_hooks(model: Model) -> bool:
+    """Whether code of others runs around calls of the model itself."""
     hooks = (*model._forward_hooks.values(), *model._forward_pre_hooks.values())
     return any(hook not in _OWN_HOOKS for hook in hooks)
 
 
-def _wanted(model: Model) -> str | None:
-    return next((name for name in _LOOKS_INSIDE if getattr(model.config, name, False)), None)
+def wanted(model: Model) -> str | None:
+    """What the configuration asks of each call that a program does not give."""
+    return next((name for name in LOOKS_INSIDE if getattr(model.config, name, False)), None)
 
 
 class Logits(NamedTuple):
@@ -97,7 +99,7 @@ class Decoding:
         position_ids, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
         if PROGRAMS not in model.__dict__ or not isinstance(cache, IndirectCache):
             return None
-        if any(model_kwargs.get(name) for name in _LOOKS_INSIDE) or _wanted(model):
+        if any(model_kwargs.get(name) for name in LOOKS_INSIDE) or wanted(model):
             return None
         if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != 1:
             return None
@@ -194,7 +196,7 @@ class Decoding:
         if self._is_alone and scratch is not None and self._programs.holds(scratch.program):
             program: Program = scratch.program
             return program
-        if _has_hooks(self._model):
+        if has_hooks(self._model):
             return None
         program = self._programs.of(self._model, n_rows, is_first=self._is_first)
         self._is_first = False

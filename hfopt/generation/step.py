@@ -11,6 +11,7 @@ from ..errors import InvalidInput
 from ._types import Model, Outputs
 from .decoding import Choosing, Decoding
 from .inputs import position_limit
+from .prefill import prefill
 
 # What a text decoder is given besides its tokens; anything else is left to `prepare_inputs_for_generation`.
 _CONSTANT = ("use_cache", "logits_to_keep", "output_attentions", "output_hidden_states")
@@ -51,12 +52,7 @@ class Steps:
 
     def prompt(self, input_ids: Tensor) -> Outputs:
         """The outputs for the prompt, int64 [n_rows, prompt length]; only its last logits are promised."""
-        outputs = self.model._prefill(
-            input_ids,
-            self.generation_config,
-            self.model_kwargs,
-            is_first_iteration=not self.generation_config.is_assistant,
-        )
+        outputs = prefill(self.model, input_ids, self.generation_config, self.model_kwargs)
         self._update(outputs)
         self.plain = self._is_plain(input_ids.device)
         if self.plain and self.model_kwargs.get("position_ids") is not None:

@@ -34,7 +34,7 @@ from ._attention_softmax import (
 from ._attention_tile import where_bytes
 from ._decode_tile import address_of
 from ._jit import launch
-from ._parallel import body, next_index, parallel_for, threads_for
+from ._parallel import body, next_index, parallel_for, threads_for, usable_threads
 from ._pointer import (
     address_as,
     as_units,
@@ -260,32 +260,47 @@ def _attend_task(worker, counter, plan, qkv, n_rows, cache, seen, scale, n_heads
 
 
 @body
-def plan_tokens(cache, n_rows, n_new, n_heads):
-    """How `attend_tokens` is to do its work, on as many threads as may be used now."""
-    n_keys, size = cache.trunk.n_tokens + cache.branch.n_tokens, cache.size
-    n_sequences = n_rows * cache.n_kv_heads
-    n_tiles = (n_new * (n_heads // cache.n_kv_heads) + TILE - 1) // TILE
-    threads = threads_for(n_sequences * n_tiles, n_rows * n_new * n_heads * n_keys * size, _PARALLEL_SIZE)
+def _plan(like, n_rows, n_new, n_heads, n_kv_heads, size, threads):
+    n_sequences = n_rows * n_kv_heads
+    n_tiles = (n_new * (n_heads // n_kv_heads) + TILE - 1) // TILE
+    threads = max(min(threads, n_sequences * n_tiles), 1)
     most = max(_ITEM_FLOATS // (2 * TILE * size), 1)
     item_tiles = min(n_sequences * n_tiles // (_ITEMS * threads) + 1, most)
     n_parts = (n_tiles + item_tiles - 1) // item_tiles
-    sizes = scratch((n_tiles + n_parts - 1) // n_parts, size, cache.trunk.keys)
+    sizes = scratch((n_tiles + n_parts - 1) // n_parts, size, like)
     n_floats = sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] + sizes[5] + sizes[6]  # whole cache lines
     return _Plan(n_tiles, n_parts, threads, n_floats)
 
 
 @body
-def tokens_scratch(plan):
-    """Bytes of the scratch of `attend_tokens`."""
+def plan_tokens(cache, n_rows, n_new, n_heads, threads):
+    """How `attend_tokens` is to do its work, on no more than so many threads."""
+    n_keys = cache.trunk.n_tokens + cache.branch.n_tokens
+    work = n_rows * n_new * n_heads * n_keys * cache.size
+    threads = min(threads, threads_for(threads, work, _PARALLEL_SIZE))
+    return _plan(cache.trunk.keys, n_rows, n_new, n_heads, cache.n_kv_heads, cache.size, threads)
+
+
+@body
+def _scratch_of(plan):
     return _LINE + 4 * plan.threads * plan.room
+
+
+@body
+def most_scratch(like, n_rows, n_new, n_heads, n_kv_heads, size, threads):
+    """Bytes of scratch of `attend_tokens` on up to so many threads, whatever the number of keys."""
+    most = 0
+    for n in range(1, threads + 1):  # fewer have longer items
+        most = max(most, _scratch_of(_plan(like, n_rows, n_new, n_heads, n_kv_heads, size, n)))
+    return most
 
 
 @body
 def attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, scale, room, out):
     """`attention.attend_rows` for several new tokens a row, the last ones of the row's keys.
 
-    Pointers to qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size] and out [n_rows n_new, n_heads size]; address of the
-    scratch, on a 64-byte boundary.
+    Pointers to qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size] and out [n_rows n_new, n_heads size]; address of
+    `most_scratch` bytes, on a 64-byte boundary.
     """
     counter = integers_at(room)
     counter[0] = 0
@@ -320,9 +335,9 @@ def attend_prefill(
     cache = open_cache(qkv, pointer(record), trunk_len, branch_len, *rows)
     if not valid_rows(cache, n_rows):
         return 1
-    plan = plan_tokens(cache, n_rows, n_new, n_heads)
+    plan = plan_tokens(cache, n_rows, n_new, n_heads, usable_threads())
     seen = Seen(kind, pointer(mask), n_new, trunk_len + branch_len)
-    room = np.empty(tokens_scratch(plan) // 8 + 9, np.int64)
+    room = np.empty(_scratch_of(plan) // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + _LINE - 1) // _LINE * _LINE
     attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, np.float32(scale), scratch, out)
     room[0] = 0  # the last use of the scratch: it must live until here

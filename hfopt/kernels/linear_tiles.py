@@ -208,16 +208,16 @@ def _units(x, size):
 
 
 @body
-def tiles_scratch(x, n_rows, size):
-    """Bytes of scratch that `multiply_tiles` needs."""
+def tiles_scratch(x, n_rows, size, threads):
+    """Bytes of scratch that `multiply_tiles` needs on so many threads."""
     _, _, packed, panels, sums = _sizes(n_rows, _units(x, size))
-    return _LINE + 4 * (packed + usable_threads() * (panels + sums))
+    return _LINE + 4 * (packed + threads * (panels + sums))
 
 
 @body
-def multiply_tiles(x, n_rows, layer, scratch):
-    """layer.out = epilogue(x W^T + b) for many rows at x; scratch: `tiles_scratch` bytes, on a 64-byte boundary."""
-    size, n_workers = layer.size, usable_threads()
+def multiply_tiles(x, n_rows, layer, scratch, threads):
+    """layer.out = epilogue(x W^T + b) for many rows at x; scratch: `tiles_scratch` bytes, at a multiple of 64."""
+    size, n_workers = layer.size, min(usable_threads(), threads)
     n_units = _units(x, size)
     tile_rows, n_tiles, packed, panel_floats, sum_floats = _sizes(n_rows, n_units)
     counter, first = integers_at(scratch), floats_at(scratch + _LINE)
@@ -236,6 +236,7 @@ def linear_tiles(like, x, n_rows, size, table, gated, code, residuals, out, widt
     x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
     addresses, n_residuals = pointer(residuals), residuals.shape[0]
     layer = Linear(size, pointer(table), table.shape[0], gated, code, addresses, n_residuals, out, width)
-    room = np.empty(tiles_scratch(x, n_rows, size) // 8 + 9, np.int64)
-    multiply_tiles(x, n_rows, layer, (address_of(pointer(room)) + _LINE - 1) // _LINE * _LINE)
+    threads = usable_threads()
+    room = np.empty(tiles_scratch(x, n_rows, size, threads) // 8 + 9, np.int64)
+    multiply_tiles(x, n_rows, layer, (address_of(pointer(room)) + _LINE - 1) // _LINE * _LINE, threads)
     room[0] = 0  # the last use of the scratch: it must live until here

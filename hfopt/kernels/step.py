@@ -1,7 +1,8 @@
-"""A decode step in one launch: walks the instructions of a program and calls the bodies of the other kernels.
+"""New tokens in one launch: walks the instructions of a program and calls the bodies of the other kernels.
 
 An instruction is a row of int64, [OP, IN, OUT, SIZE, ...] and a float64. IN and OUT are slots: places in the arena, in
-bytes a row, of arrays [n_rows, ...]. What else there is, is named below by operation.
+bytes a token, of arrays [n_rows n_new, ...], or [n_rows, ...] behind TAKE_LAST. What else there is, is named below by
+operation.
 """
 
 from typing import Any, NamedTuple
@@ -16,14 +17,18 @@ from ._parallel import body
 from ._pointer import address_as, bytes_at, floats_at, integers_at, pointer, shifted
 from ._tile import units_ratio
 from .attention import attend_rows
+from .attention_prefill import Seen, attend_tokens, most_scratch, plan_tokens
 from .cache_record import BRANCH, LENGTH, TRUNK
-from .linear import Linear, multiply_rows, rows_scratch
+from .linear import ROW_LIMIT, Linear, multiply_rows, rows_scratch
+from .linear_tiles import multiply_tiles, tiles_scratch
 from .norm import add_row, layer_norm, rms_norm
 from .rope import rotate_and_store_rows
 from .sampling import argmax
 
-LOOK_UP, ADD_LOOKED_UP, RMS_NORM, LAYER_NORM, LINEAR, ROTATE_AND_STORE, ATTEND = range(7)
-NAMES = ("look up", "add looked up", "rms_norm", "layer_norm", "linear", "rotate and store", "attend")
+LOOK_UP, ADD_LOOKED_UP, RMS_NORM, LAYER_NORM, LINEAR, ROTATE_AND_STORE, ATTEND, TAKE_LAST = range(8)
+NAMES = (
+    "look up", "add looked up", "rms_norm", "layer_norm", "linear", "rotate and store", "attend", "take last",
+)  # fmt: skip
 OP, IN, OUT, SIZE = range(4)
 TABLE, BY = 4, 5  # LOOK_UP (SIZE in bytes) and ADD_LOOKED_UP: number of the table, and TOKENS or POSITIONS
 WEIGHT, BIAS = 4, 5  # norms, whose float is eps: addresses, or 0
@@ -31,6 +36,7 @@ MATRICES, N_MATRICES, WIDTH, GATED, CODE, RESIDUALS = range(4, 10)  # LINEAR: as
 LAYER, N_HEADS = 4, 5  # ATTEND, whose float is the scale, and ROTATE_AND_STORE
 COS, SIN, N_ROTARY, KIND = range(6, 10)  # ROTATE_AND_STORE: slots of float32, and as in `rope`
 COLUMNS = 12
+# TAKE_LAST (SIZE in bytes) puts the last token of each row where the first ones are; those behind it are of one token a row
 
 MOST_RESIDUALS = COLUMNS - RESIDUALS
 NONE, LOGITS = -1, -2  # in place of a slot
@@ -66,13 +72,13 @@ def _open(cache, layer, like):
 
 @body
 def _check(code, tables, ids, n_rows, cache, like):
-    """0 if all rows exist that are looked up in tables and in the cache."""
+    """0 if all rows exist that the tokens look up in tables, and rows of the batch in the cache."""
     # layers share the rows that they look up, so those with no fewer than an earlier one need no look
     n_trunk_rows = n_branch_rows = _MANY
     for i in range(code.shape[0]):
         if code[i, OP] == LOOK_UP or code[i, OP] == ADD_LOOKED_UP:
-            for row in range(n_rows):
-                index = ids[code[i, BY], row]
+            for token in range(ids.shape[1]):
+                index = ids[code[i, BY], token]
                 if index < 0 or index >= tables[code[i, TABLE], N_ROWS]:
                     return UNKNOWN_INDEX
         elif code[i, OP] == ATTEND:
@@ -86,15 +92,24 @@ def _check(code, tables, ids, n_rows, cache, like):
 
 
 @launch
-def scratch_bytes(like, code, n_rows, n_kv_heads, head_dim, threads):
+def scratch_bytes(like, code, n_rows, n_new, n_kv_heads, head_dim, threads):
     """Bytes of scratch of the instruction of a program that needs most on so many threads, whatever the context."""
-    most, item_size = 0, 4 // units_ratio(pointer(like))
+    rows, item_size = pointer(like), 4 // units_ratio(pointer(like))
+    most, n = 0, n_rows * n_new
     for i in range(code.shape[0]):
         if code[i, OP] == LINEAR:
-            most = max(most, 4 * rows_scratch(pointer(like), n_rows, code[i, SIZE]))
+            if n <= ROW_LIMIT:
+                most = max(most, 4 * rows_scratch(rows, n, code[i, SIZE]))
+            else:
+                most = max(most, tiles_scratch(rows, n, code[i, SIZE], threads))
         elif code[i, OP] == ATTEND:
             heads = code[i, N_HEADS], n_kv_heads, head_dim
-            most = max(most, layout_of(n_rows, *heads, item_size, threads).n_bytes)
+            if n_new == 1:
+                most = max(most, layout_of(n_rows, *heads, item_size, threads).n_bytes)
+            else:
+                most = max(most, most_scratch(rows, n_rows, n_new, *heads, threads))
+        elif code[i, OP] == TAKE_LAST:
+            n = n_rows
     return most
 
 
@@ -107,13 +122,15 @@ def _look_up(table, n_bytes, index, target):
 
 
 class _Step(NamedTuple):
-    """What the instructions of a step share besides the cache."""
+    """What the instructions share besides the cache."""
 
     n_rows: Any
+    n_new: Any  # tokens of a row
     arena: Any  # address
     tables: Any
     ids: Any
     in_branch: Any
+    kind: Any  # of mask
     mask: Any  # address, or 0
     mask_row: Any  # bytes from a row to the next
     scratch: Any  # address
@@ -122,18 +139,20 @@ class _Step(NamedTuple):
 
 @body
 def _walk(like, code, scalars, step, cache, logits):
-    """Runs all instructions for one token a row."""
-    rows, n_rows, arena, tables, ids = pointer(like), step.n_rows, step.arena, step.tables, step.ids
-    part, first = (BRANCH, cache.branch_len - 1) if step.in_branch else (TRUNK, cache.trunk_len - 1)
+    """Runs all instructions."""
+    rows, n_rows, n_new, arena, tables = pointer(like), step.n_rows, step.n_new, step.arena, step.tables
+    part, last = (BRANCH, cache.branch_len) if step.in_branch else (TRUNK, cache.trunk_len)
+    n_tokens = n_rows * n_new
+    n = n_tokens  # of which there are rows now
     residuals = np.empty(MOST_RESIDUALS, np.int64)
     for i in range(code.shape[0]):
         op, size = code[i, OP], code[i, SIZE]
-        x = arena + code[i, IN] * n_rows
-        out = logits if code[i, OUT] == LOGITS else arena + code[i, OUT] * n_rows
+        x = arena + code[i, IN] * n_tokens
+        out = logits if code[i, OUT] == LOGITS else arena + code[i, OUT] * n_tokens
         if op == LINEAR:
             n_residuals = 0
             while n_residuals < MOST_RESIDUALS and code[i, RESIDUALS + n_residuals] != NONE:
-                residuals[n_residuals] = arena + code[i, RESIDUALS + n_residuals] * n_rows
+                residuals[n_residuals] = arena + code[i, RESIDUALS + n_residuals] * n_tokens
                 n_residuals += 1
             layer = Linear(
                 size,
@@ -146,33 +165,46 @@ def _walk(like, code, scalars, step, cache, logits):
                 address_as(out, rows),
                 code[i, WIDTH],
             )
-            multiply_rows(address_as(x, rows), n_rows, layer, floats_at(step.scratch))
+            if n <= ROW_LIMIT:
+                multiply_rows(address_as(x, rows), n, layer, floats_at(step.scratch))
+            else:
+                multiply_tiles(address_as(x, rows), n, layer, step.scratch, step.threads)
         elif op == RMS_NORM:
-            _rms_norm(like, x, n_rows, size, 0, code[i, WEIGHT], scalars[i], 0, out)
+            _rms_norm(like, x, n, size, 0, code[i, WEIGHT], scalars[i], 0, out)
         elif op == LAYER_NORM:
-            _layer_norm(like, x, n_rows, size, 0, code[i, WEIGHT], code[i, BIAS], scalars[i], 0, out)
+            _layer_norm(like, x, n, size, 0, code[i, WEIGHT], code[i, BIAS], scalars[i], 0, out)
         elif op == ROTATE_AND_STORE:
             record = shifted(cache.records, code[i, LAYER] * LENGTH)
-            cos, sin = floats_at(arena + code[i, COS] * n_rows), floats_at(arena + code[i, SIN] * n_rows)
+            cos, sin = floats_at(arena + code[i, COS] * n_tokens), floats_at(arena + code[i, SIN] * n_tokens)
             n_rotary, kind, n_heads = code[i, N_ROTARY], code[i, KIND], code[i, N_HEADS]
-            qkv = address_as(x, rows)
+            qkv, first = address_as(x, rows), last - n_new
             rotate_and_store_rows(
-                qkv, n_rows, 1, cos, sin, n_rows, n_rotary, kind, n_heads, record, part, first
+                qkv, n_rows, n_new, cos, sin, n_rows, n_rotary, kind, n_heads, record, part, first
             )
         elif op == ATTEND:
             opened, n_heads = _open(cache, code[i, LAYER], rows), code[i, N_HEADS]
-            q_row = (n_heads + 2 * opened.n_kv_heads) * opened.size
             q, target, scale = address_as(x, rows), address_as(out, rows), np.float32(scalars[i])
-            seen, room = (step.mask, step.mask_row), (step.scratch, step.threads)
-            attend_rows(opened, q, q_row, n_rows, n_heads, *seen, scale, *room, target)
+            if n_new == 1:
+                q_row = (n_heads + 2 * opened.n_kv_heads) * opened.size
+                hidden, room = (step.mask, step.mask_row), (step.scratch, step.threads)
+                attend_rows(opened, q, q_row, n_rows, n_heads, *hidden, scale, *room, target)
+            else:
+                seen = Seen(step.kind, bytes_at(step.mask), n_new, cache.trunk_len + cache.branch_len)
+                plan = plan_tokens(opened, n_rows, n_new, n_heads, step.threads)
+                attend_tokens(plan, opened, q, n_rows, n_heads, seen, scale, step.scratch, target)
+        elif op == TAKE_LAST:
+            if n_new > 1:
+                for row in range(n_rows):
+                    _look_up(x, size, row * n_new + n_new - 1, bytes_at(x + row * size))
+            n = n_rows
         else:
-            source, n = tables[code[i, TABLE], ADDRESS], code[i, BY]
-            for row in range(n_rows):
+            source, indices = tables[code[i, TABLE], ADDRESS], step.ids[code[i, BY]]
+            for token in range(n_tokens):
                 if op == LOOK_UP:
-                    _look_up(source, size, ids[n, row], bytes_at(out + row * size))
+                    _look_up(source, size, indices[token], bytes_at(out + token * size))
                 else:
-                    target = shifted(address_as(out, rows), row * size)
-                    add_row(target, shifted(address_as(source, rows), ids[n, row] * size), size, target)
+                    target = shifted(address_as(out, rows), token * size)
+                    add_row(target, shifted(address_as(source, rows), indices[token] * size), size, target)
     residuals[0] = 0  # the last use: it must live until here
 
 
@@ -198,6 +230,7 @@ def run_step(
     code,
     scalars,
     n_rows,
+    n_new,
     arena,
     scratch,
     threads,
@@ -209,6 +242,7 @@ def run_step(
     in_branch,
     trunk_row,
     table,
+    kind,
     mask,
     logits,
     n_logits,
@@ -217,21 +251,23 @@ def run_step(
     pad,
     ends,
 ):
-    """Runs a program for one new token in each of 1 to 64 rows, and again for the tokens that it chooses itself.
+    """Runs a program for n_new tokens in each of n_rows rows; or for one, and again for the tokens that it chooses itself.
 
-    Returns how many times, or -UNKNOWN_INDEX or -UNKNOWN_ROW if a step found that, nothing written, and was the first.
+    Returns how many times, or -UNKNOWN_INDEX or -UNKNOWN_ROW if the first found that, nothing written.
 
     Like an array of the element type, float32 or bfloat16 bits; code int64 [n, COLUMNS], scalars float64 [n]; address of the
-    arena and of `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]; ids int64 [2, n_rows]:
-    tokens, positions; records int64 [layers, `cache_record`]; lengths in the first step, in_branch, trunk_row and table as
-    in `cache.Appended`; mask uint8 [n_rows, keys or more], empty if all are seen, of more than one step with rows of one
-    sequence only; address of logits [n_rows, n_logits], of the element type. chosen int64 [n_steps, n_rows]: the
-    `sampling.argmax` of each step, or no rows for one step whose logits are wanted; behind it `pad` in rows that are
-    finished, bool [n_rows]. The last step is one that chooses any of `ends`, int64 [n], for another row.
+    arena and of `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]; ids int64 [2, n_rows
+    n_new]: tokens, positions; records int64 [layers, `cache_record`]; lengths the first time, in_branch, trunk_row and table
+    as in `cache.Appended`; kind as in `attention_prefill`, of mask, uint8 [n_rows, n_new keys]: empty if order alone hides
+    keys; of one new token with keys or more, and of one sequence only if the program runs more than once; address of
+    logits [n_rows, n_logits], of the element type, those of the last tokens. chosen int64 [n_steps, n_rows]: their
+    `sampling.argmax` each time, or no rows if the logits are wanted; behind it `pad` in rows that are finished, bool
+    [n_rows]. The last time is one that chooses any of `ends`, int64 [n], for another row.
     """
     rows = pointer(like)
     hidden = address_of(pointer(mask)) if mask.size > 0 else 0
-    step = _Step(n_rows, arena, tables, ids, in_branch, hidden, mask.shape[1], scratch, threads)
+    seen = kind, hidden, mask.shape[1]
+    step = _Step(n_rows, n_new, arena, tables, ids, in_branch, *seen, scratch, threads)
     n_steps = max(chosen.shape[0], 1)
     for k in range(n_steps):
         in_trunk = 0 if in_branch else k

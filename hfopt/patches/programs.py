@@ -1,4 +1,4 @@
-"""What `optimize` leaves on a model for decode steps: the program of the model as it is now."""
+"""What `optimize` leaves on a model for prompts and decode steps: the program of the model as it is now."""
 
 import logging
 import threading
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from hfopt.errors import UnsupportedModel
-from hfopt.functional import ROW_LIMIT, Kernels, Listing, Program
+from hfopt.functional import Kernels, Listing, Program
 from hfopt.functional.choice import takes_torch
 from hfopt.patches.decoder import build
 from hfopt.patches.guards import captured_outputs, is_plain_inference
@@ -42,19 +42,30 @@ class Programs:
     def __reduce__(self) -> tuple[type, tuple[Kernels]]:
         return Programs, (self._kernels,)
 
-    def of(self, model: nn.Module, n_rows: int, *, is_first: bool = False) -> Program | None:
-        """The program for a step with n_rows rows; None if this step has to go module by module.
+    def of(self, model: nn.Module, n_rows: int, n_new: int = 1, *, is_first: bool = False) -> Program | None:
+        """The program for n_new tokens in each of n_rows rows; None if they have to go module by module.
 
         is_first: of a request, when more is looked at.
         """
         program = self._current(model, is_first).program
-        if program is None or n_rows > ROW_LIMIT:
+        if program is None:
             return None
         if not is_plain_inference(model, (), {}) or captured_outputs() is not None:
             return None
-        if self._kernels != "hfopt" and takes_torch(self._kernels, "linear", program.dtype, n_rows):
-            return None
-        return program
+        return None if self._leaves_to_torch(program, n_rows, n_new) else program
+
+    def _leaves_to_torch(self, program: Program, n_rows: int, n_new: int) -> bool:
+        """Whether modules would compute something in torch's kernels: there may be one answer for all tokens and another
+        for the last ones, of which there are logits.
+        """
+        by, dtype = self._kernels, program.dtype
+        if by == "hfopt":
+            return False
+        if takes_torch(by, "linear", dtype, n_rows):
+            return True
+        return n_new > 1 and (
+            takes_torch(by, "linear", dtype, n_rows * n_new) or takes_torch(by, "attention", dtype, n_new)
+        )
 
     def holds(self, program: Program) -> bool:
         """Whether this is still the model's program, for the next step of a request that runs no code of its user.
