@@ -86,14 +86,19 @@ def assert_same_bits(one: Any, other: Any) -> None:
         assert torch.equal(bits(ours.values), bits(theirs.values))
 
 
-def assert_program_is_the_modules(model: Model, passes: list[int], **arguments: Any) -> Any:
-    """`generate` of a proven model takes prompt and steps from the program, with the bits that the modules give."""
+def assert_program_is_the_modules(
+    model: Model, passes: list[int], n_calls: int | None = None, **arguments: Any
+) -> Any:
+    """`generate` of a proven model takes prompt and steps from the program, with the bits that the modules give.
+
+    n_calls: of the modules; None: as many as there are tokens.
+    """
     passes.clear()
     ours = generated(model, arguments)
     assert not passes, "prompt and steps of the program"
     with modules_alone(model):
         passes.clear()
         theirs = generated(model, arguments)
-        assert len(passes) == len(theirs.logits), "prompt and steps of the modules"
+        assert len(passes) == (n_calls or len(theirs.logits)), "prompt and steps of the modules"
     assert_same_bits(ours, theirs)
     return ours

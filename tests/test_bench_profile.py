@@ -45,7 +45,7 @@ def test_instructions_one_by_one_are_the_step(model: LlamaForCausalLM, n_rows: i
     with torch.inference_mode():
         ready = ReadyStep(model, Workload(20, 4, n_rows=n_rows, filled=True))
         expected = ready.logits.clone()
-        assert len(ready.parts) == len(ready.instructions) == 21
+        assert len(ready.parts) == len(ready.instructions) == 22
         ready.logits.zero_()
         ready.empty()
         for part in ready.parts[:-1]:

@@ -140,6 +140,7 @@ REFUSED: dict[str, Callable[[Builder, Slot], Any]] = {
     "gate alone": lambda b, x: b.linear(x, weights((8, SIZE)), gated=True),
     "gate and up differ": lambda b, x: b.linear(x, weights((8, SIZE), (10, SIZE)), gated=True),
     "after the last": _after_the_last,
+    "residuals of the last": lambda b, x: b.linear(x, weights((SIZE, SIZE)), residuals=(x,), is_last=True),
     "heads and size": lambda b, x: _attend(b, x, 4, 2, 7),
     "heads and groups": lambda b, x: _attend(b, x, 2, 3, 8),
     "no heads": lambda b, x: _attend(b, x, 8, 0, 8),
@@ -192,6 +193,16 @@ def test_as_many_logits_as_the_last_linear_has(n_logits: int) -> None:
     builder.linear(layered(builder, x, 0), weights((N_LOGITS, SIZE)), is_last=True)
     with pytest.raises(InvalidInput, match="n_logits"):
         builder.program(1, n_logits)
+
+
+def test_nothing_follows_the_last_linear() -> None:
+    """Its rows are the last tokens alone."""
+    builder, x = begun()
+    x = layered(builder, x, 0)
+    builder.linear(x, weights((N_LOGITS, SIZE)), is_last=True)
+    builder.rms_norm(x, torch.ones(SIZE), 1e-5)
+    with pytest.raises(InvalidInput, match="rms_norm follows"):
+        builder.program(1, N_LOGITS)
 
 
 def test_without_a_last_linear() -> None:

@@ -52,7 +52,7 @@ class Steps:
 
     def prompt(self, input_ids: Tensor) -> Outputs:
         """The outputs for the prompt, int64 [n_rows, prompt length]; only its last logits are promised."""
-        outputs = prefill(self.model, input_ids, self.generation_config, self.model_kwargs)
+        outputs, is_by_program = prefill(self.model, input_ids, self.generation_config, self.model_kwargs)
         self._update(outputs)
         self.plain = self._is_plain(input_ids.device)
         if self.plain and self.model_kwargs.get("position_ids") is not None:
@@ -61,7 +61,12 @@ class Steps:
             self._position = int(self.model_kwargs["position_ids"][..., -1].max())
         if self.plain:
             self._decoding = Decoding.of(
-                self.model, self.cache, self.model_kwargs, choosing=self._choosing, is_alone=self._is_alone
+                self.model,
+                self.cache,
+                self.model_kwargs,
+                choosing=self._choosing,
+                is_alone=self._is_alone,
+                is_first=not is_by_program,
             )
         return outputs
 

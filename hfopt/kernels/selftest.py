@@ -80,8 +80,8 @@ def _linear(dtype: type, n_rows: int) -> float:
     table = np.array([[_address(w), _address(bias), 35, 0]], np.int64)
     nothing = np.zeros(0, np.int64)
     kernel = linear.linear_rows if n_rows <= linear.ROW_LIMIT else linear_tiles.linear_tiles
-    rows = np.empty(0, dtype), _address(x), n_rows, 41
-    kernel(*rows, table, False, activation.NONE, nothing, _address(out), 35)
+    like: Array = np.empty(0, dtype)
+    kernel(like, _address(x), n_rows, 41, table, False, activation.NONE, nothing, _address(out), 35)
     expected = _exact(x) @ _exact(w).T + _exact(bias)
     return _error(out, expected) / float(np.abs(expected).max())
 

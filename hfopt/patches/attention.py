@@ -119,7 +119,7 @@ class Attention(Replacement):
         return functional.linear(attended, output, residuals=residuals, by=by)
 
     def emit(self, builder: Builder, x: Slot, residuals: Sequence[Slot], angles: Any) -> Slot:
-        """`attend` as instructions, for one new token a row; angles: the slots of cos and sin, or None."""
+        """`attend` as instructions; angles: the slots of cos and sin, or None."""
         spec = self._hfopt.spec
         inputs, output = weights_of(self, "inputs", spec.inputs), weights_of(self, "output", (spec.output,))
         heads = spec.n_heads, spec.n_kv_heads, spec.head_dim

@@ -13,7 +13,7 @@ from hfopt.patches.layer import swapped
 
 
 def build(model: nn.Module) -> Program:
-    """The program of a decode step of this model, as it is now; raises UnsupportedModel with what is in the way.
+    """The program of this model, as it is now; raises UnsupportedModel with what is in the way.
 
     Hooks on the model itself are for the caller to look at: they see a whole step, from outside.
     """
