@@ -581,6 +581,10 @@ SEEN_BY_STEPS: dict[str, Change] = {
 # what the first step of a request notices
 SEEN_BY_REQUESTS: dict[str, Change] = {
     "number": lambda model: setattr(model.model.norm, "variance_epsilon", 1e-3),
+    "number of another type": lambda model: setattr(model.model.norm, "variance_epsilon", torch.ones(2)),
+    "another attribute in its place": lambda model: setattr(
+        model.model.norm, "epsilon", vars(model.model.norm).pop("variance_epsilon")
+    ),
     "attribute of the model": lambda model: setattr(model, "vocab_size", 5),
     "numbers in a buffer": lambda model: model.model.rotary_emb.inv_freq.mul_(2),
     "layout": lambda model: setattr(

@@ -1,6 +1,7 @@
 """Watch: whether a model is still the one from which something was made."""
 
 import weakref
+from collections.abc import Callable
 from itertools import chain, cycle
 from operator import is_, itemgetter
 from typing import Any
@@ -34,18 +35,20 @@ class Watch:
         size = max(-(-len(modules) // _PARTS), 1)
         self._parts = [_Part(modules[first : first + size]) for first in range(0, len(modules), size)]
         self._turns = cycle(self._parts)
+        self._plain = [_plain_of(state) for state in (vars(model), *self._states)]
         self._rest = self._seldom(model)
 
     def _seldom(self, model: nn.Module) -> list[Any]:
         """What nobody changes in the middle of a request: attributes, layouts, and what is in the buffers."""
         states = [vars(model), *self._states]
-        plain = [(name, value) for state in states for name, value in state.items() if type(value) in _PLAIN]
+        plain = list(chain.from_iterable(of(state) for of, state in zip(self._plain, states, strict=True)))
         owned = chain(_owned(_tensors([vars(model)])), *(part.owned for part in self._parts))
         layouts = [(each.dtype, each.shape, each.stride()) for each in owned]
         buffers = chain.from_iterable(state["_buffers"].values() for state in states)
         # inference tensors count no versions
         versions = [each._version for each in buffers if each is not None and not each.is_inference()]
-        return [plain, layouts, versions]
+        # values of other types may not even be comparable
+        return [list(map(type, plain)), plain, layouts, versions]
 
     def _holds_itself(self) -> bool:
         model = self._model()  # None for the watch of a shallow copy, whose original is gone
@@ -62,7 +65,18 @@ class Watch:
     def holds_wholly(self) -> bool:
         """Whether nothing of this has changed since."""
         model = self._model()
-        return model is not None and self.holds() and self._seldom(model) == self._rest
+        if model is None or not self.holds():
+            return False
+        try:
+            return self._seldom(model) == self._rest
+        except KeyError:  # of an attribute that is no longer there
+            return False
+
+
+def _plain_of(state: dict[str, Any]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """What gives the values of the attributes that are numbers, strings and the like, at once."""
+    names = (name for name, value in state.items() if type(value) in _PLAIN)
+    return itemgetter("training", "training", *names)  # of one name alone it would give no tuple
 
 
 def _tensors(states: list[dict[str, Any]]) -> list[torch.Tensor | None]:
