@@ -201,8 +201,6 @@ def _checked(
     if mask.dtype != np.uint8 or mask.ndim != 2 or len(mask) != n_rows or mask.shape[1] < n_keys:
         shape = f"{mask.dtype} {mask.shape}"
         raise InvalidInput(f"mask is {shape}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
-    if first.n_new > 1 and n_rows > 1:
-        raise InvalidInput(f"mask has {n_rows} rows: one is allowed for {first.n_new} steps")
     return np.ascontiguousarray(mask)
 
 

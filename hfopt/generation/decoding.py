@@ -145,8 +145,6 @@ class Decoding:
     def _choose(self, program: Program, tokens: np.ndarray, most: int, finished: np.ndarray | None) -> bool:
         """Go ahead by as many steps as are short enough to be made in one call; False if there is no way."""
         n_steps = max(1, min(most, _MOST_STEPS, 2 * self._n_steps, int(_CALL_SECONDS / self._seconds)))
-        if self._seen is not None and len(tokens) > 1:
-            n_steps = 1
         choosing = self._choosing
         assert choosing is not None
         if finished is None:
