@@ -401,15 +401,15 @@ def test_explain_prints_the_program_of_a_step(config_file: str, capsys: pytest.C
     all_lines = capsys.readouterr().out.splitlines()
     assert "layer 0" in all_lines and "layer 1" in all_lines
     assert [line.split()[0] for line in all_lines[2:-2] if "layer " not in line] == [
-        str(n) for n in range(21)
+        str(n) for n in range(22)
     ]
     assert "64 → 96 + 96" in all_lines[12] and "silu, gate × up" in all_lines[12]
-    assert all_lines[-2].startswith("21 instructions, ")
+    assert all_lines[-2].startswith("22 instructions, ")
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [line["layer"] for line in report["program"]["instructions"]] == [None] * 3 + [0] * 8 + [1] * 8 + [
         None
-    ] * 2
+    ] * 3
 
 
 def test_explain_says_why_there_is_no_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

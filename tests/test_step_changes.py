@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import accelerate.hooks
@@ -16,6 +17,7 @@ from transformers.generation import BaseStreamer, StoppingCriteria
 
 import hfopt
 from hfopt.errors import InvalidInput
+from hfopt.functional import choice, choice_file
 from hfopt.generation import PROGRAMS
 from hfopt.patches.watch import Watch
 from tests.generation_cases import FAMILIES, Doubled, Model, gptj, llama, one_thread, opt
@@ -347,6 +349,20 @@ def test_torchs_kernels(passes: list[int]) -> None:
     assert "torch" in str(hfopt.explain(model).by_module)
     generated(model, max_new_tokens=6, do_sample=False)
     assert len(passes) == 6
+
+
+def test_explain_says_where_torch_was_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(choice_file, "path", lambda n_threads: tmp_path / f"choices-{n_threads}.json")
+    monkeypatch.setattr(choice, "_used", {})
+    model = hfopt.optimize(llama())
+    assert hfopt.explain(model).by_module is None  # nothing is measured for it
+    key = "linear", torch.float32, 1, torch.get_num_threads()
+    monkeypatch.setitem(choice._used, key, choice._Verdict.of(0.5))
+    assert "measured" in str(hfopt.explain(model).by_module)
+    monkeypatch.setitem(choice._used, key, choice._Verdict.of(2.0))
+    assert hfopt.explain(model).by_module is None
 
 
 def test_a_compiled_model(passes: list[int]) -> None:

@@ -198,16 +198,29 @@ class Choice:
         return self.kernels, "not measurable" if self.ratio is None else f"{self.ratio:.2f}"
 
 
+def is_known_for_torch(operation: str, dtype: torch.dtype, size: int) -> bool:
+    """Whether "auto" is known to take torch's kernels; measures nothing."""
+    n_threads = torch.get_num_threads()
+    key = operation, dtype, bisect.bisect(_FIRSTS[operation], size), n_threads
+    verdict = _known(key, choice_file.read(n_threads))
+    return verdict is not None and verdict.is_torch
+
+
+def _known(key: _Key, stored: dict[str, float]) -> _Verdict | None:
+    """What this process uses, or else what the file of this machine holds."""
+    verdict, label = _used.get(key), _label(*key[:3])
+    if verdict is None and label in stored:
+        verdict = _Verdict.of(stored[label])
+    return verdict
+
+
 def choices() -> list[Choice]:
     """All classes at torch's number of threads: what this process uses, or else what the file of this machine holds."""
     n_threads = torch.get_num_threads()
     stored = choice_file.read(n_threads)
     found = []
     for operation, dtype, place in _classes():
-        verdict = _used.get((operation, dtype, place, n_threads))
-        label = _label(operation, dtype, place)
-        if verdict is None and label in stored:
-            verdict = _Verdict.of(stored[label])
+        verdict = _known((operation, dtype, place, n_threads), stored)
         kernels = None if verdict is None else "torch" if verdict.is_torch else "hfopt"
         ratio = None if verdict is None or math.isnan(verdict.ratio) else verdict.ratio
         found.append(Choice(operation, _name(dtype), _sizes(operation, place), kernels, ratio))

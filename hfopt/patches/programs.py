@@ -10,7 +10,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Kernels, Listing, Program
-from hfopt.functional.choice import takes_torch
+from hfopt.functional.choice import is_known_for_torch, takes_torch
 from hfopt.patches.decoder import build
 from hfopt.patches.guards import captured_outputs, is_plain_inference
 from hfopt.patches.watch import Watch
@@ -100,6 +100,9 @@ class Programs:
         reason = made.reason
         if reason is None and self._kernels == "torch":
             reason = "its Linears run in torch's kernels"
+        program = made.program if self._kernels == "auto" else None
+        if program is not None and is_known_for_torch("linear", program.dtype, 1):
+            reason = "torch's kernels were measured to be faster for Linears of one row"
         with torch.no_grad():
             if reason is None and not is_plain_inference(model, (), {}):
                 reason = "autocast, a trace or hooks on all modules are on"
