@@ -113,8 +113,8 @@ def test_calls_grow_to_what_is_allowed(steady: Callable[[float], None], calls: l
     prove(model)
     for seconds, sizes in (
         (0.2, [1] * 99),
-        (0.07, [1] + [2] * 49),
-        (0.04, [1, 2] + [3] * 32),
+        (0.09, [1] + [2] * 49),
+        (0.06, [1, 2] + [3] * 32),
         (0.001, [1, 2, 4, 8, 16, 32, 32, 4]),
     ):
         calls.clear()

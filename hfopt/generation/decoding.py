@@ -23,7 +23,7 @@ _OWN_HOOKS = (share_prompts, unshare_prompts)
 LOOKS_INSIDE = ("output_attentions", "output_hidden_states")
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 _COLUMN_STEP = 256
-_CALL_SECONDS = 0.15  # at most about that: Python answers Ctrl-C between calls
+_CALL_SECONDS = 0.19  # at most about that: Python answers Ctrl-C between calls
 _MOST_STEPS = 32
 
 

@@ -15,7 +15,7 @@ _WITH_ADDRESS = (torch.Tensor, nn.Parameter)
 _PLAIN = (bool, int, float, str, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _TENSORS = ("_parameters", "_buffers")
-_PARTS = 32
+_PARTS = 64
 
 
 class Watch:
@@ -55,7 +55,7 @@ class Watch:
         return model is not None and _look(model) == self._model_then
 
     def holds_in_part(self) -> bool:
-        """Whether nothing has changed in a part of the model, another one each time: 32 calls have seen all of it."""
+        """Whether nothing has changed in a part of the model, another one each time: 64 calls have seen all of it."""
         return self._holds_itself() and next(self._turns).holds()
 
     def holds(self) -> bool:
