@@ -17,6 +17,7 @@ ALLOWED = {
     "shapes": set(),
     "limits": {"kernels._jit", "kernels.peak"},
     "embedded": set(),
+    "quantization": {"errors"},
     "kernels": {"errors"},
     "env": {"kernels", "_linux"},
     "_cache_rows": {"errors", "kernels"},

@@ -1,0 +1,21 @@
+"""Formats of quantised weights: their configs, their arithmetic, and the layout that kernels read."""
+
+from hfopt.quantization.format import FORMATS, Format, from_dict, register, resolve
+from hfopt.quantization.int4 import Int4
+from hfopt.quantization.int8 import Int8
+from hfopt.quantization.nf4 import NF4
+from hfopt.quantization.packed import Packed, layout_of, packed_from
+
+__all__ = [
+    "FORMATS",
+    "NF4",
+    "Format",
+    "Int4",
+    "Int8",
+    "Packed",
+    "from_dict",
+    "layout_of",
+    "packed_from",
+    "register",
+    "resolve",
+]

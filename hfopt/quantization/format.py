@@ -1,0 +1,229 @@
+"""What a weight format is: a frozen config with its arithmetic, under a name in the registry.
+
+A new format is one file: a frozen dataclass that derives from `Format`, decorated with `register`. Its fields are
+what `config.json` holds; its methods say which scales to try, and how a quotient w / scale becomes a code and back.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch.nn.functional import pad
+
+from hfopt.errors import InvalidInput, UnsupportedDevice
+from hfopt.quantization.layout import (
+    BLOCK,
+    blocks_to_codes,
+    blocks_to_groups,
+    ceil_div,
+    codes_to_blocks,
+    groups_to_blocks,
+    inputs_per_unit,
+)
+from hfopt.quantization.packed import Packed, layout_of
+from hfopt.quantization.search import Candidate, divide, reciprocal, search
+
+COMPUTE = ("int8", "float")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SLICE = 1 << 18  # weights that are quantised at once: the cache of a core holds their float32 copies
+TINY = 2.0**-100  # a row without a larger weight becomes zeros: its scales would lose their precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(ABC):
+    """A weight format; see `Int8`, `Int4`, `NF4`.
+
+    group: inputs that share a scale, or None for one scale per output row. compute: "int8" multiplies by inputs that
+    are quantised to 8 bits as well, for each row and group of at most 128 inputs; "float" multiplies dequantised
+    weights by the inputs as they are. Values outside of what is allowed raise InvalidInput.
+    """
+
+    name: ClassVar[str]
+    bits: ClassVar[int]
+    groups: ClassVar[tuple[int | None, ...]]
+    zero_code: ClassVar[int]  # the code of 0 where groups have no zero points of their own
+
+    group: int | None
+    compute: str
+
+    def __post_init__(self) -> None:
+        self._check("group", self.groups)
+        self._check("compute", COMPUTE)
+
+    def _check(self, field: str, allowed: tuple[Any, ...]) -> None:
+        value = getattr(self, field)
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            raise InvalidInput(f"{field}={value!r} of format {self.name!r} must be one of {list(allowed)}")
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether every group has a zero point of its own."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the name under "format", and the fields."""
+        return {"format": self.name, **asdict(self)}
+
+    @abstractmethod
+    def candidates(self, groups: torch.Tensor) -> Iterator[Candidate]:
+        """Scales and zero points to try for weights [rows, n_groups, group]."""
+
+    @abstractmethod
+    def nearest(self, quotients: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The representable values next to quotients = weight / scale (+ the zero point of their group)."""
+
+    @abstractmethod
+    def encode(self, quotients: torch.Tensor) -> torch.Tensor:
+        """The uint8 codes of these quotients; they may be overwritten."""
+
+    @abstractmethod
+    def decode(self, codes: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        """float32 values of uint8 codes, in units of the scale."""
+
+    def pack(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> Packed:
+        """Quantise a matrix [out, in] of float32, bfloat16 or float16.
+
+        importance: a non-negative weight for the squared error of every input [in] (the mean square of its
+        activations), or None. A group that does not divide the inputs, NaN and Inf raise InvalidInput.
+        """
+        check_weight(weight)
+        out_features, in_features = weight.shape
+        layout = layout_of(self, out_features, in_features)
+        shares = None if importance is None else self._shares(importance, in_features)
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+        step = max(SLICE // in_features // BLOCK, 1) * BLOCK
+        for first in range(0, out_features, step):
+            rows = weight[first : first + step].detach().float()
+            magnitude = torch.maximum(rows.amax(1), -rows.amin(1))
+            if not (finite := magnitude.isfinite()).all():
+                raise InvalidInput(f"weight must be finite; row {first + int((~finite).nonzero()[0])} is not")
+            blocks = slice(first // BLOCK, ceil_div(first + len(rows), BLOCK))
+            for name, values in self._pack_rows(rows, magnitude, shares).items():
+                tensors[name][blocks] = values
+        return Packed(self, out_features, in_features, **tensors)
+
+    def _shares(self, importance: torch.Tensor, in_features: int) -> torch.Tensor:
+        """The importance of every input in units of their mean, [n_groups, group]."""
+        if importance.shape != (in_features,):
+            raise InvalidInput(
+                f"importance must have shape [{in_features}], one number for each input, got {list(importance.shape)}"
+            )
+        importance = importance.detach().float()
+        largest = importance.max()
+        if not (largest.isfinite() and (importance >= 0).all()):
+            raise InvalidInput("importance must be finite and not negative")
+        return (importance * reciprocal(largest)).view(-1, self.group or in_features)
+
+    def _pack_rows(
+        self, rows: torch.Tensor, magnitude: torch.Tensor, importance: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        magnitude = torch.where(magnitude < TINY, 0, magnitude)
+        rows = rows * reciprocal(magnitude)[:, None]
+        groups = rows.view(len(rows), -1, self.group or rows.shape[1])
+        scale, zero = search(groups, self.candidates(groups), self.nearest, importance)
+        peak = scale.abs().amax(1, keepdim=True) if self.group else scale
+        relative = (scale * reciprocal(peak)).half()
+        codes = self.encode(divide(groups, relative.float() * peak, zero, out=torch.empty_like(groups)))
+        return arrange(
+            self,
+            codes.view(rows.shape),
+            row_scales=peak.view(-1) * magnitude,
+            scales=relative[:, :, 0] if self.group else None,
+            zeros=None if zero is None else zero[:, :, 0].to(torch.uint8),
+        )
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        """The matrix that a packed one stands for, float32 [out, in]."""
+        out = torch.empty(packed.out_features, packed.in_features)
+        step = max(SLICE // packed.in_features // BLOCK, 1)
+        for first in range(0, len(packed.codes), step):
+            blocks = slice(first, first + step)
+            rows = out[first * BLOCK : (first + step) * BLOCK]
+            codes = blocks_to_codes(packed.codes[blocks], self.bits)[: len(rows), : packed.in_features]
+            groups = codes.reshape(len(rows), -1, self.group or packed.in_features)
+            zero = None if packed.zeros is None else blocks_to_groups(packed.zeros[blocks])[: len(rows), :, None]
+            values = self.decode(groups, zero)
+            if packed.scales is not None:
+                values *= blocks_to_groups(packed.scales[blocks])[: len(rows), :, None].float()
+            values *= packed.row_scales[blocks].view(-1)[: len(rows), None, None]
+            if packed.order is None:
+                rows.copy_(values.view(rows.shape))
+            else:
+                rows[:, packed.order.long()] = values.view(rows.shape)
+        return out
+
+
+def check_weight(weight: torch.Tensor) -> None:
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise InvalidInput(f"weight must be a matrix [out, in] that is not empty, got shape {list(weight.shape)}")
+    if weight.dtype not in FLOATS:
+        raise InvalidInput(f"weight must be one of {[str(dtype) for dtype in FLOATS]}, got {weight.dtype}")
+    if weight.device.type != "cpu":
+        raise UnsupportedDevice(f"weight must be in CPU memory, got device {weight.device}")
+
+
+def arrange(
+    format: Format,
+    codes: torch.Tensor,
+    *,
+    row_scales: torch.Tensor,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """The tensors of a packed matrix from codes [rows, in], row_scales [rows], scales and zeros [rows, n_groups].
+
+    Rows are filled up to whole blocks by ones of scale 0, and inputs to whole units by the zero point.
+    """
+    rows, in_features = codes.shape
+    missing = -rows % BLOCK
+    if extra := -in_features % inputs_per_unit(format.bits):
+        fill = torch.full((rows, 1), format.zero_code, dtype=torch.uint8) if zeros is None else zeros[:, -1:]
+        codes = torch.cat([codes, fill.expand(rows, extra)], dim=1)
+    fill_code = format.zero_code if zeros is None else 0
+    codes = pad(codes, (0, 0, 0, missing), value=fill_code)
+    tensors = {
+        "codes": codes_to_blocks(codes, format.bits),
+        "row_scales": pad(row_scales, (0, missing)).view(-1, BLOCK),
+    }
+    if scales is not None:
+        tensors["scales"] = groups_to_blocks(pad(scales, (0, 0, 0, missing)))
+    if zeros is not None:
+        tensors["zeros"] = groups_to_blocks(pad(zeros, (0, 0, 0, missing)))
+    return tensors
+
+
+FORMATS: dict[str, type[Format]] = {}
+F = TypeVar("F", bound=type[Format])
+
+
+def register(format: F) -> F:
+    """Class decorator: make a format known under its name."""
+    FORMATS[format.name] = format
+    return format
+
+
+def named(name: object) -> type[Format]:
+    if not isinstance(name, str) or name not in FORMATS:
+        raise InvalidInput(f"quantization format {name!r} is not known; formats are {sorted(FORMATS)}")
+    return FORMATS[name]
+
+
+def from_dict(values: Mapping[str, Any]) -> Format:
+    """The format that `Format.to_dict` described; unknown names, fields and values raise InvalidInput."""
+    rest = dict(values)
+    format = named(rest.pop("format", None))
+    known = [field.name for field in fields(format)]
+    if unknown := sorted(rest.keys() - set(known)):
+        raise InvalidInput(f"format {format.name!r} has no options {unknown}; options are {known}")
+    return format(**rest)
+
+
+def resolve(quantization: "str | Mapping[str, Any] | Format") -> Format:
+    """A format from its name (with the defaults), from a dictionary of `to_dict`, or as it is."""
+    if isinstance(quantization, Format):
+        return quantization
+    if isinstance(quantization, Mapping):
+        return from_dict(quantization)
+    return named(quantization)()

@@ -1,0 +1,28 @@
+"""Integers of 4 bits."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hfopt.quantization.format import register
+from hfopt.quantization.uniform import Uniform
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Int4(Uniform):
+    """Weights in 4 bits, for each group of inputs; symmetric codes are -8 to 7.
+
+    group=None (one scale per output row) is there for checkpoints that come so.
+    """
+
+    name: ClassVar[str] = "int4"
+    bits: ClassVar[int] = 4
+    groups: ClassVar[tuple[int | None, ...]] = (None, 32, 64, 128)
+    zero_code: ClassVar[int] = 8
+    lowest: ClassVar[int] = -8
+    divisors: ClassVar[tuple[float, ...]] = (7, -7.5, -8, -8.5, -9, -9.5, -10)
+    shrinks: ClassVar[tuple[float, ...]] = (1.0, 0.9, 0.8)
+
+    group: int | None = 128
+    symmetric: bool = True
+    compute: str = "int8"

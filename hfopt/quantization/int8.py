@@ -1,0 +1,25 @@
+"""Integers of 8 bits."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hfopt.quantization.format import register
+from hfopt.quantization.uniform import Uniform
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Int8(Uniform):
+    """Weights in 8 bits, for each output row (group=None) or group of inputs; symmetric codes are -127 to 127."""
+
+    name: ClassVar[str] = "int8"
+    bits: ClassVar[int] = 8
+    groups: ClassVar[tuple[int | None, ...]] = (None, 32, 64, 128, 256)
+    zero_code: ClassVar[int] = 128
+    lowest: ClassVar[int] = -127
+    divisors: ClassVar[tuple[float, ...]] = (127, 128, 129, 130, 132, 135)
+    shrinks: ClassVar[tuple[float, ...]] = (1.0, 0.98)
+
+    group: int | None = None
+    symmetric: bool = True
+    compute: str = "int8"

@@ -1,0 +1,61 @@
+"""NormalFloat with 4 bits: codes whose levels are the quantiles of a normal distribution."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from hfopt.quantization.format import Format, register
+from hfopt.quantization.search import Candidate
+
+# 127 times the levels of QLoRA (arXiv:2305.14314, appendix E), rounded, so that 8-bit arithmetic is exact on them
+LEVELS = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)
+VALUES = torch.tensor(LEVELS, dtype=torch.float32)
+BOUNDS = 2 * 127  # quotients are looked up in steps of one half: borders between two integers lie on those steps
+
+
+def codes_of_steps() -> torch.Tensor:
+    """The code of every quotient in [step / 2, (step + 1) / 2), for steps from -254 on."""
+    steps = torch.arange(-BOUNDS, BOUNDS + 1)
+    return torch.searchsorted(2 * torch.tensor(LEVELS[1:]) - torch.tensor(LEVELS).diff(), steps, right=True)
+
+
+CODES = codes_of_steps().to(torch.uint8)
+NEAREST = VALUES[CODES.long()]
+OFFSET = torch.tensor(float(BOUNDS))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class NF4(Format):
+    """Weights as one of 16 levels between -127 and 127, times the scale of their group."""
+
+    name: ClassVar[str] = "nf4"
+    bits: ClassVar[int] = 4
+    groups: ClassVar[tuple[int | None, ...]] = (32, 64, 128)
+    zero_code: ClassVar[int] = LEVELS.index(0)
+    divisors: ClassVar[tuple[float, ...]] = (127, -127, 114, -114, 140, -140)
+
+    group: int | None = 64
+    compute: str = "int8"
+
+    def candidates(self, groups: torch.Tensor) -> Iterator[Candidate]:
+        magnitude = torch.maximum(groups.amax(-1, keepdim=True), -groups.amin(-1, keepdim=True))
+        for divisor in self.divisors:
+            yield magnitude / divisor, None
+
+    def nearest(self, quotients: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return torch.index_select(NEAREST, 0, steps(quotients, out), out=out.view(-1)).view(out.shape)
+
+    def encode(self, quotients: torch.Tensor) -> torch.Tensor:
+        return CODES.index_select(0, steps(quotients, quotients)).view(quotients.shape)
+
+    def decode(self, codes: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        return VALUES[codes.long()]
+
+
+def steps(quotients: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """Where the tables hold these quotients; scratch has their shape."""
+    torch.add(OFFSET, quotients, alpha=2, out=scratch).clamp_(0, 2 * BOUNDS)
+    return scratch.view(-1).to(torch.int32)  # cuts the fraction off

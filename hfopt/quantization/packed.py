@@ -1,0 +1,100 @@
+"""A packed matrix: what kernels read, what files hold."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from hfopt.errors import InvalidInput
+from hfopt.quantization.layout import BLOCK, UNIT_BYTES, ceil_div, inputs_per_unit
+
+if TYPE_CHECKING:
+    from hfopt.quantization.format import Format
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight matrix [out_features, in_features] in a format, arranged as `layout` says.
+
+    value[o, order[k]] = (code[o, k] - zero[o, g]) * scale[o, g] * row_scale[o] with g = k // group.
+
+    Without groups there are no `scales`; without `zeros` the zero point is half of the codes' range, 128 or 8. Rows
+    behind the last one have scale 0, inputs behind the last one hold the zero point. A scale may be negative.
+    `order` (int32) is there where the groups of an imported checkpoint hold inputs that are no neighbours: column k
+    of the codes belongs to input order[k], so that a kernel is given x[:, order].
+    Tensors that contradict each other raise InvalidInput.
+    """
+
+    format: "Format"
+    out_features: int
+    in_features: int
+    codes: torch.Tensor
+    row_scales: torch.Tensor
+    scales: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        tensors = self.tensors()
+        expected = layout_of(self.format, self.out_features, self.in_features, ordered="order" in tensors)
+        if tensors.keys() != expected.keys():
+            raise InvalidInput(
+                f"a matrix in {self.format} consists of {sorted(expected)}, got {sorted(tensors)}"
+            )
+        for name, (shape, dtype) in expected.items():
+            tensor = tensors[name]
+            if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+                raise InvalidInput(
+                    f"{name} of a matrix {self.out_features} × {self.in_features} in {self.format} must be contiguous, "
+                    f"{dtype}, {list(shape)}; got {tensor.dtype}, {list(tensor.shape)}"
+                )
+        if self.order is not None and self.order.device.type != "meta":
+            counts = torch.arange(self.in_features, dtype=torch.int32)
+            if not torch.equal(self.order.sort().values, counts):
+                raise InvalidInput(f"order must hold every number below {self.in_features} once")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are there, by name."""
+        names = ("codes", "row_scales", "scales", "zeros", "order")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def layout_of(format: "Format", out_features: int, in_features: int, *, ordered: bool = False) -> Layout:
+    """Shape and dtype of every tensor of a packed matrix. Groups that do not divide in_features raise InvalidInput."""
+    if format.group is not None and in_features % format.group:
+        raise InvalidInput(
+            f"group must divide the number of inputs: {format} does not fit a matrix with {in_features} inputs"
+        )
+    n_blocks = ceil_div(out_features, BLOCK)
+    n_groups = in_features // (format.group or in_features)
+    n_units = ceil_div(in_features, inputs_per_unit(format.bits))
+    layout: Layout = {
+        "codes": ((n_blocks, n_units, UNIT_BYTES), torch.uint8),
+        "row_scales": ((n_blocks, BLOCK), torch.float32),
+    }
+    if format.group is not None:
+        layout["scales"] = ((n_blocks, n_groups, BLOCK), torch.float16)
+    if format.has_zeros:
+        layout["zeros"] = ((n_blocks, n_groups, BLOCK), torch.uint8)
+    if ordered:
+        layout["order"] = ((in_features,), torch.int32)
+    return layout
+
+
+def packed_from(
+    format: "Format", out_features: int, in_features: int, tensors: Mapping[str, torch.Tensor]
+) -> Packed:
+    """The matrix of tensors that `Packed.tensors` gave, as a file holds them."""
+    known = {"codes", "row_scales", "scales", "zeros", "order"}
+    if unknown := tensors.keys() - known:
+        raise InvalidInput(f"a packed matrix has no tensors {sorted(unknown)}; they are among {sorted(known)}")
+    if missing := {"codes", "row_scales"} - tensors.keys():
+        raise InvalidInput(f"a packed matrix needs the tensors {sorted(missing)}")
+    return Packed(format, out_features, in_features, **tensors)
