@@ -27,7 +27,9 @@ from hfopt.quantization.search import Candidate, divide, reciprocal, search
 
 COMPUTE = ("int8", "float")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SLICE = 1 << 18  # weights that are quantised at once: the cache of a core holds their float32 copies
+SLICE = (
+    1 << 19
+)  # weights that are quantised at once: fewer, and calls cost more than arithmetic; more leave the cache
 TINY = 2.0**-100  # a row without a larger weight becomes zeros: its scales would lose their precision
 
 
@@ -125,7 +127,9 @@ class Format(ABC):
         scale, zero = search(groups, self.candidates(groups), self.nearest, importance)
         peak = scale.abs().amax(1, keepdim=True) if self.group else scale
         relative = (scale * reciprocal(peak)).half()
-        codes = self.encode(divide(groups, relative.float() * peak, zero, out=torch.empty_like(groups)))
+        codes = self.encode(
+            divide(groups, reciprocal(relative.float() * peak), zero, out=torch.empty_like(groups))
+        )
         return arrange(
             self,
             codes.view(rows.shape),
@@ -143,7 +147,9 @@ class Format(ABC):
             rows = out[first * BLOCK : (first + step) * BLOCK]
             codes = blocks_to_codes(packed.codes[blocks], self.bits)[: len(rows), : packed.in_features]
             groups = codes.reshape(len(rows), -1, self.group or packed.in_features)
-            zero = None if packed.zeros is None else blocks_to_groups(packed.zeros[blocks])[: len(rows), :, None]
+            zero = (
+                None if packed.zeros is None else blocks_to_groups(packed.zeros[blocks])[: len(rows), :, None]
+            )
             values = self.decode(groups, zero)
             if packed.scales is not None:
                 values *= blocks_to_groups(packed.scales[blocks])[: len(rows), :, None].float()
@@ -157,7 +163,9 @@ class Format(ABC):
 
 def check_weight(weight: torch.Tensor) -> None:
     if weight.ndim != 2 or 0 in weight.shape:
-        raise InvalidInput(f"weight must be a matrix [out, in] that is not empty, got shape {list(weight.shape)}")
+        raise InvalidInput(
+            f"weight must be a matrix [out, in] that is not empty, got shape {list(weight.shape)}"
+        )
     if weight.dtype not in FLOATS:
         raise InvalidInput(f"weight must be one of {[str(dtype) for dtype in FLOATS]}, got {weight.dtype}")
     if weight.device.type != "cpu":

@@ -21,7 +21,7 @@ class Int4(Uniform):
     zero_code: ClassVar[int] = 8
     lowest: ClassVar[int] = -8
     divisors: ClassVar[tuple[float, ...]] = (7, -7.5, -8, -8.5, -9, -9.5, -10)
-    shrinks: ClassVar[tuple[float, ...]] = (1.0, 0.9, 0.8)
+    shrinks: ClassVar[tuple[float, ...]] = (1.0, 15 / 14, 0.93, 0.86, 0.8)
 
     group: int | None = 128
     symmetric: bool = True

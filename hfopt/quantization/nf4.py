@@ -7,12 +7,14 @@ from typing import ClassVar
 import torch
 
 from hfopt.quantization.format import Format, register
-from hfopt.quantization.search import Candidate
+from hfopt.quantization.search import SMALLEST, Candidate
 
 # 127 times the levels of QLoRA (arXiv:2305.14314, appendix E), rounded, so that 8-bit arithmetic is exact on them
 LEVELS = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)
 VALUES = torch.tensor(LEVELS, dtype=torch.float32)
-BOUNDS = 2 * 127  # quotients are looked up in steps of one half: borders between two integers lie on those steps
+BOUNDS = (
+    2 * 127
+)  # quotients are looked up in steps of one half: borders between two integers lie on those steps
 
 
 def codes_of_steps() -> torch.Tensor:
@@ -23,7 +25,6 @@ def codes_of_steps() -> torch.Tensor:
 
 CODES = codes_of_steps().to(torch.uint8)
 NEAREST = VALUES[CODES.long()]
-OFFSET = torch.tensor(float(BOUNDS))
 
 
 @register
@@ -35,13 +36,14 @@ class NF4(Format):
     bits: ClassVar[int] = 4
     groups: ClassVar[tuple[int | None, ...]] = (32, 64, 128)
     zero_code: ClassVar[int] = LEVELS.index(0)
-    divisors: ClassVar[tuple[float, ...]] = (127, -127, 114, -114, 140, -140)
+    divisors: ClassVar[tuple[float, ...]] = (127, -127, 140, -140)
 
     group: int | None = 64
     compute: str = "int8"
 
     def candidates(self, groups: torch.Tensor) -> Iterator[Candidate]:
         magnitude = torch.maximum(groups.amax(-1, keepdim=True), -groups.amin(-1, keepdim=True))
+        magnitude.clamp_(min=SMALLEST)
         for divisor in self.divisors:
             yield magnitude / divisor, None
 
@@ -57,5 +59,5 @@ class NF4(Format):
 
 def steps(quotients: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """Where the tables hold these quotients; scratch has their shape."""
-    torch.add(OFFSET, quotients, alpha=2, out=scratch).clamp_(0, 2 * BOUNDS)
+    torch.mul(quotients, 2, out=scratch).add_(BOUNDS).clamp_(0, 2 * BOUNDS)
     return scratch.view(-1).to(torch.int32)  # cuts the fraction off

@@ -94,7 +94,9 @@ def packed_from(
     """The matrix of tensors that `Packed.tensors` gave, as a file holds them."""
     known = {"codes", "row_scales", "scales", "zeros", "order"}
     if unknown := tensors.keys() - known:
-        raise InvalidInput(f"a packed matrix has no tensors {sorted(unknown)}; they are among {sorted(known)}")
+        raise InvalidInput(
+            f"a packed matrix has no tensors {sorted(unknown)}; they are among {sorted(known)}"
+        )
     if missing := {"codes", "row_scales"} - tensors.keys():
         raise InvalidInput(f"a packed matrix needs the tensors {sorted(missing)}")
     return Packed(format, out_features, in_features, **tensors)

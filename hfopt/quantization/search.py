@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+SMALLEST = 2.0**-80  # of a scale, where the largest weight of a row is 1
 Candidate = tuple[torch.Tensor, torch.Tensor | None]
 # nearest(quotients, out): the representable values next to w / scale + zero
 Nearest = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -23,12 +24,13 @@ def reciprocal(scale: torch.Tensor) -> torch.Tensor:
 
 
 def divide(
-    groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, out: torch.Tensor
+    groups: torch.Tensor, reciprocal_scale: torch.Tensor, zero: torch.Tensor | None, out: torch.Tensor
 ) -> torch.Tensor:
     """w / scale + zero."""
-    if zero is None:
-        return torch.mul(groups, reciprocal(scale), out=out)
-    return torch.addcmul(zero, groups, reciprocal(scale), out=out)
+    torch.mul(groups, reciprocal_scale, out=out)
+    return (
+        out if zero is None else out.add_(zero)
+    )  # addcmul is slower than both: it does not vectorise a broadcast
 
 
 def search(
@@ -39,14 +41,14 @@ def search(
 ) -> Candidate:
     """Scales [rows, n_groups, 1] and zero points (the same, or None) for weights [rows, n_groups, group] in [-1, 1].
 
-    importance: [n_groups, group], or None for equal ones.
+    importance: [n_groups, group], or None for equal ones. Candidates must not be 0, for groups of zeros either.
     """
     quotients, values = torch.empty_like(groups), torch.empty_like(groups)
     root = None if importance is None else importance.sqrt()
 
     def evaluate(scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         """The error; leaves in `values` what the weights become, in units of the scale, plus the zero point."""
-        divide(groups, scale, zero, out=quotients)
+        divide(groups, scale.reciprocal(), zero, out=quotients)
         nearest(quotients, values)
         quotients.sub_(values)
         if root is not None:
@@ -73,5 +75,5 @@ def search(
     weighted = values if importance is None else values * importance
     product = torch.mul(weighted, groups, out=quotients).sum(-1, keepdim=True)
     size = torch.mul(weighted, values, out=quotients).sum(-1, keepdim=True)
-    keep(torch.where(size == 0, best_scale, product / size), best_zero)
+    keep(product / size, best_zero)  # NaN or Inf, of a group of zeros, is never better
     return best_scale, best_zero

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from typing import ClassVar
 
 import torch
 
 from hfopt.quantization.format import Format
-from hfopt.quantization.search import Candidate, reciprocal
+from hfopt.quantization.search import SMALLEST, Candidate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +42,15 @@ class Uniform(Format):
     def candidates(self, groups: torch.Tensor) -> Iterator[Candidate]:
         high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
         if self.symmetric:
-            magnitude = torch.maximum(high, -low)
+            magnitude = torch.maximum(high, -low).clamp_(min=SMALLEST)
             signed = torch.where(high > -low, magnitude, -magnitude)
             for divisor in self.divisors:
                 yield (magnitude if divisor > 0 else signed) / divisor, None
             return
         high, low = high.clamp(min=0), low.clamp(max=0)  # zero is one of the values
-        for above, below in product(self.shrinks, repeat=2):
-            scale = (above * high - below * low) / self.top
-            yield scale, (-below * low * reciprocal(scale)).round()
+        for shrink in self.shrinks:
+            scale = ((high - low) * (shrink / self.top)).clamp_(min=SMALLEST)
+            yield scale, (low / scale).mul_(-shrink).round_()
 
     def nearest(self, quotients: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         if self.symmetric:
