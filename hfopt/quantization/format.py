@@ -27,10 +27,10 @@ from hfopt.quantization.search import Candidate, divide, reciprocal, search
 
 COMPUTE = ("int8", "float")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SLICE = (
-    1 << 19
-)  # weights that are quantised at once: fewer, and calls cost more than arithmetic; more leave the cache
-TINY = 2.0**-100  # a row without a larger weight becomes zeros: its scales would lose their precision
+# Weights that are quantised at once. With fewer, calls cost more than arithmetic; with more, the caches are too small.
+SLICE = 1 << 19
+# A row without a larger weight becomes zeros: its scales would lose their precision.
+TINY = 2.0**-100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class Format(ABC):
         return Packed(self, out_features, in_features, **tensors)
 
     def _shares(self, importance: torch.Tensor, in_features: int) -> torch.Tensor:
-        """The importance of every input in units of their mean, [n_groups, group]."""
+        """The importance of every input against the largest, [n_groups, group]."""
         if importance.shape != (in_features,):
             raise InvalidInput(
                 f"importance must have shape [{in_features}], one number for each input, got {list(importance.shape)}"
@@ -221,7 +221,7 @@ def named(name: object) -> type[Format]:
 def from_dict(values: Mapping[str, Any]) -> Format:
     """The format that `Format.to_dict` described; unknown names, fields and values raise InvalidInput."""
     rest = dict(values)
-    format = named(rest.pop("format", None))
+    format: Any = named(rest.pop("format", None))
     known = [field.name for field in fields(format)]
     if unknown := sorted(rest.keys() - set(known)):
         raise InvalidInput(f"format {format.name!r} has no options {unknown}; options are {known}")
@@ -234,4 +234,4 @@ def resolve(quantization: "str | Mapping[str, Any] | Format") -> Format:
         return quantization
     if isinstance(quantization, Mapping):
         return from_dict(quantization)
-    return named(quantization)()
+    return from_dict({"format": quantization})

@@ -37,7 +37,7 @@ def codes_to_blocks(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def blocks_to_codes(blocks: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `codes_to_blocks`."""
-    n_blocks, n_units, _ = blocks.shape
+    n_blocks = len(blocks)
     rows = blocks.view(torch.int32).transpose(1, 2).contiguous()  # [n_blocks, 16, n_units]
     if bits == 4:
         rows = torch.stack([rows & 0x0F0F0F0F, (rows >> 4) & 0x0F0F0F0F], dim=-1)
