@@ -121,9 +121,11 @@ class Format(ABC):
     def _pack_rows(
         self, rows: torch.Tensor, magnitude: torch.Tensor, importance: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
-        magnitude = torch.where(magnitude < TINY, 0, magnitude)
-        rows = rows * reciprocal(magnitude)[:, None]
-        groups = rows.view(len(rows), -1, self.group or rows.shape[1])
+        power = magnitude / (2 * torch.frexp(magnitude).mantissa)  # of two, so that dividing by it is exact
+        power = torch.where(magnitude < TINY, 0, power)
+        groups = (
+            (rows * reciprocal(power)[:, None]).contiguous().view(len(rows), -1, self.group or rows.shape[1])
+        )
         scale, zero = search(groups, self.candidates(groups), self.nearest, importance)
         peak = scale.abs().amax(1, keepdim=True) if self.group else scale
         relative = (scale * reciprocal(peak)).half()
@@ -133,7 +135,7 @@ class Format(ABC):
         return arrange(
             self,
             codes.view(rows.shape),
-            row_scales=peak.view(-1) * magnitude,
+            row_scales=peak.view(-1) * power,
             scales=relative[:, :, 0] if self.group else None,
             zeros=None if zero is None else zero[:, :, 0].to(torch.uint8),
         )

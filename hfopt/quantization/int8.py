@@ -22,7 +22,7 @@ class Int8(Uniform):
     groups: ClassVar[tuple[int | None, ...]] = (None, 32, 64, 128, 256)
     zero_code: ClassVar[int] = 128
     lowest: ClassVar[int] = -127
-    divisors: ClassVar[tuple[float, ...]] = (127, 126.5, 127.5, 128, 128.5, 129, 129.5)
+    divisors: ClassVar[tuple[float, ...]] = (127, 126, 126.5, 127.5, 128, 128.5, 129)
     shrinks: ClassVar[tuple[float, ...]] = (1.0, 255 / 254, 0.99)
 
     group: int | None = None

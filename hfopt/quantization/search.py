@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-SMALLEST = 2.0**-80  # of a scale, where the largest weight of a row is 1
+SMALLEST = 2.0**-80  # of a scale, where the largest weight of a row is between 1 and 2
 Candidate = tuple[torch.Tensor, torch.Tensor | None]
 # nearest(quotients, out): the representable values next to w / scale + zero
 Nearest = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -39,7 +39,7 @@ def search(
     nearest: Nearest,
     importance: torch.Tensor | None,
 ) -> Candidate:
-    """Scales [rows, n_groups, 1] and zero points (the same, or None) for weights [rows, n_groups, group] in [-1, 1].
+    """Scales [rows, n_groups, 1] and zero points (the same, or None) for weights [rows, n_groups, group] in (-2, 2).
 
     importance: [n_groups, group], or None for equal ones. Candidates must not be 0, for groups of zeros either.
     """
@@ -75,5 +75,9 @@ def search(
     weighted = values if importance is None else values * importance
     product = torch.mul(weighted, groups, out=quotients).sum(-1, keepdim=True)
     size = torch.mul(weighted, values, out=quotients).sum(-1, keepdim=True)
-    keep(product / size, best_zero)  # NaN or Inf, of a group of zeros, is never better
+    refined = product / size
+    sound = (refined.abs() > SMALLEST) & (
+        refined.abs() < 4
+    )  # not so where all values, or their importance, are 0
+    keep(torch.where(sound, refined, best_scale), best_zero)
     return best_scale, best_zero

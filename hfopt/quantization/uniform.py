@@ -49,7 +49,7 @@ class Uniform(Format):
             return
         high, low = high.clamp(min=0), low.clamp(max=0)  # zero is one of the values
         for shrink in self.shrinks:
-            scale = ((high - low) * (shrink / self.top)).clamp_(min=SMALLEST)
+            scale = ((high - low) * shrink / self.top).clamp_(min=SMALLEST)
             yield scale, (low / scale).mul_(-shrink).round_()
 
     def nearest(self, quotients: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
