@@ -80,13 +80,9 @@ def test_every_array_is_aligned_and_padded_with_nothing(format):
     assert not packed.row_scales[1, 1:].any()
     assert packed.scales is None or not packed.scales[1, :, 1:].any()
     # what lies behind the last row and the last input has the value 0
-    wide = Packed(format, 32, packed.codes.shape[1] * 32 // format.bits, *packed_arrays(packed))
+    wide = packed_from(format, 32, packed.codes.shape[1] * 32 // format.bits, packed.tensors())
     beyond = format.unpack(wide)
     assert not beyond[17:].any() and not beyond[:, packed.in_features :].any()
-
-
-def packed_arrays(packed: Packed) -> tuple[torch.Tensor, ...]:
-    return packed.codes, packed.row_scales, packed.scales, packed.zeros
 
 
 @every_format
