@@ -27,7 +27,9 @@ def codes_to_blocks(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [16 n_blocks, inputs_per_unit n_units] -> [n_blocks, n_units, 64]."""
     n_blocks = codes.shape[0] // BLOCK
     n_units = codes.shape[1] // inputs_per_unit(bits)
-    words = codes.view(torch.int32)  # four codes each; a shift by four moves no bit from one to the next
+    words = codes.contiguous().view(
+        torch.int32
+    )  # four codes each; a shift by four moves no bit from one to the next
     if bits == 4:
         halves = words.view(-1, n_units, 2)
         words = halves[:, :, 0] | (halves[:, :, 1] << 4)
