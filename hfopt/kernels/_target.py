@@ -22,6 +22,7 @@ def _target_features() -> frozenset[str]:
 FEATURES = _target_features()
 CPU_NAME: str = config.CPU_NAME or llvm.get_host_cpu_name()
 HAS_AVX512_BF16 = {"avx512f", "avx512bf16"} <= FEATURES
+HAS_AVX512_VNNI = {"avx512f", "avx512vnni"} <= FEATURES
 
 if HAS_AVX512_BF16:
     PATH = "AVX-512 BF16"

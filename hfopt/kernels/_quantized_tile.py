@@ -1,0 +1,261 @@
+"""Register tiles of quantised weights, unrolled like those of `_tile`, and what packs and unpacks 8-bit codes.
+
+A *unit* is 64 bytes of weight codes: of 16 output columns 4 inputs each, byte 4 j + i being input i of column j; with 4-bit
+codes 8 inputs each, the low nibbles being the first 4. It meets words of x: 4 signed 8-bit codes in 32 bits.
+"""
+
+import llvmlite.ir as ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from . import _simd, _target
+from ._simd import F32X, I8, I16, I32, I32X, INTP, LANES, float32x
+from ._tile import _constant, _literal_ints, _outlined
+
+CODES, NIBBLES, LEVELS = range(3)  # bytes of 8-bit codes, of two 4-bit codes, of two 4-bit indices into levels
+UNIT = 4 * LANES  # bytes
+# Rows of x in the largest tile: as many sums as leave registers for the weights.
+TILE_ROWS = 16 if "avx512f" in _target.FEATURES else 4
+# What a unit's prefetch asks for comes this many bytes later; measured.
+_AHEAD = 4096
+
+_I8X = ir.VectorType(I8, LANES)
+_BYTES = ir.VectorType(I8, UNIT)
+_SHORTS = ir.VectorType(I16, 2 * LANES)
+
+
+def _splat_bytes(value: int) -> ir.Constant:
+    return ir.Constant(I32X, [ir.Constant(I32, value * 0x01010101)] * LANES)
+
+
+# ---- products of 8-bit codes ------------------------------------------------------------------------------------------
+
+
+def _halves(builder, words, signed):
+    """The even and the odd bytes of each 16 bits, widened to 16 bits."""
+    shorts = builder.bitcast(words, _SHORTS)
+    eight = ir.Constant(_SHORTS, [ir.Constant(I16, 8)] * _SHORTS.count)
+    shift = builder.ashr if signed else builder.lshr
+    return shift(builder.shl(shorts, eight), eight), shift(shorts, eight)
+
+
+def _dot_shorts(builder, a, b):
+    """Lane j = a[2j] b[2j] + a[2j + 1] b[2j + 1]; LLVM knows the pattern (`pmaddwd`)."""
+    wide = ir.VectorType(I32, 2 * LANES)
+    product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    lanes = [
+        ir.Constant(ir.VectorType(I32, LANES), [ir.Constant(I32, 2 * j + odd) for j in range(LANES)])
+        for odd in (0, 1)
+    ]
+    undefined = ir.Constant(wide, ir.Undefined)
+    return builder.add(*(builder.shuffle_vector(product, undefined, order) for order in lanes))
+
+
+def _dot(builder, total, codes, x):
+    """total + the products of 4 unsigned codes with 4 signed ones in each lane."""
+    if _target.HAS_AVX512_VNNI:
+        # since LLVM 22 the operands are 64 bytes; it upgrades this older form when it parses it
+        return _simd.emit_call(builder, "llvm.x86.avx512.vpdpbusd.512", I32X, [total, codes, x])
+    for a, b in zip(_halves(builder, codes, False), _halves(builder, x, True), strict=True):
+        total = builder.add(total, _dot_shorts(builder, a, b))
+    return total
+
+
+def _look_up(builder, levels, indices):
+    """levels[i] for 64 indices below 16; levels are 16 bytes, repeated in each quarter."""
+    if "avx512bw" in _target.FEATURES:
+        operands = [builder.bitcast(value, _BYTES) for value in (levels, indices)]
+        return builder.bitcast(
+            _simd.emit_call(builder, "llvm.x86.avx512.pshuf.b.512", _BYTES, operands), I32X
+        )
+    # a tree of selects on the bits of the index, from pairs of levels to the one that is left
+    index = builder.bitcast(indices, _BYTES)
+    table = builder.bitcast(levels, _BYTES)
+    undefined = ir.Constant(_BYTES, ir.Undefined)
+    values = [
+        builder.shuffle_vector(table, undefined, ir.Constant(ir.VectorType(I32, UNIT), [k] * UNIT))
+        for k in range(LANES)
+    ]
+    for bit in range(4):
+        mask = ir.Constant(_BYTES, [ir.Constant(I8, 1 << bit)] * UNIT)
+        is_set = builder.icmp_unsigned("!=", builder.and_(index, mask), ir.Constant(_BYTES, None))
+        values = [builder.select(is_set, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return builder.bitcast(values[0], I32X)
+
+
+def _unpack(builder, unit, kind, levels):
+    """Unsigned codes of 4 inputs a lane, one vector for each 4 inputs of a unit."""
+    if kind == CODES:
+        return [unit]
+    mask = _splat_bytes(0x0F)
+    parts = [builder.and_(unit, mask), builder.and_(builder.lshr(unit, _simd.splat_int(4)), mask)]
+    return parts if kind == NIBBLES else [_look_up(builder, levels, part) for part in parts]
+
+
+# ---- memory by address ------------------------------------------------------------------------------------------------
+
+
+def _load_at(builder, address, offset, vector_type):
+    pointer = builder.inttoptr(builder.add(address, offset), vector_type.as_pointer())
+    return builder.load(pointer, align=1)
+
+
+def _load_halves(builder, address, offset):
+    """16 float16 that are finite and not negative, as float32: shifted into place and scaled, which is exact."""
+    bits = builder.zext(_load_at(builder, address, offset, _simd.I16X), I32X)
+    value = builder.bitcast(builder.shl(bits, _simd.splat_int(13)), F32X)
+    return builder.fmul(value, _simd.splat_float(2.0**112))
+
+
+def _load_bytes(builder, address, offset):
+    return builder.zext(_load_at(builder, address, offset, _I8X), I32X)
+
+
+def _load_levels(builder, address):
+    quarter = _load_at(builder, address, _constant(0), _I8X)
+    lanes = [k % LANES for k in range(UNIT)]
+    four = builder.shuffle_vector(quarter, ir.Constant(_I8X, None), ir.Constant(ir.VectorType(I32, UNIT), lanes))
+    return builder.bitcast(four, I32X)
+
+
+def _splat_word(builder, pointer, index, element):
+    where = builder.bitcast(builder.gep(pointer, [index]), element.as_pointer())
+    return _simd.emit_splat(builder, builder.load(where, align=4), ir.VectorType(element, LANES))
+
+
+# ---- tiles ------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def quantized_tile(
+    typingctx, x, scales_x, offsets, w, scales, zeros, levels, first, last, length, n_units, shift, sums, rows, kind
+):
+    """sums[i, :] += products of rows of x with the 16 columns of a block, for groups first to last of x's inputs.
+
+    A group is `length` units, the last one what is left of n_units: its products are summed as integers and then scaled.
+    rows and kind (CODES, NIBBLES or LEVELS) are literals.
+
+    x: words [unit, 4 inputs, rows]; scales_x float32 [group, rows]; offsets [group, rows] int32: minus the sum of x's codes,
+    times the zero point where `zeros` is 0. Addresses: w uint8 [units, 64]; scales float16 [groups, 16] or 0; zeros uint8
+    [groups, 16] or 0, both of group g of x at g >> shift; levels uint8 [16]. sums: float32 [rows, 16].
+    """
+    n_rows, kind_ = _literal_ints(rows, kind)
+    index = types.intp
+    signature = types.void(
+        x, scales_x, offsets, index, index, index, index, index, index, index, index, index, sums, rows, kind
+    )
+    parts = 1 if kind_ == CODES else 2
+    # a chain of sums waits for itself: few rows need several
+    n_chains = max(1, 4 // (n_rows * parts))
+
+    def emit(builder, args):
+        x, scales_x, offsets, w, scales, zeros, levels, first, last, length, n_units, shift, sums = args
+        table = _load_levels(builder, levels) if kind_ == LEVELS else None
+        slots = [[cgutils.alloca_once(builder, I32X) for _ in range(n_rows)] for _ in range(n_chains)]
+        none = _constant(0)
+        has_zeros = builder.icmp_signed("!=", zeros, none)
+        has_scales = builder.icmp_signed("!=", scales, none)
+
+        def add_unit(unit, chain):
+            place = builder.mul(unit, _constant(UNIT))
+            codes = _unpack(builder, _load_at(builder, w, place, I32X), kind_, table)
+            words = builder.mul(unit, _constant(parts * n_rows))
+            for part, code in enumerate(codes):
+                for i, slot in enumerate(slots[chain]):
+                    word = builder.add(words, _constant(part * n_rows + i))
+                    x_value = _splat_word(builder, x, word, I32)
+                    builder.store(_dot(builder, builder.load(slot), code, x_value), slot)
+            ahead = builder.inttoptr(builder.add(w, place), ir.IntType(8).as_pointer())
+            _simd.emit_prefetch(builder, ahead, _constant(_AHEAD))
+
+        with cgutils.for_range(builder, builder.sub(last, first)) as groups:
+            group = builder.add(first, groups.index)
+            start = builder.mul(group, length)
+            left = builder.sub(n_units, start)
+            count = builder.select(builder.icmp_signed("<", left, length), left, length)
+            of_x = builder.mul(group, _constant(n_rows))
+            of_w = builder.mul(builder.ashr(group, shift), _constant(LANES))
+
+            with builder.if_else(has_zeros) as (differing, constant):
+                with differing:
+                    zero = _load_bytes(builder, zeros, of_w)
+                    for i, slot in enumerate(slots[0]):
+                        offset = _splat_word(builder, offsets, builder.add(of_x, _constant(i)), I32)
+                        builder.store(builder.mul(offset, zero), slot)
+                with constant:
+                    for i, slot in enumerate(slots[0]):
+                        offset = _splat_word(builder, offsets, builder.add(of_x, _constant(i)), I32)
+                        builder.store(offset, slot)
+            for chain in slots[1:]:
+                for slot in chain:
+                    builder.store(ir.Constant(I32X, None), slot)
+
+            whole = builder.udiv(count, _constant(n_chains))
+            with cgutils.for_range(builder, whole) as units:
+                unit = builder.add(start, builder.mul(units.index, _constant(n_chains)))
+                for chain in range(n_chains):
+                    add_unit(builder.add(unit, _constant(chain)), chain)
+            done = builder.mul(whole, _constant(n_chains))
+            if n_chains > 1:
+                with cgutils.for_range(builder, builder.sub(count, done)) as units:
+                    add_unit(builder.add(start, builder.add(done, units.index)), 0)
+
+            totals = []
+            for i in range(n_rows):
+                total = builder.load(slots[0][i])
+                for chain in slots[1:]:
+                    total = builder.add(total, builder.load(chain[i]))
+                totals.append(builder.sitofp(total, F32X))
+
+            def add_scaled(scale):
+                for i, total in enumerate(totals):
+                    value = _splat_word(builder, scales_x, builder.add(of_x, _constant(i)), _simd.F32)
+                    if scale is not None:
+                        value = builder.fmul(value, scale)
+                    place = _constant(i * LANES)
+                    before = _simd.emit_load(builder, sums, place, F32X, 4)
+                    target = builder.bitcast(builder.gep(sums, [place]), F32X.as_pointer())
+                    builder.store(_simd.emit_fma(builder, total, value, before), target, align=4)
+
+            with builder.if_else(has_scales) as (grouped, by_row):
+                with grouped:
+                    add_scaled(_load_halves(builder, scales, builder.shl(of_w, _constant(1))))
+                with by_row:
+                    add_scaled(None)
+
+    def codegen(context, builder, sig, args):
+        _outlined(builder, f"hfopt.quantized_tile.{n_rows}.{kind_}", args[:13], emit)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+# ---- quantised rows of x ----------------------------------------------------------------------------------------------
+
+_ROUND = 12582912.0  # 1.5 * 2^23: a float32 plus this has its nearest integer in its lowest bits
+
+
+@intrinsic
+def store_codes(typingctx, p, place, value):
+    """Stores 16 values between -127 and 127 as int8 at p + place, rounded to nearest even; returns what was stored."""
+
+    def codegen(context, builder, sig, args):
+        p, place, value = args
+        shifted = _simd.emit_fence(builder, builder.fadd(value, _simd.splat_float(_ROUND)))
+        codes = builder.trunc(builder.bitcast(shifted, I32X), _I8X)
+        where = builder.bitcast(p, I8.as_pointer())
+        builder.store(codes, builder.bitcast(builder.gep(where, [place]), _I8X.as_pointer()), align=1)
+        return builder.fsub(shifted, _simd.splat_float(_ROUND))
+
+    return float32x(p, types.intp, float32x), codegen
+
+
+@intrinsic
+def words_of(typingctx, p):
+    """The same address as a pointer to int32."""
+
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(args[0], I32.as_pointer())
+
+    return types.CPointer(types.int32)(p), codegen

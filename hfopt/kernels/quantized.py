@@ -1,0 +1,327 @@
+"""Linear layers of quantised weights, by products of integers: x is quantised as well, row by row and group by group.
+
+    y = epilogue(row_scale * sum over groups of scale_x scale_w (sum of code_x (code_w - zero)) + b)
+
+The weights of a *block*, 16 output columns, follow each other in memory: codes uint8 [blocks, units, 64] (a unit is described
+in `_quantized_tile`), scales float16 [blocks, groups, 16], zero points uint8 [blocks, groups, 16], and scales of whole rows
+float32 [blocks, 16]. Inputs are padded to whole units and columns to whole blocks.
+
+Sums of products are exact, and groups are added one after the other: a row has the same bits whatever the number of rows and of
+threads.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._jit import launch
+from ._parallel import body, parallel_for, threads_for
+from ._pointer import address_as, floats_at, load, load_part, load_scalar, pointer, shifted, store, store_scalar
+from ._quantized_tile import CODES, LEVELS, NIBBLES, TILE_ROWS, UNIT, quantized_tile, store_codes, words_of
+from ._simd import LANES
+from ._tile import stack_floats, to_cache_line
+from ._vector import absolute, lane, max_lanes, maximum, splat, sum_lanes
+from .linear import WEIGHT, columns_of, count_blocks, field_of, find_block, finish
+
+SCALES, ZEROS, ROW_SCALES = range(3)
+_FIELDS = 3
+
+X_GROUP = 128  # inputs of x with a scale of their own, where the weights have no smaller groups
+_PARALLEL_SIZE = 1 << 16  # elements of x, or products; below, more threads cost more than they save
+# Sums that stay on the stack of a thread: columns of all panels that are worked on together, for all rows of a part.
+_SUMS = 1 << 15
+_FEW_ROWS = 64  # up to here, a panel at a time: the weights are one stream from memory
+_PART_ROWS = 256  # rows of a part; a literal below
+_TOGETHER = 8  # blocks that meet a tile of x while it is in the L1 cache
+_CHUNK = 512  # inputs at a time where tiles of x and of weights are used several times: both stay in the L1 cache
+
+
+class Quantized(NamedTuple):
+    """As `linear.Linear`, where the table has the addresses of codes, and what the codes mean."""
+
+    size: Any
+    table: Any
+    n_matrices: Any
+    gated: Any
+    code: Any
+    residuals: Any
+    n_residuals: Any
+    out: Any
+    width: Any
+    scaling: Any  # pointer to int64 [n_matrices, 3]: addresses of scales or 0, of zero points or 0, of scales of rows
+    bits: Any  # 8 or 4
+    group: Any  # inputs with a scale in common, or 0
+    levels: Any  # address of 16 bytes that 4-bit codes are indices into, or 0
+
+
+class _Rows(NamedTuple):
+    """x as `_quantize_row` leaves it, tile of rows by tile of rows."""
+
+    words: Any  # pointer to int32 [tile, words, rows of the tile]
+    scales: Any  # pointer to float32 [tile, groups, rows of the tile]
+    offsets: Any  # pointer to int32 like scales
+    n_rows: Any  # of x
+    n_packed: Any  # rows there
+    n_words: Any  # of a row
+    n_groups: Any
+    group: Any  # inputs
+
+
+class _Work(NamedTuple):
+    """How the work is dealt out."""
+
+    together: Any  # panels
+    n_panels: Any
+    n_parts: Any  # of the rows
+
+
+@body
+def _scaling_of(layer, matrix, field):
+    return layer.scaling[matrix * _FIELDS + field]
+
+
+# ---- x ---------------------------------------------------------------------------------------------------------------
+
+
+@body
+def _packed_rows(n_rows):
+    """Rows of packed x: up to 4 rows cost what memory costs in any case."""
+    return n_rows if n_rows <= 2 else (n_rows + 3) // 4 * 4
+
+
+@body
+def _tile_rows(row, n_packed):
+    """Rows of the tile that starts at a row."""
+    left, rows = n_packed - row, TILE_ROWS
+    while rows > left:
+        rows //= 2
+    return rows
+
+
+@body
+def _tile_of(row, n_packed):
+    """(first row, rows) of the tile that has a row."""
+    first = row // TILE_ROWS * TILE_ROWS
+    rows = _tile_rows(first, n_packed)
+    while row >= first + rows:
+        first += rows
+        rows = _tile_rows(first, n_packed)
+    return first, rows
+
+
+@body
+def _x_group(group):
+    return group if 0 < group <= X_GROUP else X_GROUP
+
+
+@body
+def _words(size):
+    """Of a row of x, padded to whole units of 4-bit codes."""
+    return (size + 7) // 8 * 2
+
+
+@body
+def _zero_point(layer):
+    """That of all codes, or 1 where each group has its own."""
+    if _scaling_of(layer, 0, ZEROS) != 0:
+        return 1
+    return 128 if layer.bits == 8 or layer.levels != 0 else 8
+
+
+@body
+def _quantize_row(row, x, size, zero, rows):
+    """One row of x as signed 8-bit codes, q = round(127 x / absmax), and a scale and an offset for each group.
+
+    A group that is not finite has NaN as its scale, one that is zero has 0.
+    """
+    codes = words_of(stack_floats(32))
+    first, n_together = _tile_of(row, rows.n_packed)
+    words = shifted(rows.words, first * rows.n_words + row - first)
+    place = first * rows.n_groups + row - first
+    source = shifted(x, row * size)
+    for group in range(rows.n_groups):
+        start = group * rows.group
+        count = min(rows.group, size - start) if row < rows.n_rows else 0
+        whole = count // LANES * LANES
+        largest = splat(0.0)
+        for k in range(0, whole, LANES):
+            largest = maximum(largest, absolute(load(source, start + k)))
+        if whole < count:
+            largest = maximum(largest, absolute(load_part(source, start + whole, count - whole)))
+        most = max_lanes(largest)
+        scale = most * np.float32(1 / 127)
+        # the quotient of vectors: that of numbers may be taken by a reciprocal
+        inverse = splat(127.0) / splat(most)
+        if not most < np.float32(np.inf):
+            scale, inverse, count, whole = np.float32(np.nan), splat(0.0), 0, 0
+        elif most < np.float32(1e-36):
+            scale, inverse, count, whole = np.float32(0), splat(0.0), 0, 0
+        total = splat(0.0)
+        for k in range(0, whole, LANES):
+            total = total + store_codes(codes, k, load(source, start + k) * inverse)
+        if whole < count:
+            total = total + store_codes(
+                codes, whole, load_part(source, start + whole, count - whole) * inverse
+            )
+        last = (count + 3) // 4
+        first_word = start // 4
+        for k in range(last):
+            words[(first_word + k) * n_together] = codes[k]
+        for k in range(first_word + last, min(first_word + rows.group // 4, rows.n_words)):
+            words[k * n_together] = 0
+        store_scalar(rows.scales, place + group * n_together, scale)
+        rows.offsets[place + group * n_together] = -np.int64(sum_lanes(total)) * zero
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@body
+def _shift(group):
+    """log2 of the groups of x in one of the weights; 62 where those have none."""
+    if group == 0:
+        return 62
+    shift = 0
+    while group > X_GROUP << shift:
+        shift += 1
+    return shift
+
+
+@body
+def _tile_codes(x, scales_x, offsets, w, scales, zeros, layer, first, last, length, n_units, shift, sums, rows):
+    if rows == 1:
+        quantized_tile(x, scales_x, offsets, w, scales, zeros, 0, first, last, length, n_units, shift, sums, 1, 0)
+    elif rows == 2:
+        quantized_tile(x, scales_x, offsets, w, scales, zeros, 0, first, last, length, n_units, shift, sums, 2, 0)
+    elif rows == 4:
+        quantized_tile(x, scales_x, offsets, w, scales, zeros, 0, first, last, length, n_units, shift, sums, 4, 0)
+    elif rows == 8:
+        quantized_tile(x, scales_x, offsets, w, scales, zeros, 0, first, last, length, n_units, shift, sums, 8, 0)
+    else:
+        quantized_tile(x, scales_x, offsets, w, scales, zeros, 0, first, last, length, n_units, shift, sums, 16, 0)
+
+
+@body
+def _multiply_tile(rows, row, n_together, layer, matrix, block, first, last, sums):
+    """sums += products of a tile of rows with a block of a matrix, for groups first to last of x."""
+    per_unit = 4 if layer.bits == 8 else 8
+    length, n_units = rows.group // per_unit, (layer.size + per_unit - 1) // per_unit
+    shift = _shift(layer.group)
+    n_groups = 1 if layer.group == 0 else layer.size // layer.group
+    x = shifted(rows.words, row * rows.n_words)
+    scales_x, offsets = shifted(rows.scales, row * rows.n_groups), shifted(rows.offsets, row * rows.n_groups)
+    w = field_of(layer, matrix, WEIGHT) + block * n_units * UNIT
+    scales, zeros = _scaling_of(layer, matrix, SCALES), _scaling_of(layer, matrix, ZEROS)
+    if scales != 0:
+        scales += block * n_groups * 2 * LANES
+    if zeros != 0:
+        zeros += block * n_groups * LANES
+    _tile_codes(x, scales_x, offsets, w, scales, zeros, layer, first, last, length, n_units, shift, sums, n_together)
+
+
+@body
+def _clear(sums, count):
+    for k in range(0, count, LANES):
+        store(sums, k, splat(0.0))
+
+
+@body
+def _finish_block(layer, panel, sums, gates, first_row, n_rows):
+    """Epilogue of the columns of a panel; with `gated` it is two blocks, and gates has the sums of the first."""
+    matrix, first = find_block(layer, panel)
+    columns = columns_of(layer, matrix, first)
+    block = first // LANES
+    scale = load(floats_at(_scaling_of(layer, matrix, ROW_SCALES)), first)
+    gate_scale = load(floats_at(_scaling_of(layer, 0, ROW_SCALES)), first)
+    for row in range(n_rows):
+        value, gate = load(sums, row * LANES) * scale, load(gates, row * LANES) * gate_scale
+        finish(layer, columns, first_row + row, value, gate)
+
+
+@body
+def _multiply_panels(index, rows, layer, work):
+    """Some panels (blocks, or with `gated` pairs of them) of a part of the rows."""
+    sums = stack_floats(1 << 15)
+    halves = 2 if layer.gated else 1
+    first_row = index % work.n_parts * _PART_ROWS
+    first_panel = index // work.n_parts * work.together
+    last_row, last_panel = min(first_row + _PART_ROWS, rows.n_packed), min(first_panel + work.together, work.n_panels)
+    n_rows = last_row - first_row
+    _clear(sums, (last_panel - first_panel) * halves * n_rows * LANES)
+    step = rows.n_groups
+    if n_rows > TILE_ROWS or work.together > 1:
+        step = max(1, _CHUNK // rows.group)
+    for group in range(0, rows.n_groups, step):
+        row = first_row
+        while row < last_row:
+            n_together = _tile_rows(row, rows.n_packed)
+            for panel in range(first_panel, last_panel):
+                for half in range(halves):
+                    matrix, column = find_block(layer, panel)
+                    here = ((panel - first_panel) * halves + half) * n_rows + row - first_row
+                    to = shifted(sums, here * LANES)
+                    last = min(group + step, rows.n_groups)
+                    matrix = half if layer.gated else matrix
+                    _multiply_tile(rows, row, n_together, layer, matrix, column // LANES, group, last, to)
+            row += n_together
+    for panel in range(first_panel, last_panel):
+        gates = shifted(sums, (panel - first_panel) * halves * n_rows * LANES)
+        values = shifted(gates, (halves - 1) * n_rows * LANES)
+        _finish_block(layer, panel, values, gates, first_row, min(n_rows, rows.n_rows - first_row))
+
+
+@body
+def quantized_scratch(n_rows, size, group):
+    """float32 of scratch that `multiply_quantized` needs."""
+    x_group = _x_group(group)
+    return _packed_rows(n_rows) * (_words(size) + 2 * ((size + x_group - 1) // x_group)) + LANES
+
+
+@body
+def multiply_quantized(x, n_rows, layer, scratch):
+    """layer.out = epilogue(x W^T + b) for n_rows rows at x; scratch: pointer to `quantized_scratch` float32."""
+    size, n_packed, group = layer.size, _packed_rows(n_rows), _x_group(layer.group)
+    words, n_groups = shifted(scratch, to_cache_line(scratch)), (size + group - 1) // group
+    scales = shifted(words, n_packed * _words(size))
+    offsets = shifted(scales, n_packed * n_groups)
+    rows = _Rows(words_of(words), scales, words_of(offsets), n_rows, n_packed, _words(size), n_groups, group)
+    threads = threads_for(n_packed, n_rows * size, _PARALLEL_SIZE)
+    parallel_for(_quantize_row, threads, n_packed, (x, size, _zero_point(layer), rows))
+
+    n_panels = count_blocks(layer)
+    together = 1
+    if n_rows > _FEW_ROWS:
+        together = max(1, min(_TOGETHER // (2 if layer.gated else 1), n_panels // 16))
+    work = _Work(together, n_panels, (n_packed + _PART_ROWS - 1) // _PART_ROWS)
+    n_items = (n_panels + together - 1) // together * work.n_parts
+    threads = threads_for(n_items, n_rows * size * n_panels, _PARALLEL_SIZE)
+    parallel_for(_multiply_panels, threads, n_items, (rows, layer, work))
+
+
+@launch
+def quantized_linear(like, x, n_rows, size, table, scaling, bits, group, levels, gated, code, residuals, out, width):
+    """out = epilogue(x W^T + b) for quantised matrices.
+
+    Arguments as in `linear.linear_rows`, the table having addresses of codes, and: scaling int64 [matrices, 3], addresses of
+    scales or 0, zero points or 0, scales of rows; bits 8 or 4; group: inputs with a scale in common, or 0; levels: address
+    of 16 bytes that 4-bit codes are indices into, or 0.
+    """
+    x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
+    layer = Quantized(
+        size,
+        pointer(table),
+        table.shape[0],
+        gated,
+        code,
+        pointer(residuals),
+        residuals.shape[0],
+        out,
+        width,
+        pointer(scaling),
+        bits,
+        group,
+        levels,
+    )
+    room = np.empty(quantized_scratch(n_rows, size, group), np.float32)
+    multiply_quantized(x, n_rows, layer, pointer(room))
+    room[0] = 0  # the last use of the scratch: it must live until here
