@@ -15,8 +15,8 @@ from ._tile import _constant, _literal_ints, _outlined
 
 CODES, NIBBLES, LEVELS = range(3)  # bytes of 8-bit codes, of two 4-bit codes, of two 4-bit indices into levels
 UNIT = 4 * LANES  # bytes
-# Rows of x in the largest tile: as many sums as leave registers for the weights.
-TILE_ROWS = 16 if "avx512f" in _target.FEATURES else 4
+# Rows of x in the largest tile: sums of integers and of floats that leave registers for the weights.
+TILE_ROWS = 12 if "avx512f" in _target.FEATURES else 4
 # What a unit's prefetch asks for comes this many bytes later; measured.
 _AHEAD = 4096
 
@@ -128,23 +128,20 @@ def _splat_word(builder, pointer, index, element):
 
 
 @intrinsic(prefer_literal=True)
-def quantized_tile(
-    typingctx, x, scales_x, offsets, w, scales, zeros, levels, first, last, length, n_units, shift, sums, rows, kind
-):
-    """sums[i, :] += products of rows of x with the 16 columns of a block, for groups first to last of x's inputs.
+def quantized_tile(typingctx, x, w, part, sums, rows, kind):
+    """sums[i, :] += products of rows of x with the 16 columns of a block, over some groups of inputs.
 
-    A group is `length` units, the last one what is left of n_units: its products are summed as integers and then scaled.
-    rows and kind (CODES, NIBBLES or LEVELS) are literals.
+    The products of a group are summed as integers and then scaled. rows and kind (CODES, NIBBLES or LEVELS) are literals.
 
-    x: words [unit, 4 inputs, rows]; scales_x float32 [group, rows]; offsets [group, rows] int32: minus the sum of x's codes,
-    times the zero point where `zeros` is 0. Addresses: w uint8 [units, 64]; scales float16 [groups, 16] or 0; zeros uint8
-    [groups, 16] or 0, both of group g of x at g >> shift; levels uint8 [16]. sums: float32 [rows, 16].
+    x: pointers (words int32 [unit, 4 inputs, rows], scales float32 [group, rows], offsets int32 [group, rows]), an offset
+    being minus the sum of x's codes, times the zero point where w has none of its own.
+    w: addresses (codes uint8 [units, 64], scales float16 [groups, 16] or 0, zero points uint8 [groups, 16] or 0, levels
+    uint8 [16]); group g of x is in group g >> shift of w.
+    part: (first group of x, end, units of a group, of which the last may have fewer, units of a block, shift).
+    sums: pointer to float32 [rows, 16].
     """
     n_rows, kind_ = _literal_ints(rows, kind)
-    index = types.intp
-    signature = types.void(
-        x, scales_x, offsets, index, index, index, index, index, index, index, index, index, sums, rows, kind
-    )
+    signature = types.void(x, w, part, sums, rows, kind)
     parts = 1 if kind_ == CODES else 2
     # a chain of sums waits for itself: few rows need several
     n_chains = max(1, 4 // (n_rows * parts))
@@ -153,6 +150,9 @@ def quantized_tile(
         x, scales_x, offsets, w, scales, zeros, levels, first, last, length, n_units, shift, sums = args
         table = _load_levels(builder, levels) if kind_ == LEVELS else None
         slots = [[cgutils.alloca_once(builder, I32X) for _ in range(n_rows)] for _ in range(n_chains)]
+        floats = [cgutils.alloca_once(builder, F32X) for _ in range(n_rows)]
+        for i, slot in enumerate(floats):
+            builder.store(_simd.emit_load(builder, sums, _constant(i * LANES), F32X, 4), slot)
         none = _constant(0)
         has_zeros = builder.icmp_signed("!=", zeros, none)
         has_scales = builder.icmp_signed("!=", scales, none)
@@ -166,8 +166,9 @@ def quantized_tile(
                     word = builder.add(words, _constant(part * n_rows + i))
                     x_value = _splat_word(builder, x, word, I32)
                     builder.store(_dot(builder, builder.load(slot), code, x_value), slot)
-            ahead = builder.inttoptr(builder.add(w, place), ir.IntType(8).as_pointer())
-            _simd.emit_prefetch(builder, ahead, _constant(_AHEAD))
+            if n_rows <= 8:
+                ahead = builder.inttoptr(builder.add(w, place), I8.as_pointer())
+                _simd.emit_prefetch(builder, ahead, _constant(_AHEAD))
 
         with cgutils.for_range(builder, builder.sub(last, first)) as groups:
             group = builder.add(first, groups.index)
@@ -209,14 +210,11 @@ def quantized_tile(
                 totals.append(builder.sitofp(total, F32X))
 
             def add_scaled(scale):
-                for i, total in enumerate(totals):
+                for i, (total, slot) in enumerate(zip(totals, floats, strict=True)):
                     value = _splat_word(builder, scales_x, builder.add(of_x, _constant(i)), _simd.F32)
                     if scale is not None:
                         value = builder.fmul(value, scale)
-                    place = _constant(i * LANES)
-                    before = _simd.emit_load(builder, sums, place, F32X, 4)
-                    target = builder.bitcast(builder.gep(sums, [place]), F32X.as_pointer())
-                    builder.store(_simd.emit_fma(builder, total, value, before), target, align=4)
+                    builder.store(_simd.emit_fma(builder, total, value, builder.load(slot)), slot)
 
             with builder.if_else(has_scales) as (grouped, by_row):
                 with grouped:
@@ -224,8 +222,13 @@ def quantized_tile(
                 with by_row:
                     add_scaled(None)
 
+        for i, slot in enumerate(floats):
+            target = builder.bitcast(builder.gep(sums, [_constant(i * LANES)]), F32X.as_pointer())
+            builder.store(builder.load(slot), target, align=4)
+
     def codegen(context, builder, sig, args):
-        _outlined(builder, f"hfopt.quantized_tile.{n_rows}.{kind_}", args[:13], emit)
+        values = [value for packed in args[:3] for value in cgutils.unpack_tuple(builder, packed)]
+        _outlined(builder, f"hfopt.quantized_tile.{n_rows}.{kind_}", [*values, args[3]], emit)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -249,6 +252,30 @@ def store_codes(typingctx, p, place, value):
         return builder.fsub(shifted, _simd.splat_float(_ROUND))
 
     return float32x(p, types.intp, float32x), codegen
+
+
+@intrinsic
+def larger_size(typingctx, a, b):
+    """Larger of |a| and b in each lane, b being a result of it or zero; NaN if either is."""
+
+    def codegen(context, builder, sig, args):
+        a, b = (builder.bitcast(value, I32X) for value in args)
+        # the bits of sizes have the order of sizes, with Inf and then NaN on top
+        size = builder.and_(a, _simd.splat_int(0x7FFFFFFF))
+        return builder.bitcast(_simd.emit_call(builder, "llvm.smax.v16i32", I32X, [size, b]), F32X)
+
+    return float32x(float32x, float32x), codegen
+
+
+@intrinsic
+def largest_size(typingctx, x):
+    """Largest lane of a result of `larger_size`; NaN if one is."""
+
+    def codegen(context, builder, sig, args):
+        bits = _simd.emit_call(builder, "llvm.vector.reduce.smax.v16i32", I32, [builder.bitcast(args[0], I32X)])
+        return builder.bitcast(bits, _simd.F32)
+
+    return types.float32(float32x), codegen
 
 
 @intrinsic

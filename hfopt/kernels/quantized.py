@@ -17,10 +17,18 @@ import numpy as np
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
 from ._pointer import address_as, floats_at, load, load_part, load_scalar, pointer, shifted, store, store_scalar
-from ._quantized_tile import CODES, LEVELS, NIBBLES, TILE_ROWS, UNIT, quantized_tile, store_codes, words_of
+from ._quantized_tile import (
+    TILE_ROWS,
+    UNIT,
+    larger_size,
+    largest_size,
+    quantized_tile,
+    store_codes,
+    words_of,
+)
 from ._simd import LANES
 from ._tile import stack_floats, to_cache_line
-from ._vector import absolute, lane, max_lanes, maximum, splat, sum_lanes
+from ._vector import splat, sum_lanes
 from .linear import WEIGHT, columns_of, count_blocks, field_of, find_block, finish
 
 SCALES, ZEROS, ROW_SCALES = range(3)
@@ -31,7 +39,7 @@ _PARALLEL_SIZE = 1 << 16  # elements of x, or products; below, more threads cost
 # Sums that stay on the stack of a thread: columns of all panels that are worked on together, for all rows of a part.
 _SUMS = 1 << 15
 _FEW_ROWS = 64  # up to here, a panel at a time: the weights are one stream from memory
-_PART_ROWS = 256  # rows of a part; a literal below
+_PART_ROWS = 252  # rows of a part; a literal below
 _TOGETHER = 8  # blocks that meet a tile of x while it is in the L1 cache
 _CHUNK = 512  # inputs at a time where tiles of x and of weights are used several times: both stay in the L1 cache
 
@@ -92,7 +100,10 @@ def _packed_rows(n_rows):
 @body
 def _tile_rows(row, n_packed):
     """Rows of the tile that starts at a row."""
-    left, rows = n_packed - row, TILE_ROWS
+    left = n_packed - row
+    if left >= TILE_ROWS:
+        return TILE_ROWS
+    rows = 8
     while rows > left:
         rows //= 2
     return rows
@@ -145,10 +156,10 @@ def _quantize_row(row, x, size, zero, rows):
         whole = count // LANES * LANES
         largest = splat(0.0)
         for k in range(0, whole, LANES):
-            largest = maximum(largest, absolute(load(source, start + k)))
+            largest = larger_size(load(source, start + k), largest)
         if whole < count:
-            largest = maximum(largest, absolute(load_part(source, start + whole, count - whole)))
-        most = max_lanes(largest)
+            largest = larger_size(load_part(source, start + whole, count - whole), largest)
+        most = largest_size(largest)
         scale = most * np.float32(1 / 127)
         # the quotient of vectors: that of numbers may be taken by a reciprocal
         inverse = splat(127.0) / splat(most)
@@ -187,36 +198,94 @@ def _shift(group):
     return shift
 
 
+class _Operands(NamedTuple):
+    """What a tile multiplies: x of its rows, and a block of weights."""
+
+    words: Any
+    scales_x: Any
+    offsets: Any
+    codes: Any
+    scales: Any
+    zeros: Any
+    levels: Any
+    length: Any  # units of a group of x
+    n_units: Any
+    shift: Any
+
+
 @body
-def _tile_codes(x, scales_x, offsets, w, scales, zeros, layer, first, last, length, n_units, shift, sums, rows):
+def _dot_codes(o, rows, first, last, sums):
+    x, w = (o.words, o.scales_x, o.offsets), (o.codes, o.scales, o.zeros, o.levels)
+    part = (first, last, o.length, o.n_units, o.shift)
     if rows == 1:
-        quantized_tile(x, scales_x, offsets, w, scales, zeros, 0, first, last, length, n_units, shift, sums, 1, 0)
+        quantized_tile(x, w, part, sums, 1, 0)
     elif rows == 2:
-        quantized_tile(x, scales_x, offsets, w, scales, zeros, 0, first, last, length, n_units, shift, sums, 2, 0)
+        quantized_tile(x, w, part, sums, 2, 0)
     elif rows == 4:
-        quantized_tile(x, scales_x, offsets, w, scales, zeros, 0, first, last, length, n_units, shift, sums, 4, 0)
+        quantized_tile(x, w, part, sums, 4, 0)
     elif rows == 8:
-        quantized_tile(x, scales_x, offsets, w, scales, zeros, 0, first, last, length, n_units, shift, sums, 8, 0)
+        quantized_tile(x, w, part, sums, 8, 0)
     else:
-        quantized_tile(x, scales_x, offsets, w, scales, zeros, 0, first, last, length, n_units, shift, sums, 16, 0)
+        quantized_tile(x, w, part, sums, 12, 0)
+
+
+@body
+def _dot_nibbles(o, rows, first, last, sums):
+    x, w = (o.words, o.scales_x, o.offsets), (o.codes, o.scales, o.zeros, o.levels)
+    part = (first, last, o.length, o.n_units, o.shift)
+    if rows == 1:
+        quantized_tile(x, w, part, sums, 1, 1)
+    elif rows == 2:
+        quantized_tile(x, w, part, sums, 2, 1)
+    elif rows == 4:
+        quantized_tile(x, w, part, sums, 4, 1)
+    elif rows == 8:
+        quantized_tile(x, w, part, sums, 8, 1)
+    else:
+        quantized_tile(x, w, part, sums, 12, 1)
+
+
+@body
+def _dot_levels(o, rows, first, last, sums):
+    x, w = (o.words, o.scales_x, o.offsets), (o.codes, o.scales, o.zeros, o.levels)
+    part = (first, last, o.length, o.n_units, o.shift)
+    if rows == 1:
+        quantized_tile(x, w, part, sums, 1, 2)
+    elif rows == 2:
+        quantized_tile(x, w, part, sums, 2, 2)
+    elif rows == 4:
+        quantized_tile(x, w, part, sums, 4, 2)
+    elif rows == 8:
+        quantized_tile(x, w, part, sums, 8, 2)
+    else:
+        quantized_tile(x, w, part, sums, 12, 2)
 
 
 @body
 def _multiply_tile(rows, row, n_together, layer, matrix, block, first, last, sums):
     """sums += products of a tile of rows with a block of a matrix, for groups first to last of x."""
     per_unit = 4 if layer.bits == 8 else 8
-    length, n_units = rows.group // per_unit, (layer.size + per_unit - 1) // per_unit
-    shift = _shift(layer.group)
+    n_units = (layer.size + per_unit - 1) // per_unit
     n_groups = 1 if layer.group == 0 else layer.size // layer.group
-    x = shifted(rows.words, row * rows.n_words)
-    scales_x, offsets = shifted(rows.scales, row * rows.n_groups), shifted(rows.offsets, row * rows.n_groups)
-    w = field_of(layer, matrix, WEIGHT) + block * n_units * UNIT
     scales, zeros = _scaling_of(layer, matrix, SCALES), _scaling_of(layer, matrix, ZEROS)
-    if scales != 0:
-        scales += block * n_groups * 2 * LANES
-    if zeros != 0:
-        zeros += block * n_groups * LANES
-    _tile_codes(x, scales_x, offsets, w, scales, zeros, layer, first, last, length, n_units, shift, sums, n_together)
+    operands = _Operands(
+        shifted(rows.words, row * rows.n_words),
+        shifted(rows.scales, row * rows.n_groups),
+        shifted(rows.offsets, row * rows.n_groups),
+        field_of(layer, matrix, WEIGHT) + block * n_units * UNIT,
+        scales + block * n_groups * 2 * LANES if scales != 0 else 0,
+        zeros + block * n_groups * LANES if zeros != 0 else 0,
+        layer.levels,
+        rows.group // per_unit,
+        n_units,
+        _shift(layer.group),
+    )
+    if layer.bits == 8:
+        _dot_codes(operands, n_together, first, last, sums)
+    elif layer.levels == 0:
+        _dot_nibbles(operands, n_together, first, last, sums)
+    else:
+        _dot_levels(operands, n_together, first, last, sums)
 
 
 @body
