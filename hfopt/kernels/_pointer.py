@@ -110,7 +110,7 @@ def _emit_widen(builder, bits16):
     return builder.bitcast(builder.shl(builder.zext(bits16, I32X), splat_int(16)), F32X)
 
 
-def _emit_round(builder, value):
+def emit_round(builder, value):
     """float32 -> bfloat16 bits, to nearest even; a NaN stays a NaN."""
     if _target.HAS_AVX512_BF16:
         return builder.bitcast(builder.fptrunc(value, BF16X), I16X)
@@ -159,7 +159,7 @@ def store(typingctx, p, index, value):
         where, index, value = args
         bits = _is_bits(sig.args[0])
         if bits:
-            value = _emit_round(builder, value)
+            value = emit_round(builder, value)
         target = builder.bitcast(builder.gep(where, [index]), value.type.as_pointer())
         builder.store(value, target, align=2 if bits else 4)
         return context.get_dummy_value()
@@ -175,7 +175,7 @@ def store_part(typingctx, p, index, count, value):
         where, index, count, value = args
         bits = _is_bits(sig.args[0])
         if bits:
-            value = _emit_round(builder, value)
+            value = emit_round(builder, value)
         target = builder.bitcast(builder.gep(where, [index]), value.type.as_pointer())
         mask = emit_lane_mask(builder, count, LANES)
         name = f"llvm.masked.store.v16{'i16' if bits else 'f32'}.p0"
@@ -219,7 +219,7 @@ def store_two(typingctx, p, index, a, b):
             order = ir.Constant(
                 ir.VectorType(I32, 2 * LANES), [k // 2 + k % 2 * LANES for k in range(2 * LANES)]
             )
-            bits = builder.shuffle_vector(_emit_round(builder, a), _emit_round(builder, b), order)
+            bits = builder.shuffle_vector(emit_round(builder, a), emit_round(builder, b), order)
             builder.store(bits, builder.bitcast(where, bits.type.as_pointer()), align=2)
         else:
             builder.store(a, builder.bitcast(where, F32X.as_pointer()), align=4)
@@ -251,7 +251,7 @@ def store_scalar(typingctx, p, index, value):
         where, index, value = args
         if _is_bits(sig.args[0]):
             value = builder.extract_element(
-                _emit_round(builder, emit_splat(builder, value, F32X)), ir.Constant(I32, 0)
+                emit_round(builder, emit_splat(builder, value, F32X)), ir.Constant(I32, 0)
             )
         builder.store(value, builder.gep(where, [index]))
         return context.get_dummy_value()

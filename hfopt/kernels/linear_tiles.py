@@ -77,7 +77,7 @@ def _pack(source, n_rows, readable, size, first, last, target, width, stride):
 
 
 @body
-def _half_panel(layer, panel, half):
+def half_panel(layer, panel, half):
     """(matrix, first row, rows) behind 16 of the 32 columns of a panel; 0 rows behind the last block."""
     if layer.gated:
         matrix, first = half, panel * LANES
@@ -93,7 +93,7 @@ def _half_panel(layer, panel, half):
 def _finish_tile(layer, panel, sums, first_row, n_rows):
     """Epilogue of the rows of one tile; with `gated` the halves of a panel are gate and up."""
     for half in range(1 if layer.gated else 0, 2):
-        matrix, first, n_columns = _half_panel(layer, panel, half)
+        matrix, first, n_columns = half_panel(layer, panel, half)
         columns = columns_of(layer, matrix, first)
         if n_columns > 0:
             for row in range(n_rows):
@@ -115,7 +115,7 @@ def _multiply_group(tiles, layer, group, room, sums):
         last = min(first + PANEL_UNITS, n_units)
         for panel in range(group.panel, group.last_panel):
             for half in range(2):
-                matrix, row, n_columns = _half_panel(layer, panel, half)
+                matrix, row, n_columns = half_panel(layer, panel, half)
                 source = weight_rows(layer, matrix, row)
                 target = shifted(room, (panel - group.panel) * PANEL_UNITS * TILE_COLUMNS + half * LANES)
                 _pack(source, n_columns, n_columns, layer.size, first, last, target, LANES, TILE_COLUMNS)

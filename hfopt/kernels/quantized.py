@@ -39,7 +39,7 @@ _PARALLEL_SIZE = 1 << 16  # elements of x, or products; below, more threads cost
 # Sums that stay on the stack of a thread: columns of all panels that are worked on together, for all rows of a part.
 _SUMS = 1 << 15
 _FEW_ROWS = 64  # up to here, a panel at a time: the weights are one stream from memory
-_PART_ROWS = 252  # rows of a part; a literal below
+PART_ROWS = 252  # rows of a part; a literal below
 _TOGETHER = 8  # blocks that meet a tile of x while it is in the L1 cache
 _CHUNK = 512  # inputs at a time where tiles of x and of weights are used several times: both stay in the L1 cache
 
@@ -84,7 +84,7 @@ class _Work(NamedTuple):
 
 
 @body
-def _scaling_of(layer, matrix, field):
+def scaling_of(layer, matrix, field):
     return layer.scaling[matrix * _FIELDS + field]
 
 
@@ -92,13 +92,13 @@ def _scaling_of(layer, matrix, field):
 
 
 @body
-def _packed_rows(n_rows):
+def packed_rows(n_rows):
     """Rows of packed x: up to 4 rows cost what memory costs in any case."""
     return n_rows if n_rows <= 2 else (n_rows + 3) // 4 * 4
 
 
 @body
-def _tile_rows(row, n_packed):
+def tile_rows(row, n_packed):
     """Rows of the tile that starts at a row."""
     left = n_packed - row
     if left >= TILE_ROWS:
@@ -110,13 +110,13 @@ def _tile_rows(row, n_packed):
 
 
 @body
-def _tile_of(row, n_packed):
+def tile_of(row, n_packed):
     """(first row, rows) of the tile that has a row."""
     first = row // TILE_ROWS * TILE_ROWS
-    rows = _tile_rows(first, n_packed)
+    rows = tile_rows(first, n_packed)
     while row >= first + rows:
         first += rows
-        rows = _tile_rows(first, n_packed)
+        rows = tile_rows(first, n_packed)
     return first, rows
 
 
@@ -132,9 +132,9 @@ def _words(size):
 
 
 @body
-def _zero_point(layer):
+def zero_point(layer):
     """That of all codes, or 1 where each group has its own."""
-    if _scaling_of(layer, 0, ZEROS) != 0:
+    if scaling_of(layer, 0, ZEROS) != 0:
         return 1
     return 128 if layer.bits == 8 or layer.levels != 0 else 8
 
@@ -146,7 +146,7 @@ def _quantize_row(row, x, size, zero, rows):
     A group that is not finite has NaN as its scale, one that is zero has 0.
     """
     codes = words_of(stack_floats(32))
-    first, n_together = _tile_of(row, rows.n_packed)
+    first, n_together = tile_of(row, rows.n_packed)
     words = shifted(rows.words, first * rows.n_words + row - first)
     place = first * rows.n_groups + row - first
     source = shifted(x, row * size)
@@ -267,7 +267,7 @@ def _multiply_tile(rows, row, n_together, layer, matrix, block, first, last, sum
     per_unit = 4 if layer.bits == 8 else 8
     n_units = (layer.size + per_unit - 1) // per_unit
     n_groups = 1 if layer.group == 0 else layer.size // layer.group
-    scales, zeros = _scaling_of(layer, matrix, SCALES), _scaling_of(layer, matrix, ZEROS)
+    scales, zeros = scaling_of(layer, matrix, SCALES), scaling_of(layer, matrix, ZEROS)
     operands = _Operands(
         shifted(rows.words, row * rows.n_words),
         shifted(rows.scales, row * rows.n_groups),
@@ -300,8 +300,8 @@ def _finish_block(layer, panel, sums, gates, first_row, n_rows):
     matrix, first = find_block(layer, panel)
     columns = columns_of(layer, matrix, first)
     block = first // LANES
-    scale = load(floats_at(_scaling_of(layer, matrix, ROW_SCALES)), first)
-    gate_scale = load(floats_at(_scaling_of(layer, 0, ROW_SCALES)), first)
+    scale = load(floats_at(scaling_of(layer, matrix, ROW_SCALES)), first)
+    gate_scale = load(floats_at(scaling_of(layer, 0, ROW_SCALES)), first)
     for row in range(n_rows):
         value, gate = load(sums, row * LANES) * scale, load(gates, row * LANES) * gate_scale
         finish(layer, columns, first_row + row, value, gate)
@@ -312,9 +312,9 @@ def _multiply_panels(index, rows, layer, work):
     """Some panels (blocks, or with `gated` pairs of them) of a part of the rows."""
     sums = stack_floats(1 << 15)
     halves = 2 if layer.gated else 1
-    first_row = index % work.n_parts * _PART_ROWS
+    first_row = index % work.n_parts * PART_ROWS
     first_panel = index // work.n_parts * work.together
-    last_row, last_panel = min(first_row + _PART_ROWS, rows.n_packed), min(first_panel + work.together, work.n_panels)
+    last_row, last_panel = min(first_row + PART_ROWS, rows.n_packed), min(first_panel + work.together, work.n_panels)
     n_rows = last_row - first_row
     _clear(sums, (last_panel - first_panel) * halves * n_rows * LANES)
     step = rows.n_groups
@@ -323,7 +323,7 @@ def _multiply_panels(index, rows, layer, work):
     for group in range(0, rows.n_groups, step):
         row = first_row
         while row < last_row:
-            n_together = _tile_rows(row, rows.n_packed)
+            n_together = tile_rows(row, rows.n_packed)
             for panel in range(first_panel, last_panel):
                 for half in range(halves):
                     matrix, column = find_block(layer, panel)
@@ -343,40 +343,34 @@ def _multiply_panels(index, rows, layer, work):
 def quantized_scratch(n_rows, size, group):
     """float32 of scratch that `multiply_quantized` needs."""
     x_group = _x_group(group)
-    return _packed_rows(n_rows) * (_words(size) + 2 * ((size + x_group - 1) // x_group)) + LANES
+    return packed_rows(n_rows) * (_words(size) + 2 * ((size + x_group - 1) // x_group)) + LANES
 
 
 @body
 def multiply_quantized(x, n_rows, layer, scratch):
     """layer.out = epilogue(x W^T + b) for n_rows rows at x; scratch: pointer to `quantized_scratch` float32."""
-    size, n_packed, group = layer.size, _packed_rows(n_rows), _x_group(layer.group)
+    size, n_packed, group = layer.size, packed_rows(n_rows), _x_group(layer.group)
     words, n_groups = shifted(scratch, to_cache_line(scratch)), (size + group - 1) // group
     scales = shifted(words, n_packed * _words(size))
     offsets = shifted(scales, n_packed * n_groups)
     rows = _Rows(words_of(words), scales, words_of(offsets), n_rows, n_packed, _words(size), n_groups, group)
     threads = threads_for(n_packed, n_rows * size, _PARALLEL_SIZE)
-    parallel_for(_quantize_row, threads, n_packed, (x, size, _zero_point(layer), rows))
+    parallel_for(_quantize_row, threads, n_packed, (x, size, zero_point(layer), rows))
 
     n_panels = count_blocks(layer)
     together = 1
     if n_rows > _FEW_ROWS:
         together = max(1, min(_TOGETHER // (2 if layer.gated else 1), n_panels // 16))
-    work = _Work(together, n_panels, (n_packed + _PART_ROWS - 1) // _PART_ROWS)
+    work = _Work(together, n_panels, (n_packed + PART_ROWS - 1) // PART_ROWS)
     n_items = (n_panels + together - 1) // together * work.n_parts
     threads = threads_for(n_items, n_rows * size * n_panels, _PARALLEL_SIZE)
     parallel_for(_multiply_panels, threads, n_items, (rows, layer, work))
 
 
-@launch
-def quantized_linear(like, x, n_rows, size, table, scaling, bits, group, levels, gated, code, residuals, out, width):
-    """out = epilogue(x W^T + b) for quantised matrices.
-
-    Arguments as in `linear.linear_rows`, the table having addresses of codes, and: scaling int64 [matrices, 3], addresses of
-    scales or 0, zero points or 0, scales of rows; bits 8 or 4; group: inputs with a scale in common, or 0; levels: address
-    of 16 bytes that 4-bit codes are indices into, or 0.
-    """
-    x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
-    layer = Quantized(
+@body
+def open_layer(size, table, scaling, bits, group, levels, gated, code, residuals, out, width):
+    """The layer that the arguments of a launch describe."""
+    return Quantized(
         size,
         pointer(table),
         table.shape[0],
@@ -391,6 +385,18 @@ def quantized_linear(like, x, n_rows, size, table, scaling, bits, group, levels,
         group,
         levels,
     )
+
+
+@launch
+def quantized_linear(like, x, n_rows, size, table, scaling, bits, group, levels, gated, code, residuals, out, width):
+    """out = epilogue(x W^T + b) for quantised matrices.
+
+    Arguments as in `linear.linear_rows`, the table having addresses of codes, and: scaling int64 [matrices, 3], addresses of
+    scales or 0, zero points or 0, scales of rows; bits 8 or 4; group: inputs with a scale in common, or 0; levels: address
+    of 16 bytes that 4-bit codes are indices into, or 0.
+    """
+    x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
+    layer = open_layer(size, table, scaling, bits, group, levels, gated, code, residuals, out, width)
     room = np.empty(quantized_scratch(n_rows, size, group), np.float32)
     multiply_quantized(x, n_rows, layer, pointer(room))
     room[0] = 0  # the last use of the scratch: it must live until here
