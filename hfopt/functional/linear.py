@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from .choice import Kernels, takes_torch
 _NO_RESIDUALS = np.empty(0, np.int64)
 
 
-class _Fingerprint(NamedTuple):
+class Fingerprint(NamedTuple):
     """What must not change about a tensor while its address is in use."""
 
     address: int
@@ -38,7 +38,7 @@ class _Fingerprint(NamedTuple):
     strides: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor | None) -> "_Fingerprint | None":
+    def of(cls, tensor: Tensor | None) -> "Fingerprint | None":
         if tensor is None:
             return None
         return cls(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -57,7 +57,7 @@ class LinearWeights:
     smallest: int
     dtype: torch.dtype
     tensors: tuple[Tensor | None, ...]
-    fingerprints: tuple[_Fingerprint | None, ...]
+    fingerprints: tuple[Fingerprint | None, ...]
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> "LinearWeights":
@@ -90,7 +90,7 @@ class LinearWeights:
             smallest=min(weight.shape[0] for weight in weights),
             dtype=dtype,
             tensors=tensors,
-            fingerprints=tuple(_Fingerprint.of(tensor) for tensor in tensors),
+            fingerprints=tuple(Fingerprint.of(tensor) for tensor in tensors),
         )
 
     @property
@@ -109,7 +109,48 @@ class LinearWeights:
 
     def reads(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
         """Whether the record still describes exactly these tensors."""
-        return self.fingerprints == tuple(_Fingerprint.of(tensor) for tensor in (*weights, *biases))
+        return self.fingerprints == tuple(Fingerprint.of(tensor) for tensor in (*weights, *biases))
+
+
+class _Matrices(Protocol):
+    """What `LinearWeights` and `QuantizedWeights` have in common."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype | None: ...
+
+    def width(self, gated: bool) -> int: ...
+
+
+def prepare_call(
+    hidden_states: Tensor,
+    weights: _Matrices,
+    activation: str | None,
+    gated: bool,
+    residuals: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, np.ndarray, int]:
+    """(x, memory of the result, addresses of the residuals, rows) of a call of `linear`, whose arguments are checked."""
+    if activation not in CODES:
+        raise InvalidInput(
+            f"activation is {activation!r}: None or one of {sorted(k for k in CODES if k)} is allowed"
+        )
+    x = check_rows("hidden_states", hidden_states, weights.dtype)
+    given = x.shape
+    size = given[-1]
+    if size != weights.in_features:
+        raise InvalidInput(f"hidden_states has {size} features: the weights need {weights.in_features}")
+    width = weights.width(gated)
+    shape = (*given[:-1], width)
+    out = x.new_empty(*shape)
+    addresses = _NO_RESIDUALS
+    if residuals:
+        addresses = np.empty(len(residuals), np.int64)
+        for index, residual in enumerate(residuals):
+            addresses[index] = check_array(f"residuals[{index}]", residual, shape, x.dtype)
+    n_rows = out.numel() // width if width else 0
+    return x, out, addresses, n_rows
 
 
 def linear(
@@ -139,27 +180,10 @@ def linear(
     Raises:
         InvalidInput: for any other dtype, shape, layout, device or name.
     """
-    if activation not in CODES:
-        raise InvalidInput(
-            f"activation is {activation!r}: None or one of {sorted(k for k in CODES if k)} is allowed"
-        )
-    x = check_rows("hidden_states", hidden_states, weights.dtype)
-    given = x.shape
-    size = given[-1]
-    if size != weights.in_features:
-        raise InvalidInput(f"hidden_states has {size} features: the weights need {weights.in_features}")
-    width = weights.width(gated)
-    shape = (*given[:-1], width)
-    out = x.new_empty(*shape)
-    addresses = _NO_RESIDUALS
-    if residuals:
-        addresses = np.empty(len(residuals), np.int64)
-        for index, residual in enumerate(residuals):
-            addresses[index] = check_array(f"residuals[{index}]", residual, shape, x.dtype)
-    n_rows = out.numel() // width if width else 0
+    x, out, addresses, n_rows = prepare_call(hidden_states, weights, activation, gated, residuals)
     if n_rows == 0:
         return out
-    if by != "hfopt" and takes_torch(by, "linear", x.dtype, out.numel() // width):
+    if by != "hfopt" and takes_torch(by, "linear", x.dtype, n_rows):
         return _linear_in_torch(x, weights, activation, gated, residuals)
     prepare_threads()
     kernel = kernels.linear_rows if n_rows <= kernels.ROW_LIMIT else linear_tiles
@@ -167,13 +191,13 @@ def linear(
         ELEMENTS[x.dtype],
         address_of("hidden_states", x),
         n_rows,
-        size,
+        weights.in_features,
         weights.table,
         gated,
         CODES[activation],
         addresses,
         out.data_ptr(),
-        width,
+        out.shape[-1],
     )
     return out
 

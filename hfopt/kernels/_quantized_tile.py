@@ -14,7 +14,9 @@ from ._pointer import emit_round
 from ._simd import F32X, I8, I16, I32, I32X, LANES, float32x
 from ._tile import _constant, _is_pairs, _literal_ints, _outlined
 
-CODES, NIBBLES, LEVELS = range(3)  # bytes of 8-bit codes, of two 4-bit codes, of two 4-bit indices into levels
+CODES, NIBBLES, LEVELS = range(
+    3
+)  # bytes of 8-bit codes, of two 4-bit codes, of two 4-bit indices into levels
 UNIT = 4 * LANES  # bytes
 # Rows of x in the largest tile: sums of integers and of floats that leave registers for the weights.
 TILE_ROWS = 12 if "avx512f" in _target.FEATURES else 4
@@ -108,10 +110,11 @@ def _prefetch_at(builder, address, offset):
 
 
 def _load_halves(builder, address, offset):
-    """16 float16 that are finite and not negative, as float32: shifted into place and scaled, which is exact."""
-    bits = builder.zext(_load_at(builder, address, offset, _simd.I16X), I32X)
-    value = builder.bitcast(builder.shl(bits, _simd.splat_int(13)), F32X)
-    return builder.fmul(value, _simd.splat_float(2.0**112))
+    """16 finite float16 as float32: shifted into place and scaled, which is exact and needs no instruction of its own."""
+    bits = builder.sext(_load_at(builder, address, offset, _simd.I16X), I32X)
+    # the sign has been copied into the upper bits of the exponent
+    bits = builder.and_(builder.shl(bits, _simd.splat_int(13)), _simd.splat_int(0x8FFFE000 - (1 << 32)))
+    return builder.fmul(builder.bitcast(bits, F32X), _simd.splat_float(2.0**112))
 
 
 def _load_bytes(builder, address, offset):
@@ -121,7 +124,9 @@ def _load_bytes(builder, address, offset):
 def _load_levels(builder, address):
     quarter = _load_at(builder, address, _constant(0), _I8X)
     lanes = [k % LANES for k in range(UNIT)]
-    four = builder.shuffle_vector(quarter, ir.Constant(_I8X, None), ir.Constant(ir.VectorType(I32, UNIT), lanes))
+    four = builder.shuffle_vector(
+        quarter, ir.Constant(_I8X, None), ir.Constant(ir.VectorType(I32, UNIT), lanes)
+    )
     return builder.bitcast(four, I32X)
 
 
@@ -193,8 +198,8 @@ def quantized_tile(typingctx, x, w, part, sums, rows, kind):
                     for i, slot in enumerate(slots[0]):
                         offset = _splat_word(builder, offsets, builder.add(of_x, _constant(i)), I32)
                         builder.store(offset, slot)
-            for chain in slots[1:]:
-                for slot in chain:
+            for others in slots[1:]:
+                for slot in others:
                     builder.store(ir.Constant(I32X, None), slot)
 
             whole = builder.udiv(count, _constant(n_chains))
@@ -210,8 +215,8 @@ def quantized_tile(typingctx, x, w, part, sums, rows, kind):
             totals = []
             for i in range(n_rows):
                 total = builder.load(slots[0][i])
-                for chain in slots[1:]:
-                    total = builder.add(total, builder.load(chain[i]))
+                for others in slots[1:]:
+                    total = builder.add(total, builder.load(others[i]))
                 totals.append(builder.sitofp(total, F32X))
 
             def add_scaled(scale):
@@ -246,8 +251,9 @@ def quantized_tile(typingctx, x, w, part, sums, rows, kind):
 def dequantize(typingctx, w, part, target, zero, kind):
     """target = (code - zero point) * scale for some units of a block, as `_tile.outer_tile` takes them.
 
-    w: as in `quantized_tile`. part: (first unit, end, units of a group). target: pointer to 32-bit units, float32 [inputs, 32]
-    or pairs of bfloat16 [inputs / 2, 32], of which 16 columns are written. zero: zero point where w has none of its own.
+    w: as in `quantized_tile`. part: (first unit, end, units of a group). target: pointer to 32-bit units, float32
+    [inputs, 32] or pairs of bfloat16 [inputs / 2, 32], of which 16 columns are written. zero: zero point where w has none
+    of its own.
     """
     (kind_,) = _literal_ints(kind)
     signature = types.void(w, part, target, types.int64, kind)
@@ -341,7 +347,9 @@ def largest_size(typingctx, x):
     """Largest lane of a result of `larger_size`; NaN if one is."""
 
     def codegen(context, builder, sig, args):
-        bits = _simd.emit_call(builder, "llvm.vector.reduce.smax.v16i32", I32, [builder.bitcast(args[0], I32X)])
+        bits = _simd.emit_call(
+            builder, "llvm.vector.reduce.smax.v16i32", I32, [builder.bitcast(args[0], I32X)]
+        )
         return builder.bitcast(bits, _simd.F32)
 
     return types.float32(float32x), codegen

@@ -2,12 +2,12 @@
 
     y = epilogue(row_scale * sum over groups of scale_x scale_w (sum of code_x (code_w - zero)) + b)
 
-The weights of a *block*, 16 output columns, follow each other in memory: codes uint8 [blocks, units, 64] (a unit is described
-in `_quantized_tile`), scales float16 [blocks, groups, 16], zero points uint8 [blocks, groups, 16], and scales of whole rows
+The weights of a *block*, 16 output columns, follow each other in memory: codes uint8 [blocks, units, 64] (`_quantized_tile`
+says what a unit is), scales float16 [blocks, groups, 16], zero points uint8 [blocks, groups, 16], and scales of whole rows
 float32 [blocks, 16]. Inputs are padded to whole units and columns to whole blocks.
 
-Sums of products are exact, and groups are added one after the other: a row has the same bits whatever the number of rows and of
-threads.
+Sums of products are exact, and groups are added one after the other: a row has the same bits whatever the number of rows
+and of threads.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,16 @@ import numpy as np
 
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
-from ._pointer import address_as, floats_at, load, load_part, load_scalar, pointer, shifted, store, store_scalar
+from ._pointer import (
+    address_as,
+    floats_at,
+    load,
+    load_part,
+    pointer,
+    shifted,
+    store,
+    store_scalar,
+)
 from ._quantized_tile import (
     TILE_ROWS,
     UNIT,
@@ -41,7 +50,9 @@ _SUMS = 1 << 15
 _FEW_ROWS = 64  # up to here, a panel at a time: the weights are one stream from memory
 PART_ROWS = 252  # rows of a part; a literal below
 _TOGETHER = 8  # blocks that meet a tile of x while it is in the L1 cache
-_CHUNK = 512  # inputs at a time where tiles of x and of weights are used several times: both stay in the L1 cache
+_CHUNK = (
+    512  # inputs at a time where tiles of x and of weights are used several times: both stay in the L1 cache
+)
 
 
 class Quantized(NamedTuple):
@@ -299,9 +310,8 @@ def _finish_block(layer, panel, sums, gates, first_row, n_rows):
     """Epilogue of the columns of a panel; with `gated` it is two blocks, and gates has the sums of the first."""
     matrix, first = find_block(layer, panel)
     columns = columns_of(layer, matrix, first)
-    block = first // LANES
     scale = load(floats_at(scaling_of(layer, matrix, ROW_SCALES)), first)
-    gate_scale = load(floats_at(scaling_of(layer, 0, ROW_SCALES)), first)
+    gate_scale = load(floats_at(scaling_of(layer, 0, ROW_SCALES)), first) if layer.gated else scale
     for row in range(n_rows):
         value, gate = load(sums, row * LANES) * scale, load(gates, row * LANES) * gate_scale
         finish(layer, columns, first_row + row, value, gate)
@@ -314,7 +324,10 @@ def _multiply_panels(index, rows, layer, work):
     halves = 2 if layer.gated else 1
     first_row = index % work.n_parts * PART_ROWS
     first_panel = index // work.n_parts * work.together
-    last_row, last_panel = min(first_row + PART_ROWS, rows.n_packed), min(first_panel + work.together, work.n_panels)
+    last_row, last_panel = (
+        min(first_row + PART_ROWS, rows.n_packed),
+        min(first_panel + work.together, work.n_panels),
+    )
     n_rows = last_row - first_row
     _clear(sums, (last_panel - first_panel) * halves * n_rows * LANES)
     step = rows.n_groups
@@ -388,7 +401,9 @@ def open_layer(size, table, scaling, bits, group, levels, gated, code, residuals
 
 
 @launch
-def quantized_linear(like, x, n_rows, size, table, scaling, bits, group, levels, gated, code, residuals, out, width):
+def quantized_linear(
+    like, x, n_rows, size, table, scaling, bits, group, levels, gated, code, residuals, out, width
+):
     """out = epilogue(x W^T + b) for quantised matrices.
 
     Arguments as in `linear.linear_rows`, the table having addresses of codes, and: scaling int64 [matrices, 3], addresses of

@@ -1,0 +1,281 @@
+"""Linear layers over quantised weight matrices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfopt.errors import InvalidInput
+from hfopt.kernels.dequantized import dequantized_linear
+from hfopt.kernels.linear import SIZE
+from hfopt.kernels.quantized import X_GROUP
+from hfopt.kernels.quantized import quantized_linear as quantized_kernel
+
+from .activation import CODES
+from .checks import (
+    ELEMENTS,
+    address_of,
+    check_array,
+    check_contiguous,
+    check_floats,
+    check_shape,
+    prepare_threads,
+)
+from .linear import Fingerprint, prepare_call
+
+Compute = Literal["int8", "float"]
+
+_KERNELS = {"int8": quantized_kernel, "float": dequantized_linear}
+_ROWS = 16  # of a block
+_UNIT = 64  # bytes
+_ALIGNMENT = 64  # bytes
+
+
+class QuantizedMatrix(NamedTuple):
+    """One packed matrix [out_features, in]: blocks of 16 rows, and units of 4 (8-bit codes) or 8 inputs (4 bits).
+
+    value[o, k] = (code[o, k] - zero[o, g]) * scale[o, g] * row_scale[o] with g = k // group; with levels,
+    level[code[o, k]] * scale[o, g] * row_scale[o].
+    """
+
+    out_features: int
+    codes: Tensor  # uint8 [blocks, units, 64]; byte 4 j + i of a unit is input i of row j, 4 + i in the upper 4 bits
+    row_scales: Tensor  # float32 [blocks, 16]
+    scales: Tensor | None  # float16 [blocks, groups, 16]; None where `group` is None
+    zeros: (
+        Tensor | None
+    )  # uint8 [blocks, groups, 16]; None where all zero points are 128 (8 bits) or 8 (4 bits)
+
+
+def _check_part(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, finite: bool = False
+) -> int:
+    """Address of a part of a packed matrix."""
+    if not isinstance(tensor, Tensor):
+        raise InvalidInput(f"{name} is a {type(tensor).__name__}: a torch.Tensor is needed")
+    if not tensor.is_cpu or tensor.layout is not torch.strided:
+        raise InvalidInput(
+            f"{name} is {tensor.layout} on device {tensor.device}: only dense tensors in CPU memory are allowed"
+        )
+    if tensor.dtype is not dtype:
+        raise InvalidInput(f"{name} has dtype {tensor.dtype}: {dtype} is needed here")
+    check_shape(name, tensor, shape)
+    check_contiguous(name, tensor)
+    if tensor.is_neg():
+        raise InvalidInput(f"{name} has its negative bit set: call resolve_neg() first")
+    address = address_of(name, tensor)
+    if address % _ALIGNMENT:
+        raise InvalidInput(
+            f"{name} starts {address % _ALIGNMENT} bytes behind a multiple of {_ALIGNMENT}: none are allowed"
+        )
+    if finite and not bool(tensor.isfinite().all()):
+        place = (~tensor.isfinite()).nonzero()[0].tolist()
+        raise InvalidInput(f"{name} is {float(tensor[tuple(place)])} at {place}: it must be finite")
+    return address
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeights:
+    """One or several packed matrices of one format with their biases, as kernels read them: in place, by address.
+
+    The tensors are kept alive. Weights that are moved or replaced are noticed by `reads`; build a new record then.
+    """
+
+    table: np.ndarray  # int64 [matrices, 4]: codes, bias or 0, out features, first output column
+    scaling: np.ndarray  # int64 [matrices, 3]: scales or 0, zero points or 0, scales of rows
+    bits: int
+    group: int  # 0: none
+    levels: Tensor | None  # uint8 [16], 128 added
+    in_features: int
+    out_features: int
+    smallest: int
+    dtype: torch.dtype | None  # of biases, and so of x; None: either
+    tensors: tuple[Tensor | None, ...]
+    fingerprints: tuple[Fingerprint | None, ...]
+
+    @classmethod
+    def of(
+        cls,
+        matrices: Sequence[QuantizedMatrix],
+        biases: Sequence[Tensor | None],
+        *,
+        in_features: int,
+        bits: int,
+        group: int | None = None,
+        levels: Sequence[int] | None = None,
+    ) -> "QuantizedWeights":
+        """Record of packed matrices and biases ([out_i] or None each).
+
+        Args:
+            in_features: of each matrix, without padding.
+            bits: of a code, 8 or 4.
+            group: inputs with a scale in common: a multiple of 32, above 128 only 256, 512, ...; None: whole rows.
+            levels: 16 integers from -127 to 127 that 4-bit codes are indices into.
+
+        Raises:
+            InvalidInput: unless all tensors are contiguous, in CPU memory, aligned to 64 bytes, of the shapes and dtypes of
+                `QuantizedMatrix`, with finite scales, all matrices with zero points or none; biases of one dtype.
+        """
+        if not matrices or len(biases) != len(matrices):
+            raise InvalidInput(
+                f"matrices and biases have {len(matrices)} and {len(biases)} entries: as many are needed"
+            )
+        if bits not in (4, 8):
+            raise InvalidInput(f"bits is {bits!r}: 4 or 8 is allowed")
+        if in_features < 1:
+            raise InvalidInput(f"in_features is {in_features!r}: a positive number is needed")
+        _check_group(group, in_features)
+        with_zeros = matrices[0].zeros is not None
+        table, scaling = np.zeros((len(matrices), 4), np.int64), np.zeros((len(matrices), 3), np.int64)
+        n_units = -(-in_features // (32 // bits))
+        n_groups = in_features // (group or in_features)
+        column = 0
+        dtype = _dtype_of(biases)
+        for index, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
+            name, size = f"matrices[{index}]", matrix.out_features
+            if size < 1:
+                raise InvalidInput(f"{name}.out_features is {size!r}: a positive number is needed")
+            n_blocks = -(-size // _ROWS)
+            for part, wanted in (("scales", group is not None), ("zeros", with_zeros)):
+                if (getattr(matrix, part) is not None) != wanted:
+                    raise InvalidInput(
+                        f"{name}.{part} is {'missing' if wanted else 'given'}: with group={group} there are "
+                        f"{'no ' if group is None else ''}scales, and zero points in all matrices or in none"
+                    )
+            codes = _check_part(f"{name}.codes", matrix.codes, (n_blocks, n_units, _UNIT), torch.uint8)
+            shape = (n_blocks, n_groups, _ROWS)
+            scales = zeros = 0
+            if matrix.scales is not None:
+                scales = _check_part(f"{name}.scales", matrix.scales, shape, torch.float16, finite=True)
+            if matrix.zeros is not None:
+                zeros = _check_part(f"{name}.zeros", matrix.zeros, shape, torch.uint8)
+            rows = _check_part(
+                f"{name}.row_scales", matrix.row_scales, (n_blocks, _ROWS), torch.float32, finite=True
+            )
+            address = 0 if bias is None else check_array(f"biases[{index}]", bias, (size,), dtype)
+            table[index], scaling[index] = (codes, address, size, column), (scales, zeros, rows)
+            column += size
+        shifted = _shift_levels(levels, bits, with_zeros)
+        tensors = (*(part for matrix in matrices for part in matrix[1:]), *biases)
+        return cls(
+            table=table,
+            scaling=scaling,
+            bits=bits,
+            group=group or 0,
+            levels=shifted,
+            in_features=in_features,
+            out_features=column,
+            smallest=min(matrix.out_features for matrix in matrices),
+            dtype=dtype,
+            tensors=tensors,
+            fingerprints=tuple(Fingerprint.of(tensor) for tensor in tensors),
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        """out_i of each matrix."""
+        sizes: list[int] = self.table[:, SIZE].tolist()
+        return sizes
+
+    def width(self, gated: bool) -> int:
+        """Columns of the result; raises `InvalidInput` if `gated` does not fit the matrices."""
+        if not gated:
+            return self.out_features
+        if len(self.table) != 2 or 2 * self.smallest != self.out_features:
+            raise InvalidInput(f"gated needs two matrices of one size: weights has rows {self.sizes}")
+        return self.out_features // 2
+
+    def reads(self, matrices: Sequence[QuantizedMatrix], biases: Sequence[Tensor | None]) -> bool:
+        """Whether the record still describes exactly these tensors."""
+        tensors = (*(part for matrix in matrices for part in matrix[1:]), *biases)
+        return self.fingerprints == tuple(Fingerprint.of(tensor) for tensor in tensors)
+
+
+def _dtype_of(biases: Sequence[Tensor | None]) -> torch.dtype | None:
+    """That of the first bias."""
+    for index, bias in enumerate(biases):
+        if bias is not None:
+            check_floats(f"biases[{index}]", bias)
+            return bias.dtype
+    return None
+
+
+def _check_group(group: int | None, in_features: int) -> None:
+    if group is None:
+        return
+    times = group // X_GROUP
+    allowed = group > 0 and group % 32 == 0
+    if group > X_GROUP:
+        allowed = group % X_GROUP == 0 and times & (times - 1) == 0
+    if not allowed:
+        raise InvalidInput(f"group is {group!r}: 32, 64, 96, 128, 256, 512 and so on, or None, is allowed")
+    if in_features % group:
+        raise InvalidInput(f"group is {group}: it must divide in_features, {in_features}")
+
+
+def _shift_levels(levels: Sequence[int] | None, bits: int, with_zeros: bool) -> Tensor | None:
+    """Levels as unsigned bytes with the zero point 128."""
+    if levels is None:
+        return None
+    if bits != 4 or with_zeros:
+        raise InvalidInput(
+            f"levels are given with bits={bits}{' and zero points' if with_zeros else ''}: they need 4 bits and none"
+        )
+    if len(levels) != 16 or not all(-127 <= level <= 127 for level in levels):
+        raise InvalidInput(f"levels is {list(levels)}: 16 integers from -127 to 127 are needed")
+    return torch.tensor([level + 128 for level in levels], dtype=torch.uint8)
+
+
+def quantized_linear(
+    hidden_states: Tensor,
+    weights: QuantizedWeights,
+    *,
+    activation: str | None = None,
+    gated: bool = False,
+    residuals: Sequence[Tensor] = (),
+    compute: Compute = "int8",
+) -> Tensor:
+    """y = act(x W^T + b) + residuals for quantised W, as `linear.linear`.
+
+    Args:
+        hidden_states: [..., in], float32 or bfloat16 (the dtype of the biases), last dimension contiguous.
+        weights: the matrices.
+        activation: None or a key of `ACTIVATIONS`.
+        gated: y = act(x W0^T + b0) * (x W1^T + b1) + residuals, for two matrices of one size.
+        residuals: tensors of the result's shape and dtype, contiguous.
+        compute: "int8": rows of x are quantised to 8 bits, with a scale for each group of at most 128 inputs
+            (absmax / 127), and products are summed as integers; a NaN or Inf in a row makes all of its results NaN.
+            "float": the weights are dequantised, to bfloat16 where x has that.
+
+    Returns:
+        [..., sum of out_i], or [..., out] with `gated`.
+
+    Raises:
+        InvalidInput: for any other dtype, shape, layout, device or name.
+    """
+    if compute not in _KERNELS:
+        raise InvalidInput(f"compute is {compute!r}: one of {sorted(_KERNELS)} is allowed")
+    x, out, addresses, n_rows = prepare_call(hidden_states, weights, activation, gated, residuals)
+    if n_rows == 0:
+        return out
+    prepare_threads()
+    _KERNELS[compute](
+        ELEMENTS[x.dtype],
+        address_of("hidden_states", x),
+        n_rows,
+        weights.in_features,
+        weights.table,
+        weights.scaling,
+        weights.bits,
+        weights.group,
+        0 if weights.levels is None else weights.levels.data_ptr(),
+        gated,
+        CODES[activation],
+        addresses,
+        out.data_ptr(),
+        out.shape[-1],
+    )
+    return out

@@ -1,0 +1,350 @@
+"""`functional.quantized_linear` and its kernels against float64 numpy."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hfopt.errors import InvalidInput
+from hfopt.functional.activation import ACTIVATIONS
+from hfopt.functional.quantized import Compute, QuantizedMatrix, QuantizedWeights, quantized_linear
+from hfopt.kernels.dequantized import dequantized_linear
+from hfopt.kernels.quantized import quantized_linear as quantized_kernel
+from tests.quantized_cases import FORMATS, NF4, Format, Matrix, expected, noise, quantized_x, weights_of
+
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 24, 63, 64, 65, 130, 252, 253, 300]
+COLUMNS = [1, 5, 15, 16, 17, 31, 32, 33, 123]
+# NMSE against exactly the arithmetic of the kernel: float32 sums, and some codes of x that lie between two integers
+CLOSE = 1e-7
+# the same of few values that are rounded to bfloat16, as weights are for "float"
+ROUNDED = 3e-5
+LIMITS = {"int8": 5e-4, "float": 1e-6}  # against dequantised weights and x as it is
+
+COMPUTE = ["int8", "float"]
+SHORT = [
+    Format(8, None),
+    Format(8, 128, True),
+    Format(4, 32),
+    Format(4, 256, True),
+    Format(4, 64, levels=NF4),
+]
+
+
+def _case(
+    rows: int, columns: Sequence[int], size: int, form: Format, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, list[Matrix]]:
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.standard_normal((rows, size))).to(dtype)
+    return x, [Matrix.random(n, size, form, rng) for n in columns]
+
+
+def _check(
+    case: tuple[Tensor, list[Matrix]],
+    form: Format,
+    compute: Compute,
+    biases: list[Tensor | None] | None = None,
+    **options: Any,
+) -> Tensor:
+    x, matrices = case
+    biases = biases or [None] * len(matrices)
+    weights = weights_of(matrices, biases, form)
+    ours = quantized_linear(x, weights, compute=compute, **options)
+    assert ours.dtype == x.dtype
+    near = quantized_x(x, form) if compute == "int8" else x.double().numpy()
+    limit = CLOSE if x.dtype == torch.float32 else ROUNDED
+    assert noise(ours, expected(near, matrices, biases, **options)) < limit
+    if not options.get("gated"):  # a product of two results has the errors of both
+        exact = expected(x.double().numpy(), matrices, biases, **options)
+        assert noise(ours, exact) < LIMITS[compute] + (0 if x.dtype == torch.float32 else ROUNDED)
+    return ours
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_formats(form: Format, compute: Compute) -> None:
+    sizes = (32, 41, 123, 640) if form.group is None else (form.group, 3 * form.group, 5 * form.group)
+    for size in sizes:
+        for rows in (1, 3, 9, 70):
+            _check(_case(rows, [37], size, form), form, compute)
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("form", SHORT, ids=str)
+def test_rows(form: Format, compute: Compute) -> None:
+    for rows in ROWS:
+        _check(_case(rows, [40], 768, form), form, compute)
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_columns(columns: int, dtype: torch.dtype, compute: Compute) -> None:
+    for form in SHORT:
+        x, matrices = _case(66, [columns], 256, form, dtype)
+        bias = torch.randn(columns).to(dtype)
+        together = _check((x, matrices), form, compute, [bias])
+        for rows in (1, 8):
+            few = quantized_linear(x[:rows], weights_of(matrices, [bias], form), compute=compute)
+            assert torch.equal(few, together[:rows])
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("sizes", [(64, 16, 16), (33, 5, 18), (7, 141)])
+def test_several_matrices_in_one_launch(sizes: tuple[int, ...], compute: Compute) -> None:
+    for form in SHORT:
+        for rows in (1, 6, 70):
+            x, matrices = _case(rows, sizes, 256, form)
+            biases = [torch.randn(size) if index != 1 else None for index, size in enumerate(sizes)]
+            _check((x, matrices), form, compute, biases, residuals=(torch.randn(rows, sum(sizes)),))
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("columns", [5, 16, 150])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gated(with_bias: bool, columns: int, compute: Compute) -> None:
+    for form in SHORT:
+        for rows in (1, 4, 33, 270):
+            x, matrices = _case(rows, [columns, columns], 256, form)
+            biases = [torch.randn(columns) if with_bias else None for _ in range(2)]
+            residuals = tuple(torch.randn(rows, columns) for _ in range(2))
+            _check((x, matrices), form, compute, biases, activation="silu", gated=True, residuals=residuals)
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations(name: str, compute: Compute) -> None:
+    x, matrices = _case(5, [20], 96, SHORT[0])
+    _check((x, matrices), SHORT[0], compute, activation=name)
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("form", SHORT, ids=str)
+def test_a_row_has_the_same_bits_among_any_others(form: Format, compute: Compute) -> None:
+    x, matrices = _case(300, [200, 33], 1536, form)
+    weights = weights_of(matrices, [None, None], form)
+    together = quantized_linear(x, weights, compute=compute)
+    for rows in (1, 2, 4, 7, 8, 12, 70):
+        assert torch.equal(quantized_linear(x[:rows], weights, compute=compute), together[:rows])
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("form", SHORT, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_with_any_number_of_threads(dtype: torch.dtype, form: Format, compute: Compute) -> None:
+    for rows in (1, 8, 300):
+        x, matrices = _case(rows, [170, 33], 1024, form, dtype)
+        weights = weights_of(matrices, [None, None], form)
+        torch.set_num_threads(1)
+        alone = quantized_linear(x, weights, compute=compute)
+        torch.set_num_threads(2)
+        assert torch.equal(alone, quantized_linear(x, weights, compute=compute))
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_stay_in_their_rows(bad: float, compute: Compute) -> None:
+    for form in SHORT:
+        for rows in (1, 5, 70):
+            x, matrices = _case(rows, [20], 256, form)
+            weights = weights_of(matrices, [None], form)
+            clean = quantized_linear(x, weights, compute=compute)
+            x[rows // 2, 200] = bad
+            dirty = quantized_linear(x, weights, compute=compute)
+            if compute == "int8":
+                assert dirty[rows // 2].isnan().all()
+            # 0 times Inf, and what is not finite times anything else
+            assert not dirty[rows // 2].isfinite().any()
+            others = [row for row in range(rows) if row != rows // 2]
+            assert torch.equal(dirty[others], clean[others])
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_zeros_and_extremes(compute: Compute) -> None:
+    for form in SHORT:
+        x, matrices = _case(3, [20], 512, form)
+        weights = weights_of(matrices, [None], form)
+        assert (quantized_linear(torch.zeros_like(x), weights, compute=compute) == 0).all()
+        x[:, :256] = 0
+        _check((x, matrices), form, compute)
+        _check((x * 1e30, matrices), form, compute)
+        _check((x * 1e-25, matrices), form, compute)
+        tiny = quantized_linear(x * 1e-42, weights, compute=compute)
+        assert tiny.abs().max() < 1e-40
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize("rows", [1, 9, 300])
+def test_nothing_outside_the_output_is_written(rows: int, dtype: type, compute: Compute) -> None:
+    columns, guard = 21, 64
+    for form in SHORT:
+        _, matrices = _case(1, [columns], 256, form)
+        weights = weights_of(matrices, [None], form)
+        memory: NDArray = np.full(rows * columns + 2 * guard, 123, dtype)
+        out = memory[guard:-guard].reshape(rows, columns)
+        x: NDArray = np.zeros((rows, 256), dtype)
+        kernel = quantized_kernel if compute == "int8" else dequantized_linear
+        levels = 0 if weights.levels is None else weights.levels.data_ptr()
+        meaning = (weights.table, weights.scaling, weights.bits, weights.group, levels)
+        rest = (False, 0, np.empty(0, np.int64), out.ctypes.data, columns)
+        kernel(np.empty(0, dtype), x.ctypes.data, rows, 256, *meaning, *rest)
+        assert (out == 0).all()
+        assert (memory[:guard] == 123).all() and (memory[-guard:] == 123).all()
+
+
+def test_leading_dimensions_and_no_rows() -> None:
+    x, matrices = _case(12, [10], 64, SHORT[0])
+    weights = weights_of(matrices, [None], SHORT[0])
+    flat = quantized_linear(x, weights)
+    assert torch.equal(quantized_linear(x.reshape(3, 4, 64), weights), flat.reshape(3, 4, 10))
+    assert quantized_linear(x[:0], weights).shape == (0, 10)
+
+
+def test_weights_notice_that_they_were_replaced() -> None:
+    _, (matrix,) = _case(1, [10], 64, Format(8, 32))
+    weights = weights_of([matrix], [None], Format(8, 32))
+    assert weights.reads([matrix.packed], [None])
+    assert not weights.reads([matrix.packed._replace(codes=matrix.packed.codes.clone())], [None])
+    assert not weights.reads([matrix.packed], [torch.zeros(10)])
+
+
+# ---- other machines --------------------------------------------------------------------------------------------------
+
+_ELSEWHERE = """
+import sys
+import torch
+from tests.quantized_cases import FORMATS, expected, noise, quantized_x, weights_of
+from tests.test_kernels_quantized import CLOSE, _case
+from hfopt.functional.quantized import quantized_linear
+from hfopt.kernels import _target
+
+assert _target.PATH == sys.argv[1] and not _target.HAS_AVX512_VNNI
+sums = []
+for form in FORMATS:
+    x, matrices = _case(7, [37], 256, form)
+    weights = weights_of(matrices, [None], form)
+    assert noise(quantized_linear(x, weights), expected(quantized_x(x, form), matrices, [None])) < CLOSE
+    assert noise(quantized_linear(x, weights, compute="float"), expected(x.double().numpy(), matrices, [None])) < CLOSE
+    x = x.bfloat16()
+    sums.append(quantized_linear(x, weights).double().sum().item())
+print("right", sums)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "path"),
+    (("generic", None, "portable"), ("haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2", "AVX2")),
+)
+def test_other_machines(name: str, features: str | None, path: str) -> None:
+    environment = {**os.environ, "NUMBA_CPU_NAME": name, "HFOPT_CACHE_DIR": "off"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [Path(__file__).parents[1]]))
+    environment.pop("NUMBA_CPU_FEATURES", None)
+    if features:
+        environment["NUMBA_CPU_FEATURES"] = features
+    command = [sys.executable, "-c", _ELSEWHERE, path]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.stdout.startswith("right"), finished.stdout + finished.stderr
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+_FORM = Format(8, 32, True)
+_X, (_GOOD,) = _case(3, [20], 64, _FORM)
+_PACKED = _GOOD.packed
+_NIBBLES = _case(3, [20], 64, Format(4, 32))[1][0].packed
+
+
+def _record(
+    *matrices: QuantizedMatrix, biases: list[Tensor | None] | None = None, **options
+) -> QuantizedWeights:
+    given = {"in_features": 64, "bits": 8, "group": 32} | options
+    return QuantizedWeights.of(matrices, biases or [None] * len(matrices), **given)
+
+
+def _with(tensor: Tensor | None, value: float) -> Tensor:
+    assert tensor is not None
+    changed = tensor.clone()
+    changed[1, ..., 0] = value
+    return changed
+
+
+_UNALIGNED = torch.empty(_PACKED.codes.numel() + 8, dtype=torch.uint8)[8:].view_as(_PACKED.codes)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: _record(), "0 and 0"),
+        (lambda: _record(_PACKED, biases=[None, None]), "1 and 2"),
+        (lambda: _record(_PACKED, bits=5), "bits is 5"),
+        (lambda: _record(_PACKED, in_features=0), "in_features is 0"),
+        (lambda: _record(_PACKED, group=0), "group is 0"),
+        (lambda: _record(_PACKED, group=48), "group is 48"),
+        (lambda: _record(_PACKED, group=384, in_features=768), "group is 384"),
+        (lambda: _record(_PACKED, group=128), "must divide in_features, 64"),
+        (lambda: _record(_PACKED, levels=NF4), "bits=8"),
+        (lambda: _record(_NIBBLES, bits=4, levels=NF4[:5]), "16 integers"),
+        (lambda: _record(_NIBBLES, bits=4, levels=(*NF4[:15], 128)), "16 integers"),
+        (lambda: _record(_PACKED._replace(out_features=0)), "out_features is 0"),
+        (lambda: _record(_PACKED._replace(out_features=33)), "codes has shape (2, 16, 64)"),
+        (lambda: _record(_PACKED, in_features=96), "codes has shape (2, 16, 64)"),
+        (lambda: _record(_PACKED, bits=4), "codes has shape (2, 16, 64)"),
+        (lambda: _record(_PACKED._replace(scales=None)), "scales is missing"),
+        (lambda: _record(_PACKED, group=None), "scales is given"),
+        (lambda: _record(_PACKED, _PACKED._replace(zeros=None)), "matrices[1].zeros is missing"),
+        (lambda: _record(_PACKED._replace(codes=_PACKED.codes.int())), "torch.int32"),
+        (lambda: _record(_PACKED._replace(codes=_PACKED.codes.to("meta"))), "meta"),
+        (lambda: _record(_PACKED._replace(codes=_PACKED.codes.numpy())), "ndarray"),
+        (lambda: _record(_PACKED._replace(codes=_UNALIGNED)), "8 bytes behind a multiple of 64"),
+        (lambda: _record(_PACKED._replace(row_scales=_PACKED.row_scales.T.contiguous().T)), "strides"),
+        (
+            lambda: _record(_PACKED._replace(scales=_with(_PACKED.scales, float("nan")))),
+            "scales is nan at [1, 0, 0]",
+        ),
+        (
+            lambda: _record(_PACKED._replace(row_scales=_with(_PACKED.row_scales, float("inf")))),
+            "is inf at [1, 0]",
+        ),
+        (lambda: _record(_PACKED, biases=[torch.ones(3)]), "biases[0] has shape (3,)"),
+        (lambda: _record(_PACKED, biases=[torch.ones(20).half()]), "torch.float16"),
+        (
+            lambda: _record(_PACKED, _PACKED, biases=[torch.ones(20), torch.ones(20).bfloat16()]),
+            "biases[1] has dtype torch.bfloat16",
+        ),
+    ],
+)
+def test_bad_weights(make, words) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        make()
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "words"),
+    [
+        (torch.ones(3, 7), {}, "7 features"),
+        (torch.ones(3, 64).double(), {}, "torch.float64"),
+        (torch.ones(64, 3).T, {}, "strides"),
+        (_X, {"activation": "swish"}, "'swish'"),
+        (_X, {"gated": True}, "gated"),
+        (_X, {"compute": "int4"}, "'int4'"),
+        (_X, {"residuals": [torch.ones(3, 3)]}, "residuals[0] has shape (3, 3)"),
+    ],
+)
+def test_bad_input(x, options, words) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        quantized_linear(x, _record(_PACKED), **options)
+    assert words in str(caught.value)
+
+
+def test_x_has_the_dtype_of_the_biases() -> None:
+    with pytest.raises(InvalidInput, match="float32 is needed"):
+        quantized_linear(_X.bfloat16(), _record(_PACKED, biases=[torch.ones(20)]))
