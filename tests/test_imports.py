@@ -25,7 +25,7 @@ ALLOWED = {
     "cache": {"errors", "kernels", "_cache_rows", "_cache_layer"},
     "functional": {"errors", "kernels", "cache", "env", "_memory"},
     "modules": {"errors", "functional", "cache"},
-    "patches": {"errors", "functional", "cache", "modules"},
+    "patches": {"errors", "functional", "cache", "modules", "quantization"},
     "progress": {"kernels"},
     "generation": {"errors", "functional", "cache", "progress"},
     "report": {"errors", "env", "functional", "patches", "generation", "progress"},

@@ -11,6 +11,7 @@ from .linear import LinearWeights, linear
 from .listing import Instruction, Listing
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .program import Builder, Program, Slot, Table
+from .quantized import Compute, QuantizedMatrix, QuantizedWeights, quantized_linear
 from .rotary import rotate_and_store
 from .sampling import argmax, log_softmax_top_k
 from .step import Ends, StepScratch, choose, prefill, step
@@ -18,6 +19,7 @@ from .step import Ends, StepScratch, choose, prefill, step
 __all__ = [
     "ACTIVATIONS",
     "Builder",
+    "Compute",
     "Ends",
     "Instruction",
     "Kernels",
@@ -25,6 +27,8 @@ __all__ = [
     "Listing",
     "Mask",
     "Program",
+    "QuantizedMatrix",
+    "QuantizedWeights",
     "Slot",
     "StepScratch",
     "Table",
@@ -38,6 +42,7 @@ __all__ = [
     "log_softmax_top_k",
     "prefill",
     "prepare_mask",
+    "quantized_linear",
     "rms_norm",
     "rotate_and_store",
     "step",

@@ -48,10 +48,17 @@ class QuantizedMatrix(NamedTuple):
     zeros: (
         Tensor | None
     )  # uint8 [blocks, groups, 16]; None where all zero points are 128 (8 bits) or 8 (4 bits)
+    order: Tensor | None = None  # int32 [in]: column k of the codes belongs to input order[k]
 
 
 def _check_part(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, finite: bool = False
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    finite: bool = False,
+    alignment: int = _ALIGNMENT,
 ) -> int:
     """Address of a part of a packed matrix."""
     if not isinstance(tensor, Tensor):
@@ -67,9 +74,9 @@ def _check_part(
     if tensor.is_neg():
         raise InvalidInput(f"{name} has its negative bit set: call resolve_neg() first")
     address = address_of(name, tensor)
-    if address % _ALIGNMENT:
+    if address % alignment:
         raise InvalidInput(
-            f"{name} starts {address % _ALIGNMENT} bytes behind a multiple of {_ALIGNMENT}: none are allowed"
+            f"{name} starts {address % alignment} bytes behind a multiple of {alignment}: none are allowed"
         )
     if finite and not bool(tensor.isfinite().all()):
         place = (~tensor.isfinite()).nonzero()[0].tolist()
@@ -89,6 +96,8 @@ class QuantizedWeights:
     bits: int
     group: int  # 0: none
     levels: Tensor | None  # uint8 [16], 128 added
+    order: Tensor | None  # int32 [in], of the inputs
+    compute: str
     in_features: int
     out_features: int
     smallest: int
@@ -106,6 +115,7 @@ class QuantizedWeights:
         bits: int,
         group: int | None = None,
         levels: Sequence[int] | None = None,
+        compute: str = "int8",
     ) -> "QuantizedWeights":
         """Record of packed matrices and biases ([out_i] or None each).
 
@@ -114,11 +124,17 @@ class QuantizedWeights:
             bits: of a code, 8 or 4.
             group: inputs with a scale in common: a multiple of 32, above 128 only 256, 512, ...; None: whole rows.
             levels: 16 integers from -127 to 127 that 4-bit codes are indices into.
+            compute: "int8": rows of x are quantised to 8 bits, with a scale for each group of at most 128 inputs
+                (absmax / 127), and products are summed as integers; a NaN or Inf in a row makes all of its results NaN.
+                "float": the weights are dequantised, to bfloat16 where x has that.
 
         Raises:
             InvalidInput: unless all tensors are contiguous, in CPU memory, aligned to 64 bytes, of the shapes and dtypes of
-                `QuantizedMatrix`, with finite scales, all matrices with zero points or none; biases of one dtype.
+                `QuantizedMatrix`, with finite scales, all matrices with zero points or none and in one order; biases of one
+                dtype.
         """
+        if compute not in _KERNELS:
+            raise InvalidInput(f"compute is {compute!r}: one of {sorted(_KERNELS)} is allowed")
         if not matrices or len(biases) != len(matrices):
             raise InvalidInput(
                 f"matrices and biases have {len(matrices)} and {len(biases)} entries: as many are needed"
@@ -158,6 +174,7 @@ class QuantizedWeights:
             address = 0 if bias is None else check_array(f"biases[{index}]", bias, (size,), dtype)
             table[index], scaling[index] = (codes, address, size, column), (scales, zeros, rows)
             column += size
+        order = _common_order([matrix.order for matrix in matrices], in_features)
         shifted = _shift_levels(levels, bits, with_zeros)
         tensors = (*(part for matrix in matrices for part in matrix[1:]), *biases)
         return cls(
@@ -166,6 +183,8 @@ class QuantizedWeights:
             bits=bits,
             group=group or 0,
             levels=shifted,
+            order=order,
+            compute=compute,
             in_features=in_features,
             out_features=column,
             smallest=min(matrix.out_features for matrix in matrices),
@@ -192,6 +211,19 @@ class QuantizedWeights:
         """Whether the record still describes exactly these tensors."""
         tensors = (*(part for matrix in matrices for part in matrix[1:]), *biases)
         return self.fingerprints == tuple(Fingerprint.of(tensor) for tensor in tensors)
+
+
+def _common_order(orders: Sequence[Tensor | None], in_features: int) -> Tensor | None:
+    order = orders[0]
+    if any((each is None) != (order is None) for each in orders):
+        raise InvalidInput("order is given for some matrices: all or none need one")
+    if order is None:
+        return None
+    for index, each in enumerate(orders):
+        _check_part(f"matrices[{index}].order", each, (in_features,), torch.int32, alignment=1)  # type: ignore[arg-type]
+        if each is not order and not torch.equal(each, order):  # type: ignore[arg-type]
+            raise InvalidInput(f"matrices[{index}].order is another than that of matrices[0]: one is needed")
+    return order
 
 
 def _dtype_of(biases: Sequence[Tensor | None]) -> torch.dtype | None:
@@ -236,7 +268,7 @@ def quantized_linear(
     activation: str | None = None,
     gated: bool = False,
     residuals: Sequence[Tensor] = (),
-    compute: Compute = "int8",
+    compute: str | None = None,
 ) -> Tensor:
     """y = act(x W^T + b) + residuals for quantised W, as `linear.linear`.
 
@@ -246,9 +278,7 @@ def quantized_linear(
         activation: None or a key of `ACTIVATIONS`.
         gated: y = act(x W0^T + b0) * (x W1^T + b1) + residuals, for two matrices of one size.
         residuals: tensors of the result's shape and dtype, contiguous.
-        compute: "int8": rows of x are quantised to 8 bits, with a scale for each group of at most 128 inputs
-            (absmax / 127), and products are summed as integers; a NaN or Inf in a row makes all of its results NaN.
-            "float": the weights are dequantised, to bfloat16 where x has that.
+        compute: in place of that of the weights.
 
     Returns:
         [..., sum of out_i], or [..., out] with `gated`.
@@ -256,8 +286,11 @@ def quantized_linear(
     Raises:
         InvalidInput: for any other dtype, shape, layout, device or name.
     """
+    compute = compute or weights.compute
     if compute not in _KERNELS:
         raise InvalidInput(f"compute is {compute!r}: one of {sorted(_KERNELS)} is allowed")
+    if weights.order is not None:
+        hidden_states = hidden_states.index_select(-1, weights.order)
     x, out, addresses, n_rows = prepare_call(hidden_states, weights, activation, gated, residuals)
     if n_rows == 0:
         return out

@@ -34,7 +34,7 @@ def read_weights(record: Record, role: str, linears: Sequence[Any]) -> LinearWei
     weights = [linear._parameters["weight"] for linear in linears]
     biases = [linear._parameters["bias"] for linear in linears]
     known = record.weights.get(role)
-    if known is not None and known.reads(weights, biases):
+    if isinstance(known, LinearWeights) and known.reads(weights, biases):
         return known
     # a stale record would keep the old weights in memory
     record.weights.pop(role, None)

@@ -46,6 +46,9 @@ class Format(ABC):
     bits: ClassVar[int]
     groups: ClassVar[tuple[int | None, ...]]
     zero_code: ClassVar[int]  # the code of 0 where groups have no zero points of their own
+    levels: ClassVar[tuple[int, ...] | None] = (
+        None  # what codes stand for, -127 to 127, if not for themselves
+    )
 
     group: int | None
     compute: str

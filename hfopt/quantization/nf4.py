@@ -34,6 +34,7 @@ class NF4(Format):
     bits: ClassVar[int] = 4
     groups: ClassVar[tuple[int | None, ...]] = (32, 64, 128)
     zero_code: ClassVar[int] = LEVELS.index(0)
+    levels: ClassVar[tuple[int, ...] | None] = LEVELS
     divisors: ClassVar[tuple[float, ...]] = (127, -127, 140, -140)
 
     group: int | None = 64

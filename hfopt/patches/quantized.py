@@ -1,0 +1,169 @@
+"""Linear layers without a float weight: packed matrices as buffers of the module, which stays the same object."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hfopt import functional
+from hfopt.errors import InvalidInput
+from hfopt.functional import QuantizedMatrix, QuantizedWeights
+from hfopt.patches.guards import is_plain_inference, is_readable
+from hfopt.patches.replacement import Record
+from hfopt.quantization import Format, Packed, layout_of
+
+_PREFIX = "quantized_"
+_NAMES = ("codes", "row_scales", "scales", "zeros", "order")
+BUFFERS = tuple(_PREFIX + name for name in _NAMES)
+
+
+class QuantizedLinear(nn.Linear):
+    """`y = x W^T + b` for a packed W; made of a Linear by `quantize_linear` or `empty_linear`, by a change of its class.
+
+    The tensors of `packed` are persistent buffers, `quantized_codes` and so on; a conversion of the model to another dtype
+    leaves them as they are. There is no parameter `weight`: the attribute of this name is dequantised each time it is
+    read, which is slow, and what is assigned to it is ignored, so that `tie_weights()` cannot undo the quantisation.
+    """
+
+    format: Format
+    weight_dtype: torch.dtype  # of the attribute `weight`
+    original: nn.Parameter | None  # the float weight, if it was kept
+    _own: Record
+
+    @property
+    def packed(self) -> Packed:
+        """The matrix."""
+        return Packed(self.format, self.out_features, self.in_features, **self._tensors())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        buffers: Any = self._buffers
+        return {name: buffers[_PREFIX + name] for name in _NAMES if _PREFIX + name in buffers}
+
+    @property
+    def matrix(self) -> QuantizedMatrix:
+        """What kernels read."""
+        tensors = self._tensors()
+        parts = {name: tensors.get(name) for name in ("scales", "zeros", "order")}
+        return QuantizedMatrix(self.out_features, tensors["codes"], tensors["row_scales"], **parts)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The float weight [out, in] that the matrix stands for, of `weight_dtype`."""
+        if self._buffers[BUFFERS[0]].is_meta:  # type: ignore[union-attr]
+            return torch.empty(self.out_features, self.in_features, dtype=self.weight_dtype, device="meta")
+        return self.format.unpack(self.packed).to(self.weight_dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight":
+            super().__setattr__(name, value)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and is_plain_inference(self, (input,), {}):
+            weights = read_quantized(self._own, "own", (self,))
+            if weights is not None and is_readable(input, weights.dtype or input.dtype):
+                return functional.quantized_linear(input.contiguous(), weights)
+        return F.linear(input, self.weight.to(input.dtype), self.bias)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        packed: dict[str, torch.Tensor] = {
+            name: tensor for name, tensor in self._buffers.items() if name in BUFFERS and tensor is not None
+        }
+        # conversions of floats leave bytes as they are
+        self._buffers.update({name: tensor.view(torch.uint8) for name, tensor in packed.items()})
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, tensor in packed.items():
+                moved: Any = self._buffers[name]
+                self._buffers[name] = moved.view(tensor.dtype) if moved.dtype is torch.uint8 else tensor
+        self.weight_dtype = fn(torch.empty(1, dtype=self.weight_dtype)).dtype
+        if self.original is not None:
+            self.original.data = fn(self.original.data)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.format}"
+
+
+def quantize_linear(linear: nn.Linear, packed: Packed, *, keep_original: bool = False) -> None:
+    """Let the Linear compute with the packed matrix from now on; its float weight is freed, or kept in `original`.
+
+    Raises InvalidInput for a matrix of another shape.
+    """
+    if (packed.out_features, packed.in_features) != (linear.out_features, linear.in_features):
+        raise InvalidInput(
+            f"packed is {packed.out_features} × {packed.in_features}: "
+            f"{linear.out_features} × {linear.in_features} is needed"
+        )
+    _change(linear, packed.format, packed.tensors(), keep_original)
+
+
+def empty_linear(linear: nn.Linear, format: Format, *, ordered: bool = False) -> None:
+    """The same with buffers on the device `meta`, which a checkpoint is to be loaded into. ordered: with an `order`.
+
+    Raises InvalidInput for a format whose groups do not divide the inputs.
+    """
+    layout = layout_of(format, linear.out_features, linear.in_features, ordered=ordered)
+    tensors = {
+        name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in layout.items()
+    }
+    _change(linear, format, tensors, keep_original=False)
+
+
+def _change(linear: nn.Linear, format: Format, tensors: dict[str, torch.Tensor], keep_original: bool) -> None:
+    weight: Any = linear._parameters.pop("weight")
+    linear.__class__ = QuantizedLinear
+    linear.__dict__.update(
+        format=format,
+        weight_dtype=weight.dtype,
+        original=weight if keep_original else None,
+        _own=Record(None),
+    )
+    for name, tensor in tensors.items():
+        linear.register_buffer(_PREFIX + name, tensor)
+
+
+def unquantize_linear(linear: Any) -> None:
+    """Undo `quantize_linear` where the float weight was kept."""
+    weight = linear.original
+    for name in BUFFERS:
+        linear._buffers.pop(name, None)
+    for name in ("format", "weight_dtype", "original", "_own"):
+        del linear.__dict__[name]
+    linear.__class__ = nn.Linear
+    parameters = {"weight": weight, **linear._parameters}
+    linear._parameters.clear()
+    linear._parameters.update(parameters)
+
+
+def read_quantized(record: Record, role: str, linears: Sequence[QuantizedLinear]) -> QuantizedWeights | None:
+    """The packed matrices of these Linears as one record, or None where kernels cannot read them together."""
+    matrices = [linear.matrix for linear in linears]
+    biases = [linear._parameters["bias"] for linear in linears]
+    format = linears[0].format
+    known = record.weights.get(role)
+    if (
+        isinstance(known, QuantizedWeights)
+        and known.compute == format.compute
+        and known.reads(matrices, biases)
+    ):
+        return known
+    # a stale record would keep the old weights in memory
+    record.weights.pop(role, None)
+    if any(linear.format != format for linear in linears):
+        return None
+    try:
+        known = record.weights[role] = QuantizedWeights.of(
+            matrices,
+            biases,
+            in_features=linears[0].in_features,
+            bits=format.bits,
+            group=format.group,
+            levels=format.levels,
+            compute=format.compute,
+        )
+    except InvalidInput:
+        return None
+    return known
