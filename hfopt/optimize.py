@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from hfopt import env, generation
 from hfopt.errors import InvalidInput, UnsupportedDevice, UnsupportedModel
-from hfopt.progress import compile_progress
+from hfopt.progress import compile_progress, progress
+from hfopt.quantization import Format, QuantizationConfig, config_of
 from hfopt.report import Report
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def optimize(
     dtype: torch.dtype | None = None,
     strict: bool = False,
     kernels: Literal["auto", "hfopt", "torch"] = "auto",
+    quantization: str | Mapping[str, Any] | Format | QuantizationConfig | None = None,
+    keep_original: bool = False,
 ) -> Model:
     """Make a model generate faster on the CPU, in place; it is returned, with its report as `model.hfopt`.
 
@@ -41,22 +44,28 @@ def optimize(
         strict: raise UnsupportedModel unless every part of the decoder could be swapped.
         kernels: whose kernels compute linear layers, and attention of several new tokens. "auto" takes torch's where a
             timing on this machine has shown them to be faster; with "hfopt" results have the same bits at any number of
-            threads. Everything else always runs in hfopt's.
+            threads. Everything else, quantised layers too, always runs in hfopt's.
+        quantization: a format for the weights of Linears ("int8", "int4", "nf4", or one from `hfopt.quantization`), or a
+            `QuantizationConfig` that also says what becomes of the head. Each float weight is freed as soon as it is packed.
+        keep_original: the float weights stay in memory, so that `restore` can bring them back.
 
-    No weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
+    Without `quantization` no weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
     Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory) and UnsupportedModel; no class has
     changed then.
     """
     memory = env.resident_memory()
     with _collections_paused():
         from hfopt.functional.choice import check_kernels
+        from hfopt.patches.packing import Packing
         from hfopt.patches.programs import Programs
         from hfopt.patches.walk import Walk
 
         _check(model, dtype)
         check_kernels("kernels", kernels)
+        config = None if quantization is None else config_of(quantization)
         if dtype is not None:
             _convert(model, dtype)
+        packing = None if config is None else Packing(model, config)
         walk = Walk(model)
         with compile_progress():
             walk.apply()
@@ -70,7 +79,14 @@ def optimize(
         walk.undo()
         raise
     walk.use(kernels)
-    report = Report.of(walk, is_applied=True, memory_before=memory)
+    if packing is not None:
+        # last, because there is no way back from here
+        for _ in progress(
+            packing.apply(keep_original=keep_original), "hfopt quantises weights", len(packing)
+        ):
+            pass
+    left = {} if packing is None else packing.left
+    report = Report.of(walk, is_applied=True, memory_before=memory, left=left)
     model.__dict__["hfopt"] = report
     logger.info("%s: swapped %s", report.model_class, report.counts)
     return model
@@ -80,13 +96,17 @@ def restore(model: Model) -> Model:
     """Undo `optimize`: the same classes, methods and hooks as before, nothing left behind; returns the model.
 
     Works on copies and on unpickled models too, and is harmless where there is nothing to undo. Raises
-    UnsupportedModel if another library has changed the class of a module since.
+    UnsupportedModel if another library has changed the class of a module since, and if float weights are gone because the
+    model was quantised without keep_original.
     """
+    from hfopt.patches.packing import check_originals, unpack
     from hfopt.patches.walk import restore_classes
 
     if not isinstance(model, nn.Module):
         raise InvalidInput(f"model is a {type(model).__name__}: a torch.nn.Module is needed")
+    check_originals(model)
     restore_classes(model)
+    unpack(model)
     for module in model.modules():
         if isinstance(module.__dict__.get("hfopt"), Report):
             del module.__dict__["hfopt"]
@@ -136,7 +156,12 @@ def _is_offloaded(model: nn.Module, name: str) -> bool:
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
     """Parameters and saved buffers; tables that modules compute for themselves keep their precision."""
+    from hfopt.patches.quantized import QuantizedLinear
+
     for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.to(dtype)
+            continue
         tensors: list[Any] = list(module._parameters.values())
         computed = module._non_persistent_buffers_set
         tensors += [value for name, value in module._buffers.items() if name not in computed]

@@ -1,12 +1,13 @@
-"""Progress while kernels are compiled, which happens once on a machine and takes seconds."""
+"""Progress of what takes seconds: that kernels are compiled, once on a machine, and that weights are quantised."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers.utils.logging import tqdm
 
+Item = TypeVar("Item")
 _lock = threading.Lock()
 _depth = 0
 
@@ -40,3 +41,8 @@ def compile_progress() -> Iterator[None]:
             _jit.compile_listeners.remove(count)
         for bar in bars:
             bar.close()
+
+
+def progress(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
+    """The items, with such a bar on standard error if they take longer than a moment."""
+    yield from tqdm(items, desc=description, total=total, unit=" weights", delay=0.5)

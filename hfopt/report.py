@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,7 +17,10 @@ from hfopt.errors import InvalidInput
 if TYPE_CHECKING:
     from hfopt.functional import Listing
     from hfopt.functional.choice import Choice
+    from hfopt.patches.packing import Quantized
     from hfopt.patches.walk import Kept, Swapped, Walk
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Report:
     for what `optimize` would do. by_module: why decode steps go module by module; None if one is a single call, of the
     instructions in program.
     idle: swapped modules that cannot run in kernels as they are now, and why. kernels: the argument of `optimize`.
-    choices: what "auto" takes for this model's dtypes.
+    choices: what "auto" takes for this model's dtypes. quantized: Linears with packed weights. left: those that
+    `quantization` left as they are, and why.
     """
 
     model_class: str
@@ -43,13 +48,18 @@ class Report:
     threading_layer: str
     kernels: str
     choices: tuple[Choice, ...]
+    quantized: tuple[Quantized, ...]
+    left: dict[str, str]
     memory_before: int
     memory_after: int
 
     @classmethod
-    def of(cls, walk: Walk, *, is_applied: bool, memory_before: int) -> Report:
+    def of(
+        cls, walk: Walk, *, is_applied: bool, memory_before: int, left: Mapping[str, str] = NOTHING
+    ) -> Report:
         """The report of a pass over a model that has just ended."""
         from hfopt.functional import choice  # here, because `import hfopt` must not load Numba
+        from hfopt.patches.packing import quantized
 
         by_module, program = _steps(walk.model)
         dtypes = Counter(str(weight.dtype).removeprefix("torch.") for weight in walk.model.parameters())
@@ -66,6 +76,8 @@ class Report:
             threads=env.threads(),
             threading_layer=env.threading_layer(),
             kernels=walk.kernels() if is_applied else "auto",
+            quantized=quantized(walk.model),
+            left=dict(left),
             choices=tuple(each for each in choice.choices() if each.dtype in dtypes),
             memory_before=memory_before,
             memory_after=env.resident_memory(),
@@ -95,6 +107,24 @@ class Report:
         )
         if self.swapped:
             lines += ["", *_table(("swapped", "from", "to", "probe differs by"), self._swapped_rows())]
+        if self.quantized:
+            saved = sum(module.saved_bytes for module in self.quantized) / 2**20
+            lines += [
+                "",
+                *_table(("quantised", "format", "MiB each", "MiB saved each"), self._quantized_rows()),
+            ]
+            lines.append(f"{saved:,.1f} MiB saved in all")
+            lines += [
+                f"{each.path} has packed weights beside those of {each.tied_to}, which it is tied to:"
+                f" {each.n_bytes / 2**20:,.1f} MiB more"
+                for each in self.quantized
+                if each.tied_to is not None
+            ]
+        if self.left:
+            lines += [
+                "",
+                *_table(("not quantised", "reason"), _grouped((p, (r,)) for p, r in self.left.items())),
+            ]
         if self.idle:
             lines += [
                 "",
@@ -117,6 +147,12 @@ class Report:
         if len(needed) < len(self.choices):
             rows.append(("other sizes" if needed else "all sizes", "not needed yet", ""))
         return rows
+
+    def _quantized_rows(self) -> list[tuple[str, ...]]:
+        return _grouped(
+            (each.path, (each.format, f"{each.n_bytes / 2**20:,.1f}", f"{each.saved_bytes / 2**20:,.1f}"))
+            for each in self.quantized
+        )
 
     def _swapped_rows(self) -> list[tuple[str, ...]]:
         worst: dict[tuple[str, str], float] = {}
@@ -156,7 +192,7 @@ def explain(model: nn.Module) -> Report:
             return Report.of(walk, is_applied=False, memory_before=memory)
         finally:
             walk.undo()
-    now = Report.of(walk, is_applied=True, memory_before=done.memory_before)
+    now = Report.of(walk, is_applied=True, memory_before=done.memory_before, left=done.left)
     reasons = {module.path: module.reason for module in done.kept}
     kept = tuple(replace(module, reason=reasons.get(module.path, module.reason)) for module in now.kept)
     return replace(now, kept=kept, memory_after=done.memory_after)

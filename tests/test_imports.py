@@ -29,7 +29,16 @@ ALLOWED = {
     "progress": {"kernels"},
     "generation": {"errors", "functional", "cache", "progress"},
     "report": {"errors", "env", "functional", "patches", "generation", "progress"},
-    "optimize": {"errors", "env", "functional", "patches", "generation", "report", "progress"},
+    "optimize": {
+        "errors",
+        "env",
+        "functional",
+        "patches",
+        "generation",
+        "quantization",
+        "report",
+        "progress",
+    },
     "warmup": {"functional", "optimize", "progress"},
     "__init__": {"errors", "cache", "generation", "optimize", "report", "warmup", "embedded"},
     # the public names of hfopt, and what describes the machine

@@ -7,11 +7,12 @@ Forward only: results carry no gradients. Tensors that a kernel cannot work on r
 from .activation import ACTIVATIONS
 from .attention import Mask, attend, prepare_mask
 from .choice import Kernels
-from .linear import LinearWeights, linear
+from .linear import LinearWeights, Weights, linear
 from .listing import Instruction, Listing
+from .mixed import MixedWeights
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .program import Builder, Program, Slot, Table
-from .quantized import Compute, QuantizedMatrix, QuantizedWeights, quantized_linear
+from .quantized import QuantizedMatrix, QuantizedWeights, quantized_linear
 from .rotary import rotate_and_store
 from .sampling import argmax, log_softmax_top_k
 from .step import Ends, StepScratch, choose, prefill, step
@@ -19,19 +20,20 @@ from .step import Ends, StepScratch, choose, prefill, step
 __all__ = [
     "ACTIVATIONS",
     "Builder",
-    "Compute",
     "Ends",
     "Instruction",
     "Kernels",
     "LinearWeights",
     "Listing",
     "Mask",
+    "MixedWeights",
     "Program",
     "QuantizedMatrix",
     "QuantizedWeights",
     "Slot",
     "StepScratch",
     "Table",
+    "Weights",
     "add_layer_norm",
     "add_rms_norm",
     "argmax",

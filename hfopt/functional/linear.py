@@ -111,22 +111,51 @@ class LinearWeights:
         """Whether the record still describes exactly these tensors."""
         return self.fingerprints == tuple(Fingerprint.of(tensor) for tensor in (*weights, *biases))
 
+    def multiply(
+        self,
+        hidden_states: Tensor,
+        *,
+        activation: str | None = None,
+        gated: bool = False,
+        residuals: Sequence[Tensor] = (),
+        by: Kernels = "hfopt",
+    ) -> Tensor:
+        """See `linear`."""
+        return _multiply(hidden_states, self, activation, gated, residuals, by)
 
-class _Matrices(Protocol):
-    """What `LinearWeights` and `QuantizedWeights` have in common."""
+
+class Weights(Protocol):
+    """What `LinearWeights`, `QuantizedWeights` and `MixedWeights` have in common: [out_i, in] matrices with biases."""
 
     @property
     def in_features(self) -> int: ...
 
     @property
-    def dtype(self) -> torch.dtype | None: ...
+    def dtype(self) -> torch.dtype | None:
+        """That x needs to have; None: any."""
+
+    @property
+    def sizes(self) -> list[int]: ...
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]: ...
 
     def width(self, gated: bool) -> int: ...
+
+    def multiply(
+        self,
+        hidden_states: Tensor,
+        *,
+        activation: str | None = None,
+        gated: bool = False,
+        residuals: Sequence[Tensor] = (),
+        by: Kernels = "hfopt",
+    ) -> Tensor: ...
 
 
 def prepare_call(
     hidden_states: Tensor,
-    weights: _Matrices,
+    weights: Weights,
     activation: str | None,
     gated: bool,
     residuals: Sequence[Tensor],
@@ -155,7 +184,7 @@ def prepare_call(
 
 def linear(
     hidden_states: Tensor,
-    weights: LinearWeights,
+    weights: Weights,
     *,
     activation: str | None = None,
     gated: bool = False,
@@ -172,7 +201,8 @@ def linear(
         weights: the matrices, [out_i, in] each.
         activation: None or a key of `ACTIVATIONS`.
         residuals: tensors of the result's shape and dtype, contiguous.
-        by: "hfopt", "torch", or "auto": what is faster for this number of rows (see `choice`).
+        by: "hfopt", "torch", or "auto": what is faster for this number of rows (see `choice`). Only hfopt's kernels
+            multiply by quantised matrices.
 
     Returns:
         [..., sum of out_i], or [..., out] with `gated`.
@@ -180,6 +210,17 @@ def linear(
     Raises:
         InvalidInput: for any other dtype, shape, layout, device or name.
     """
+    return weights.multiply(hidden_states, activation=activation, gated=gated, residuals=residuals, by=by)
+
+
+def _multiply(
+    hidden_states: Tensor,
+    weights: LinearWeights,
+    activation: str | None,
+    gated: bool,
+    residuals: Sequence[Tensor],
+    by: Kernels,
+) -> Tensor:
     x, out, addresses, n_rows = prepare_call(hidden_states, weights, activation, gated, residuals)
     if n_rows == 0:
         return out

@@ -24,6 +24,7 @@ from .checks import (
     check_shape,
     prepare_threads,
 )
+from .choice import Kernels
 from .linear import Fingerprint, prepare_call
 
 Compute = Literal["int8", "float"]
@@ -211,6 +212,18 @@ class QuantizedWeights:
         """Whether the record still describes exactly these tensors."""
         tensors = (*(part for matrix in matrices for part in matrix[1:]), *biases)
         return self.fingerprints == tuple(Fingerprint.of(tensor) for tensor in tensors)
+
+    def multiply(
+        self,
+        hidden_states: Tensor,
+        *,
+        activation: str | None = None,
+        gated: bool = False,
+        residuals: Sequence[Tensor] = (),
+        by: Kernels = "hfopt",
+    ) -> Tensor:
+        """See `linear.linear`; only hfopt has such kernels."""
+        return quantized_linear(hidden_states, self, activation=activation, gated=gated, residuals=residuals)
 
 
 def _common_order(orders: Sequence[Tensor | None], in_features: int) -> Tensor | None:

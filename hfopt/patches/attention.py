@@ -11,8 +11,8 @@ from hfopt import functional
 from hfopt.cache import IndirectCache
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import Builder, Slot, Table
-from hfopt.patches.guards import are_readable, are_without_effect, is_sdpa, wants_attentions
-from hfopt.patches.linear import are_others_bare, is_linear, read_children, weights_of
+from hfopt.patches.guards import are_without_effect, is_sdpa, wants_attentions
+from hfopt.patches.linear import are_others_bare, can_multiply, is_linear, read_children, weights_of
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
 from hfopt.patches.replacement import Replacement
 
@@ -96,23 +96,22 @@ class Attention(Replacement):
             return None
         inputs = read_children(self, "inputs", spec.inputs)
         output = read_children(self, "output", (spec.output,))
-        if inputs is None or output is None or output.dtype is not inputs.dtype:
+        if inputs is None or output is None or hidden_states.dim() != 3:
             return None
-        if hidden_states.dim() != 3 or not are_readable((hidden_states, *residuals), inputs.dtype):
-            return None
-        if not are_others_bare(self):
+        if not can_multiply((inputs, output), (hidden_states, *residuals)) or not are_others_bare(self):
             return None
 
         n_rows, n_new, _ = hidden_states.shape
+        dtype = hidden_states.dtype
         n_past = cache.get_seq_length(layer_idx)
         mask = self._mask(cache, attention_mask, n_rows, n_new, n_past + n_new)
         if mask is None or mask.kind == "unsupported":
             return None
-        cos, sin = rotary(cache, n_past, inputs.dtype)
+        cos, sin = rotary(cache, n_past, dtype)
 
         qkv = functional.linear(hidden_states.contiguous(), inputs, by=by)
         heads = (spec.n_heads, spec.n_kv_heads, spec.head_dim)
-        appended = cache.append(layer_idx, n_rows, n_new, spec.n_kv_heads, spec.head_dim, inputs.dtype)
+        appended = cache.append(layer_idx, n_rows, n_new, spec.n_kv_heads, spec.head_dim, dtype)
         functional.rotate_and_store(qkv, cos, sin, appended, *heads, rotation=spec.rotation)
         attended = functional.attend(qkv, appended, mask, self._scale(), *heads, by=by)
         residuals = [residual.contiguous() for residual in residuals]
@@ -359,10 +358,9 @@ def _trial(
     return outputs
 
 
-def _scale(module: Any, spec: AttentionSpec) -> float:
+def _scale(module: Any, spec: AttentionSpec, dtype: torch.dtype) -> float:
     """Size of inputs that spread scores by about 2: smaller ones hide the rotation, larger ones most keys."""
     generator = torch.Generator().manual_seed(0)
-    dtype = module.q_proj.weight.dtype
     hidden_states = torch.randn(16, spec.hidden_size, generator=generator).to(dtype)
     query = module.q_proj.forward(hidden_states).float().unflatten(-1, (spec.n_heads, spec.head_dim))
     key = module.k_proj.forward(hidden_states).float().unflatten(-1, (spec.n_kv_heads, spec.head_dim))

@@ -16,8 +16,8 @@ from hfopt.errors import UnsupportedModel
 from hfopt.functional import Builder, Slot
 from hfopt.patches.activation import match_activation
 from hfopt.patches.attention import Attention, RotaryAttention, TableAttention
-from hfopt.patches.guards import is_bare, is_readable, wants_attentions
-from hfopt.patches.linear import is_linear, read_children, weights_of
+from hfopt.patches.guards import is_bare, wants_attentions
+from hfopt.patches.linear import can_multiply, is_linear, read_children, weights_of
 from hfopt.patches.mlp import Mlp, activate, activation_of
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
 from hfopt.patches.replacement import Replacement, is_swapped
@@ -182,9 +182,9 @@ class InlineLayer(Replacement):
         first, activation_name, second = spec.inner
         activation: Any = children[activation_name]
         inputs, output = read_children(self, "inputs", (first,)), read_children(self, "output", (second,))
-        if inputs is None or output is None or output.dtype is not inputs.dtype:
+        if inputs is None or output is None or not is_bare(activation):
             return None
-        if not is_bare(activation) or not is_readable(hidden_states, inputs.dtype):
+        if not can_multiply((inputs, output), (hidden_states,)):
             return None
         attention_norm: Any = children[spec.norms[0]]
         final_norm: Any = children[spec.norms[1]]

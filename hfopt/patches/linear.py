@@ -1,6 +1,6 @@
 """Linear layers: `y = x W^T + b` over the weights where they are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,10 @@ from torch import nn
 
 from hfopt import functional
 from hfopt.errors import InvalidInput, UnsupportedModel
-from hfopt.functional import Builder, LinearWeights, Slot
-from hfopt.patches.guards import is_bare, is_readable
+from hfopt.functional import Builder, LinearWeights, MixedWeights, Slot, Weights
+from hfopt.patches.guards import are_readable, is_bare
 from hfopt.patches.pattern import Pattern
+from hfopt.patches.quantized import QuantizedLinear, read_quantized
 from hfopt.patches.replacement import Record, Replacement, original_class
 
 
@@ -25,12 +26,28 @@ class LinearSpec:
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Whether the module is torch's own Linear or ours in its place, not an adapter's or a quantised one."""
-    return module is not None and original_class(module) is nn.Linear
+    """Whether the module is torch's own Linear or one of ours, not an adapter's or another library's."""
+    return module is not None and original_class(module) in (nn.Linear, QuantizedLinear)
 
 
-def read_weights(record: Record, role: str, linears: Sequence[Any]) -> LinearWeights | None:
+def read_weights(record: Record, role: str, linears: Sequence[Any]) -> Weights | None:
     """The weights of these Linears as one record, or None where kernels cannot read them."""
+    quantized = [isinstance(linear, QuantizedLinear) for linear in linears]
+    if not any(quantized):
+        return _read_floats(record, role, linears)
+    if all(quantized):
+        known = read_quantized(record, role, linears)
+        if known is not None or len(linears) == 1:
+            return known
+    parts = [read_weights(record, f"{role} {index}", (linear,)) for index, linear in enumerate(linears)]
+    found = [part for part in parts if part is not None]
+    try:
+        return MixedWeights(tuple(found)) if len(found) == len(parts) else None
+    except InvalidInput:
+        return None
+
+
+def _read_floats(record: Record, role: str, linears: Sequence[Any]) -> LinearWeights | None:
     weights = [linear._parameters["weight"] for linear in linears]
     biases = [linear._parameters["bias"] for linear in linears]
     known = record.weights.get(role)
@@ -47,7 +64,7 @@ def read_weights(record: Record, role: str, linears: Sequence[Any]) -> LinearWei
     return known
 
 
-def read_children(module: Replacement, role: str, names: Sequence[str]) -> LinearWeights | None:
+def read_children(module: Replacement, role: str, names: Sequence[str]) -> Weights | None:
     """The weights of these children, or None if one has to be called itself (an adapter, a hook)."""
     children = module._modules
     linears = [children[name] for name in names]
@@ -62,7 +79,15 @@ def weights_of(module: Replacement, role: str, names: Sequence[str]) -> LinearWe
     weights = read_children(module, role, names)
     if weights is None:
         raise UnsupportedModel(f"{', '.join(names)} cannot be read by a kernel as they are")
+    if not isinstance(weights, LinearWeights):
+        raise UnsupportedModel(f"{', '.join(names)} are quantised")
     return weights
+
+
+def can_multiply(weights: Iterable[Weights], tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether kernels can read these tensors, inputs and residuals, beside these weights."""
+    dtype = tensors[0].dtype
+    return all(each.dtype in (None, dtype) for each in weights) and are_readable(tensors, dtype)
 
 
 def are_others_bare(module: Replacement) -> bool:
@@ -73,12 +98,12 @@ def are_others_bare(module: Replacement) -> bool:
 
 
 class Linear(Replacement):
-    """Replaces `nn.Linear`."""
+    """Replaces `nn.Linear`, or goes on top of `QuantizedLinear`."""
 
     def compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         (hidden_states,) = args or kwargs.values()
         weights = read_weights(self._hfopt, "own", (self,))
-        if weights is None or not is_readable(hidden_states, weights.dtype):
+        if weights is None or not can_multiply((weights,), (hidden_states,)):
             return None
         return functional.linear(hidden_states.contiguous(), weights, by=self._hfopt.kernels)
 
@@ -87,11 +112,13 @@ class Linear(Replacement):
         weights = read_weights(self._hfopt, "own", (self,))
         if weights is None:
             raise UnsupportedModel("a kernel cannot read its weights")
+        if not isinstance(weights, LinearWeights):
+            raise UnsupportedModel("it is quantised")
         return builder.linear(x, weights, is_last=is_last)
 
 
 def _recognise(module: Any) -> LinearSpec | None:
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, QuantizedLinear):
         return None
     return LinearSpec(module.in_features, module.out_features, module.bias is not None)
 

@@ -10,10 +10,9 @@ from torch import nn
 
 from hfopt import functional
 from hfopt.errors import UnsupportedModel
-from hfopt.functional import Builder, LinearWeights, Slot
+from hfopt.functional import Builder, Slot, Weights
 from hfopt.patches.activation import fused_activation, match_activation
-from hfopt.patches.guards import are_readable
-from hfopt.patches.linear import are_others_bare, is_linear, read_children, weights_of
+from hfopt.patches.linear import are_others_bare, can_multiply, is_linear, read_children, weights_of
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, takes_one_input
 from hfopt.patches.replacement import Record, Replacement
 
@@ -35,7 +34,7 @@ class MlpSpec:
 
 
 def activate(
-    record: Record, activation: nn.Module, hidden_states: torch.Tensor, weights: LinearWeights
+    record: Record, activation: nn.Module, hidden_states: torch.Tensor, weights: Weights
 ) -> torch.Tensor:
     """`act(x W^T + b)`; the activation runs as an epilogue where the kernels know it, else in torch."""
     name = fused_activation(record, activation)
@@ -55,9 +54,7 @@ def activation_of(record: Record, activation: Any) -> str:
 class Mlp(Replacement):
     """What gated and plain blocks share."""
 
-    def project_in(
-        self, hidden_states: torch.Tensor, weights: LinearWeights, activation: Any
-    ) -> torch.Tensor:
+    def project_in(self, hidden_states: torch.Tensor, weights: Weights, activation: Any) -> torch.Tensor:
         """Everything before the last Linear."""
         raise NotImplementedError
 
@@ -68,9 +65,9 @@ class Mlp(Replacement):
         spec = self._hfopt.spec
         inputs = read_children(self, "inputs", spec.inputs)
         output = read_children(self, "output", (spec.output,))
-        if inputs is None or output is None or output.dtype is not inputs.dtype:
+        if inputs is None or output is None or not are_others_bare(self):
             return None
-        if not are_readable((hidden_states, *residuals), inputs.dtype) or not are_others_bare(self):
+        if not can_multiply((inputs, output), (hidden_states, *residuals)):
             return None
         inner = self.project_in(hidden_states.contiguous(), inputs, self._modules[spec.activation_module])
         residuals = [residual.contiguous() for residual in residuals]
@@ -94,9 +91,7 @@ class Mlp(Replacement):
 class GatedMlp(Mlp):
     """`down(act(gate(x)) * up(x))`."""
 
-    def project_in(
-        self, hidden_states: torch.Tensor, weights: LinearWeights, activation: Any
-    ) -> torch.Tensor:
+    def project_in(self, hidden_states: torch.Tensor, weights: Weights, activation: Any) -> torch.Tensor:
         name, by = fused_activation(self._hfopt, activation), self._hfopt.kernels
         if name is not None:
             return functional.linear(hidden_states, weights, activation=name, gated=True, by=by)
@@ -108,9 +103,7 @@ class GatedMlp(Mlp):
 class PlainMlp(Mlp):
     """`out(act(in(x)))`."""
 
-    def project_in(
-        self, hidden_states: torch.Tensor, weights: LinearWeights, activation: Any
-    ) -> torch.Tensor:
+    def project_in(self, hidden_states: torch.Tensor, weights: Weights, activation: Any) -> torch.Tensor:
         return activate(self._hfopt, activation, hidden_states, weights)
 
 

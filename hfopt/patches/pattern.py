@@ -29,8 +29,8 @@ class Pattern:
 
     recognise(module) tells by structure alone: the module's Spec, None if it is something else, or in words
     what keeps a module that resembles the kind from being one. trial(call, spec, scene) calls the module (or
-    its replacement) on the inputs of a probe.Scene and returns what is to be compared. scale(module, spec) is
-    the size of those inputs.
+    its replacement) on the inputs of a probe.Scene and returns what is to be compared. scale(module, spec, dtype)
+    is the size of those inputs.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Pattern:
     replacement: type[Replacement]
     recognise: Callable[[Any], Spec | str | None]
     trial: Callable[[Callable[..., Any], Any, Any], list[torch.Tensor]]
-    scale: Callable[[Any, Any], float] = lambda module, spec: 1.0
+    scale: Callable[[Any, Any, torch.dtype], float] = lambda module, spec, dtype: 1.0
 
 
 def attributes(module: nn.Module) -> set[str]:

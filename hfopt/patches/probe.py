@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from hfopt.cache import IndirectCache
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.patches.pattern import Pattern
+from hfopt.patches.quantized import QuantizedLinear
 from hfopt.patches.replacement import Record, Replacement, replacement_class
 
 # Largest difference allowed, as a share of the largest value.
@@ -91,12 +92,15 @@ class Scene:
 
 @contextlib.contextmanager
 def undisturbed(*modules: nn.Module) -> Iterator[None]:
-    """Within, the modules are in evaluation mode and no hook fires; after, they are exactly as before."""
+    """Within, the modules are in evaluation mode, no hook fires, and quantised ones round no inputs, which would hide
+    differences in their noise; after, they are exactly as before."""
     everything = [part for module in modules for part in module.modules()]
     before = [(part, type(part), part.__dict__.copy(), part._buffers.copy()) for part in everything]
     try:
         for part in everything:
             part.__dict__.update(training=False, _forward_hooks={}, _forward_pre_hooks={})
+            if isinstance(part, QuantizedLinear):
+                part.__dict__["format"] = replace(part.format, compute="float")
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             yield
     finally:
@@ -132,7 +136,7 @@ def prove(
     has_swapped_parts = any(isinstance(part, Replacement) for part in module.modules())
     new_cache = IndirectCache if has_swapped_parts else DynamicCache
     with undisturbed(module, *([] if rotary is None else [rotary])):
-        scale = pattern.scale(module, spec)
+        scale = pattern.scale(module, spec, dtype)
         try:
             expected = pattern.trial(module.forward, spec, Scene(dtype, scale, new_cache(), rotary))
         except Exception as error:  # noqa: BLE001  (whatever a foreign forward raises)

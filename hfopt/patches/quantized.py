@@ -138,6 +138,12 @@ def unquantize_linear(linear: Any) -> None:
     linear._parameters.update(parameters)
 
 
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
+
+
 def read_quantized(record: Record, role: str, linears: Sequence[QuantizedLinear]) -> QuantizedWeights | None:
     """The packed matrices of these Linears as one record, or None where kernels cannot read them together."""
     matrices = [linear.matrix for linear in linears]
@@ -152,7 +158,10 @@ def read_quantized(record: Record, role: str, linears: Sequence[QuantizedLinear]
         return known
     # a stale record would keep the old weights in memory
     record.weights.pop(role, None)
-    if any(linear.format != format for linear in linears):
+    orders = [matrix.order for matrix in matrices]
+    if any(linear.format != format for linear in linears) or not all(
+        _equal(orders[0], each) for each in orders
+    ):
         return None
     try:
         known = record.weights[role] = QuantizedWeights.of(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfopt.functional import Kernels, LinearWeights, QuantizedWeights
+from hfopt.functional import Kernels, Weights
 from hfopt.patches.guards import is_plain_inference
 
 _CLASSES: dict[Any, Any] = {}
@@ -28,7 +28,7 @@ class Record:
         self.spec = spec
         self.proof = proof
         self.kernels = kernels
-        self.weights: dict[str, LinearWeights | QuantizedWeights] = {}
+        self.weights: dict[str, Weights] = {}
         self.activation: tuple[nn.Module, str | None] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:

@@ -14,7 +14,7 @@ from hfopt.functional import Kernels
 from hfopt.patches.attention import ROTARY_ATTENTION, TABLE_ATTENTION, UNROTATED_ATTENTION
 from hfopt.patches.guards import is_bare
 from hfopt.patches.layer import INLINE_LAYER, PARALLEL_LAYER, SEQUENTIAL_LAYER
-from hfopt.patches.linear import LINEAR
+from hfopt.patches.linear import LINEAR, is_linear
 from hfopt.patches.mlp import GATED_MLP, PLAIN_MLP
 from hfopt.patches.norm import LAYER_NORM, RMS_NORM
 from hfopt.patches.pattern import Pattern, obstacle
@@ -236,7 +236,7 @@ def _idle_reason(module: Replacement) -> str | None:
         if not name:
             continue
         child = module._modules[name]
-        if child is None or original_class(child) is not nn.Linear:
+        if child is None or not is_linear(child):
             return f"{name} is a {type(child).__name__} now"
         if not is_bare(child) and not child.training:
             return f"{name} has hooks or a forward of its own"

@@ -1,5 +1,6 @@
 """Formats of quantised weights: their configs, their arithmetic, and the layout that kernels read."""
 
+from hfopt.quantization.config import QuantizationConfig, config_of
 from hfopt.quantization.format import FORMATS, Format, from_dict, register, resolve
 from hfopt.quantization.int4 import Int4
 from hfopt.quantization.int8 import Int8
@@ -13,6 +14,8 @@ __all__ = [
     "Int4",
     "Int8",
     "Packed",
+    "QuantizationConfig",
+    "config_of",
     "from_dict",
     "layout_of",
     "packed_from",

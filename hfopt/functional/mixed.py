@@ -1,0 +1,69 @@
+"""Linear layers over matrices that no single launch multiplies by: of several formats, or some of them of floats."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfopt.errors import InvalidInput
+
+from .choice import Kernels
+from .linear import Weights
+
+
+@dataclass(frozen=True, eq=False)
+class MixedWeights:
+    """Records of one matrix each, for launches one after the other; dtypes that contradict raise `InvalidInput`."""
+
+    parts: tuple[Weights, ...]
+
+    def __post_init__(self) -> None:
+        dtypes = {part.dtype for part in self.parts} - {None}
+        sizes = {part.in_features for part in self.parts}
+        if len(dtypes) > 1 or len(sizes) != 1:
+            raise InvalidInput(f"parts have dtypes {dtypes} and {sizes} features: one of each is needed")
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].in_features
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return next((part.dtype for part in self.parts if part.dtype is not None), None)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [size for part in self.parts for size in part.sizes]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(tensor for part in self.parts for tensor in part.tensors)
+
+    def width(self, gated: bool) -> int:
+        """Columns of the result; raises `InvalidInput` if `gated` does not fit the matrices."""
+        sizes = self.sizes
+        if gated and (len(sizes) != 2 or sizes[0] != sizes[1]):
+            raise InvalidInput(f"gated needs two matrices of one size: weights has rows {sizes}")
+        return sizes[0] if gated else sum(sizes)
+
+    def multiply(
+        self,
+        hidden_states: Tensor,
+        *,
+        activation: str | None = None,
+        gated: bool = False,
+        residuals: Sequence[Tensor] = (),
+        by: Kernels = "hfopt",
+    ) -> Tensor:
+        """See `linear.linear`; rounded after each part."""
+        self.width(gated)
+        first, *others = self.parts
+        parts = [first.multiply(hidden_states, activation=activation, by=by)]
+        parts += [
+            part.multiply(hidden_states, activation=None if gated else activation, by=by) for part in others
+        ]
+        y = parts[0] * parts[1] if gated else torch.cat(parts, -1)
+        for residual in residuals:
+            y += residual
+        return y
