@@ -302,7 +302,7 @@ _UNALIGNED = torch.empty(_PACKED.codes.numel() + 8, dtype=torch.uint8)[8:].view_
         (lambda: _record(_PACKED, _PACKED._replace(zeros=None)), "matrices[1].zeros is missing"),
         (lambda: _record(_PACKED._replace(codes=_PACKED.codes.int())), "torch.int32"),
         (lambda: _record(_PACKED._replace(codes=_PACKED.codes.to("meta"))), "meta"),
-        (lambda: _record(_PACKED._replace(codes=_PACKED.codes.numpy())), "ndarray"),
+        (lambda: _record(_PACKED._replace(codes=_PACKED.codes.numpy())), "ndarray"),  # type: ignore[arg-type]
         (lambda: _record(_PACKED._replace(codes=_UNALIGNED)), "8 bytes behind a multiple of 64"),
         (lambda: _record(_PACKED._replace(row_scales=_PACKED.row_scales.T.contiguous().T)), "strides"),
         (

@@ -92,7 +92,7 @@ def head_of(model: nn.Module) -> nn.Module | None:
     """The Linear that gives logits."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            head: nn.Module | None = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+            head: nn.Module | None = module.get_output_embeddings()
             if head is not None:
                 return head
     return None
