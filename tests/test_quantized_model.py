@@ -18,6 +18,10 @@ from hfopt.patches.quantized import BUFFERS, QuantizedLinear, empty_linear, quan
 from hfopt.quantization import NF4, Format, Int4, Int8, Packed, QuantizationConfig
 from tests.generation_cases import FAMILIES, Doubled, Model, assert_same, llama, one_thread, prompts
 from tests.reference import DTYPES
+from tests.step_cases import MODES as STEP_MODES
+from tests.step_cases import assert_program_is_the_modules, passes, prove
+
+__all__ = ["passes"]  # a fixture
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -131,6 +135,58 @@ def test_inputs_in_another_order() -> None:
         expected = nn.functional.linear(x[:, order.long()], packed.format.unpack(packed), linear.bias)
         torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(linear.weight[:, order.long()], packed.format.unpack(packed))
+
+
+# ---- in one call ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_program_has_the_bits_of_the_modules(
+    family: str, name: str, dtype: torch.dtype, passes: list[int]
+) -> None:
+    for quantization in (FORMATS[name], in_floats(FORMATS[name])):
+        model = hfopt.optimize(FAMILIES[family]().to(dtype), kernels="hfopt", quantization=quantization)
+        prove(model)
+        assert_program_is_the_modules(model, passes, max_new_tokens=8, **STEP_MODES["greedy"])
+        assert_program_is_the_modules(model, passes, max_new_tokens=4, **STEP_MODES["beams"])
+
+
+def test_long_prompts_go_in_one_call_too(passes: list[int]) -> None:
+    model = hfopt.optimize(llama(), kernels="hfopt", quantization=QuantizationConfig(NF4(group=32), None))
+    prove(model)
+    assert_program_is_the_modules(model, passes, **prompts(2, 70), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_whose_kernels_has_no_meaning_for_quantised_layers(kernels: Any, passes: list[int]) -> None:
+    model = hfopt.optimize(llama(), kernels=kernels, quantization="int8")
+    prove(model)
+    passes.clear()
+    model.generate(**prompts(1, 2), max_new_tokens=6)
+    # attention over a prompt is another matter
+    assert passes == ([2] if kernels == "torch" else [])
+
+
+def test_programs_of_mixed_formats_and_orders_go_by_modules() -> None:
+    model = hfopt.optimize(llama(), quantization=QuantizationConfig(Int8(), skip=("*.v_proj",)))
+    assert "several formats" in str(hfopt.explain(model).by_module)
+    model = llama()
+    for linear in (model.model.layers[1].mlp.down_proj,):
+        packed = Int8().pack(linear.weight)
+        order = torch.arange(linear.in_features).int()
+        quantize_linear(linear, Packed(packed.format, 64, 96, **packed.tensors(), order=order))
+    assert "another order" in str(hfopt.explain(hfopt.optimize(model)).by_module)
+
+
+def test_the_listing_counts_packed_bytes() -> None:
+    model = hfopt.optimize(llama(), quantization=QuantizationConfig(Int4(group=32), head="body"))
+    program = hfopt.explain(model).program
+    assert program is not None
+    n_bytes = sum(each.n_bytes for each in program.instructions if each.name == "quantized linear")
+    assert n_bytes == sum(each.n_bytes for each in model.hfopt.quantized)
+    assert "64 → 96 + 96, 4 bits" in str(program)
 
 
 # ---- which ---------------------------------------------------------------------------------------------------

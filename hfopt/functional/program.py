@@ -18,14 +18,18 @@ from hfopt.kernels import step as kernels
 
 from .activation import CODES
 from .checks import check_array, check_contiguous, check_floats
-from .linear import LinearWeights
+from .linear import LinearWeights, Weights
 from .listing import Instruction, Listing
+from .quantized import QuantizedWeights
 from .rotary import ROTATIONS
 
 Index = Literal["tokens", "positions"]
 
 _INDICES = {"tokens": kernels.TOKENS, "positions": kernels.POSITIONS}
 LINE = 64  # bytes of a cache line, on which slots begin
+_LINEARS = frozenset({kernels.LINEAR, kernels.QUANTIZED_LINEAR, kernels.DEQUANTIZED_LINEAR})
+_QUANTIZED = {"int8": kernels.QUANTIZED_LINEAR, "float": kernels.DEQUANTIZED_LINEAR}
+_NO_FORMAT = (0,) * kernels.FORMAT_COLUMNS
 
 
 class Slot(NamedTuple):
@@ -73,12 +77,13 @@ def _check_rows(rows: Tensor) -> None:
 class Program(NamedTuple):
     """The way of new tokens through a decoder.
 
-    code int64 [n, columns], scalars float64 [n]: see `kernels.step`. row_bytes: of the arena, for each new token.
-    kept: what owns the addresses in the code.
+    code int64 [n, columns], formats int64 [n or 0, columns], scalars float64 [n]: see `kernels.step`. row_bytes: of the
+    arena, for each new token. kept: what owns the addresses in the code.
     """
 
     dtype: torch.dtype
     code: np.ndarray
+    formats: np.ndarray
     scalars: np.ndarray
     tables: tuple[Table, ...]
     row_bytes: int
@@ -87,14 +92,43 @@ class Program(NamedTuple):
     head_dim: int
     n_logits: int
     listing: Listing
-    kept: tuple[LinearWeights | Tensor, ...]
+    kept: tuple[Weights | Tensor, ...]
+    linears: frozenset[int]  # operations of linear layers that there are
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it has quantised layers that quantise their inputs too."""
+        return kernels.QUANTIZED_LINEAR in self.linears
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether it has quantised layers that do not."""
+        return kernels.DEQUANTIZED_LINEAR in self.linears
+
+    @property
+    def has_floats(self) -> bool:
+        """Whether it has linear layers that are not quantised."""
+        return kernels.LINEAR in self.linears
 
     def tensors(self) -> Iterator[Tensor]:
         """Those that the code has addresses of."""
         for each in self.kept:
-            for tensor in each.tensors if isinstance(each, LinearWeights) else (each,):
+            for tensor in (each,) if isinstance(each, Tensor) else each.tensors:
                 if tensor is not None:
                     yield tensor
+
+
+def _linear_of(weights: Weights) -> tuple[int, np.ndarray, Sequence[int], str]:
+    """(operation, table of matrices, row of formats, what to add to the shapes); raises `InvalidInput` without such."""
+    if isinstance(weights, LinearWeights):
+        return kernels.LINEAR, weights.table, _NO_FORMAT, ""
+    if not isinstance(weights, QuantizedWeights):
+        raise InvalidInput("weights are of several formats, or quantised and not: a program needs one")
+    if weights.order is not None:
+        raise InvalidInput("weights are for inputs in another order: a program keeps theirs")
+    levels = 0 if weights.levels is None else weights.levels.data_ptr()
+    format = (weights.scaling.ctypes.data, weights.bits, weights.group, levels)
+    return _QUANTIZED[weights.compute], weights.table, format, f", {weights.bits} bits"
 
 
 class Builder:
@@ -111,7 +145,8 @@ class Builder:
         self._scalars: list[float] = []
         self._listing: list[Instruction] = []
         self._tables: list[Table] = []
-        self._kept: list[LinearWeights | Tensor] = []
+        self._formats: list[list[int]] = []
+        self._kept: list[Weights | Tensor] = []
         self._row_bytes = 0
         self._free: list[Slot] = []
         self._cached: set[tuple[int, int]] = set()
@@ -145,6 +180,7 @@ class Builder:
         out: Slot,
         *,
         scalar: float = 0.0,
+        format: Sequence[int] = _NO_FORMAT,
         then: str = "",
         **n_bytes: int,
     ) -> None:
@@ -152,6 +188,7 @@ class Builder:
         row[list(columns)] = list(columns.values())
         self._code.append(row)
         self._scalars.append(scalar)
+        self._formats.append(list(format))
         self._listing.append(
             Instruction(
                 name=kernels.NAMES[columns[kernels.OP]],
@@ -235,7 +272,7 @@ class Builder:
     def linear(
         self,
         x: Slot,
-        weights: LinearWeights,
+        weights: Weights,
         *,
         activation: str | None = None,
         gated: bool = False,
@@ -243,7 +280,8 @@ class Builder:
         is_last: bool = False,
     ) -> Slot:
         """`functional.linear`; what the last one returns are the logits, of the last new token of each row alone."""
-        if weights.dtype is not self.dtype or weights.in_features != x.size:
+        op, table, format, note = _linear_of(weights)
+        if weights.dtype not in (None, self.dtype) or weights.in_features != x.size:
             given = f"{weights.dtype} with {weights.in_features} features"
             raise InvalidInput(f"weights are {given}: {self.dtype} with {x.size} are needed")
         if activation not in CODES:
@@ -263,17 +301,17 @@ class Builder:
             out = self._slot(width, self.dtype)
         self._kept.append(weights)
         columns = {
-            kernels.OP: kernels.LINEAR,
+            kernels.OP: op,
             kernels.IN: x.place,
             kernels.OUT: out.place,
             kernels.SIZE: x.size,
-            kernels.MATRICES: weights.table.ctypes.data,
-            kernels.N_MATRICES: len(weights.table),
+            kernels.MATRICES: table.ctypes.data,
+            kernels.N_MATRICES: len(table),
             kernels.WIDTH: width,
             kernels.GATED: int(gated),
             kernels.CODE: CODES[activation],
         } | {kernels.RESIDUALS + place: each.place for place, each in enumerate(residuals)}
-        shapes = f"{x.size} → {' + '.join(str(size) for size in weights.sizes)}"
+        shapes = f"{x.size} → {' + '.join(str(size) for size in weights.sizes)}{note}"
         several = "s" if len(residuals) > 1 else ""
         then = [
             *([activation] if activation else []),
@@ -281,7 +319,7 @@ class Builder:
             *([f"+ {len(residuals)} residual{several}"] if residuals else []),
         ]
         n_bytes = sum(each.nbytes for each in weights.tensors if each is not None)
-        self._add(shapes, columns, (x, *residuals), out, then=", ".join(then), n_bytes=n_bytes)
+        self._add(shapes, columns, (x, *residuals), out, format=format, then=", ".join(then), n_bytes=n_bytes)
         return out
 
     def _take_last(self, x: Slot) -> None:
@@ -376,9 +414,12 @@ class Builder:
         if self._n_logits != n_logits:
             raise InvalidInput(f"n_logits is {n_logits}: the last linear has {self._n_logits}")
         ((n_kv_heads, head_dim),) = self._cached
+        linears = _LINEARS & {int(row[kernels.OP]) for row in self._code}
+        formats = np.array(self._formats, np.int64)
         return Program(
             dtype=self.dtype,
             code=np.stack(self._code),
+            formats=formats if linears - {kernels.LINEAR} else formats[:0],
             scalars=np.array(self._scalars),
             tables=tuple(self._tables),
             row_bytes=self._row_bytes,
@@ -393,4 +434,5 @@ class Builder:
                 cached_bytes=sum(each.token_bytes for each in self._listing),
             ),
             kept=tuple(self._kept),
+            linears=linears,
         )

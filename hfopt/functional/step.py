@@ -46,7 +46,9 @@ class StepScratch:
         self.none_finished = np.zeros(n_rows, np.bool_)
         self.threads = torch.get_num_threads()
         sizes = n_rows, n_new, program.n_kv_heads, program.head_dim, self.threads
-        self.scratch_bytes: int = kernels.scratch_bytes(ELEMENTS[program.dtype], program.code, *sizes)
+        self.scratch_bytes: int = kernels.scratch_bytes(
+            ELEMENTS[program.dtype], program.code, program.formats, *sizes
+        )
         self._arena = np.empty(program.row_bytes * n_rows * n_new + self.scratch_bytes + LINE, np.uint8)
         self.arena = -(-self._arena.ctypes.data // LINE) * LINE
         self.scratch = self.arena + program.row_bytes * n_rows * n_new
@@ -229,6 +231,8 @@ def _run(
     outcome: int = kernels.run_step(
         ELEMENTS[program.dtype],
         program.code,
+        program.formats if program.is_quantized else None,
+        program.formats if program.is_dequantized else None,
         program.scalars,
         n_rows,
         scratch.n_new,

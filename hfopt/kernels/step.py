@@ -19,23 +19,32 @@ from ._tile import units_ratio
 from .attention import attend_rows
 from .attention_prefill import Seen, attend_tokens, most_scratch, plan_tokens
 from .cache_record import BRANCH, LENGTH, TRUNK
+from .dequantized import dequantized_scratch, multiply_dequantized
 from .linear import ROW_LIMIT, Linear, multiply_rows, rows_scratch
 from .linear_tiles import multiply_tiles, tiles_scratch
 from .norm import add_row, layer_norm, rms_norm
+from .quantized import Quantized, multiply_quantized, quantized_scratch
 from .rope import rotate_and_store_rows
 from .sampling import argmax
 
 LOOK_UP, ADD_LOOKED_UP, RMS_NORM, LAYER_NORM, LINEAR, ROTATE_AND_STORE, ATTEND, TAKE_LAST = range(8)
+QUANTIZED_LINEAR, DEQUANTIZED_LINEAR = 8, 9
 NAMES = (
     "look up", "add looked up", "rms_norm", "layer_norm", "linear", "rotate and store", "attend", "take last",
+    "quantized linear", "dequantized linear",
 )  # fmt: skip
 OP, IN, OUT, SIZE = range(4)
 TABLE, BY = 4, 5  # LOOK_UP (SIZE in bytes) and ADD_LOOKED_UP: number of the table, and TOKENS or POSITIONS
 WEIGHT, BIAS = 4, 5  # norms, whose float is eps: addresses, or 0
-MATRICES, N_MATRICES, WIDTH, GATED, CODE, RESIDUALS = range(4, 10)  # LINEAR: as in `linear.Linear`
+MATRICES, N_MATRICES, WIDTH, GATED, CODE, RESIDUALS = range(
+    4, 10
+)  # LINEAR and its kin: as in `linear.Linear`
 LAYER, N_HEADS = 4, 5  # ATTEND, whose float is the scale, and ROTATE_AND_STORE
 COS, SIN, N_ROTARY, KIND = range(6, 10)  # ROTATE_AND_STORE: slots of float32, and as in `rope`
 COLUMNS = 12
+# of quantised layers, in a table of their own with a row for each instruction: as in `quantized.Quantized`
+SCALING, BITS, GROUP, LEVELS = range(4)
+FORMAT_COLUMNS = 4
 # TAKE_LAST (SIZE in bytes) puts the last token of each row where the first ones are; those behind it are of one token a row
 
 MOST_RESIDUALS = COLUMNS - RESIDUALS
@@ -92,8 +101,11 @@ def _check(code, tables, ids, n_rows, cache, like):
 
 
 @launch
-def scratch_bytes(like, code, n_rows, n_new, n_kv_heads, head_dim, threads):
-    """Bytes of scratch of the instruction of a program that needs most on so many threads, whatever the context."""
+def scratch_bytes(like, code, formats, n_rows, n_new, n_kv_heads, head_dim, threads):
+    """Bytes of scratch of the instruction of a program that needs most on so many threads, whatever the context.
+
+    formats: int64 [n, FORMAT_COLUMNS], or without rows if no instruction needs one.
+    """
     rows, item_size = pointer(like), 4 // units_ratio(pointer(like))
     most, n = 0, n_rows * n_new
     for i in range(code.shape[0]):
@@ -102,6 +114,10 @@ def scratch_bytes(like, code, n_rows, n_new, n_kv_heads, head_dim, threads):
                 most = max(most, 4 * rows_scratch(rows, n, code[i, SIZE]))
             else:
                 most = max(most, tiles_scratch(rows, n, code[i, SIZE], threads))
+        elif code[i, OP] == QUANTIZED_LINEAR:
+            most = max(most, 4 * quantized_scratch(n, code[i, SIZE], formats[i, GROUP]))
+        elif code[i, OP] == DEQUANTIZED_LINEAR:
+            most = max(most, 4 * dequantized_scratch(rows, n, code[i, SIZE]))
         elif code[i, OP] == ATTEND:
             heads = code[i, N_HEADS], n_kv_heads, head_dim
             if n_new == 1:
@@ -138,8 +154,38 @@ class _Step(NamedTuple):
 
 
 @body
-def _walk(like, code, scalars, step, cache, logits):
-    """Runs all instructions."""
+def _gather_residuals(code, i, arena, n_tokens, residuals):
+    """Writes the addresses of the residuals of a linear layer; returns how many there are."""
+    n = 0
+    while n < MOST_RESIDUALS and code[i, RESIDUALS + n] != NONE:
+        residuals[n] = arena + code[i, RESIDUALS + n] * n_tokens
+        n += 1
+    return n
+
+
+@body
+def _open_quantized(code, formats, i, residuals, n_residuals, out):
+    """A quantised layer."""
+    return Quantized(
+        code[i, SIZE],
+        integers_at(code[i, MATRICES]),
+        code[i, N_MATRICES],
+        code[i, GATED] != 0,
+        code[i, CODE],
+        pointer(residuals),
+        n_residuals,
+        out,
+        code[i, WIDTH],
+        integers_at(formats[i, SCALING]),
+        formats[i, BITS],
+        formats[i, GROUP],
+        formats[i, LEVELS],
+    )
+
+
+@body
+def _walk(like, code, quantized, dequantized, scalars, step, cache, logits):
+    """Runs all instructions. Numba leaves out what is only for arguments that are not None."""
     rows, n_rows, n_new, arena, tables = pointer(like), step.n_rows, step.n_new, step.arena, step.tables
     part, last = (BRANCH, cache.branch_len) if step.in_branch else (TRUNK, cache.trunk_len)
     n_tokens = n_rows * n_new
@@ -150,10 +196,7 @@ def _walk(like, code, scalars, step, cache, logits):
         x = arena + code[i, IN] * n_tokens
         out = logits if code[i, OUT] == LOGITS else arena + code[i, OUT] * n_tokens
         if op == LINEAR:
-            n_residuals = 0
-            while n_residuals < MOST_RESIDUALS and code[i, RESIDUALS + n_residuals] != NONE:
-                residuals[n_residuals] = arena + code[i, RESIDUALS + n_residuals] * n_tokens
-                n_residuals += 1
+            n_residuals = _gather_residuals(code, i, arena, n_tokens, residuals)
             layer = Linear(
                 size,
                 integers_at(code[i, MATRICES]),
@@ -169,6 +212,16 @@ def _walk(like, code, scalars, step, cache, logits):
                 multiply_rows(address_as(x, rows), n, layer, floats_at(step.scratch))
             else:
                 multiply_tiles(address_as(x, rows), n, layer, step.scratch, step.threads)
+        elif op == QUANTIZED_LINEAR:
+            if quantized is not None:
+                n_residuals = _gather_residuals(code, i, arena, n_tokens, residuals)
+                packed = _open_quantized(code, quantized, i, residuals, n_residuals, address_as(out, rows))
+                multiply_quantized(address_as(x, rows), n, packed, floats_at(step.scratch))
+        elif op == DEQUANTIZED_LINEAR:
+            if dequantized is not None:
+                n_residuals = _gather_residuals(code, i, arena, n_tokens, residuals)
+                packed = _open_quantized(code, dequantized, i, residuals, n_residuals, address_as(out, rows))
+                multiply_dequantized(address_as(x, rows), n, packed, floats_at(step.scratch))
         elif op == RMS_NORM:
             _rms_norm(like, x, n, size, 0, code[i, WEIGHT], scalars[i], 0, out)
         elif op == LAYER_NORM:
@@ -228,6 +281,8 @@ def _follow(ids, chosen, finished, pad, ends):
 def run_step(
     like,
     code,
+    quantized,
+    dequantized,
     scalars,
     n_rows,
     n_new,
@@ -255,7 +310,9 @@ def run_step(
 
     Returns how many times, or -UNKNOWN_INDEX or -UNKNOWN_ROW if the first found that, nothing written.
 
-    Like an array of the element type, float32 or bfloat16 bits; code int64 [n, COLUMNS], scalars float64 [n]; address of the
+    Like an array of the element type, float32 or bfloat16 bits; code int64 [n, COLUMNS], scalars float64 [n]; quantized,
+    dequantized: int64 [n, FORMAT_COLUMNS], or None without such layers: their code is only compiled for programs that have
+    some; address of the
     arena and of `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]; ids int64 [2, n_rows
     n_new]: tokens, positions; records int64 [layers, `cache_record`]; lengths the first time, in_branch, trunk_row and table
     as in `cache.Appended`; kind as in `attention_prefill`, of mask, uint8 [n_rows, n_new keys]: empty if order alone hides
@@ -282,7 +339,7 @@ def run_step(
         wrong = _check(code, tables, ids, n_rows, cache, rows)
         if wrong != 0:
             return k if k > 0 else -wrong
-        _walk(like, code, scalars, step, cache, logits)
+        _walk(like, code, quantized, dequantized, scalars, step, cache, logits)
         if chosen.shape[0] > 0:
             _argmax(like, logits, n_rows, n_logits, address_of(pointer(chosen)) + 8 * n_rows * k)
             if not _follow(ids, chosen[k], finished, pad, ends):

@@ -74,13 +74,11 @@ def read_children(module: Replacement, role: str, names: Sequence[str]) -> Weigh
     return read_weights(module._hfopt, role, linears)
 
 
-def weights_of(module: Replacement, role: str, names: Sequence[str]) -> LinearWeights:
+def weights_of(module: Replacement, role: str, names: Sequence[str]) -> Weights:
     """`read_children`, for a program; raises UnsupportedModel."""
     weights = read_children(module, role, names)
     if weights is None:
         raise UnsupportedModel(f"{', '.join(names)} cannot be read by a kernel as they are")
-    if not isinstance(weights, LinearWeights):
-        raise UnsupportedModel(f"{', '.join(names)} are quantised")
     return weights
 
 
@@ -112,8 +110,6 @@ class Linear(Replacement):
         weights = read_weights(self._hfopt, "own", (self,))
         if weights is None:
             raise UnsupportedModel("a kernel cannot read its weights")
-        if not isinstance(weights, LinearWeights):
-            raise UnsupportedModel("it is quantised")
         return builder.linear(x, weights, is_last=is_last)
 
 

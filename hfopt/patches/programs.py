@@ -61,10 +61,13 @@ class Programs:
         by, dtype = self._kernels, program.dtype
         if by == "hfopt":
             return False
-        if takes_torch(by, "linear", dtype, n_rows):
+        if program.has_floats and takes_torch(by, "linear", dtype, n_rows):
             return True
-        return n_new > 1 and (
-            takes_torch(by, "linear", dtype, n_rows * n_new) or takes_torch(by, "attention", dtype, n_new)
+        if n_new == 1:
+            return False
+        n_tokens = n_rows * n_new
+        return takes_torch(by, "attention", dtype, n_new) or (
+            program.has_floats and takes_torch(by, "linear", dtype, n_tokens)
         )
 
     def holds(self, program: Program) -> bool:
@@ -97,12 +100,12 @@ class Programs:
     def shown(self, model: nn.Module) -> tuple[str | None, Listing | None]:
         """(in words, why steps of this model go module by module, or None; the program for people to read)."""
         made = self._current(model, is_first=True)
-        reason = made.reason
-        if reason is None and self._kernels == "torch":
-            reason = "its Linears run in torch's kernels"
-        program = made.program if self._kernels == "auto" else None
-        if program is not None and is_known_for_torch("linear", program.dtype, 1):
-            reason = "torch's kernels were measured to be faster for Linears of one row"
+        reason, program = made.reason, made.program
+        if program is not None and program.has_floats:
+            if self._kernels == "torch":
+                reason = "its Linears run in torch's kernels"
+            elif self._kernels == "auto" and is_known_for_torch("linear", program.dtype, 1):
+                reason = "torch's kernels were measured to be faster for Linears of one row"
         with torch.no_grad():
             if reason is None and not is_plain_inference(model, (), {}):
                 reason = "autocast, a trace or hooks on all modules are on"
