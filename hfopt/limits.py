@@ -133,11 +133,38 @@ def read_weights(model: PreTrainedModel) -> list[torch.Tensor]:
     Experts of a mixture are counted as if all were read.
     """
     tables = {module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings()
-    if head is not None:
+    head: Any = model.get_output_embeddings()
+    if head is not None and not _is_quantized(head):
         tables.discard(head.weight.data_ptr())
-    weights = {weight.data_ptr(): weight for weight in model.parameters() if weight.data_ptr() not in tables}
+    packed = [
+        tensor
+        for module in model.modules()
+        if _is_quantized(module)
+        for tensor in module._buffers.values()
+        if tensor is not None
+    ]
+    weights = {
+        weight.data_ptr(): weight
+        for weight in (*model.parameters(), *packed)
+        if weight.data_ptr() not in tables
+    }
     return list(weights.values())
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether it is a Linear whose weight is in its buffers."""
+    return isinstance(module, nn.Linear) and "weight" not in module._parameters
+
+
+def _matrix_size(model: PreTrainedModel) -> int:
+    """Numbers in all matrices that `read_weights` are."""
+    floats = sum(
+        weight.numel()
+        for weight in read_weights(model)
+        if weight.ndim == 2 and isinstance(weight, nn.Parameter)
+    )
+    quantized: Any = (module for module in model.modules() if _is_quantized(module))
+    return floats + sum(module.out_features * module.in_features for module in quantized)
 
 
 def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
@@ -174,7 +201,7 @@ def bytes_per_step(
 def step_operations(model: PreTrainedModel, n_rows: int, context: float) -> float:
     """Operations of a decode step of `n_rows` rows behind `context` tokens each."""
     n_layers, n_heads, _, head_dim = attention_shape(model)
-    size = sum(weight.numel() for weight in read_weights(model) if weight.ndim == 2)
+    size = _matrix_size(model)
     # scores and weighted values, two operations each
     return n_rows * (2 * size + 4 * n_layers * n_heads * head_dim * context)
 
@@ -182,10 +209,9 @@ def step_operations(model: PreTrainedModel, n_rows: int, context: float) -> floa
 def prefill_operations(model: PreTrainedModel, n_prompts: int, prompt_length: int) -> float:
     """Operations of reading `n_prompts` prompts, with the lm_head on the last position only."""
     n_layers, n_heads, _, head_dim = attention_shape(model)
-    head = model.get_output_embeddings()
-    matrices = [weight for weight in read_weights(model) if weight.ndim == 2]
-    head_size = head.weight.numel() if head is not None else 0
-    body_size = sum(weight.numel() for weight in matrices) - head_size
+    head: Any = model.get_output_embeddings()
+    head_size = head.out_features * head.in_features if head is not None else 0
+    body_size = _matrix_size(model) - head_size
     # scores and weighted values, two operations each, over the causal half of the square
     attention = 4 * n_layers * n_heads * head_dim * prompt_length**2 / 2
     return n_prompts * (2 * body_size * prompt_length + attention + 2 * head_size)
