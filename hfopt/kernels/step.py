@@ -312,14 +312,13 @@ def run_step(
 
     Like an array of the element type, float32 or bfloat16 bits; code int64 [n, COLUMNS], scalars float64 [n]; quantized,
     dequantized: int64 [n, FORMAT_COLUMNS], or None without such layers: their code is only compiled for programs that have
-    some; address of the
-    arena and of `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]; ids int64 [2, n_rows
-    n_new]: tokens, positions; records int64 [layers, `cache_record`]; lengths the first time, in_branch, trunk_row and table
-    as in `cache.Appended`; kind as in `attention_prefill`, of mask, uint8 [n_rows, n_new keys]: empty if order alone hides
-    keys; of one new token with the keys of the last time, or more; address of
-    logits [n_rows, n_logits], of the element type, those of the last tokens. chosen int64 [n_steps, n_rows]: their
-    `sampling.argmax` each time, or no rows if the logits are wanted; behind it `pad` in rows that are finished, bool
-    [n_rows]. The last time is one that chooses any of `ends`, int64 [n], for another row.
+    some; address of the arena and of `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]; ids
+    int64 [2, n_rows n_new]: tokens, positions; records int64 [layers, `cache_record`]; lengths the first time, in_branch,
+    trunk_row and table as in `cache.Appended`; kind as in `attention_prefill`, of mask, uint8 [n_rows, n_new keys]: empty if
+    order alone hides keys; of one new token with the keys of the last time, or more; address of logits [n_rows, n_logits],
+    of the element type, those of the last tokens. chosen int64 [n_steps, n_rows]: their `sampling.argmax` each time, or no
+    rows if the logits are wanted; behind it `pad` in rows that are finished, bool [n_rows]. The last time is one that
+    chooses any of `ends`, int64 [n], for another row.
     """
     rows = pointer(like)
     hidden = address_of(pointer(mask)) if mask.size > 0 else 0
