@@ -13,8 +13,11 @@ from hfopt.errors import (
     UnsupportedModel,
 )
 from hfopt.generation import record_latency
+from hfopt.load import load
 from hfopt.optimize import optimize, restore
+from hfopt.quantizer import HfoptConfig
 from hfopt.report import Report, explain
+from hfopt.save import save
 from hfopt.warmup import warmup
 
 __version__ = "0.1.0"
@@ -23,6 +26,7 @@ __all__ = [
     "CacheFull",
     "CorruptCheckpoint",
     "ForkedProcess",
+    "HfoptConfig",
     "HfoptError",
     "IndirectCache",
     "InvalidInput",
@@ -33,8 +37,10 @@ __all__ = [
     "__version__",
     "embedded_model",
     "explain",
+    "load",
     "optimize",
     "record_latency",
     "restore",
+    "save",
     "warmup",
 ]

@@ -11,6 +11,7 @@ from hfopt import _linux
 
 _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone has them
 _HUGE_PAGE = 1 << 21
+_DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
 
 
 def advise_huge_pages(address: int, n_bytes: int) -> None:
@@ -22,6 +23,17 @@ def advise_huge_pages(address: int, n_bytes: int) -> None:
     size = (address + n_bytes) // _HUGE_PAGE * _HUGE_PAGE - first
     if size > 0 and _HUGE_PAGES is not None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _HUGE_PAGES)
+
+
+def forget_pages(address: int, n_bytes: int) -> None:
+    """Take the pages of a file that is mapped here out of this process; when they are touched, they are read again.
+
+    Only whole pages inside the range are touched by it. Pages that were written to would lose that.
+    """
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (address + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if size > 0 and _DONTNEED is not None:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _DONTNEED)
 
 
 def available_memory() -> int:

@@ -1,0 +1,153 @@
+"""The weights of a checkpoint folder: safetensors files, read by mapping them into memory.
+
+A file that is cut short or damaged, and an index that contradicts its files, raise CorruptCheckpoint before any weight is
+read; a folder whose weights are in other files than safetensors raises UnsupportedModel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from hfopt._memory import forget_pages
+from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_OTHERS = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack")
+
+
+class Stored(NamedTuple):
+    """What the header of a file says of a tensor."""
+
+    file: int
+    shape: tuple[int, ...]
+    dtype: str  # in safetensors' names: "BF16"
+
+
+class Checkpoint:
+    """The tensors of a checkpoint, a mapping from their names to what is known without reading them.
+
+    Args:
+        source: a folder or an id of the Hub.
+        hub: arguments of `transformers.utils.hub.cached_file`, `revision` for example.
+    """
+
+    def __init__(self, source: str, hub: Mapping[str, Any]) -> None:
+        self.source = source
+        files, index = _find(source, dict(hub))
+        self._files = [_open(file) for file in files]
+        self.tensors: dict[str, Stored] = {}
+        for place, (file, opened) in enumerate(zip(files, self._files, strict=True)):
+            for name in opened.keys():  # noqa: SIM118  it is no mapping
+                if name in self.tensors:
+                    raise CorruptCheckpoint(f"{source} holds tensor {name!r} twice, once in {file.name}")
+                header = opened.get_slice(name)
+                self.tensors[name] = Stored(place, tuple(header.get_shape()), header.get_dtype())
+        for name, file_name in index.items():
+            if name not in self.tensors or files[self.tensors[name].file].name != file_name:
+                raise CorruptCheckpoint(
+                    f"{source}: its index says that tensor {name!r} is in {file_name}, which is not so"
+                )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __getitem__(self, name: str) -> Stored:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in the pages of its file: no copy, and not to be written to."""
+        try:
+            return self._files[self.tensors[name].file].get_tensor(name)
+        except SafetensorError as error:
+            raise CorruptCheckpoint(f"{self.source}: tensor {name!r} cannot be read ({error})") from error
+
+    @staticmethod
+    def forget(tensor: torch.Tensor) -> None:
+        """Let go of the pages of a tensor that `read` gave and that is not needed any more."""
+        forget_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+def _find(source: str, hub: dict[str, Any]) -> tuple[list[Path], dict[str, str]]:
+    """The files of a checkpoint, and from its index the file of every tensor (nothing without an index)."""
+    try:
+        if single := cached_file(
+            source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub
+        ):
+            return [Path(single)], {}
+        index = cached_file(
+            source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub
+        )
+    except (OSError, ValueError) as error:
+        raise InvalidInput(_unknown(source, error)) from error
+    if index is None:
+        raise _without_safetensors(source, hub)
+    places = _places(source, Path(index))
+    if os.path.isdir(source):
+        folder = Path(index).parent
+        files = [folder / name for name in sorted(set(places.values()))]
+        for file in files:
+            if not file.is_file():
+                raise CorruptCheckpoint(f"{source} lacks {file.name}, which its index names")
+        return files, places
+    try:
+        names, _ = get_checkpoint_shard_files(source, index, **hub)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(_unknown(source, error)) from error
+    return [Path(name) for name in names], places
+
+
+def _places(source: str, index: Path) -> dict[str, str]:
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpoint(f"{source}: {index.name} is no index of safetensors ({error!r})") from error
+    if not isinstance(places, dict) or not places:
+        raise CorruptCheckpoint(
+            f"{source}: the weight_map of {index.name} is {type(places).__name__}, or empty"
+        )
+    for name in places.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CorruptCheckpoint(f"{source}: {index.name} names {name!r}, which is no file of the folder")
+    return places
+
+
+def _without_safetensors(source: str, hub: dict[str, Any]) -> Exception:
+    if os.path.isdir(source):
+        folder = Path(source, hub.get("subfolder", ""))
+        others = sorted(file.name for file in folder.iterdir() if file.suffix in _OTHERS)
+    else:
+        found = (
+            cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+            for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+        )
+        others = [Path(name).name for name in found if name is not None]
+    if others:
+        return UnsupportedModel(
+            f"{source} holds its weights in {others[0]}: hfopt reads safetensors only, which "
+            "from_pretrained and save_pretrained of transformers make of them"
+        )
+    return CorruptCheckpoint(f"{source} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CorruptCheckpoint(f"{file} is cut short or damaged ({error})") from error
+
+
+def _unknown(source: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"path_or_id={source!r} is neither a folder nor an id of the Hub that can be loaded ({reason})"

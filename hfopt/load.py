@@ -1,0 +1,135 @@
+"""load(): a model from a checkpoint, quantised while it is read, and optimised."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import accelerate
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from hfopt.checkpoint import FLOATS, Checkpoint
+from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
+from hfopt.optimize import optimize
+from hfopt.quantization.checkpoints import READERS
+
+if TYPE_CHECKING:
+    from hfopt.quantization import Format, QuantizationConfig
+
+logger = logging.getLogger(__name__)
+
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_MODEL = ("attn_implementation", "trust_remote_code")
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def load(
+    path_or_id: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    quantization: str | Format | QuantizationConfig | Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A causal language model from safetensors, optimised; beside the result it takes less than 1 GB of memory.
+
+    Args:
+        path_or_id: a folder or an id of the Hub. It may hold floats, what `hfopt.save` wrote, or layers that GPTQ, AWQ or
+            compressed-tensors have quantised; those are packed for hfopt's kernels with every integer as it was.
+        dtype: float32 or bfloat16, of what is not quantised. None: that of the checkpoint, but bfloat16 for float16.
+        quantization: what to turn linear layers into that the checkpoint holds as floats, while they are read: a format or
+            its name ("int8", "int4", "nf4"), or a config that says so for parts of the model. None: nothing.
+        kwargs: revision, token, cache_dir, subfolder, local_files_only, force_download and proxies, of the Hub;
+            attn_implementation and trust_remote_code.
+
+    Weights that need no conversion stay in the pages of their file.
+    Raises InvalidInput for arguments, UnsupportedModel for checkpoints that hfopt does not read, and CorruptCheckpoint
+    where a file is damaged, tensors are missing, have another shape than the configuration says, or hold NaN or Inf.
+    """
+    from hfopt.quantizer import HfoptConfig, declare
+    from hfopt.weights import Weights
+
+    source = os.fspath(path_or_id)
+    if dtype is not None and dtype not in _DTYPES:
+        raise InvalidInput(f"dtype = {dtype}: torch.float32, torch.bfloat16 or None is allowed")
+    if unknown := sorted(kwargs.keys() - {*_HUB, *_MODEL}):
+        raise InvalidInput(
+            f"load has no arguments {unknown}; beside its own there are {sorted((*_HUB, *_MODEL))}"
+        )
+    wanted = None if quantization is None else HfoptConfig.of(quantization)
+    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+    trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+
+    config = _config(source, {**hub, **trust})
+    stored = _stored_quantization(source, config)
+    checkpoint = Checkpoint(source, hub)
+    dtype = dtype or _dtype_of(source, config, checkpoint)
+    model = _empty_model(source, config, dtype, trust | {n: kwargs[n] for n in _MODEL[:1] if n in kwargs})
+    Weights(model, checkpoint, dtype, stored, wanted).fill()
+    _load_generation_config(model, source, hub)
+    declare(model)
+    return optimize(model.eval())
+
+
+def _config(source: str, options: dict[str, Any]) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if os.path.isdir(source):
+            raise CorruptCheckpoint(f"{source}: its config.json cannot be used ({reason})") from error
+        raise InvalidInput(
+            f"path_or_id={source!r} is neither a folder nor an id of the Hub that can be loaded ({reason})"
+        ) from error
+
+
+def _stored_quantization(source: str, config: PretrainedConfig) -> dict[str, Any]:
+    """The quantization_config of a checkpoint, empty where there is none."""
+    found = getattr(config, "quantization_config", None) or {}
+    stored = dict(found) if isinstance(found, Mapping) else found.to_dict()
+    method = stored.get("quant_method")
+    if stored and method != "hfopt" and method not in READERS:
+        known = sorted(("hfopt", *READERS))
+        raise UnsupportedModel(
+            f"{source}: quant_method={method!r} of its quantization_config is not among {known}"
+        )
+    return stored
+
+
+def _dtype_of(source: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if dtype is None:
+        found = (FLOATS[stored.dtype] for stored in checkpoint.tensors.values() if stored.dtype in FLOATS)
+        dtype = next(found, torch.float32)
+    if dtype in _DTYPES:
+        return dtype
+    logger.warning("%s holds %s, which hfopt has no kernels for: it becomes bfloat16", source, dtype)
+    return torch.bfloat16
+
+
+def _empty_model(
+    source: str, config: PretrainedConfig, dtype: torch.dtype, options: dict[str, Any]
+) -> PreTrainedModel:
+    """The model on the device `meta`, but for buffers: those that no file holds are right at once."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with accelerate.init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    except (ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModel(f"{source} is no causal language model of transformers ({reason})") from error
+    model.tie_weights()  # moving a parameter to `meta` has parted it from the other names it had
+    model.config._name_or_path = source
+    return model
+
+
+def _load_generation_config(model: PreTrainedModel, source: str, hub: dict[str, Any]) -> None:
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source, **hub)
+    except OSError:
+        logger.info("%s has no generation_config.json: generation is as its config.json says", source)

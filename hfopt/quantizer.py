@@ -1,0 +1,293 @@
+"""Quantised models in the files of transformers: save_pretrained, and from_pretrained once hfopt has been imported.
+
+`config.json` then holds a `quantization_config` with the quant_method "hfopt", and the safetensors files the tensors of
+packed matrices under the names of the modules.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hfopt.errors import InvalidInput, UnsupportedDevice
+from hfopt.quantization import Format, QuantizationConfig, config_of, resolve
+
+try:
+    from transformers.core_model_loading import ConversionOps
+except ImportError:  # transformers 4
+    ConversionOps = object  # type: ignore[assignment, misc]
+
+logger = logging.getLogger(__name__)
+
+METHOD = "hfopt"
+_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")  # what transformers sets on quantised models
+ALIGNMENT = 64  # bytes; what kernels ask of packed matrices
+# The dtypes of models under their names in safetensors, in the order in which a file holds them
+_DTYPE_NAMES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@register_quantization_config(METHOD)
+class HfoptConfig(QuantizationConfigMixin):
+    """What `from_pretrained(..., quantization_config=HfoptConfig("int8"))` takes and `config.json` holds.
+
+    body: a format or its name. head, skip: as in `QuantizationConfig`. modules: formats of single linear layers by their
+    names, None for floats. ordered: the layers whose inputs are in an order of their own (`Packed.order`).
+    Unknown formats and fields raise InvalidInput.
+    """
+
+    def __init__(
+        self,
+        body: str | Mapping[str, Any] | Format = "int8",
+        *,
+        modules: Mapping[str, Any] | None = None,
+        ordered: Sequence[str] = (),
+        quant_method: str = METHOD,
+        **rest: Any,
+    ) -> None:
+        if quant_method != METHOD:
+            raise InvalidInput(f"quant_method={quant_method!r}: {METHOD!r} is what HfoptConfig is for")
+        self.quant_method: Any = METHOD
+        self.quantization = QuantizationConfig.from_dict({"body": resolve(body).to_dict(), **rest})
+        self.modules = {
+            path: None if format is None else resolve(format) for path, format in (modules or {}).items()
+        }
+        self.ordered = frozenset(ordered)
+
+    @classmethod
+    def of(cls, quantization: Any) -> HfoptConfig:
+        """From what `hfopt.load` and `hfopt.optimize` take."""
+        if isinstance(quantization, cls):
+            return quantization
+        config = cls()
+        config.quantization = config_of(quantization)
+        return config
+
+    def format_of(self, path: str, *, is_head: bool) -> Format | None:
+        """Of the linear layer at this path; None for floats."""
+        if path in self.modules:
+            return self.modules[path]
+        format = self.quantization.format_of(path, is_head=is_head)
+        return format if isinstance(format, Format) else None  # else in words, why not
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "quant_method": METHOD,
+            **self.quantization.to_dict(),
+            "modules": {
+                path: None if format is None else format.to_dict() for path, format in self.modules.items()
+            },
+            "ordered": sorted(self.ordered),
+        }
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that may be quantised, by their paths."""
+    return {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy if kernels cannot read it where it is."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def declare(model: PreTrainedModel) -> None:
+    """Let the configuration of a model say which of its layers are quantised, so that it can be saved."""
+    config = describe(model)
+    attributes: dict[str, Any] = vars(model)
+    if config is None:
+        if attributes.get("quantization_method") == METHOD:  # it was
+            for name in _MARKS:
+                del attributes[name]
+            del model.config.quantization_config
+    else:
+        marks = (HfoptQuantizer(config, pre_quantized=True), METHOD, True)
+        attributes.update(zip(_MARKS, marks, strict=True))
+        model.config.quantization_config = config
+
+
+def describe(model: PreTrainedModel) -> HfoptConfig | None:
+    """The config that says what is quantised in a model; None where nothing is."""
+    from hfopt.patches.quantized import QuantizedLinear
+
+    head = model.get_output_embeddings()
+    formats = {
+        path: module.format if isinstance(module, QuantizedLinear) else None
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    ordered = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and module.packed.order is not None
+    ]
+    counts = Counter(format for format in formats.values() if format is not None)
+    if not counts:
+        return None
+    of_head = head.format if isinstance(head, QuantizedLinear) else None
+    config = HfoptConfig(counts.most_common(1)[0][0], head=of_head, ordered=ordered)
+    config.modules = {
+        path: format
+        for path, format in formats.items()
+        if config.format_of(path, is_head=model.get_submodule(path) is head) != format
+    }
+    return config
+
+
+@register_quantizer(METHOD)
+class HfoptQuantizer(HfQuantizer):
+    """How transformers loads and saves models whose linear layers hfopt has quantised, or is to quantise."""
+
+    requires_calibration = False
+    quantization_config: HfoptConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raise UnsupportedDevice unless everything is to be on the CPU."""
+        devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+        if any(str(device) not in ("None", "auto", "cpu") for device in devices):
+            raise UnsupportedDevice(f"device_map={device_map!r}: quantised layers run on the CPU only")
+
+    def update_device_map(self, device_map: Any) -> dict[str, str]:
+        """Everything on the CPU, where "auto" might choose another device."""
+        return {"": "cpu"}
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """bfloat16 for float16, which there are no kernels for."""
+        if dtype == torch.float16:
+            logger.warning("hfopt has no kernels for float16: what is not quantised becomes bfloat16")
+            return torch.bfloat16
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from hfopt.patches.quantized import empty_linear
+
+        head = model.get_output_embeddings()
+        config = self.quantization_config
+        formats = {
+            path: format
+            for path, linear in linears_of(model).items()
+            if (format := config.format_of(path, is_head=linear is head)) is not None
+        }
+        # the name of a float weight -> the layers that are made of it
+        self.targets = {f"{path}.weight": [path] for path in formats}
+        self.formats = formats
+        tied = getattr(model, "all_tied_weights_keys", {})
+        for name in self.targets.keys() & tied.keys():
+            self.targets.setdefault(tied.pop(name), []).append(name.removesuffix(".weight"))
+        if self.pre_quantized:
+            for path, format in formats.items():
+                linear: Any = model.get_submodule(path)
+                empty_linear(linear, format, ordered=path in config.ordered)
+                linear._is_hf_initialized = True
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether layers are made of this parameter."""
+        return not self.pre_quantized and param_name in self.targets
+
+    def get_quantize_ops(self) -> Quantize:
+        """What makes them."""
+        return Quantize(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from hfopt.optimize import optimize
+        from hfopt.patches.quantized import QuantizedLinear
+
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                for name, tensor in module._buffers.items():
+                    if tensor is not None:
+                        module._buffers[name] = aligned(tensor)
+        declare(model)
+        return optimize(model)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: Any) -> tuple[None, dict[str, str]]:
+        """Metadata that make the header of a file so long that all of its tensors are aligned."""
+        declare(model)
+        return None, {"padding": padding(_saved_tensors(model), {"format": "pt", "padding": ""})}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """No."""
+        return False
+
+
+class Quantize(ConversionOps):
+    """Packs a float weight as soon as it is read, and puts it into its layers."""
+
+    def __init__(self, quantizer: HfoptQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """What is left for transformers to place: a weight that is an embedding too."""
+        from hfopt.patches.quantized import quantize_linear
+
+        ((name, values),) = input_dict.items()
+        weight = values[0] if isinstance(values, list) else values
+        paths = self.quantizer.targets[name]
+        for path in paths:
+            linear = model.get_submodule(path)
+            quantize_linear(linear, self.quantizer.formats[path].pack(weight))
+            linear._is_hf_initialized = True
+            missing_keys.discard(f"{path}.weight")
+        return {} if name in (f"{path}.weight" for path in paths) else {name: weight}
+
+
+def _saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of a model as files hold them: of those that share memory, the one that others are tied to."""
+    tensors = model.state_dict()
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(tensor.data_ptr(), []).append(name)
+    tied = {*(getattr(model, "_tied_weights_keys", None) or ())}
+    for shared in names.values():
+        for name in tied.intersection(shared) if len(shared) > 1 else ():
+            del tensors[name]
+    return tensors
+
+
+def padding(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """What to put into the metadata of a safetensors file of these tensors for its data to begin on a 64-byte boundary.
+
+    A file begins with 8 bytes, then the header as JSON, filled up to a multiple of 8 bytes by spaces; the data follow
+    with the largest elements first (https://github.com/huggingface/safetensors#format).
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    order = list(_DTYPE_NAMES)
+    position = 0
+    for name in sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name)):
+        tensor = tensors[name]
+        end = position + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    size = 8 + len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return " " * (-size % ALIGNMENT)

@@ -1,0 +1,29 @@
+"""save(): a model as a folder of safetensors that `load` and `from_pretrained` read by mapping its files into memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hfopt.errors import InvalidInput
+from hfopt.quantizer import declare
+
+
+def save(model: PreTrainedModel, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Write a model, quantised or not, to a folder; `model.save_pretrained(folder, **kwargs)`, which does the same.
+
+    A quantised layer is saved as it is, bit by bit, with its format in `config.json`. The files are read again by
+    `hfopt.load(folder)` and, once hfopt has been imported, by transformers' `from_pretrained(folder)`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise InvalidInput(f"model is a {type(model).__name__}: a model of transformers is needed")
+    declare(model)
+    model.save_pretrained(folder, **kwargs)
+    # a file that an earlier model has left would be taken for the weights of this one
+    single, index = Path(folder, SAFE_WEIGHTS_NAME), Path(folder, SAFE_WEIGHTS_INDEX_NAME)
+    if single.exists() and index.exists():
+        min(single, index, key=lambda file: file.stat().st_mtime_ns).unlink()

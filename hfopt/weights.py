@@ -1,0 +1,276 @@
+"""From the tensors of a checkpoint to the parameters of a model, one after the other."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from hfopt.checkpoint import FLOATS, Checkpoint
+from hfopt.errors import CorruptCheckpoint, InvalidInput
+from hfopt.patches.quantized import BUFFERS, quantize_linear
+from hfopt.quantization import Format, Packed, layout_of, packed_from
+from hfopt.quantization.checkpoints import read_linear
+from hfopt.quantization.layout import BLOCK
+from hfopt.quantizer import HfoptConfig, aligned, linears_of
+
+logger = logging.getLogger(__name__)
+
+PREFIX = BUFFERS[0].removesuffix("codes")  # of the names that the tensors of a packed matrix have in a module
+# Bytes of a float weight that are in memory at a time while it is converted or quantised
+_SLICE = 1 << 27
+# safetensors' names of the dtypes of packed matrices
+_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32", torch.int32: "I32"}
+# Tensors of old checkpoints that models compute for themselves now
+_COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
+
+
+class Weights:
+    """Fills a model whose parameters are on the device `meta` with the tensors of a checkpoint.
+
+    stored: the checkpoint's quantization_config. wanted: what linear layers are to become that it holds as floats.
+    Names and shapes are checked here, before anything is read.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        stored: Mapping[str, Any],
+        wanted: HfoptConfig | None,
+    ) -> None:
+        self.model, self.checkpoint, self.dtype, self.stored = model, checkpoint, dtype, stored
+        self.linears = linears_of(model)
+        self.names = dict(model.state_dict(keep_vars=True))
+        self.keys, unexpected = self._match()
+        # what is stored of a linear layer beside its bias: the names behind its path, and their keys
+        self.parts: dict[str, dict[str, str]] = {path: {} for path in self.linears}
+        for name, key in self.keys.items():
+            path, _, part = name.rpartition(".")
+            if path in self.linears and part != "bias":
+                self.parts[path][part] = key
+        self.tied = self._tied()
+        self.packers = self._packers(wanted)
+        self._check_unexpected(unexpected)
+        self._check_plain()
+
+    def _match(self) -> tuple[dict[str, str], list[str]]:
+        """The keys of the checkpoint by the names that tensors have in the model, and those that have no place there."""
+        prefix = self.model.base_model_prefix + "."
+        keys: dict[str, str] = {}
+        unexpected = []
+        for key in self.checkpoint:
+            for name in (key, prefix + key, key.removeprefix(prefix)):
+                path, _, part = name.rpartition(".")
+                if name in self.names or (path in self.linears and part != "bias"):
+                    keys[name] = key
+                    break
+            else:
+                unexpected.append(key)
+        return keys, unexpected
+
+    def _tied(self) -> dict[str, list[str]]:
+        """For every name in the model, the keys of all names of the same parameter; its own comes first."""
+        names: dict[int, list[str]] = {}
+        for name, tensor in self.names.items():
+            names.setdefault(id(tensor), []).append(name)
+        return {
+            name: [self.keys[other] for other in (name, *names[id(tensor)]) if other in self.keys]
+            for name, tensor in self.names.items()
+        }
+
+    def _packers(self, wanted: HfoptConfig | None) -> dict[str, Callable[[], Packed]]:
+        """What makes the packed matrix of a linear layer, for every one that is to have one."""
+        head = self.model.get_output_embeddings()
+        method = self.stored.get("quant_method")
+        written = HfoptConfig(**self.stored) if method == "hfopt" else None
+        packers: dict[str, Callable[[], Packed]] = {}
+        for path, linear in self.linears.items():
+            parts = self.parts[path]
+            if written is not None and any(part.startswith(PREFIX) for part in parts):
+                format = written.format_of(path, is_head=linear is head)
+                if format is None:
+                    raise self._corrupt(f"{path} is quantised, and its config.json says that it is not")
+                self._check_written(path, linear, format)
+                packers[path] = partial(self._read_written, path, linear, format)
+            elif method is not None and written is None and parts.keys() - {"weight"}:
+                packers[path] = partial(self._read_foreign, path)
+            elif wanted is not None and (format := wanted.format_of(path, is_head=linear is head)):
+                try:
+                    layout_of(format, linear.out_features, linear.in_features)
+                except InvalidInput as error:
+                    raise InvalidInput(f"{path}: {error}") from error
+                packers[path] = partial(self._quantise, path, linear, format)
+        return packers
+
+    # ---- before anything is read -----------------------------------------------------------------------------
+
+    def _check_written(self, path: str, linear: nn.Linear, format: Format) -> None:
+        """That a layer which hfopt wrote consists of what its format says."""
+        parts = self.parts[path]
+        ordered = PREFIX + "order" in parts
+        layout = layout_of(format, linear.out_features, linear.in_features, ordered=ordered)
+        if parts.keys() != {PREFIX + name for name in layout}:
+            wanted = sorted(PREFIX + name for name in layout)
+            raise self._corrupt(f"{path} in {format} consists of {wanted}, and there are {sorted(parts)}")
+        for name, (shape, dtype) in layout.items():
+            self._check_header(parts[PREFIX + name], shape, _DTYPES[dtype])
+
+    def _check_header(self, key: str, shape: tuple[int, ...], *dtypes: str) -> None:
+        stored = self.checkpoint[key]
+        if stored.shape != shape or stored.dtype not in dtypes:
+            raise self._corrupt(
+                f"tensor {key!r} is {stored.dtype} {list(stored.shape)}, where the model of its config.json has "
+                f"{' or '.join(dtypes)} {list(shape)}"
+            )
+
+    def _check_plain(self) -> None:
+        """That every parameter is there, and of the right size."""
+        missing = []
+        for name, tensor in self.names.items():
+            path, _, part = name.rpartition(".")
+            if part == "weight" and path in self.packers and self.parts[path].keys() - {"weight"}:
+                continue  # other tensors stand for it
+            if not self.tied[name]:
+                missing.append(name)
+                continue
+            key = self.tied[name][0]
+            dtypes = tuple(FLOATS) if tensor.is_floating_point() else (self.checkpoint[key].dtype,)
+            self._check_header(key, tuple(tensor.shape), *dtypes)
+        if missing:
+            raise self._corrupt(f"it lacks {len(missing)} tensors, {missing[0]!r} among them")
+
+    def _check_unexpected(self, keys: Iterable[str]) -> None:
+        ignored = (*(self.model._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED)
+        keys = [key for key in keys if not any(re.search(pattern, key) for pattern in ignored)]
+        keys += [
+            self.keys[f"{path}.{part}"]
+            for path, parts in self.parts.items()
+            if path not in self.packers
+            for part in parts
+            if part != "weight"
+        ]
+        # the tools of GPTQ write biases of zeros to layers that have none
+        keys = [key for key in keys if not (key.endswith(".bias") and self._is_zero(key))]
+        if keys:
+            raise self._corrupt(
+                f"it holds {len(keys)} tensors that the model of its config.json has no place for, "
+                f"{keys[0]!r} among them"
+            )
+
+    def _is_zero(self, key: str) -> bool:
+        return not bool(self.checkpoint.read(key).any())
+
+    def _corrupt(self, message: str) -> CorruptCheckpoint:
+        return CorruptCheckpoint(f"{self.checkpoint.source}: {message}")
+
+    # ---- packed matrices -------------------------------------------------------------------------------------
+
+    def _read_written(self, path: str, linear: nn.Linear, format: Format) -> Packed:
+        tensors = {}
+        for part, key in self.parts[path].items():
+            tensor = self.checkpoint.read(key)
+            if tensor.is_floating_point():
+                self._check_finite(key, tensor)
+            tensors[part.removeprefix(PREFIX)] = aligned(tensor)
+        return packed_from(format, linear.out_features, linear.in_features, tensors)
+
+    def _read_foreign(self, path: str) -> Packed:
+        tensors = {part: self.checkpoint.read(key) for part, key in self.parts[path].items()}
+        packed = read_linear(path, tensors, self.stored)
+        for tensor in tensors.values():
+            self.checkpoint.forget(tensor)
+        return packed
+
+    def _quantise(self, path: str, linear: nn.Linear, format: Format) -> Packed:
+        weight = self.checkpoint.read(self.tied[f"{path}.weight"][0])
+        layout = layout_of(format, linear.out_features, linear.in_features)
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+        # of a large float matrix, only some rows are in memory at a time
+        n_rows = max(_SLICE // (weight.nbytes // len(weight)) // BLOCK, 1) * BLOCK
+        for first in range(0, len(weight), n_rows):
+            rows = weight[first : first + n_rows]
+            blocks = slice(first // BLOCK, -(-(first + len(rows)) // BLOCK))
+            for name, values in format.pack(rows).tensors().items():
+                tensors[name][blocks] = values
+            self.checkpoint.forget(rows)
+        return Packed(format, linear.out_features, linear.in_features, **tensors)
+
+    # ---- filling ---------------------------------------------------------------------------------------------
+
+    def fill(self) -> None:
+        """Read, quantise and place everything, with a bar on standard error."""
+        modules = [(path, module, self._own(path, module)) for path, module in self.model.named_modules()]
+        filled: dict[int, tuple[nn.Parameter, str]] = {}
+        with tqdm(total=len(self.names), desc="Loading weights", unit=" tensors") as bar:
+            for path, module, names in modules:
+                if path in self.packers:
+                    self._pack(path, module)
+                    names.remove("weight")
+                    bar.update()
+                for name in names:
+                    self._place(path, module, name, filled)
+                    bar.update()
+
+    def _own(self, path: str, module: nn.Module) -> list[str]:
+        tensors = (*module._parameters, *module._buffers)
+        return [name for name in tensors if _join(path, name) in self.names]
+
+    def _pack(self, path: str, linear: Any) -> None:
+        try:
+            quantize_linear(linear, self.packers[path]())
+        except InvalidInput as error:
+            raise self._corrupt(f"{path}: {error}") from error
+
+    def _place(
+        self, path: str, module: nn.Module, name: str, filled: dict[int, tuple[nn.Parameter, str]]
+    ) -> None:
+        full_name = _join(path, name)
+        tensor, key = self.names[full_name], self.tied[full_name][0]
+        if name in module._buffers:
+            module._buffers[name] = self._read(key, tensor.dtype)
+            return
+        known, known_key = filled.get(id(tensor), (None, ""))
+        if known is None or not self._is_same(key, known_key):
+            if known is not None:
+                logger.warning("%s and %s differ: they are not tied", key, known_key)
+                self.model.config.tie_word_embeddings = False
+            known = nn.Parameter(self._read(key, tensor.dtype), requires_grad=tensor.requires_grad)
+            filled.setdefault(id(tensor), (known, key))
+        module._parameters[name] = known
+
+    def _is_same(self, key: str, other: str) -> bool:
+        return key == other or torch.equal(self.checkpoint.read(key), self.checkpoint.read(other))
+
+    def _read(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor as it is stored, in the pages of its file, or a copy of another dtype."""
+        stored = self.checkpoint.read(key)
+        if stored.dtype == dtype:
+            self._check_finite(key, stored)
+            return stored
+        out = torch.empty(stored.shape, dtype=dtype)
+        pairs = zip(stored.view(-1).split(_SLICE // 8), out.view(-1).split(_SLICE // 8), strict=True)
+        for source, target in pairs:
+            target.copy_(source)
+            self._check_finite(key, target)
+            self.checkpoint.forget(source)
+        return out
+
+    def _check_finite(self, key: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_floating_point() or not tensor.numel():
+            return
+        # many times as fast as isfinite()
+        if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+            raise self._corrupt(f"tensor {key!r} holds NaN or Inf")
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
