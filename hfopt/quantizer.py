@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hfopt._memory import forget_pages
 from hfopt.errors import InvalidInput, UnsupportedDevice
 from hfopt.quantization import Format, QuantizationConfig, config_of, resolve
 
@@ -209,7 +210,6 @@ class HfoptQuantizer(HfQuantizer):
         return Quantize(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        from hfopt.optimize import optimize
         from hfopt.patches.quantized import QuantizedLinear
 
         for module in model.modules():
@@ -218,7 +218,7 @@ class HfoptQuantizer(HfQuantizer):
                     if tensor is not None:
                         module._buffers[name] = aligned(tensor)
         declare(model)
-        return optimize(model)
+        return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: Any) -> tuple[None, dict[str, str]]:
         """Metadata that make the header of a file so long that all of its tensors are aligned."""
@@ -249,13 +249,17 @@ class Quantize(ConversionOps):
 
         ((name, values),) = input_dict.items()
         weight = values[0] if isinstance(values, list) else values
-        paths = self.quantizer.targets[name]
-        for path in paths:
+        is_kept = True
+        for path in self.quantizer.targets[name]:
             linear = model.get_submodule(path)
             quantize_linear(linear, self.quantizer.formats[path].pack(weight))
             linear._is_hf_initialized = True
             missing_keys.discard(f"{path}.weight")
-        return {} if name in (f"{path}.weight" for path in paths) else {name: weight}
+            is_kept &= name != f"{path}.weight"
+        if is_kept:
+            return {name: weight}
+        forget_pages(weight.data_ptr(), weight.nbytes)
+        return {}
 
 
 def _saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = BUFFERS[0].removesuffix("codes")  # of the names that the tensors of a packed matrix have in a module
 # Bytes of a float weight that are in memory at a time while it is converted or quantised
-_SLICE = 1 << 27
+SLICE = 1 << 27
 # safetensors' names of the dtypes of packed matrices
 _DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32", torch.int32: "I32"}
 # Tensors of old checkpoints that models compute for themselves now
@@ -103,7 +103,10 @@ class Weights:
                 packers[path] = partial(self._read_written, path, linear, format)
             elif method is not None and written is None and parts.keys() - {"weight"}:
                 packers[path] = partial(self._read_foreign, path)
-            elif wanted is not None and (format := wanted.format_of(path, is_head=linear is head)):
+            elif parts.keys() <= {"weight"} and wanted is not None:
+                format = wanted.format_of(path, is_head=linear is head)
+                if format is None:
+                    continue
                 try:
                     layout_of(format, linear.out_features, linear.in_features)
                 except InvalidInput as error:
@@ -195,7 +198,7 @@ class Weights:
         layout = layout_of(format, linear.out_features, linear.in_features)
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
         # of a large float matrix, only some rows are in memory at a time
-        n_rows = max(_SLICE // (weight.nbytes // len(weight)) // BLOCK, 1) * BLOCK
+        n_rows = max(SLICE // (weight.nbytes // len(weight)) // BLOCK, 1) * BLOCK
         for first in range(0, len(weight), n_rows):
             rows = weight[first : first + n_rows]
             blocks = slice(first // BLOCK, -(-(first + len(rows)) // BLOCK))
@@ -257,7 +260,7 @@ class Weights:
             self._check_finite(key, stored)
             return stored
         out = torch.empty(stored.shape, dtype=dtype)
-        pairs = zip(stored.view(-1).split(_SLICE // 8), out.view(-1).split(_SLICE // 8), strict=True)
+        pairs = zip(stored.view(-1).split(SLICE // 8), out.view(-1).split(SLICE // 8), strict=True)
         for source, target in pairs:
             target.copy_(source)
             self._check_finite(key, target)

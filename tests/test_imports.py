@@ -41,7 +41,7 @@ ALLOWED = {
     },
     "warmup": {"functional", "optimize", "progress"},
     "checkpoint": {"errors", "_memory"},
-    "quantizer": {"errors", "quantization", "patches", "optimize"},
+    "quantizer": {"errors", "quantization", "patches", "_memory"},
     "weights": {"errors", "checkpoint", "quantization", "quantizer", "patches"},
     "load": {"errors", "checkpoint", "quantization", "quantizer", "weights", "optimize"},
     "save": {"errors", "quantizer"},

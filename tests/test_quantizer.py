@@ -1,0 +1,170 @@
+"""Quantised models in transformers' own files: save_pretrained and from_pretrained."""
+
+import copy
+import json
+import pickle
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import hfopt
+from hfopt import HfoptConfig
+from hfopt.errors import InvalidInput, UnsupportedDevice
+from hfopt.patches.quantized import QuantizedLinear
+from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
+from tests.generation_cases import FAMILIES, Model, llama
+
+CONFIGS = {
+    "int8": QuantizationConfig(Int8()),
+    "int4": QuantizationConfig(Int4(group=32, symmetric=False), head="body"),
+    "nf4": QuantizationConfig(NF4(group=32, compute="float"), head=None, skip=("*.1.*",)),
+}
+
+
+def same_tensors(one: Model, other: Model) -> bool:
+    """Bit by bit, and under the same names."""
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
+
+
+def formats(model: Model) -> dict[str, Any]:
+    return {
+        path: module.format for path, module in model.named_modules() if isinstance(module, QuantizedLinear)
+    }
+
+
+@pytest.mark.parametrize("quantization", CONFIGS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_pretrained_quantises_as_optimize_does_and_reads_what_was_saved(
+    tmp_path, family, tied, quantization
+):
+    model = FAMILIES[family](tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "float")
+    config = HfoptConfig.of(CONFIGS[quantization])
+    expected = hfopt.optimize(model, quantization=CONFIGS[quantization])
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    assert same_tensors(loaded, expected)
+    assert formats(loaded) == formats(expected) != {}
+
+    loaded.save_pretrained(tmp_path / "packed")
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert same_tensors(again, expected)
+    assert formats(again) == formats(expected)
+    again.tie_weights()
+    assert same_tensors(again, expected)
+    input_ids = torch.randint(3, 200, (2, 7))
+    with torch.no_grad():
+        assert torch.equal(again(input_ids).logits, loaded(input_ids).logits)
+        assert torch.equal(hfopt.optimize(again)(input_ids).logits, expected(input_ids).logits)
+
+
+def test_config_json_says_what_is_quantised(tmp_path):
+    config = QuantizationConfig(Int4(group=32), head=None, skip=("*.up_proj",))
+    model = hfopt.optimize(llama(), quantization=config)
+    hfopt.save(model, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == "hfopt"
+    assert written["body"] == Int4(group=32).to_dict()
+    assert written["head"] is None
+    assert written["modules"] == {f"model.layers.{layer}.mlp.up_proj": None for layer in (0, 1)}
+    assert isinstance(AutoConfig.from_pretrained(tmp_path).quantization_config, dict)
+    read = HfoptConfig.from_dict(written)
+    assert read.to_dict() == written
+
+
+def test_files_are_aligned_so_that_weights_stay_in_their_pages(tmp_path):
+    hfopt.save(hfopt.optimize(llama(), quantization="int8"), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert all(file.get_tensor(name).data_ptr() % 64 == 0 for name in file.keys())  # noqa: SIM118
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    starts_and_ends = [
+        [int(number, 16) for number in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if str(tmp_path) in line
+    ]
+    codes = loaded.model.layers[0].mlp.up_proj.quantized_codes
+    assert any(start <= codes.data_ptr() < end for start, end in starts_and_ends)
+
+
+def test_weights_that_files_hold_unaligned_are_copied(tmp_path):
+    """A tensor of an odd size pushes everything behind it off."""
+    model = hfopt.optimize(llama(dtype=torch.bfloat16), quantization="int8")
+    model.model.norm.register_buffer("odd", torch.zeros(3, dtype=torch.bfloat16))
+    hfopt.save(model, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        name = "model.layers.0.mlp.up_proj.quantized_codes"
+        assert file.get_tensor(name).data_ptr() % 64
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(buffer.data_ptr() % 64 == 0 for _, buffer in loaded.model.layers.named_buffers())
+
+
+def test_header_ends_on_a_boundary_whatever_the_names(tmp_path):
+    sizes = set()
+    for size in (96, 100, 1000, 1001, 10000):
+        hfopt.save(hfopt.optimize(llama(intermediate_size=size), quantization="int8"), tmp_path)
+        first_8_bytes = (tmp_path / "model.safetensors").read_bytes()[:8]
+        sizes.add(8 + int.from_bytes(first_8_bytes, "little"))
+    assert all(size % 64 == 0 for size in sizes)
+
+
+def test_copies_and_pickles_can_be_saved(tmp_path):
+    hfopt.save(hfopt.optimize(llama(), quantization="int8"), tmp_path / "model")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for number, twin in enumerate((copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded)))):
+        twin.save_pretrained(tmp_path / str(number))
+        assert same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / str(number)), loaded)
+
+
+def test_a_model_without_quantised_layers_is_saved_as_ever(tmp_path):
+    hfopt.save(hfopt.optimize(llama()), tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(InvalidInput, match="model is a Linear"):
+        hfopt.save(torch.nn.Linear(1, 1), tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_file_that_an_earlier_model_left_is_not_taken_for_this_one(tmp_path):
+    model = hfopt.optimize(llama(), quantization="int8")
+    for size in ("1GB", "50KB", "1GB"):
+        hfopt.save(model, tmp_path, max_shard_size=size)
+        assert same_tensors(hfopt.load(tmp_path), model)
+
+
+@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}])
+def test_device_map(tmp_path, device_map):
+    llama().save_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=HfoptConfig(), device_map=device_map, dtype=torch.bfloat16
+    )
+    assert loaded.dtype == torch.bfloat16
+    assert set(formats(loaded).values()) == {Int8()}
+
+
+def test_refusals(tmp_path):
+    llama().save_pretrained(tmp_path)
+    for device_map in ("cuda", {"model": "cpu", "lm_head": "disk"}):
+        with pytest.raises(UnsupportedDevice, match="device_map"):
+            AutoModelForCausalLM.from_pretrained(
+                tmp_path, quantization_config=HfoptConfig(), device_map=device_map
+            )
+    with pytest.raises(InvalidInput, match="'int5' is not known"):
+        HfoptConfig("int5")
+    with pytest.raises(InvalidInput, match="no options"):
+        HfoptConfig("int8", heads=None)
+    with pytest.raises(InvalidInput, match="quant_method='gptq'"):
+        HfoptConfig("int8", quant_method="gptq")
+
+
+def test_header_alignment_is_that_of_the_widest_elements_first(tmp_path):
+    """The order that `padding` counts on."""
+    hfopt.save(hfopt.optimize(llama(dtype=torch.bfloat16), quantization=Int4(group=32)), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        sizes = [file.get_tensor(name).element_size() for name in file.offset_keys()]
+    assert all(one >= other for one, other in pairwise(sizes))
