@@ -16,6 +16,7 @@ from hfopt import env, generation
 from hfopt.errors import InvalidInput, UnsupportedDevice, UnsupportedModel
 from hfopt.progress import compile_progress, progress
 from hfopt.quantization import Format, QuantizationConfig, config_of
+from hfopt.quantizer import declare
 from hfopt.report import Report
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def optimize(
             packing.apply(keep_original=keep_original), "hfopt quantises weights", len(packing)
         ):
             pass
+        if generator is not None:
+            declare(generator)
     left = {} if packing is None else packing.left
     report = Report.of(walk, is_applied=True, memory_before=memory, left=left)
     model.__dict__["hfopt"] = report
@@ -111,6 +114,7 @@ def restore(model: Model) -> Model:
         if isinstance(module.__dict__.get("hfopt"), Report):
             del module.__dict__["hfopt"]
         if isinstance(module, PreTrainedModel):
+            declare(module)
             generation.uninstall(module)
     return model
 

@@ -36,6 +36,7 @@ ALLOWED = {
         "patches",
         "generation",
         "quantization",
+        "quantizer",
         "report",
         "progress",
     },

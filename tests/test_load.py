@@ -89,7 +89,7 @@ def test_quantised_while_it_is_read(tmp_path, family, tied, quantization, shard)
     assert torch.equal(logits(loaded), logits(expected))
 
     hfopt.save(loaded, tmp_path / "packed", max_shard_size=shard)
-    again = hfopt.load(tmp_path / "packed")
+    again: Model = hfopt.load(tmp_path / "packed")
     assert same_tensors(again, expected)
     assert torch.equal(logits(again), logits(expected))
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": 2, "do_sample": False}
@@ -109,9 +109,10 @@ def test_dtypes(tmp_path, stored, caplog):
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
         assert same_tensors(loaded, model.to(stored).to(dtype))
         model = model.to(stored)
-    for dtype in (torch.float16, "bfloat16"):
+    wrong: Any
+    for wrong in (torch.float16, "bfloat16"):
         with pytest.raises(InvalidInput, match="dtype = "):
-            hfopt.load(tmp_path, dtype=dtype)  # type: ignore[arg-type]
+            hfopt.load(tmp_path, dtype=wrong)
 
 
 def test_float16_weights_are_quantised_before_they_are_rounded(tmp_path):
@@ -124,7 +125,8 @@ def test_float16_weights_are_quantised_before_they_are_rounded(tmp_path):
 
 def test_generation_config(folder):
     GenerationConfig(max_new_tokens=3, min_new_tokens=3, do_sample=False).save_pretrained(folder)
-    assert hfopt.load(folder).generate(torch.ones(1, 4, dtype=torch.long)).shape == (1, 7)
+    model: Model = hfopt.load(folder)
+    assert model.generate(torch.ones(1, 4, dtype=torch.long)).shape == (1, 7)
     (folder / "generation_config.json").unlink()
     assert hfopt.load(folder).generation_config.max_new_tokens is None
 

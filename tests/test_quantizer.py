@@ -123,6 +123,18 @@ def test_copies_and_pickles_can_be_saved(tmp_path):
         assert same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / str(number)), loaded)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_pretrained_of_what_optimize_quantised_and_restore_brought_back(tmp_path, family):
+    model = FAMILIES[family]()
+    hfopt.optimize(model, quantization="int8", keep_original=True)
+    model.save_pretrained(tmp_path / "packed")
+    assert same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), model)
+    hfopt.restore(model).save_pretrained(tmp_path / "float")
+    assert not hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer")
+    assert "quantization_config" not in json.loads((tmp_path / "float" / "config.json").read_text())
+    assert same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "float"), model)
+
+
 def test_a_model_without_quantised_layers_is_saved_as_ever(tmp_path):
     hfopt.save(hfopt.optimize(llama()), tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
