@@ -30,7 +30,8 @@ except ImportError:  # transformers 4
 logger = logging.getLogger(__name__)
 
 METHOD = "hfopt"
-_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")  # what transformers sets on quantised models
+# What transformers sets on quantised models, but for `is_quantized`, with which float() and half() are refused
+_MARKS = ("hf_quantizer", "quantization_method")
 ALIGNMENT = 64  # bytes; what kernels ask of packed matrices
 # The dtypes of models under their names in safetensors, in the order in which a file holds them
 _DTYPE_NAMES = {
@@ -122,7 +123,7 @@ def declare(model: PreTrainedModel) -> None:
                 del attributes[name]
             del model.config.quantization_config
     else:
-        marks = (HfoptQuantizer(config, pre_quantized=True), METHOD, True)
+        marks = (HfoptQuantizer(config, pre_quantized=True), METHOD)
         attributes.update(zip(_MARKS, marks, strict=True))
         model.config.quantization_config = config
 
