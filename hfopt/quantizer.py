@@ -34,7 +34,7 @@ METHOD = "hfopt"
 _MARKS = ("hf_quantizer", "quantization_method")
 ALIGNMENT = 64  # bytes; what kernels ask of packed matrices
 # The dtypes of models under their names in safetensors, in the order in which a file holds them
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
@@ -283,13 +283,13 @@ def padding(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     with the largest elements first (https://github.com/huggingface/safetensors#format).
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    order = list(_DTYPE_NAMES)
+    order = list(DTYPE_NAMES)
     position = 0
     for name in sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name)):
         tensor = tensors[name]
         end = position + tensor.nbytes
         header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }

@@ -15,19 +15,16 @@ from transformers.utils.logging import tqdm
 
 from hfopt.checkpoint import FLOATS, Checkpoint
 from hfopt.errors import CorruptCheckpoint, InvalidInput
-from hfopt.patches.quantized import BUFFERS, quantize_linear
+from hfopt.patches.quantized import PREFIX, quantize_linear
 from hfopt.quantization import Format, Packed, layout_of, packed_from
 from hfopt.quantization.checkpoints import read_linear
 from hfopt.quantization.layout import BLOCK
-from hfopt.quantizer import HfoptConfig, aligned, linears_of
+from hfopt.quantizer import DTYPE_NAMES, HfoptConfig, aligned, linears_of
 
 logger = logging.getLogger(__name__)
 
-PREFIX = BUFFERS[0].removesuffix("codes")  # of the names that the tensors of a packed matrix have in a module
 # Bytes of a float weight that are in memory at a time while it is converted or quantised
 SLICE = 1 << 27
-# safetensors' names of the dtypes of packed matrices
-_DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32", torch.int32: "I32"}
 # Tensors of old checkpoints that models compute for themselves now
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
 
@@ -125,7 +122,7 @@ class Weights:
             wanted = sorted(PREFIX + name for name in layout)
             raise self._corrupt(f"{path} in {format} consists of {wanted}, and there are {sorted(parts)}")
         for name, (shape, dtype) in layout.items():
-            self._check_header(parts[PREFIX + name], shape, _DTYPES[dtype])
+            self._check_header(parts[PREFIX + name], shape, DTYPE_NAMES[dtype])
 
     def _check_header(self, key: str, shape: tuple[int, ...], *dtypes: str) -> None:
         stored = self.checkpoint[key]

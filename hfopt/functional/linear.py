@@ -53,8 +53,7 @@ class LinearWeights:
 
     table: np.ndarray
     in_features: int
-    out_features: int
-    smallest: int
+    sizes: list[int]  # out_i of each
     dtype: torch.dtype
     tensors: tuple[Tensor | None, ...]
     fingerprints: tuple[Fingerprint | None, ...]
@@ -86,26 +85,11 @@ class LinearWeights:
         return cls(
             table=table,
             in_features=weights[0].shape[1],
-            out_features=column,
-            smallest=min(weight.shape[0] for weight in weights),
+            sizes=[weight.shape[0] for weight in weights],
             dtype=dtype,
             tensors=tensors,
             fingerprints=tuple(Fingerprint.of(tensor) for tensor in tensors),
         )
-
-    @property
-    def sizes(self) -> list[int]:
-        """out_i of each matrix."""
-        sizes: list[int] = self.table[:, kernels.SIZE].tolist()
-        return sizes
-
-    def width(self, gated: bool) -> int:
-        """Columns of the result; raises `InvalidInput` if `gated` does not fit the matrices."""
-        if not gated:
-            return self.out_features
-        if len(self.table) != 2 or 2 * self.smallest != self.out_features:
-            raise InvalidInput(f"gated needs two matrices of one size: weights has rows {self.sizes}")
-        return self.out_features // 2
 
     def reads(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
         """Whether the record still describes exactly these tensors."""
@@ -121,7 +105,26 @@ class LinearWeights:
         by: Kernels = "hfopt",
     ) -> Tensor:
         """See `linear`."""
-        return _multiply(hidden_states, self, activation, gated, residuals, by)
+        x, out, addresses, n_rows = prepare_call(hidden_states, self, activation, gated, residuals)
+        if n_rows == 0:
+            return out
+        if by != "hfopt" and takes_torch(by, "linear", x.dtype, n_rows):
+            return _linear_in_torch(x, self, activation, gated, residuals)
+        prepare_threads()
+        kernel = kernels.linear_rows if n_rows <= kernels.ROW_LIMIT else linear_tiles
+        kernel(
+            ELEMENTS[x.dtype],
+            address_of("hidden_states", x),
+            n_rows,
+            self.in_features,
+            self.table,
+            gated,
+            CODES[activation],
+            addresses,
+            out.data_ptr(),
+            out.shape[-1],
+        )
+        return out
 
 
 class Weights(Protocol):
@@ -140,8 +143,6 @@ class Weights(Protocol):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]: ...
 
-    def width(self, gated: bool) -> int: ...
-
     def multiply(
         self,
         hidden_states: Tensor,
@@ -151,6 +152,15 @@ class Weights(Protocol):
         residuals: Sequence[Tensor] = (),
         by: Kernels = "hfopt",
     ) -> Tensor: ...
+
+
+def width_of(sizes: Sequence[int], gated: bool) -> int:
+    """Columns of the result for matrices of these sizes; raises `InvalidInput` if `gated` does not fit them."""
+    if not gated:
+        return sum(sizes)
+    if len(sizes) != 2 or sizes[0] != sizes[1]:
+        raise InvalidInput(f"gated needs two matrices of one size: weights has rows {list(sizes)}")
+    return sizes[0]
 
 
 def prepare_call(
@@ -170,7 +180,7 @@ def prepare_call(
     size = given[-1]
     if size != weights.in_features:
         raise InvalidInput(f"hidden_states has {size} features: the weights need {weights.in_features}")
-    width = weights.width(gated)
+    width = width_of(weights.sizes, gated)
     shape = (*given[:-1], width)
     out = x.new_empty(*shape)
     addresses = _NO_RESIDUALS
@@ -211,36 +221,6 @@ def linear(
         InvalidInput: for any other dtype, shape, layout, device or name.
     """
     return weights.multiply(hidden_states, activation=activation, gated=gated, residuals=residuals, by=by)
-
-
-def _multiply(
-    hidden_states: Tensor,
-    weights: LinearWeights,
-    activation: str | None,
-    gated: bool,
-    residuals: Sequence[Tensor],
-    by: Kernels,
-) -> Tensor:
-    x, out, addresses, n_rows = prepare_call(hidden_states, weights, activation, gated, residuals)
-    if n_rows == 0:
-        return out
-    if by != "hfopt" and takes_torch(by, "linear", x.dtype, n_rows):
-        return _linear_in_torch(x, weights, activation, gated, residuals)
-    prepare_threads()
-    kernel = kernels.linear_rows if n_rows <= kernels.ROW_LIMIT else linear_tiles
-    kernel(
-        ELEMENTS[x.dtype],
-        address_of("hidden_states", x),
-        n_rows,
-        weights.in_features,
-        weights.table,
-        gated,
-        CODES[activation],
-        addresses,
-        out.data_ptr(),
-        out.shape[-1],
-    )
-    return out
 
 
 @torch.no_grad()

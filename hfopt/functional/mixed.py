@@ -9,7 +9,7 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 
 from .choice import Kernels
-from .linear import Weights
+from .linear import Weights, width_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +40,6 @@ class MixedWeights:
     def tensors(self) -> tuple[Tensor | None, ...]:
         return tuple(tensor for part in self.parts for tensor in part.tensors)
 
-    def width(self, gated: bool) -> int:
-        """Columns of the result; raises `InvalidInput` if `gated` does not fit the matrices."""
-        sizes = self.sizes
-        if gated and (len(sizes) != 2 or sizes[0] != sizes[1]):
-            raise InvalidInput(f"gated needs two matrices of one size: weights has rows {sizes}")
-        return sizes[0] if gated else sum(sizes)
-
     def multiply(
         self,
         hidden_states: Tensor,
@@ -57,7 +50,7 @@ class MixedWeights:
         by: Kernels = "hfopt",
     ) -> Tensor:
         """See `linear.linear`; rounded after each part."""
-        self.width(gated)
+        width_of(self.sizes, gated)  # refuses what does not fit
         first, *others = self.parts
         parts = [first.multiply(hidden_states, activation=activation, by=by)]
         parts += [

@@ -18,7 +18,7 @@ from hfopt.kernels import step as kernels
 
 from .activation import CODES
 from .checks import check_array, check_contiguous, check_floats
-from .linear import LinearWeights, Weights
+from .linear import LinearWeights, Weights, width_of
 from .listing import Instruction, Listing
 from .quantized import QuantizedWeights
 from .rotary import ROTATIONS
@@ -286,7 +286,7 @@ class Builder:
             raise InvalidInput(f"weights are {given}: {self.dtype} with {x.size} are needed")
         if activation not in CODES:
             raise InvalidInput(f"activation is {activation!r}: the kernels have none of this name")
-        width = weights.width(gated)
+        width = width_of(weights.sizes, gated)
         if any(each.size != width for each in residuals) or len(residuals) > kernels.MOST_RESIDUALS:
             raise InvalidInput(f"residuals have sizes {[each.size for each in residuals]}: up to "
                                f"{kernels.MOST_RESIDUALS} of {width} are allowed")  # fmt: skip

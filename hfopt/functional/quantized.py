@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hfopt.errors import InvalidInput
 from hfopt.kernels.dequantized import dequantized_linear
-from hfopt.kernels.linear import SIZE
 from hfopt.kernels.quantized import X_GROUP
 from hfopt.kernels.quantized import quantized_linear as quantized_kernel
 
@@ -19,9 +18,7 @@ from .checks import (
     ELEMENTS,
     address_of,
     check_array,
-    check_contiguous,
     check_floats,
-    check_shape,
     prepare_threads,
 )
 from .choice import Kernels
@@ -59,25 +56,12 @@ def _check_part(
     dtype: torch.dtype,
     *,
     finite: bool = False,
-    alignment: int = _ALIGNMENT,
 ) -> int:
     """Address of a part of a packed matrix."""
-    if not isinstance(tensor, Tensor):
-        raise InvalidInput(f"{name} is a {type(tensor).__name__}: a torch.Tensor is needed")
-    if not tensor.is_cpu or tensor.layout is not torch.strided:
+    address = check_array(name, tensor, shape, dtype)
+    if address % _ALIGNMENT:
         raise InvalidInput(
-            f"{name} is {tensor.layout} on device {tensor.device}: only dense tensors in CPU memory are allowed"
-        )
-    if tensor.dtype is not dtype:
-        raise InvalidInput(f"{name} has dtype {tensor.dtype}: {dtype} is needed here")
-    check_shape(name, tensor, shape)
-    check_contiguous(name, tensor)
-    if tensor.is_neg():
-        raise InvalidInput(f"{name} has its negative bit set: call resolve_neg() first")
-    address = address_of(name, tensor)
-    if address % alignment:
-        raise InvalidInput(
-            f"{name} starts {address % alignment} bytes behind a multiple of {alignment}: none are allowed"
+            f"{name} starts {address % _ALIGNMENT} bytes behind a multiple of {_ALIGNMENT}: none are allowed"
         )
     if finite and not bool(tensor.isfinite().all()):
         place = (~tensor.isfinite()).nonzero()[0].tolist()
@@ -100,8 +84,7 @@ class QuantizedWeights:
     order: Tensor | None  # int32 [in], of the inputs
     compute: str
     in_features: int
-    out_features: int
-    smallest: int
+    sizes: list[int]  # out_i of each
     dtype: torch.dtype | None  # of biases, and so of x; None: either
     tensors: tuple[Tensor | None, ...]
     fingerprints: tuple[Fingerprint | None, ...]
@@ -187,26 +170,11 @@ class QuantizedWeights:
             order=order,
             compute=compute,
             in_features=in_features,
-            out_features=column,
-            smallest=min(matrix.out_features for matrix in matrices),
+            sizes=[matrix.out_features for matrix in matrices],
             dtype=dtype,
             tensors=tensors,
             fingerprints=tuple(Fingerprint.of(tensor) for tensor in tensors),
         )
-
-    @property
-    def sizes(self) -> list[int]:
-        """out_i of each matrix."""
-        sizes: list[int] = self.table[:, SIZE].tolist()
-        return sizes
-
-    def width(self, gated: bool) -> int:
-        """Columns of the result; raises `InvalidInput` if `gated` does not fit the matrices."""
-        if not gated:
-            return self.out_features
-        if len(self.table) != 2 or 2 * self.smallest != self.out_features:
-            raise InvalidInput(f"gated needs two matrices of one size: weights has rows {self.sizes}")
-        return self.out_features // 2
 
     def reads(self, matrices: Sequence[QuantizedMatrix], biases: Sequence[Tensor | None]) -> bool:
         """Whether the record still describes exactly these tensors."""
@@ -233,7 +201,7 @@ def _common_order(orders: Sequence[Tensor | None], in_features: int) -> Tensor |
     if order is None:
         return None
     for index, each in enumerate(orders):
-        _check_part(f"matrices[{index}].order", each, (in_features,), torch.int32, alignment=1)  # type: ignore[arg-type]
+        check_array(f"matrices[{index}].order", each, (in_features,), torch.int32)  # type: ignore[arg-type]
         if each is not order and not torch.equal(each, order):  # type: ignore[arg-type]
             raise InvalidInput(f"matrices[{index}].order is another than that of matrices[0]: one is needed")
     return order

@@ -14,9 +14,9 @@ from hfopt.patches.guards import is_plain_inference, is_readable
 from hfopt.patches.replacement import Record
 from hfopt.quantization import Format, Packed, layout_of
 
-_PREFIX = "quantized_"
+PREFIX = "quantized_"  # of the names of the buffers
 _NAMES = ("codes", "row_scales", "scales", "zeros", "order")
-BUFFERS = tuple(_PREFIX + name for name in _NAMES)
+BUFFERS = tuple(PREFIX + name for name in _NAMES)
 
 
 class QuantizedLinear(nn.Linear):
@@ -39,7 +39,7 @@ class QuantizedLinear(nn.Linear):
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         buffers: Any = self._buffers
-        return {name: buffers[_PREFIX + name] for name in _NAMES if _PREFIX + name in buffers}
+        return {name: buffers[PREFIX + name] for name in _NAMES if PREFIX + name in buffers}
 
     @property
     def matrix(self) -> QuantizedMatrix:
@@ -122,7 +122,7 @@ def _change(linear: nn.Linear, format: Format, tensors: dict[str, torch.Tensor],
         _own=Record(None),
     )
     for name, tensor in tensors.items():
-        linear.register_buffer(_PREFIX + name, tensor)
+        linear.register_buffer(PREFIX + name, tensor)
 
 
 def unquantize_linear(linear: Any) -> None:
