@@ -224,52 +224,28 @@ class _Operands(NamedTuple):
     shift: Any
 
 
-@body
-def _dot_codes(o, rows, first, last, sums):
-    x, w = (o.words, o.scales_x, o.offsets), (o.codes, o.scales, o.zeros, o.levels)
-    part = (first, last, o.length, o.n_units, o.shift)
-    if rows == 1:
-        quantized_tile(x, w, part, sums, 1, 0)
-    elif rows == 2:
-        quantized_tile(x, w, part, sums, 2, 0)
-    elif rows == 4:
-        quantized_tile(x, w, part, sums, 4, 0)
-    elif rows == 8:
-        quantized_tile(x, w, part, sums, 8, 0)
-    else:
-        quantized_tile(x, w, part, sums, 12, 0)
+def _dot_of(kind):
+    """The body that multiplies a tile of rows with codes of a kind of `quantized_tile`; tiles are made for literals."""
+
+    @body
+    def dot(o, rows, first, last, sums):
+        x, w = (o.words, o.scales_x, o.offsets), (o.codes, o.scales, o.zeros, o.levels)
+        part = (first, last, o.length, o.n_units, o.shift)
+        if rows == 1:
+            quantized_tile(x, w, part, sums, 1, kind)
+        elif rows == 2:
+            quantized_tile(x, w, part, sums, 2, kind)
+        elif rows == 4:
+            quantized_tile(x, w, part, sums, 4, kind)
+        elif rows == 8:
+            quantized_tile(x, w, part, sums, 8, kind)
+        else:
+            quantized_tile(x, w, part, sums, 12, kind)
+
+    return dot
 
 
-@body
-def _dot_nibbles(o, rows, first, last, sums):
-    x, w = (o.words, o.scales_x, o.offsets), (o.codes, o.scales, o.zeros, o.levels)
-    part = (first, last, o.length, o.n_units, o.shift)
-    if rows == 1:
-        quantized_tile(x, w, part, sums, 1, 1)
-    elif rows == 2:
-        quantized_tile(x, w, part, sums, 2, 1)
-    elif rows == 4:
-        quantized_tile(x, w, part, sums, 4, 1)
-    elif rows == 8:
-        quantized_tile(x, w, part, sums, 8, 1)
-    else:
-        quantized_tile(x, w, part, sums, 12, 1)
-
-
-@body
-def _dot_levels(o, rows, first, last, sums):
-    x, w = (o.words, o.scales_x, o.offsets), (o.codes, o.scales, o.zeros, o.levels)
-    part = (first, last, o.length, o.n_units, o.shift)
-    if rows == 1:
-        quantized_tile(x, w, part, sums, 1, 2)
-    elif rows == 2:
-        quantized_tile(x, w, part, sums, 2, 2)
-    elif rows == 4:
-        quantized_tile(x, w, part, sums, 4, 2)
-    elif rows == 8:
-        quantized_tile(x, w, part, sums, 8, 2)
-    else:
-        quantized_tile(x, w, part, sums, 12, 2)
+_dot_codes, _dot_nibbles, _dot_levels = (_dot_of(kind) for kind in range(3))
 
 
 @body
