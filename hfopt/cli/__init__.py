@@ -1,4 +1,4 @@
-"""The command `hfopt`: run, bench, explain, doctor, warmup."""
+"""The command `hfopt`: run, bench, accuracy, explain, doctor, warmup."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from hfopt.errors import HfoptError
 _ABOUT = {
     "run": "generate text and say how long it took",
     "bench": "measure the table of the README on this machine",
+    "accuracy": "compare what a model predicts in several forms with the stock model in float32",
     "explain": "list the modules of a model: swapped by what, or kept and why",
     "doctor": "look at this machine, test the kernels, give advice",
     "warmup": "compile the kernels now, so that no first run has to",
@@ -16,9 +17,16 @@ _ABOUT = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import bench, doctor, explain, run, warmup
+    from . import accuracy, bench, doctor, explain, run, warmup
 
-    commands = {"run": run, "bench": bench, "explain": explain, "doctor": doctor, "warmup": warmup}
+    commands = {
+        "run": run,
+        "bench": bench,
+        "accuracy": accuracy,
+        "explain": explain,
+        "doctor": doctor,
+        "warmup": warmup,
+    }
     parser = argparse.ArgumentParser(
         prog="hfopt", description="Faster generation on CPUs for transformers models."
     )
