@@ -17,6 +17,12 @@ from transformers import PreTrainedModel
 
 _MIN_BUFFER = 256 << 20
 _RESTS, _REST = 15, 0.02  # how often, seconds
+# of the operands and the sums of multiply-adds, by the dtype of the factors
+_UNITS = {
+    torch.float32: (torch.float32, torch.float32),
+    torch.bfloat16: (torch.uint32, torch.float32),
+    torch.int8: (torch.int32, torch.int32),
+}
 
 
 def _last_level_cache() -> int:
@@ -70,7 +76,7 @@ class BandwidthMeter:
 class MultiplyAdd:
     """The most multiply-adds that torch's threads can do: a register tile on operands that stay in an L1 cache.
 
-    dtype: float32, or bfloat16 with float32 sums.
+    dtype: float32, bfloat16 with float32 sums, or int8 (one factor unsigned) with int32 sums.
     """
 
     _ROUNDS = 5_000
@@ -78,22 +84,23 @@ class MultiplyAdd:
     def __init__(self, dtype: torch.dtype) -> None:
         from hfopt.kernels import peak
 
-        units = torch.uint32 if dtype is torch.bfloat16 else torch.float32
+        self._kernel = peak.multiply_codes if dtype is torch.int8 else peak.multiply_add
+        units, sums = _UNITS[dtype]
         threads = torch.get_num_threads()
         self._operands = [
             torch.zeros(peak.DEPTH, width).view(units).numpy() for width in (peak.ROWS, peak.COLUMNS)
         ]
-        self._out = torch.empty(threads, peak.ROWS, peak.COLUMNS).numpy()
+        self._out = torch.empty(threads, peak.ROWS, peak.COLUMNS, dtype=sums).numpy()
         per_unit = 4 // dtype.itemsize
         #: of one `run`, a multiply-add being two
         self.operations = 2 * self._ROUNDS * threads * peak.DEPTH * peak.ROWS * peak.COLUMNS * per_unit
 
     def run(self) -> None:
         """Do them."""
-        from hfopt.kernels import _jit, peak
+        from hfopt.kernels import _jit
 
         _jit.use_threads(torch.get_num_threads())
-        peak.multiply_add(*self._operands, self._out, self._ROUNDS)
+        self._kernel(*self._operands, self._out, self._ROUNDS)
 
     def measure(self, passes: int = 3) -> float:
         """Operations a second of the fastest of `passes` runs."""

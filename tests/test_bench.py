@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfopt import limits
-from hfopt.cli import bench_cases, bench_rows, main, measure
+from hfopt.cli import bench_cases, bench_rows, main, measure, models
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 100,
@@ -67,6 +67,11 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SHAPE))
 
 
+@pytest.fixture
+def pair(model: LlamaForCausalLM) -> measure.Pair:
+    return measure.Pair(model, model)
+
+
 def samples_of(
     stock: list[measure.Sample], optimized: list[measure.Sample], workload: bench_cases.Workload = GREEDY
 ) -> dict[str, Any]:
@@ -76,13 +81,13 @@ def samples_of(
     }
 
 
-def test_a_decode_row(model: LlamaForCausalLM) -> None:
+def test_a_decode_row(model: LlamaForCausalLM, pair: measure.Pair) -> None:
     needed = limits.bytes_per_step(model, 1, 10, 1, 4)
     # the second half of the run had half the bandwidth
     stock = [sample(9.0, [0.4, 0.4, 9.0], needed * 10), sample(9.0, [0.8, 0.8, 0.1], needed * 5)]
     optimized = [sample(9.0, [0.2, 0.2, 0.2], needed * 10), sample(9.0, [0.4, 0.4, 0.4], needed * 5)]
     row = bench_rows.ROWS["decode-bf16"]
-    figures = bench_rows.figures_of(row, model, samples_of(stock, optimized), 10, 4, 1.0)
+    figures = bench_rows.figures_of(row, pair, samples_of(stock, optimized), 10, 4, (1.0, 1.0))
     assert figures["ratio"] == 2.0
     assert figures["stock"]["seconds"] == pytest.approx(0.6)
     assert figures["stock"]["limit"] == pytest.approx(0.25)
@@ -91,22 +96,22 @@ def test_a_decode_row(model: LlamaForCausalLM) -> None:
     assert cells[3:] == ["2.00 ×", "≥ 2.0 ×, ≥ 92%", "25% / 50%"]
 
 
-def test_a_row_with_a_length_of_its_own(model: LlamaForCausalLM) -> None:
+def test_a_row_with_a_length_of_its_own(model: LlamaForCausalLM, pair: measure.Pair) -> None:
     row = bench_rows.ROWS["decode-bf16-8k"]
     workload = bench_cases.Workload(8192, 4, filled=True)
     assert row.workloads(10, 4) == [workload]
     needed = limits.bytes_per_step(model, 1, 8192, 1, 4)
     samples = samples_of([sample(9.0, [0.4], needed * 10)], [sample(9.0, [0.2], needed * 10)], workload)
-    figures = bench_rows.figures_of(row, model, samples, 10, 4, 1.0)
+    figures = bench_rows.figures_of(row, pair, samples, 10, 4, (1.0, 1.0))
     assert figures["optimized"]["limit"] == pytest.approx(0.5)
     assert bench_rows.line_of(figures)[4] == "≥ 80%"
 
 
-def test_a_row_with_a_time_of_its_own(model: LlamaForCausalLM) -> None:
+def test_a_row_with_a_time_of_its_own(pair: measure.Pair) -> None:
     row = bench_rows.ROWS["decode-32-layers"]
     workload = bench_cases.Workload(32, 4)
     samples = samples_of([sample(9.0, [10e-3])], [sample(9.0, [0.5e-3])], workload)
-    cells = bench_rows.line_of(bench_rows.figures_of(row, model, samples, 10, 4, 1.0))
+    cells = bench_rows.line_of(bench_rows.figures_of(row, pair, samples, 10, 4, (1.0, 1.0)))
     assert cells[1:5] == ["10.0 ms", "0.50 ms", "20.00 ×", "≤ 0.6 ms"]
 
 
@@ -124,27 +129,69 @@ def test_rows_name_their_models() -> None:
     }
 
 
-def test_a_prefill_row(model: LlamaForCausalLM) -> None:
+def test_a_prefill_row(model: LlamaForCausalLM, pair: measure.Pair) -> None:
     operations = limits.prefill_operations(model, 1, 10)
     row = bench_rows.ROWS["prefill-bf16"]
     samples = samples_of([sample(0.5, [1.0])], [sample(0.25, [1.0])])
-    figures = bench_rows.figures_of(row, model, samples, 10, 4, rate=operations * 8)
+    figures = bench_rows.figures_of(row, pair, samples, 10, 4, rates=(operations * 4, operations * 16))
     assert figures["ratio"] == 2.0
-    assert figures["optimized"] == {"seconds": 0.25, "limit": 0.5, "tokens_per_second": 40.0}
+    assert figures["stock"] == {"seconds": 0.5, "limit": 0.5, "tokens_per_second": 20.0}
+    assert figures["optimized"] == {"seconds": 0.25, "limit": 0.25, "tokens_per_second": 40.0}
+    assert bench_rows.line_of(figures)[1:3] == ["500.0 ms, 20 tokens/s", "250.0 ms, 40 tokens/s"]
 
 
-def test_a_beam_row_compares_with_greedy(model: LlamaForCausalLM) -> None:
+def test_a_beam_row_compares_with_greedy(pair: measure.Pair) -> None:
     samples = samples_of([sample(1.0, [0.1])], [sample(1.0, [0.1])])
     beams = bench_cases.Workload(10, 4, num_beams=4)
     samples |= samples_of([sample(4.0, [0.3])], [sample(1.05, [0.12])], beams)
     first, later = (
-        bench_rows.figures_of(bench_rows.ROWS[name], model, samples, 10, 4, 1.0)
+        bench_rows.figures_of(bench_rows.ROWS[name], pair, samples, 10, 4, (1.0, 1.0))
         for name in ("beam-first", "beam-next")
     )
-    assert (first["stock"]["over_greedy"], first["optimized"]["over_greedy"]) == (4.0, 1.05)
-    assert later["optimized"]["over_greedy"] == pytest.approx(1.2)
+    assert (first["stock"]["over_one"], first["optimized"]["over_one"]) == (4.0, 1.05)
+    assert later["optimized"]["over_one"] == pytest.approx(1.2)
     assert later["ratio"] == pytest.approx(2.5)
     assert bench_rows.line_of(first)[3:5] == ["1.05 × (stock 4.00 ×)", "≤ 1.1 ×"]
+
+
+WIDE = SHAPE | {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_the_models_of_a_format_have_the_same_weights(name: str) -> None:
+    config = LlamaConfig(**WIDE)
+    pair = measure.pair_of(lambda: models.random_model(config, torch.bfloat16), name)
+    assert pair.stock is not pair.optimized
+    assert (pair.ready(False), pair.ready(True)) == (pair.stock, pair.optimized)
+    stock: Any = pair.stock.get_submodule("model.layers.0.mlp.up_proj")
+    packed: Any = pair.optimized.get_submodule("model.layers.0.mlp.up_proj")
+    assert type(stock) is torch.nn.Linear and packed.format.name == name
+    assert (stock.weight - packed.weight).abs().max() < 0.2 * stock.weight.abs().max()
+    assert pair.stock.config is not pair.optimized.config
+    assert "hfopt" not in pair.stock.__dict__
+
+
+def test_a_row_of_a_format_counts_the_bytes_of_each_model() -> None:
+    config = LlamaConfig(**WIDE)
+    pair = measure.pair_of(lambda: models.random_model(config, torch.bfloat16), "int8")
+    stock, packed = (limits.bytes_per_step(model, 1, 10, 1, 4) for model in (pair.stock, pair.optimized))
+    assert 0.5 * stock < packed < 0.6 * stock
+    samples = samples_of([sample(9.0, [0.4], stock * 10)], [sample(9.0, [0.1], packed * 20)])
+    figures = bench_rows.figures_of(bench_rows.ROWS["decode-int8"], pair, samples, 10, 4, (1.0, 1.0))
+    assert (figures["stock"]["limit"], figures["optimized"]["limit"]) == pytest.approx((0.25, 0.5))
+    assert bench_rows.line_of(figures)[3:5] == ["4.00 ×", "≥ 4.0 ×, ≥ 90%"]
+    assert figures["quantization"] == "int8"
+
+
+def test_rows_at_a_time_compare_with_one_row(pair: measure.Pair) -> None:
+    row = bench_rows.ROWS["decode-int8-b8"]
+    eight, one = (bench_cases.Workload(10, 4, n_rows, filled=True) for n_rows in (8, 1))
+    assert row.workloads(10, 4) == [one, eight]
+    samples = samples_of([sample(1.0, [0.1])], [sample(1.0, [0.02])], one)
+    samples |= samples_of([sample(1.0, [0.2])], [sample(1.0, [0.025])], eight)
+    figures = bench_rows.figures_of(row, pair, samples, 10, 4, (1.0, 1.0))
+    assert (figures["stock"]["over_one"], figures["optimized"]["over_one"]) == pytest.approx((2.0, 1.25))
+    assert bench_rows.line_of(figures)[3:5] == ["1.25 × (stock 2.00 ×)", "≤ 1.3 ×"]
 
 
 def test_rows_share_their_cases(model: LlamaForCausalLM) -> None:
@@ -168,12 +215,28 @@ def test_cases_alternate_on_one_model_and_are_left_as_the_last_asks(
         measure.limits, "BandwidthMeter", lambda: iter_meter([9.0, 9.0, 4.0, 2.0, 1.0, 1.0, 3.0])
     )
     cases = bench_cases.cases_of(model, [bench_cases.Workload(5, 3)])
-    samples = measure.alternate(model, cases, repetitions=2, warmup=1)
+    samples = measure.alternate(measure.Pair(model, model), cases, repetitions=2, warmup=1)
     assert seen == ["restore", "optimize"] * 3
     stock, optimized = samples.values()
     assert [one.bandwidth for one in stock] == [3.0, 1.0]
     assert [one.bandwidth for one in optimized] == [1.5, 2.0]
     assert all(len(one.next) == 2 for one in stock + optimized)
+
+
+def test_cases_of_two_models_run_on_their_own(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def note(model: Any, case: measure.Case) -> measure.Sample:
+        seen.append(model)
+        return sample(1.0, [1.0])
+
+    monkeypatch.setattr(measure, "generate", note)
+    pair = measure.Pair(model, LlamaForCausalLM(model.config))
+    cases = bench_cases.cases_of(model, [bench_cases.Workload(5, 3)])
+    measure.alternate(pair, cases, repetitions=1, warmup=1)
+    assert seen == [pair.stock, pair.optimized] * 2
 
 
 def iter_meter(values: list[float]) -> Any:
@@ -226,3 +289,20 @@ def test_the_command_on_a_small_shape(tmp_path: Path, capsys: pytest.CaptureFixt
         for samples in group["cases"].values():
             assert len(samples) == 2
             assert all(one["bandwidth"] > 0 for one in samples)
+
+
+def test_the_rows_of_formats_on_a_small_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape, target = tmp_path / "config.json", tmp_path / "bench.json"
+    shape.write_text(json.dumps(WIDE | {"model_type": "llama"}))
+    names = [name for name, row in bench_rows.ROWS.items() if row.quantization is not None]
+    assert len(names) == 8
+    arguments = ["--shape", str(shape), "--quick", "--prompt-tokens", "40", "--rows", ",".join(names)]
+    assert main(["bench", *arguments, "--json", str(target)]) == 0
+    output = capsys.readouterr().out
+    for text in ("decode int4, batch 1", "prefill int8", "tokens/s", "Int4(group=128"):
+        assert text in output
+    figures = json.loads(target.read_text())
+    assert set(figures["rows"]) == set(names)
+    assert [group["quantization"] for group in figures["samples"]] == ["int8", "int4"]
+    for group in figures["samples"]:
+        assert all(rate > 0 for rate in group["peak_rates"])

@@ -238,14 +238,25 @@ def test_multiply_add_multiplies_and_adds() -> None:
         np.testing.assert_allclose(mine, a.T.astype(np.float64) @ b, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_multiply_codes_multiplies_and_adds() -> None:
+    rng = np.random.default_rng(0)
+    signed = rng.integers(-128, 128, (peak.DEPTH, peak.ROWS, 4)).astype(np.int8)
+    unsigned = rng.integers(0, 256, (peak.DEPTH, peak.COLUMNS, 4)).astype(np.uint8)
+    out = np.zeros((torch.get_num_threads(), peak.ROWS, peak.COLUMNS), np.int32)
+    peak.multiply_codes(signed.view(np.int32)[..., 0], unsigned.view(np.int32)[..., 0], out, 3)
+    expected = np.einsum("kif,kjf->ij", signed.astype(np.int64), unsigned.astype(np.int64))
+    for mine in out:
+        assert np.array_equal(mine, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_the_arithmetic_of_a_run_is_counted(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits.MultiplyAdd, "_ROUNDS", 1)
     most = limits.MultiplyAdd(dtype)
     most.run()
-    pairs = 2 if dtype is torch.bfloat16 else 1
+    per_unit = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}[dtype]
     tile = peak.DEPTH * peak.ROWS * peak.COLUMNS
-    assert most.operations == 2 * pairs * tile * torch.get_num_threads()
+    assert most.operations == 2 * per_unit * tile * torch.get_num_threads()
 
 
 def test_the_meter_reads_what_it_is_given() -> None:

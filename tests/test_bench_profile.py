@@ -149,14 +149,17 @@ def test_the_table_has_the_sum_and_the_whole() -> None:
 
 def test_the_command(shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "profile.json"
-    arguments = ["bench", "--profile", "--quick", "--shape", shape, "--rows", "decode-f32-b8,decode-1-layer"]
+    arguments = ["bench", "--profile", "--quick", "--shape", shape, "--rows"]
+    arguments.append("decode-f32-b8,decode-1-layer,decode-int8")
     assert main([*arguments, "--json", str(target)]) == 0
     output = capsys.readouterr().out
     for text in ("outside kernels", "one by one", "in one call", "decode float32, batch 8", "64 → 96 + 96"):
         assert text in output
     report = json.loads(target.read_text())
-    assert list(report["profiles"]) == ["decode-f32-b8", "decode-1-layer"]
-    assert [told["layers"] for told in report["profiles"].values()] == [2, 1]
+    assert list(report["profiles"]) == ["decode-f32-b8", "decode-1-layer", "decode-int8"]
+    assert [told["layers"] for told in report["profiles"].values()] == [2, 1, 2]
+    shapes = [line["shapes"] for line in report["profiles"]["decode-int8"]["instructions"]]
+    assert "64 → 96 + 96, 8 bits" in shapes
     for told in report["profiles"].values():
         assert 0 < told["outside_kernels"] < told["token"]
         assert told["whole"]["seconds"] > 0 and told["bandwidth"] > 0

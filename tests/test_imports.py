@@ -65,6 +65,7 @@ ALLOWED = {
         "env",
         "limits",
         "shapes",
+        "quantization",
         "functional",
         "cache",
         "generation",

@@ -9,11 +9,12 @@ import torch
 
 from hfopt import env, limits
 from hfopt.errors import InvalidInput
+from hfopt.quantization import config_of
 
 from . import bench_growth, first_use, models
 from .bench_cases import cases_of, has_positions
-from .bench_rows import ROWS, Row, figures_of, line_of
-from .measure import alternate
+from .bench_rows import ROWS, Row, figures_of, formats_of, line_of
+from .measure import alternate, pair_of
 from .output import progress, say, show_table, write_json
 from .run import positive
 
@@ -86,18 +87,20 @@ def run(args: argparse.Namespace) -> int:
             f"--rows={','.join(names)} must name some of {', '.join([*ROWS, _FIRST_USE])}; "
             f"--new-tokens={args.new_tokens} must be at least 2"
         )
-    report: dict[str, Any] = {"configuration": _configuration(args), "rows": {}}
+    configuration = _configuration(args) | {"quantization": formats_of(names)}
+    report: dict[str, Any] = {"configuration": configuration, "rows": {}}
     if args.json != "-":
         for key, value in report["configuration"].items():
             say(f"{key:<18}{value}")
         say("")
     lines: list[list[str]] = []
-    groups: dict[tuple[tuple[str, int | None], torch.dtype], dict[str, Row]] = {}
+    groups: dict[tuple[tuple[str, int | None], torch.dtype, str | None], dict[str, Row]] = {}
     for name in names:
         if name in ROWS:
-            groups.setdefault((ROWS[name].source(args), ROWS[name].dtype), {})[name] = ROWS[name]
-    for (source, dtype), chosen in groups.items():
-        figures = _measure(args, source, dtype, chosen)
+            row = ROWS[name]
+            groups.setdefault((row.source(args), row.dtype, row.quantization), {})[name] = row
+    for (source, dtype, quantization), chosen in groups.items():
+        figures = _measure(args, source, dtype, quantization, chosen)
         report["rows"] |= figures["rows"]
         report.setdefault("samples", []).append(figures["samples"])
         lines += [line_of(row) for row in figures["rows"].values()]
@@ -151,30 +154,44 @@ def _configuration(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(
-    args: argparse.Namespace, source: tuple[str, int | None], dtype: torch.dtype, rows: dict[str, Row]
+    args: argparse.Namespace,
+    source: tuple[str, int | None],
+    dtype: torch.dtype,
+    quantization: str | None,
+    rows: dict[str, Row],
 ) -> dict[str, Any]:
     """The figures of the rows of one model, and all samples."""
     shape, n_layers = source
-    name = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.") if quantization is None else quantization
     with progress(f"Making random weights of {shape} in {name}"):
-        model = models.random_model(models.named_config(shape, n_layers), dtype)
+        pair = pair_of(lambda: models.random_model(models.named_config(shape, n_layers), dtype), quantization)
+    model = pair.stock
     lengths = args.prompt_tokens, args.new_tokens
     rows = {key: row for key, row in rows.items() if has_positions(model.config, row.workload(*lengths))}
     cases = cases_of(model, [workload for row in rows.values() for workload in row.workloads(*lengths)])
     with progress(f"Measuring {shape} in {name}", (args.repetitions + 1) * len(cases)) as advance:
-        samples = alternate(model, cases, args.repetitions, 1, advance)
-    rate = limits.MultiplyAdd(dtype).measure()
-    figures = {row_name: figures_of(row, model, samples, *lengths, rate) for row_name, row in rows.items()}
+        samples = alternate(pair, cases, args.repetitions, 1, advance)
+    rates = _peak_rates(dtype, quantization)
+    figures = {row_name: figures_of(row, pair, samples, *lengths, rates) for row_name, row in rows.items()}
     return {
         "rows": figures,
         "samples": {
             "shape": shape,
             "layers": model.config.num_hidden_layers,
-            "dtype": name,
-            "peak_rate": rate,
+            "dtype": str(dtype).removeprefix("torch."),
+            "quantization": quantization,
+            "peak_rates": rates,
             "cases": {case: [sample.to_dict() for sample in chosen] for case, chosen in samples.items()},
         },
     }
+
+
+def _peak_rates(dtype: torch.dtype, quantization: str | None) -> tuple[float, float]:
+    """Operations a second at most, in the arithmetic of the stock model's matrices and of the optimised one's."""
+    stock = limits.MultiplyAdd(dtype).measure()
+    if quantization is None or config_of(quantization).body.compute == "float":
+        return stock, stock
+    return stock, limits.MultiplyAdd(torch.int8).measure()
 
 
 def _first_use(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import hfopt
 from hfopt import limits
 
 from . import prompts
-from .measure import Case, Sample, paired_ratio
+from .measure import Case, Pair, Sample, paired_ratio
 
 # "first" times the prompt and its first token, "next" every later token
 Part = Literal["first", "next"]
@@ -116,16 +116,17 @@ def operations_of(model: PreTrainedModel, workload: Workload, part: Part) -> flo
 
 
 def compared(
-    model: PreTrainedModel, workload: Workload, part: Part, samples: dict[str, list[Sample]], rate: float
+    pair: Pair, workload: Workload, part: Part, samples: dict[str, list[Sample]], rates: tuple[float, float]
 ) -> dict[str, Any]:
     """The figures of both models. Seconds are medians over the repetitions, `ratio` that of neighbours' ratios.
 
     `limit` is the share of what the machine could do in the same minute: of the measured bandwidth for
-    decoding, of `rate`, operations a second, for reading prompts.
+    decoding, of `rates`, operations a second of the stock and of the optimised model, for reading prompts.
     """
     figures: dict[str, Any] = {}
-    for who, optimized in (("stock", False), ("optimized", True)):
-        chosen = samples[case_name(optimized, workload)]
+    models = (("stock", pair.stock, rates[0]), ("optimized", pair.optimized, rates[1]))
+    for optimized, (who, model, rate) in enumerate(models):
+        chosen = samples[case_name(bool(optimized), workload)]
         seconds = seconds_of(chosen, part)
         figures[who] = {"seconds": statistics.median(seconds)}
         if part == "next":

@@ -22,7 +22,7 @@ from .bench_cases import (
     has_positions,
     operations_of,
 )
-from .measure import alternate
+from .measure import Pair, alternate
 from .output import progress, say, show_table, write_json
 
 _DTYPE = torch.bfloat16
@@ -158,9 +158,10 @@ def _measure(
     """The lines of one model, and all its samples."""
     with progress(f"Making random weights of {args.shape} with {n_layers} layers"):
         model = models.random_model(models.named_config(args.shape, n_layers), _DTYPE)
+    pair = Pair(model, model)
     cases = cases_of(model, [point.workload for point in points])
     with progress(f"Measuring {n_layers} layers", (args.repetitions + 1) * len(cases)) as advance:
-        samples = alternate(model, cases, args.repetitions, 1, advance)
+        samples = alternate(pair, cases, args.repetitions, 1, advance)
     rate = limits.MultiplyAdd(_DTYPE).measure()
     lines = {
         point: {
@@ -170,7 +171,7 @@ def _measure(
             "operations": operations_of(model, point.workload, point.part),
             "bytes": bytes_of(model, point.workload, point.part),
         }
-        | compared(model, point.workload, point.part, samples, rate)
+        | compared(pair, point.workload, point.part, samples, (rate, rate))
         for point in points
     }
     return lines, {

@@ -27,7 +27,7 @@ from hfopt.kernels import _jit
 
 from . import models
 from .bench_cases import Workload, cases_of, filled_cache, has_positions
-from .bench_rows import ROWS
+from .bench_rows import ROWS, formats_of
 from .kernel_case import launches_of
 from .measure import Case
 from .output import progress, say, show_table, write_json
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace, configuration: dict[str, Any]) -> int:
             f"--rows={','.join(names)} must name some of {', '.join(known)} with --profile; "
             f"--new-tokens={args.new_tokens} must be at least {_FEWEST_TOKENS}"
         )
+    configuration["quantization"] = formats_of(names)
     report: dict[str, Any] = {"configuration": configuration, "profiles": {}}
     for name in names:
         report["profiles"][name] = _of_row(args, name)
@@ -74,6 +75,7 @@ def _of_row(args: argparse.Namespace, name: str) -> dict[str, Any]:
     )
     if not has_positions(model.config, workload):
         raise InvalidInput(f"--rows={name}: {shape} has positions for fewer tokens")
+    hfopt.optimize(model, kernels="hfopt", quantization=row.quantization)
     with progress(f"Profiling {name}", args.repetitions + 1) as advance:
         figures = profile(model, workload, args.repetitions, advance)
     return {"title": row.title, "shape": shape, "layers": model.config.num_hidden_layers} | figures
@@ -136,8 +138,7 @@ def profile(
     repetitions: int,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """The figures of a decode step, from as many rounds after one that does not count; the model is optimised."""
-    hfopt.optimize(model, kernels="hfopt")
+    """The figures of a decode step of an optimised model, from as many rounds after one that does not count."""
     case = next(case for case in cases_of(model, [workload]) if case.optimized)
     meter = limits.BandwidthMeter()
     with torch.inference_mode():

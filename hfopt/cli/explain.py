@@ -6,13 +6,14 @@ import hfopt
 from hfopt.errors import InvalidInput
 
 from .output import progress, say, write_json
-from .run import add_model_arguments, load_model
+from .run import add_model_arguments, add_quantization, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `hfopt explain`."""
     parser.add_argument("model_id", metavar="MODEL", nargs="?", help="a folder or hub id")
     add_model_arguments(parser)
+    add_quantization(parser, "what becomes of the model when its weights turn into a format")
     parser.add_argument(
         "--program",
         action="store_true",
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInput("--all-layers needs --program")
     model, _ = load_model(args)
     with progress("Optimizing"):
-        hfopt.optimize(model)
+        hfopt.optimize(model, quantization=args.quantization)
     report = hfopt.explain(model)
     if args.json is not None:
         write_json(args.json, report.to_dict())

@@ -14,6 +14,33 @@ from hfopt import env, limits
 
 
 @dataclass(frozen=True)
+class Pair:
+    """The models of a comparison: one object in both, or two of the same weights where one's are quantised."""
+
+    stock: PreTrainedModel
+    optimized: PreTrainedModel
+
+    def ready(self, optimized: bool) -> PreTrainedModel:
+        """The stock or the optimised model; one object is made what is asked for."""
+        if self.optimized is self.stock:
+            if optimized:
+                hfopt.optimize(self.stock)
+            else:
+                hfopt.restore(self.stock)
+        return self.optimized if optimized else self.stock
+
+
+def pair_of(make: Callable[[], PreTrainedModel], quantization: str | None) -> Pair:
+    """Of the model that `make` makes anew at each call, optimised into a format; None: its weights stay as they are."""
+    if quantization is None:
+        model = make()
+        return Pair(model, model)
+    # first the one whose float weights are freed: both never are in memory as floats
+    optimized = hfopt.optimize(make(), quantization=quantization)
+    return Pair(make(), optimized)
+
+
+@dataclass(frozen=True)
 class Case:
     """Something to measure: the stock or the optimised model, and what `generate` gets.
 
@@ -58,27 +85,23 @@ def generate(model: Any, case: Case) -> Sample:
 
 
 def alternate(
-    model: PreTrainedModel,
+    pair: Pair,
     cases: Sequence[Case],
     repetitions: int,
     warmup: int,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Sample]]:
-    """Measure the cases in turn on one model object; the first `warmup` rounds do not count.
+    """Measure the cases in turn; the first `warmup` rounds do not count.
 
-    Each sample carries the mean of the bandwidths measured just before and just after it. The model is left
-    as the last case asks for.
+    Each sample carries the mean of the bandwidths measured just before and just after it. A model that is both of the pair
+    is left as the last case asks for.
     """
     meter = limits.BandwidthMeter()
     before = meter.measure()
     samples: dict[str, list[Sample]] = {case.name: [] for case in cases}
     for index in range(warmup + repetitions):
         for case in cases:
-            if case.optimized:
-                hfopt.optimize(model)
-            else:
-                hfopt.restore(model)
-            sample = generate(model, case)
+            sample = generate(pair.ready(case.optimized), case)
             after = meter.measure()
             if index >= warmup:
                 samples[case.name].append(replace(sample, bandwidth=(before + after) / 2))

@@ -1,6 +1,9 @@
 """Models for the command line: from a checkpoint, or of a given shape with random weights."""
 
+import contextlib
+import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,8 @@ def load(
     Raises `CorruptCheckpoint` for a folder that is incomplete or damaged, `InvalidInput` for an id that
     cannot be loaded.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model_id, trust_remote_code)
+    with _named_errors(model_id):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_id,
             dtype=dtype,
@@ -42,13 +45,6 @@ def load(
             ignore_mismatched_sizes=True,  # they are reported below, by name
             output_loading_info=True,
         )
-    except Exception as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        if Path(model_id).is_dir():
-            raise CorruptCheckpoint(f"{model_id} cannot be loaded ({reason})") from error
-        raise InvalidInput(
-            f"model_id={model_id!r} is neither a folder nor a loadable hub id ({reason})"
-        ) from error
     model, info = loaded
     for key, fault in (("missing_keys", "lacks"), ("mismatched_keys", "has a wrong size for")):
         # mismatches are tuples of a name and both sizes
@@ -56,6 +52,26 @@ def load(
         if names:
             raise CorruptCheckpoint(f"{model_id} {fault} {len(names)} weights, {names[0]} among them")
     return model.eval(), tokenizer
+
+
+def load_tokenizer(model_id: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; raises as `load` does."""
+    with _named_errors(model_id):
+        return AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _named_errors(model_id: str) -> Iterator[None]:
+    """Whatever is raised while something of a checkpoint is loaded as one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        if Path(model_id).is_dir():
+            raise CorruptCheckpoint(f"{model_id} cannot be loaded ({reason})") from error
+        raise InvalidInput(
+            f"model_id={model_id!r} is neither a folder nor a loadable hub id ({reason})"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -89,7 +105,8 @@ def named_config(name: str, n_layers: int | None = None) -> PretrainedConfig:
 def random_model(config: PretrainedConfig, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
     """A model with random weights, quickly: norms at one, the rest repetitions of a random block."""
     with accelerate.init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # a model keeps the object, and `optimize` may write to it
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(_BLOCK, generator=generator).mul_(_SCALE).to(dtype).repeat(2)
     filled: dict[int, nn.Parameter] = {}

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 import hfopt
 from hfopt import limits
 from hfopt.errors import InvalidInput
+from hfopt.quantization import FORMATS
 
 from . import models, prompts
-from .measure import Case, Sample, Summary, alternate, generate, paired_ratio
+from .measure import Case, Pair, Sample, Summary, alternate, generate, paired_ratio
 from .output import progress, say, write_json
 
 logger = logging.getLogger(__name__)
@@ -45,10 +46,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_quantization(parser: argparse.ArgumentParser, what: str) -> None:
+    """The flag --quantization."""
+    parser.add_argument(
+        "--quantization",
+        choices=sorted(FORMATS),
+        metavar="NAME",
+        help=f"{what}: {', '.join(sorted(FORMATS))} (default: weights stay as they are)",
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `hfopt run`."""
     parser.add_argument("-m", "--model-id", help="a folder or hub id (default: the embedded model)")
     add_model_arguments(parser)
+    add_quantization(parser, "turn the weights of the optimised model into a format")
     parser.add_argument("--prompt", help="the text to continue")
     parser.add_argument(
         "--input-tokens", type=positive, metavar="N", help="a prompt of N tokens instead of --prompt"
@@ -94,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model that the flags ask for; random weights have no tokenizer."""
+    """The stock model that the flags ask for; random weights have no tokenizer."""
     dtype = DTYPES[args.dtype]
     if args.random_weights is None:
         return models.load(args.model_id or hfopt.embedded_model(), dtype, args.trust_remote_code)
@@ -104,31 +116,50 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
         return models.random_model(models.named_config(args.random_weights), dtype), None
 
 
+def _load_pair(args: argparse.Namespace) -> tuple[Pair, PreTrainedTokenizerBase | None]:
+    """The stock model and the optimised one. Where that is quantised, the stock model is loaded for --compare alone."""
+    if args.quantization is None:
+        model, tokenizer = load_model(args)
+        return Pair(model, model), tokenizer
+    # first the one whose float weights are freed: both never are in memory as floats
+    if args.random_weights is None:
+        source = args.model_id or hfopt.embedded_model()
+        tokenizer = models.load_tokenizer(source, args.trust_remote_code)
+        optimized = hfopt.load(
+            source,
+            dtype=DTYPES[args.dtype],
+            quantization=args.quantization,
+            trust_remote_code=args.trust_remote_code,
+        )
+    else:
+        model, tokenizer = load_model(args)
+        optimized = hfopt.optimize(model, quantization=args.quantization)
+    stock = load_model(args)[0] if args.compare else optimized
+    return Pair(stock, optimized), tokenizer
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code."""
     if not 0 <= args.num_warmup < args.num_iter:
         raise InvalidInput(
             f"--num-warmup={args.num_warmup} must be at least 0 and below --num-iter={args.num_iter}"
         )
-    model, tokenizer = load_model(args)
-    inputs = _inputs(args, model, tokenizer)
+    pair, tokenizer = _load_pair(args)
+    inputs = _inputs(args, pair.stock, tokenizer)
     options = _options(args, tokenizer)
     names = [_STOCK, _OPTIMIZED] if args.compare else [_OPTIMIZED]
     cases = [Case(name, name == _OPTIMIZED, inputs, options) for name in names]
 
     total = args.num_iter * len(cases)
     with progress("Generating", total, hidden=args.streaming) as advance:
-        samples = alternate(model, cases, args.num_iter - args.num_warmup, args.num_warmup, advance)
+        samples = alternate(pair, cases, args.num_iter - args.num_warmup, args.num_warmup, advance)
 
-    step_bytes = limits.bytes_per_step(
-        model,
-        args.batch_size,
-        inputs["input_ids"].shape[1],
-        args.batch_size * options["num_beams"],
-        args.max_new_tokens,
-    )
+    n_rows, n_new = args.batch_size, args.max_new_tokens
+    lengths = n_rows, inputs["input_ids"].shape[1], n_rows * options["num_beams"], n_new
     summaries = {
-        name: Summary.of(samples[name], args.batch_size, args.max_new_tokens, step_bytes) for name in names
+        name: Summary.of(samples[name], n_rows, n_new, limits.bytes_per_step(model, *lengths))
+        for name, model in ((_STOCK, pair.stock), (_OPTIMIZED, pair.optimized))
+        if name in names
     }
     if args.json != "-":
         _print_text(args, samples[_OPTIMIZED][-1], inputs, tokenizer)
@@ -136,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, _figures(args, samples, summaries))
     if args.profile:
-        _profile(model, cases[-1])
+        _profile(pair.optimized, cases[-1])
     return 0
 
 
@@ -205,6 +236,10 @@ def _print_summaries(
             say(f"2... tokens: {ratios['next']:.2f} times as fast")
         if ratios["same_tokens"]:
             say("Same tokens: yes")
+        elif args.quantization is not None:
+            say(
+                f"Same tokens: no (weights in {args.quantization} are others; scripts/accuracy.py says how far)"
+            )
         elif args.dtype == "float32":
             say("Same tokens: no")
         else:

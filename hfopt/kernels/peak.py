@@ -1,13 +1,19 @@
 """What the threads can do at most: read memory, multiply and add, start and stop. Limits to compare kernels with."""
 
+import llvmlite.ir as ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
 from ._jit import launch
 from ._parallel import body, parallel_for, usable_threads
 from ._pointer import load, pointer, prefetch, shifted, store_scalar
-from ._simd import LANES
-from ._tile import outer_tile
+from ._quantized_tile import _dot as emit_dot
+from ._simd import I32X, INTP, LANES, emit_load, emit_splat
+from ._tile import _outlined, outer_tile
 from ._vector import splat, sum_lanes
 
-# units of one round of `multiply_add`; with 14 rows and 2 vectors all operands stay in an L1 cache
+# 32-bit units of one round of `multiply_add`; with 14 rows and 2 vectors all operands stay in an L1 cache
 DEPTH, ROWS, COLUMNS = 128, 14, 2 * LANES
 # Memory in pages of 4 KB is read 15 % slower in one stream: the hardware's prefetcher starts anew at each page.
 _STREAMS = 4
@@ -58,6 +64,57 @@ def multiply_add(a, b, out, rounds):
     """
     threads = usable_threads()
     parallel_for(_multiply_add_task, threads, threads, (pointer(a), pointer(b), pointer(out), rounds))
+
+
+@intrinsic
+def _integer_tile(typingctx, a, b, out):
+    """out [ROWS, COLUMNS] = a^T b of unsigned by signed 8-bit integers, four of each in a unit of a and b."""
+
+    def emit(builder, args):
+        a, b, out = args
+        slots = [cgutils.alloca_once(builder, I32X) for _ in range(ROWS * COLUMNS // LANES)]
+        for slot in slots:
+            builder.store(ir.Constant(I32X, None), slot)
+
+        def place(row, width, column):
+            return builder.add(builder.mul(row, ir.Constant(INTP, width)), ir.Constant(INTP, column))
+
+        with cgutils.for_range(builder, ir.Constant(INTP, DEPTH)) as loop:
+            columns = range(0, COLUMNS, LANES)
+            codes = [emit_load(builder, b, place(loop.index, COLUMNS, j), I32X, 4) for j in columns]
+            for i in range(ROWS):
+                value = builder.load(builder.gep(a, [place(loop.index, ROWS, i)]), align=4)
+                x = emit_splat(builder, value, I32X)
+                for j, code in enumerate(codes):
+                    slot = slots[i * len(codes) + j]
+                    builder.store(emit_dot(builder, builder.load(slot), code, x), slot)
+        for index, slot in enumerate(slots):
+            there = builder.gep(out, [ir.Constant(INTP, index * LANES)])
+            builder.store(builder.load(slot), builder.bitcast(there, I32X.as_pointer()), align=4)
+
+    def codegen(context, builder, sig, args):
+        _outlined(builder, "hfopt.integer_tile", args, emit)
+        return context.get_dummy_value()
+
+    return types.void(a, b, out), codegen
+
+
+@body
+def _multiply_codes_task(worker, a, b, out, rounds):
+    mine = shifted(out, worker * ROWS * COLUMNS)
+    for _ in range(rounds):
+        _integer_tile(a, b, mine)
+
+
+@launch
+def multiply_codes(a, b, out, rounds):
+    """As `multiply_add` for 8-bit integers, with four times the multiply-adds: sums are int32.
+
+    a [DEPTH, ROWS] int32, four signed ones in each; b [DEPTH, COLUMNS] int32, four unsigned ones in each; out int32
+    [>= threads, ROWS, COLUMNS].
+    """
+    threads = usable_threads()
+    parallel_for(_multiply_codes_task, threads, threads, (pointer(a), pointer(b), pointer(out), rounds))
 
 
 @body
