@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import pickle
 import weakref
 from dataclasses import replace
@@ -15,6 +16,7 @@ from transformers import LlamaForSequenceClassification
 import hfopt
 from hfopt import limits
 from hfopt.errors import InvalidInput, UnsupportedModel
+from hfopt.patches.decoder import build
 from hfopt.patches.quantized import BUFFERS, QuantizedLinear, empty_linear, quantize_linear
 from hfopt.quantization import NF4, Format, Int4, Int8, Packed, QuantizationConfig
 from tests.generation_cases import FAMILIES, Doubled, Model, assert_same, llama, one_thread, prompts
@@ -170,15 +172,74 @@ def test_whose_kernels_has_no_meaning_for_quantised_layers(kernels: Any, passes:
     assert passes == ([2] if kernels == "torch" else [])
 
 
-def test_programs_of_mixed_formats_and_orders_go_by_modules() -> None:
-    model = hfopt.optimize(llama(), quantization=QuantizationConfig(Int8(), skip=("*.v_proj",)))
-    assert "several formats" in str(hfopt.explain(model).by_module)
+KINDS = (Int8(), Int4(group=32, symmetric=False), None, NF4(group=32, compute="float"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_program_of_several_formats_has_the_bits_of_the_modules(
+    family: str, first: int, dtype: torch.dtype, passes: list[int]
+) -> None:
+    """Each Linear in another format than the one before it, or of floats."""
+    model = FAMILIES[family]().to(dtype)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for linear, format in zip(linears, itertools.cycle(KINDS[first:] + KINDS[:first]), strict=False):
+        if format is not None:
+            quantize_linear(linear, format.pack(linear.weight))
+    hfopt.optimize(model, kernels="hfopt")
+    prove(model)
+    assert_program_is_the_modules(model, passes, max_new_tokens=6)
+    assert_program_is_the_modules(model, passes, **prompts(2, 70), max_new_tokens=3)
+    listing = str(hfopt.explain(model).program)
+    assert "64 → 64, 8 bits" in listing
+    assert ("multiply" in listing) == (family == "llama")
+
+
+def ordered(linear: nn.Linear, order: Tensor) -> None:
+    packed = Int4(group=32).pack(linear.weight)
+    quantize_linear(linear, replace(packed, order=order.int()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_program_of_inputs_in_another_order_has_the_bits_of_the_modules(
+    dtype: torch.dtype, passes: list[int]
+) -> None:
+    model = llama().to(dtype)
+    first, second = model.model.layers
+    shared = torch.randperm(64)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        ordered(first.self_attn.get_submodule(name), shared)
+    for linear in (first.mlp.down_proj, second.mlp.gate_proj, second.mlp.up_proj, second.self_attn.o_proj):
+        ordered(linear, torch.randperm(linear.in_features))
+    ordered(model.lm_head, torch.randperm(64))
+    hfopt.optimize(model, kernels="hfopt", quantization=QuantizationConfig(Int4(group=32), head="body"))
+    prove(model)
+    assert_program_is_the_modules(model, passes, max_new_tokens=6)
+    assert_program_is_the_modules(model, passes, **prompts(2, 70), max_new_tokens=3)
+    program = hfopt.explain(model).program
+    assert program is not None
+    lines = [(each.layer, each.name) for each in program.instructions]
+    # of q, k and v it is one
+    assert [lines.count((layer, "permute")) for layer in (0, 1, None)] == [2, 3, 1]
+
+
+def test_an_order_that_has_changed_is_the_next_request_s(passes: list[int]) -> None:
     model = llama()
-    for linear in (model.model.layers[1].mlp.down_proj,):
-        packed = Int8().pack(linear.weight)
-        order = torch.arange(linear.in_features).int()
-        quantize_linear(linear, Packed(packed.format, 64, 96, **packed.tensors(), order=order))
-    assert "another order" in str(hfopt.explain(hfopt.optimize(model)).by_module)
+    ordered(model.lm_head, torch.arange(64))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        ordered(model.model.layers[0].self_attn.get_submodule(name), torch.arange(64))
+    hfopt.optimize(model, kernels="hfopt")
+    prove(model)
+    before = assert_program_is_the_modules(model, passes, max_new_tokens=3)
+    for linear in (model.lm_head, model.model.layers[0].self_attn.k_proj):
+        linear.quantized_order.copy_(torch.randperm(64))
+    prove(model)
+    after = assert_program_is_the_modules(model, passes, max_new_tokens=3)
+    assert not torch.equal(after.logits[0], before.logits[0])
+    with pytest.raises(UnsupportedModel, match="order is from"):
+        model.lm_head.quantized_order[3] = 64
+        build(model)
 
 
 def test_the_listing_counts_packed_bytes() -> None:

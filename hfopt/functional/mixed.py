@@ -1,22 +1,24 @@
 """Linear layers over matrices that no single launch multiplies by: of several formats, or some of them of floats."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
+from hfopt.kernels.linear import COLUMN
 
 from .choice import Kernels
-from .linear import Weights, width_of
+from .linear import LinearWeights, width_of
+from .quantized import QuantizedWeights
 
 
 @dataclass(frozen=True, eq=False)
 class MixedWeights:
     """Records of one matrix each, for launches one after the other; dtypes that contradict raise `InvalidInput`."""
 
-    parts: tuple[Weights, ...]
+    parts: tuple[LinearWeights | QuantizedWeights, ...]
 
     def __post_init__(self) -> None:
         dtypes = {part.dtype for part in self.parts} - {None}
@@ -39,6 +41,15 @@ class MixedWeights:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return tuple(tensor for part in self.parts for tensor in part.tensors)
+
+    def side_by_side(self) -> Iterator[LinearWeights | QuantizedWeights]:
+        """The parts, each for its columns of one result."""
+        first = 0
+        for part in self.parts:
+            table = part.table.copy()
+            table[:, COLUMN] += first
+            first += sum(part.sizes)
+            yield replace(part, table=table)
 
     def multiply(
         self,

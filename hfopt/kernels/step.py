@@ -13,8 +13,18 @@ from ._attention_cache import open_cache, valid_rows
 from ._decode_plan import layout_of
 from ._decode_tile import address_of
 from ._jit import launch
-from ._parallel import body
-from ._pointer import address_as, bytes_at, floats_at, integers_at, pointer, shifted
+from ._parallel import body, parallel_for, threads_for
+from ._pointer import (
+    address_as,
+    bytes_at,
+    floats_at,
+    integers_at,
+    load_part,
+    pointer,
+    shifted,
+    store_part,
+)
+from ._simd import LANES
 from ._tile import units_ratio
 from .attention import attend_rows
 from .attention_prefill import Seen, attend_tokens, most_scratch, plan_tokens
@@ -28,14 +38,15 @@ from .rope import rotate_and_store_rows
 from .sampling import argmax
 
 LOOK_UP, ADD_LOOKED_UP, RMS_NORM, LAYER_NORM, LINEAR, ROTATE_AND_STORE, ATTEND, TAKE_LAST = range(8)
-QUANTIZED_LINEAR, DEQUANTIZED_LINEAR = 8, 9
+QUANTIZED_LINEAR, DEQUANTIZED_LINEAR, PERMUTE, MULTIPLY = range(8, 12)
 NAMES = (
     "look up", "add looked up", "rms_norm", "layer_norm", "linear", "rotate and store", "attend", "take last",
-    "quantized linear", "dequantized linear",
+    "quantized linear", "dequantized linear", "permute", "multiply",
 )  # fmt: skip
 OP, IN, OUT, SIZE = range(4)
 TABLE, BY = 4, 5  # LOOK_UP (SIZE in bytes) and ADD_LOOKED_UP: number of the table, and TOKENS or POSITIONS
 WEIGHT, BIAS = 4, 5  # norms, whose float is eps: addresses, or 0
+ORDER = 4  # PERMUTE: address of int64 [SIZE], the places in IN of the values in OUT
 MATRICES, N_MATRICES, WIDTH, GATED, CODE, RESIDUALS = range(
     4, 10
 )  # LINEAR and its kin: as in `linear.Linear`
@@ -46,7 +57,9 @@ COLUMNS = 12
 SCALING, BITS, GROUP, LEVELS = range(4)
 FORMAT_COLUMNS = 4
 # TAKE_LAST (SIZE in bytes) puts the last token of each row where the first ones are; those behind it are of one token a row
+# MULTIPLY: OUT *= IN
 
+_PARALLEL_SIZE = 1 << 16  # values to permute; below, more threads cost more than they save
 MOST_RESIDUALS = COLUMNS - RESIDUALS
 NONE, LOGITS = -1, -2  # in place of a slot
 TOKENS, POSITIONS = range(2)
@@ -135,6 +148,24 @@ def _look_up(table, n_bytes, index, target):
     source = bytes_at(table + index * n_bytes)
     for k in range(n_bytes):
         target[k] = source[k]
+
+
+@body
+def _permute_row(row, x, order, size, out):
+    """out[k] = x[order[k]] in one row."""
+    source, target = shifted(x, row * size), shifted(out, row * size)
+    for k in range(size):
+        target[k] = source[order[k]]
+
+
+@body
+def _multiply(x, count, out):
+    """out *= x, rounded."""
+    k = 0
+    while k < count:
+        n = min(count - k, LANES)
+        store_part(out, k, n, load_part(out, k, n) * load_part(x, k, n))
+        k += LANES
 
 
 class _Step(NamedTuple):
@@ -250,6 +281,11 @@ def _walk(like, code, quantized, dequantized, scalars, step, cache, logits):
                 for row in range(n_rows):
                     _look_up(x, size, row * n_new + n_new - 1, bytes_at(x + row * size))
             n = n_rows
+        elif op == PERMUTE:
+            permuted = address_as(x, rows), integers_at(code[i, ORDER]), size, address_as(out, rows)
+            parallel_for(_permute_row, threads_for(n, n * size, _PARALLEL_SIZE), n, permuted)
+        elif op == MULTIPLY:
+            _multiply(address_as(x, rows), n * size, address_as(out, rows))
         else:
             source, indices = tables[code[i, TABLE], ADDRESS], step.ids[code[i, BY]]
             for token in range(n_tokens):

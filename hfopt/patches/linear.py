@@ -9,7 +9,7 @@ from torch import nn
 
 from hfopt import functional
 from hfopt.errors import InvalidInput, UnsupportedModel
-from hfopt.functional import Builder, LinearWeights, MixedWeights, Slot, Weights
+from hfopt.functional import Builder, LinearWeights, MixedWeights, QuantizedWeights, Slot, Weights
 from hfopt.patches.guards import are_readable, is_bare
 from hfopt.patches.pattern import Pattern
 from hfopt.patches.quantized import QuantizedLinear, read_quantized
@@ -40,7 +40,7 @@ def read_weights(record: Record, role: str, linears: Sequence[Any]) -> Weights |
         if known is not None or len(linears) == 1:
             return known
     parts = [read_weights(record, f"{role} {index}", (linear,)) for index, linear in enumerate(linears)]
-    found = [part for part in parts if part is not None]
+    found = [part for part in parts if isinstance(part, LinearWeights | QuantizedWeights)]
     try:
         return MixedWeights(tuple(found)) if len(found) == len(parts) else None
     except InvalidInput:

@@ -139,7 +139,7 @@ def unquantize_linear(linear: Any) -> None:
 
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if one is None or other is None:
+    if one is other or one is None or other is None:
         return one is other
     return torch.equal(one, other)
 
@@ -148,20 +148,21 @@ def read_quantized(record: Record, role: str, linears: Sequence[QuantizedLinear]
     """The packed matrices of these Linears as one record, or None where kernels cannot read them together."""
     matrices = [linear.matrix for linear in linears]
     biases = [linear._parameters["bias"] for linear in linears]
-    format = linears[0].format
+    format, order = linears[0].format, matrices[0].order
+    are_alike = all(linear.format == format for linear in linears) and all(
+        _equal(order, matrix.order) for matrix in matrices
+    )
     known = record.weights.get(role)
     if (
-        isinstance(known, QuantizedWeights)
+        are_alike
+        and isinstance(known, QuantizedWeights)
         and known.compute == format.compute
         and known.reads(matrices, biases)
     ):
         return known
     # a stale record would keep the old weights in memory
     record.weights.pop(role, None)
-    orders = [matrix.order for matrix in matrices]
-    if any(linear.format != format for linear in linears) or not all(
-        _equal(orders[0], each) for each in orders
-    ):
+    if not are_alike:
         return None
     try:
         known = record.weights[role] = QuantizedWeights.of(
