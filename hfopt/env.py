@@ -127,6 +127,12 @@ def reset_peak_memory() -> None:
         (_linux.PROC / "self" / "clear_refs").write_text("5")
 
 
+def bytes_fetched() -> int:
+    """Bytes that were read from disks for this process, not from pages in memory; 0 where the system does not say."""
+    found = re.search(r"^read_bytes: (\d+)", _linux.text(_linux.PROC / "self" / "io"), re.MULTILINE)
+    return int(found.group(1)) if found else 0
+
+
 # ---- software ----------------------------------------------------------------------------------------------
 
 

@@ -1,16 +1,23 @@
 """warmup(): compile every kernel now, instead of during the first requests."""
 
+import copy
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from hfopt.optimize import optimize
+from hfopt.quantization import Format, QuantizationConfig
 
+_SIZE = 256  # divided by the groups of all formats
 # Kernels are specialised by dtype alone, so two tiny models reach all of them: RMSNorm and a gated MLP with rotation, and
 # LayerNorm with a plain MLP.
 _CONFIGS = (
     LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
+        hidden_size=_SIZE,
+        intermediate_size=_SIZE,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -18,11 +25,11 @@ _CONFIGS = (
         max_position_embeddings=64,
     ),
     OPTConfig(
-        hidden_size=32,
-        ffn_dim=32,
+        hidden_size=_SIZE,
+        ffn_dim=_SIZE,
         num_hidden_layers=1,
         num_attention_heads=2,
-        word_embed_proj_dim=32,
+        word_embed_proj_dim=_SIZE,
         vocab_size=64,
         max_position_embeddings=64,
     ),
@@ -30,27 +37,28 @@ _CONFIGS = (
 _PROMPT = 24  # tokens: more rows than the kernels for a few rows take
 
 
-def warmup() -> None:
+def warmup(quantization: str | Mapping[str, Any] | Format | QuantizationConfig | None = None) -> None:
     """Compile every kernel for float32 and bfloat16 into the kernel cache, or load it from there, and measure where torch's
     are faster (under two seconds).
 
+    quantization: as in `optimize`; the kernels of models in this format, or with this config, too.
     The first calls of `optimize` and `generate` on a machine do the same for the kernels that they meet.
     """
     from hfopt.functional import choice  # here, because `import hfopt` must not load Numba
 
+    formats = (None,) if quantization is None else (None, quantization)
     with torch.random.fork_rng(devices=[]):
-        for config in _CONFIGS:
-            for dtype in (torch.float32, torch.bfloat16):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-                optimize(model, kernels="hfopt")
-                tokens = torch.arange(_PROMPT)[None]
-                for num_beams in (1, 2):
-                    model.generate(
-                        tokens,
-                        max_new_tokens=3,
-                        do_sample=False,
-                        num_beams=num_beams,
-                        eos_token_id=None,
-                        pad_token_id=0,
-                    )
+        for config, dtype, format in itertools.product(_CONFIGS, (torch.float32, torch.bfloat16), formats):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+            optimize(model, kernels="hfopt", quantization=format)
+            tokens = torch.arange(_PROMPT)[None]
+            for num_beams in (1, 2):
+                model.generate(
+                    tokens,
+                    max_new_tokens=3,
+                    do_sample=False,
+                    num_beams=num_beams,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
     choice.choose_all()

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfopt import limits
-from hfopt.cli import bench_cases, bench_rows, main, measure, models
+from hfopt.cli import bench_cases, bench_rows, load_cost, main, measure, models
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 100,
@@ -306,3 +306,35 @@ def test_the_rows_of_formats_on_a_small_shape(tmp_path: Path, capsys: pytest.Cap
     assert [group["quantization"] for group in figures["samples"]] == ["int8", "int4"]
     for group in figures["samples"]:
         assert all(rate > 0 for rate in group["peak_rates"])
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def test_loading_is_measured_in_new_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape, target = tmp_path / "config.json", tmp_path / "bench.json"
+    shape.write_text(json.dumps(WIDE | {"model_type": "llama", "vocab_size": 4096}))
+    arguments = ["bench", "--shape", str(shape), "--quick", "--rows", "load-int8"]
+    assert main([*arguments, "--json", str(target)]) == 0
+    output = capsys.readouterr().out
+    assert "int8 from bfloat16" in output and "int8 from what was saved" in output
+    (row,) = json.loads(target.read_text())["rows"].values()
+    floats, saved = row["floats"], row["saved"]
+    assert floats["result"] == saved["result"]
+    # embedding in bfloat16, head in bytes
+    assert 3 * 4096 * 128 < saved["result"] < 3.5 * 4096 * 128
+    for one in (floats, saved):
+        assert len(one["samples"]) == 1 and one["seconds"] > 0 and one["peak"] > 0
+
+
+def test_figures_of_loading_are_medians_with_their_bounds() -> None:
+    samples = [
+        {"seconds": seconds, "result": 1.25e9, "peak": 1.5e9, "fetched": 0.0}
+        for seconds in (30.0, 12.0, 13.0)
+    ]
+    one = load_cost._medians(samples)
+    row = {"quantization": "int4", "floats": one, "saved": one}
+    floats, saved = load_cost.lines_of({"load-int4": row})
+    bounds = ["1.25 GB", "1.50 GB", "≤ 2.25 GB", "0.00 GB"]
+    assert floats == ["int4 from bfloat16", "13.00 s", "≤ 20 s", *bounds]
+    assert saved == ["int4 from what was saved", "13.00 s", "≤ 2 s", *bounds]

@@ -23,7 +23,9 @@ from transformers import (
 )
 
 import hfopt
-from hfopt.cli import doctor, main, models
+from hfopt.cli import doctor, main, models, run
+from hfopt.patches.quantized import QuantizedLinear
+from hfopt.quantization import NF4, Int8
 from hfopt.shapes import SHAPES
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +130,37 @@ def test_compare_prints_both_summaries(config_file: str, capsys: pytest.CaptureF
     for line in SUMMARY:
         assert output.count(f"{line}:") == 2
     assert re.search(r"2\.\.\. tokens: \d+\.\d+ times as fast", output)
+
+
+def test_a_format_is_run_beside_the_stock_model(
+    checkpoint: Path, config_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--dtype", "float32", "--quantization", "int8", "--greedy", "--max-new-tokens", "6")
+    figures = run_json(capsys, "-m", str(checkpoint), "--prompt", "w5 w9", "--compare", *arguments)
+    assert figures["stock"]["sequences"] == expected(checkpoint, [[5, 9]])
+    packed: Any = hfopt.load(checkpoint, dtype=torch.float32, quantization="int8")
+    inputs = torch.tensor([[5, 9]])
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert figures["optimized"]["sequences"] == packed.generate(inputs, **options).tolist()
+    reads = {
+        name: figures[name]["bandwidth_used"] * figures[name]["next_mean"] for name in ("stock", "optimized")
+    }
+    assert reads["optimized"] < 0.4 * reads["stock"]
+    alone = run_json(capsys, "-m", str(checkpoint), "--prompt", "w5 w9", *arguments)
+    assert alone["optimized"]["sequences"] == figures["optimized"]["sequences"]
+    assert "stock" not in alone
+    for more in ([], ["--compare"]):
+        random = run_json(capsys, "--random-weights", config_file, *arguments, *more)
+        assert ("ratio" in random) == bool(more)
+
+
+def test_other_tokens_of_a_format_are_explained(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_ratios", lambda samples: {"first": 1.0, "same_tokens": False})
+    arguments = ["-m", str(checkpoint), "--quantization", "int8", "--max-new-tokens", "2", "--num-iter", "2"]
+    assert main(["run", *arguments, "--compare"]) == 0
+    assert "Same tokens: no (weights in int8" in capsys.readouterr().out
 
 
 def test_json_holds_every_sample(
@@ -313,6 +346,14 @@ def test_a_broken_config_file_is_named(text: str, tmp_path: Path, capsys: pytest
     assert str(file) in fails(capsys, "run", "--random-weights", str(file))
 
 
+@pytest.mark.parametrize("command", ["run", "explain", "warmup"])
+def test_formats_that_are_not_known_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--quantization", "int5"])
+    assert stopped.value.code == 2
+    assert "int4, int8, nf4" in capsys.readouterr().err.replace("'", "")
+
+
 @pytest.mark.parametrize("flag", ["--num-beams", "--batch-size", "--max-new-tokens", "--num-iter"])
 def test_counts_below_one_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -392,6 +433,14 @@ def test_explain_prints_the_report(config_file: str, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
 
 
+def test_explain_tells_what_a_format_does(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["explain", "--random-weights", config_file, "--quantization", "int8"]
+    assert main(arguments) == 0
+    assert "Int8(" in capsys.readouterr().out
+    assert main([*arguments, "--program"]) == 0
+    assert "64 → 96 + 96, 8 bits" in capsys.readouterr().out
+
+
 def test_explain_prints_the_program_of_a_step(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["explain", "--random-weights", config_file, "--program"]
     assert main(arguments) == 0
@@ -468,6 +517,28 @@ def test_doctor_says_what_a_launch_costs_and_how_threads_wait(
 def test_warmup_names_the_cache_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["warmup"]) == 0
     assert "compiled kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantization", [Int8(group=256), "int4", NF4(compute="float")])
+def test_warmup_makes_models_of_a_format_too(quantization: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    module = sys.modules["hfopt.warmup"]
+
+    def optimize(model: Any, **options: Any) -> Any:
+        hfopt.optimize(model, **options)
+        linears = [each for each in model.modules() if isinstance(each, torch.nn.Linear)]
+        packed = [each for each in linears if isinstance(each, QuantizedLinear)]
+        made.append((type(model).__name__, model.dtype, len(packed) / len(linears)))
+        return model
+
+    monkeypatch.setattr(module, "optimize", optimize)
+    hfopt.warmup(quantization=quantization)
+    assert made == [
+        (name, dtype, share)
+        for name in ("LlamaForCausalLM", "OPTForCausalLM")
+        for dtype in (torch.float32, torch.bfloat16)
+        for share in (0, 1)
+    ]
 
 
 def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ ALLOWED = {
         "report",
         "progress",
     },
-    "warmup": {"functional", "optimize", "progress"},
+    "warmup": {"functional", "optimize", "progress", "quantization"},
     "checkpoint": {"errors", "_memory"},
     "quantizer": {"errors", "quantization", "patches", "_memory"},
     "weights": {"errors", "checkpoint", "quantization", "quantizer", "patches"},

@@ -1,8 +1,6 @@
 """`hfopt bench`: the stock and the optimised model in turn, the memory bandwidth measured in between."""
 
 import argparse
-import statistics
-import tempfile
 from typing import Any
 
 import torch
@@ -11,20 +9,21 @@ from hfopt import env, limits
 from hfopt.errors import InvalidInput
 from hfopt.quantization import config_of
 
-from . import bench_growth, first_use, models
+from . import bench_growth, first_use, load_cost, models
 from .bench_cases import cases_of, has_positions
 from .bench_rows import ROWS, Row, figures_of, formats_of, line_of
 from .measure import alternate, pair_of
 from .output import progress, say, show_table, write_json
 from .run import positive
 
-_FIRST_USE = "first-use"
+_IN_PROCESSES: tuple[Any, ...] = (load_cost, first_use)  # modules with rows of their own
+_OTHERS = [name for module in _IN_PROCESSES for name in module.NAMES]
 _QUICK = {"repetitions": 2, "prompt_tokens": 64, "new_tokens": 8}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `hfopt bench`."""
-    names = [*ROWS, _FIRST_USE]
+    names = [*ROWS, *_OTHERS]
     parser.add_argument("--rows", help=f"which rows, separated by commas (default: all: {','.join(names)})")
     parser.add_argument(
         "--shape",
@@ -80,11 +79,11 @@ def run(args: argparse.Namespace) -> int:
         from . import bench_profile  # here, because it loads Numba
 
         return bench_profile.run(args, _configuration(args))
-    names = args.rows.split(",") if args.rows is not None else [*ROWS, _FIRST_USE]
-    unknown = sorted(set(names) - {*ROWS, _FIRST_USE})
+    names = args.rows.split(",") if args.rows is not None else [*ROWS, *_OTHERS]
+    unknown = sorted(set(names) - {*ROWS, *_OTHERS})
     if unknown or args.new_tokens < 2:
         raise InvalidInput(
-            f"--rows={','.join(names)} must name some of {', '.join([*ROWS, _FIRST_USE])}; "
+            f"--rows={','.join(names)} must name some of {', '.join([*ROWS, *_OTHERS])}; "
             f"--new-tokens={args.new_tokens} must be at least 2"
         )
     configuration = _configuration(args) | {"quantization": formats_of(names)}
@@ -104,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         report["rows"] |= figures["rows"]
         report.setdefault("samples", []).append(figures["samples"])
         lines += [line_of(row) for row in figures["rows"].values()]
-    measured = {*report["rows"], _FIRST_USE}
+    measured = {*report["rows"], *_OTHERS}
     report["left out"] = [name for name in names if name not in measured]
     # which layer Numba loads shows after the first kernel
     report["configuration"]["threading layer"] = env.threading_layer()
@@ -122,10 +121,14 @@ def run(args: argparse.Namespace) -> int:
         for name in report["left out"]:
             say(f"{name} is left out: the shape has positions for fewer tokens")
         say("")
-    if _FIRST_USE in names:
-        report["rows"][_FIRST_USE] = _first_use(args)
-        if args.json != "-":
-            _show_first_use(report["rows"][_FIRST_USE])
+    for module in _IN_PROCESSES:
+        asked = [name for name in names if name in module.NAMES]
+        if asked:
+            others = module.figures_of(args, asked)
+            report["rows"] |= others
+            if args.json != "-":
+                show_table(module.COLUMNS, module.lines_of(others))
+                say("")
     if args.json is not None:
         write_json(args.json, report)
     return 0
@@ -192,70 +195,3 @@ def _peak_rates(dtype: torch.dtype, quantization: str | None) -> tuple[float, fl
     if quantization is None or config_of(quantization).body.compute == "float":
         return stock, stock
     return stock, limits.MultiplyAdd(torch.int8).measure()
-
-
-def _first_use(args: argparse.Namespace) -> dict[str, Any]:
-    """Costs of `optimize` and of the first `generate`: nothing cached, and in later processes."""
-    arguments = [args.shape, *(["--layers", str(args.layers)] if args.layers else [])]
-    later, stock = [], []
-    rounds = 1 if args.quick else 3
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        progress("First use in new processes", 1 + 2 * rounds) as advance,
-    ):
-        cold = first_use.measured(folder, *arguments, "--optimize")
-        advance()
-        for _ in range(rounds):
-            stock.append(first_use.measured(folder, *arguments))
-            advance()
-            later.append(first_use.measured(folder, *arguments, "--optimize"))
-            advance()
-    stock_seconds = statistics.median(sample["generate"] for sample in stock)
-
-    def over_stock(sample: dict[str, Any]) -> float:
-        return sample["optimize"] + sample["generate"] - stock_seconds
-
-    return {
-        "optimize": statistics.median(sample["optimize"] for sample in later),
-        "optimize_again": statistics.median(sample["optimize_again"] for sample in later),
-        "optimize_memory": statistics.median(sample["optimize_memory"] for sample in later),
-        "optimize_again_memory": statistics.median(sample["optimize_again_memory"] for sample in later),
-        "first_generate_cold": over_stock(cold),
-        "first_generate_later": statistics.median(over_stock(sample) for sample in later),
-        "program_cold": cold["program"],
-        "program_later": statistics.median(sample["program"] for sample in later),
-        "samples": {"stock": stock, "cold": cold, "later": later},
-    }
-
-
-def _show_first_use(figures: dict[str, Any]) -> None:
-    again, memory_again = figures["optimize_again"], figures["optimize_again_memory"] / 2**20
-    show_table(
-        ["first use", "measured", "wanted"],
-        [
-            ["optimize(), first in a process", f"{figures['optimize']:.2f} s", "≤ 0.5 s"],
-            ["optimize(), again", f"{again:.3f} s", "≤ 0.5 s"],
-            [
-                "memory of the first optimize(), libraries included",
-                f"{figures['optimize_memory'] / 2**20:.0f} MiB",
-                "",
-            ],
-            ["memory of optimize(), again", f"{memory_again:.0f} MiB", "≤ 50 MiB"],
-            [
-                "first generate() over stock's, nothing cached",
-                f"{figures['first_generate_cold']:.1f} s",
-                "≤ 25 s",
-            ],
-            [
-                "first generate() over stock's, later processes",
-                f"{figures['first_generate_later']:.2f} s",
-                "≤ 2 s",
-            ],
-            [
-                "of it the program of decode steps, nothing cached",
-                f"{figures['program_cold']:.1f} s",
-                "≤ 10 s",
-            ],
-            ["of it the program, later processes", f"{figures['program_later']:.2f} s", "≤ 0.5 s"],
-        ],
-    )

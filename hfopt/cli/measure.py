@@ -1,6 +1,10 @@
 """Timed generation: one run, alternating runs of the stock and the optimised model, their summary."""
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -108,6 +112,18 @@ def alternate(
             before = after
             advance()
     return samples
+
+
+def in_new_process(module: str, *arguments: str, **environment: str) -> Any:
+    """What a module prints as JSON when a new process runs it."""
+    finished = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(finished.stdout)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

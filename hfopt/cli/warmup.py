@@ -6,16 +6,18 @@ import hfopt
 from hfopt import env
 
 from .output import progress, say
+from .run import add_quantization
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `hfopt warmup`: none."""
+    """The flags of `hfopt warmup`."""
+    add_quantization(parser, "the kernels of a format too")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code."""
     with progress("Compiling the kernels"):
-        hfopt.warmup()
+        hfopt.warmup(quantization=args.quantization)
     folder, state = env.cache_folder()
     say(f"{folder or 'no cache folder'}: {state}")
     return 0
