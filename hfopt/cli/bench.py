@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
             f"--rows={','.join(names)} must name some of {', '.join([*ROWS, *_OTHERS])}; "
             f"--new-tokens={args.new_tokens} must be at least 2"
         )
-    configuration = _configuration(args) | {"quantization": formats_of(names)}
+    formats = {name: row.quantization for name, row in ROWS.items()} | load_cost.FORMATS
+    configuration = _configuration(args) | {"quantization": formats_of(formats.get(name) for name in names)}
     report: dict[str, Any] = {"configuration": configuration, "rows": {}}
     if args.json != "-":
         for key, value in report["configuration"].items():

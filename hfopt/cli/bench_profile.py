@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, configuration: dict[str, Any]) -> int:
             f"--rows={','.join(names)} must name some of {', '.join(known)} with --profile; "
             f"--new-tokens={args.new_tokens} must be at least {_FEWEST_TOKENS}"
         )
-    configuration["quantization"] = formats_of(names)
+    configuration["quantization"] = formats_of(ROWS[name].quantization for name in names)
     report: dict[str, Any] = {"configuration": configuration, "profiles": {}}
     for name in names:
         report["profiles"][name] = _of_row(args, name)

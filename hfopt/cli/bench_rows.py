@@ -147,10 +147,9 @@ ROWS: dict[str, Row] = {
 }
 
 
-def formats_of(names: Iterable[str]) -> str:
-    """The formats of some rows in full, in words."""
-    formats = dict.fromkeys(ROWS[name].quantization for name in names if name in ROWS)
-    configs = (config_of(name) for name in formats if name is not None)
+def formats_of(names: Iterable[str | None]) -> str:
+    """Formats in full, in words; None stands for float weights."""
+    configs = (config_of(name) for name in dict.fromkeys(names) if name is not None)
     return "; ".join(f"{config.body}, the head {config.head}" for config in configs) or "none"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 import hfopt
 from hfopt import env
@@ -24,8 +25,8 @@ from . import models
 from .measure import in_new_process
 from .output import progress, say
 
-_FORMATS = {f"load-{name}": name for name in ("int8", "int4")}
-NAMES = tuple(_FORMATS)
+FORMATS = {f"load-{name}": name for name in ("int8", "int4")}
+NAMES = tuple(FORMATS)
 COLUMNS = ["load", "seconds", "wanted", "result", "peak of memory", "wanted", "from the disk"]
 _WANTED = {"floats": 20.0, "saved": 2.0}  # seconds
 _MOST_BESIDE = 1e9  # bytes beside the result
@@ -45,7 +46,7 @@ def figures_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]
             models.random_model(config, torch.bfloat16).save_pretrained(floats)
         with progress("Loading in new processes", 2 * (rounds + 1) * len(names)) as advance:
             for name in names:
-                quantization, saved = _FORMATS[name], os.path.join(root, name)
+                quantization, saved = FORMATS[name], os.path.join(root, name)
                 ways = {
                     "floats": (floats, "--quantization", quantization, "--save", saved),
                     "saved": (saved,),
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--quantization")
     parser.add_argument("--save")
     args = parser.parse_args()
+    disable_progress_bar()  # the bench has one of its own
     memory, fetched = env.resident_memory(), env.bytes_fetched()
     env.reset_peak_memory()
     begin = time.perf_counter()

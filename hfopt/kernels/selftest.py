@@ -12,9 +12,11 @@ from . import (
     attention,
     attention_prefill,
     cache_record,
+    dequantized,
     linear,
     linear_tiles,
     norm,
+    quantized,
     rope,
     sampling,
 )
@@ -83,6 +85,45 @@ def _linear(dtype: type, n_rows: int) -> float:
     like: Array = np.empty(0, dtype)
     kernel(like, _address(x), n_rows, 41, table, False, activation.NONE, nothing, _address(out), 35)
     expected = _exact(x) @ _exact(w).T + _exact(bias)
+    return _error(out, expected) / float(np.abs(expected).max())
+
+
+def _aligned(array: Array) -> Array:
+    """A copy that starts at a multiple of 64 bytes."""
+    room: Array = np.zeros(array.nbytes + 64, np.uint8)
+    start = -_address(room) % 64
+    copy: Array = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _quantized(dtype: type, kernel: Any, bits: int, n_rows: int) -> float:
+    """Three blocks of codes with zero points, in groups of 32 inputs; `kernels.quantized` says how they lie."""
+    n_columns, size, group, per_unit = 48, 96, 32, 32 // bits
+    rng = np.random.default_rng(bits)
+    x = _random(dtype, n_rows, size)
+    codes = rng.integers(0, 1 << bits, (n_columns, size)).astype(np.uint8)
+    zeros = rng.integers(0, 1 << bits, (n_columns, size // group)).astype(np.uint8)
+    scales = rng.uniform(0.5, 1, zeros.shape).astype(np.float16)
+    rows = rng.uniform(0.5, 1, n_columns).astype(np.float32)
+    units: Array = codes.reshape(-1, 16, size // per_unit, per_unit).transpose(0, 2, 1, 3)
+    if bits == 4:
+        units = units[..., :4] | units[..., 4:] << 4
+    blocks = [_aligned(each.reshape(-1, 16, size // group).transpose(0, 2, 1)) for each in (scales, zeros)]
+    parts = [_aligned(units), *blocks, _aligned(rows)]
+    table = np.array([[_address(parts[0]), 0, n_columns, 0]], np.int64)
+    scaling = np.array([[_address(part) for part in parts[1:]]], np.int64)
+    out: Array = np.zeros((n_rows, n_columns), dtype)
+    meaning = (table, scaling, bits, group, 0)
+    rest = (False, activation.NONE, np.zeros(0, np.int64), _address(out), n_columns)
+    kernel(np.empty(0, dtype), _address(x), n_rows, size, *meaning, *rest)
+    exact = _exact(x)
+    if kernel is quantized.quantized_linear:
+        groups = exact.reshape(n_rows, -1, group)
+        step = np.abs(groups).max(-1, keepdims=True) / 127
+        exact = (np.rint(groups / step) * step).reshape(n_rows, size)
+    centred = codes.astype(np.float64) - zeros.repeat(group, -1)
+    expected = exact @ (centred * scales.astype(np.float64).repeat(group, -1) * rows[:, None]).T
     return _error(out, expected) / float(np.abs(expected).max())
 
 
@@ -162,6 +203,17 @@ _CASES: tuple[tuple[str, Case], ...] = (
     ("layer_norm", _layer_norm),
     ("linear_rows", functools.partial(_linear, n_rows=3)),
     ("linear_tiles", functools.partial(_linear, n_rows=linear.ROW_LIMIT + 1)),
+    *(
+        (
+            f"{name}, {bits} bits, {n_rows} rows",
+            functools.partial(_quantized, kernel=kernel, bits=bits, n_rows=n_rows),
+        )
+        for name, kernel in (
+            ("quantized_linear", quantized.quantized_linear),
+            ("dequantized_linear", dequantized.dequantized_linear),
+        )
+        for bits, n_rows in ((8, 3), (4, 20))
+    ),
     ("rotate_and_store", _rotate_and_store),
     ("attend_decode", _attend_decode),
     ("attend_prefill", _attend_prefill),
