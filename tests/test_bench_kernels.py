@@ -17,8 +17,9 @@ from hfopt.kernels import peak
 
 TINY = Sizes(
     streamed=1 << 16,
-    features=(64, 96),
+    features=(128, 256),
     many_rows=(40,),
+    quantized_rows=40,
     heads=((4, 2, 16), (2, 2, 32)),
     keys=70,
     shared_keys=70,
@@ -103,7 +104,7 @@ def test_the_limit_is_the_fastest_way_and_the_resource_that_binds(monkeypatch: p
     assert many["limit"]["name"] == "arithmetic"
     assert many["measured"] == pytest.approx(0.9)
     assert many["met"]
-    assert bench_kernels.line_of(many)[-1] == "90%: 90.0 of 100.0 GFLOP/s, arithmetic"
+    assert bench_kernels.line_of(many)[-1] == "90%: 90.0 of 100.0 GOP/s, arithmetic"
 
 
 def test_a_ratio_comes_with_the_one_that_the_limits_allow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +126,21 @@ def test_a_launch_is_judged_by_its_seconds(monkeypatch: pytest.MonkeyPatch) -> N
     calls = {"empty": clock.call("", 1e-3, times=1000), "kernel": clock.call("", 9e-3, times=1000)}
     (row,) = figures_of(calls, Target("t", "kernel", "seconds", 8e-6, limits=("empty",)))
     assert bench_kernels.line_of(row)[2:] == ["9.0 µs", "9.0 µs", "≤ 8.0 µs", "NO", "empty 1.0 µs"]
+
+
+def test_operations_are_judged_by_their_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    calls = {
+        "arithmetic": clock.call("", 1.0, n_operations=900e9),
+        "ours": clock.call("", 2.0, n_operations=900e9),
+    }
+    (row,) = figures_of(calls, Target("t", "ours", "rate", 1.5e12, limits=("arithmetic",)))
+    assert bench_kernels.line_of(row)[3:] == [
+        "450 GOP/s",
+        "≥ 1,500 GOP/s",
+        "NO",
+        "50%: 450.0 of 900.0 GOP/s, arithmetic",
+    ]
 
 
 def test_nothing_is_wanted_of_a_line_without_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +216,7 @@ def test_the_command(
         assert row["title"] in output
         assert math.isfinite(row["measured"])
         assert row["limit"]["name"]
+    assert "multiply-adds     float32 " in output and ", int8 " in output
     assert {"cpu", "threads", "versions", "threading layer"} <= set(report["configuration"])
 
 

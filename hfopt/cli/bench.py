@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="all",
         metavar="NAMES",
-        help="measure single kernels instead: linear, attention, small, sampling, launch, separated by commas "
+        help="measure single kernels instead: linear, quantized, attention, small, sampling, launch, separated by commas "
         "(default: all)",
     )
     parser.add_argument(

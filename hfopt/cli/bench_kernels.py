@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from hfopt import env
+from hfopt import env, limits
 from hfopt.errors import InvalidInput
 
-from .kernel_case import FULL, QUICK, Call, Case, Target
+from .kernel_case import DTYPES, FULL, QUICK, Call, Case, Target, name_of
 from .kernel_cases import GROUPS
 from .output import progress, say, show_table, write_json
 
@@ -25,7 +25,7 @@ Memory = dict[str, int]  # bytes that a call takes beyond its result
 
 _COLUMNS = ["kernel", "shapes", "time", "measured", "wanted", "met", "of the limit"]
 _FEWEST = 3  # rounds of a case that takes long
-_SIGNS = {"share": "≥", "faster": "≥", "slower": "≤", "seconds": "≤"}
+_SIGNS = {"share": "≥", "rate": "≥", "faster": "≥", "slower": "≤", "seconds": "≤"}
 
 
 def run(args: argparse.Namespace, machine: dict[str, Any]) -> int:
@@ -40,8 +40,13 @@ def run(args: argparse.Namespace, machine: dict[str, Any]) -> int:
         for name, case in cases:
             rows += [{"group": name} | row for row in measure(case, sizes.repetitions, sizes.seconds)]
             advance()
+    peaks = {name_of(dtype): limits.MultiplyAdd(dtype).measure() for dtype in (*DTYPES, torch.int8)}
     report: dict[str, Any] = {
-        "configuration": machine | {"threading layer": env.threading_layer()},
+        "configuration": machine
+        | {
+            "threading layer": env.threading_layer(),
+            "multiply-adds": ", ".join(f"{name} {rate / 1e9:,.0f} GOP/s" for name, rate in peaks.items()),
+        },
         "rows": rows,
     }
     if args.json != "-":
@@ -118,7 +123,8 @@ def _figures(target: Target, calls: dict[str, Call], samples: Samples, memory: M
             bound = max(_limits(target.other, target, calls, samples), key=_share)
             figures["possible"] = figures["measured"] * limit["share"] / bound["share"]
     else:
-        figures["measured"] = figures["seconds"] if target.figure == "seconds" else figures["limit"]["share"]
+        of_limit = {"share": limit["share"], "rate": limit["reached"]}
+        figures["measured"] = figures["seconds"] if target.figure == "seconds" else of_limit[target.figure]
     if target.wanted is not None:
         at_most = _SIGNS[target.figure] == "≤"
         figures["met"] = (
@@ -133,10 +139,10 @@ def _limits(name: str, target: Target, calls: dict[str, Call], samples: Samples)
     call, ours = calls[name], samples[name]
     for name in target.limits:
         limit, theirs = calls[name], samples[name]
-        unit = "GB/s" if limit.n_bytes else "GFLOP/s" if limit.n_operations else "calls/s"
+        unit = "GB/s" if limit.n_bytes else "GOP/s" if limit.n_operations else "calls/s"
         work, most = {
             "GB/s": (call.n_bytes, limit.n_bytes),
-            "GFLOP/s": (call.n_operations, limit.n_operations),
+            "GOP/s": (call.n_operations, limit.n_operations),
             "calls/s": (1, 1),
         }[unit]
         rates = [most / seconds for seconds in theirs]
@@ -185,6 +191,8 @@ def line_of(row: dict[str, Any]) -> list[str]:
 def _amount(figure: str, value: float) -> str:
     if figure == "share":
         return f"{value:.0%}"
+    if figure == "rate":
+        return f"{value / 1e9:,.0f} GOP/s"
     return f"{value * 1e6:.1f} µs" if figure == "seconds" else f"{value:.2f} ×"
 
 

@@ -30,8 +30,8 @@ class Call(NamedTuple):
 class Target(NamedTuple):
     """A line of the table: what is wanted of one call of a case.
 
-    figure: "share" of the limit, at least `wanted`; "slower" than the other call, at most `wanted` times; "faster",
-    at least `wanted` times; "seconds", at most `wanted`. Nothing is wanted where that is None.
+    figure: "share" of the limit, or "rate", operations a second: at least `wanted`; "slower" than the other call: at most
+    `wanted` times; "faster": at least `wanted` times; "seconds": at most `wanted`. Nothing is wanted where that is None.
     other: name of the call to compare with.
     limits: names of calls that do nothing but what bounds this one. Of those that count the same unit the fastest is the
     limit, of different units the one that is used most.
@@ -39,7 +39,7 @@ class Target(NamedTuple):
 
     title: str
     call: str
-    figure: Literal["share", "slower", "faster", "seconds"]
+    figure: Literal["share", "rate", "slower", "faster", "seconds"]
     wanted: float | None
     other: str | None = None
     limits: tuple[str, ...] = ()
@@ -63,6 +63,7 @@ class Sizes:
     )  # bytes of weights, or of keys and values, that pass before the first ones come again
     features: tuple[int, int] = (2048, 8192)
     many_rows: tuple[int, ...] = (128, 512, 2048)
+    quantized_rows: int = 512
     heads: tuple[tuple[int, int, int], ...] = (
         (32, 8, 64),
         (16, 16, 256),
@@ -78,7 +79,9 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = Sizes(streamed=128 << 20, many_rows=(128,), prompts=(1024,), norm_rows=4096, repetitions=3)
+QUICK = Sizes(
+    streamed=128 << 20, many_rows=(128,), quantized_rows=128, prompts=(1024,), norm_rows=4096, repetitions=3
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 STREAM = ("torch.sum", "own read")
@@ -163,6 +166,6 @@ def stream(tensors: Sequence[Tensor]) -> dict[str, Call]:
 
 
 def peak(dtype: torch.dtype) -> dict[str, Call]:
-    """As many multiply-adds as the cores can do."""
+    """As many multiply-adds of a dtype as the cores can do."""
     most = limits.MultiplyAdd(dtype)
     return {name: Call(most.run, n_operations=most.operations) for name in PEAK}

@@ -37,6 +37,7 @@ from .kernel_case import (
     rounds_up,
     stream,
 )
+from .quantized_cases import quantized_cases
 
 _EPS = 1e-6
 
@@ -236,6 +237,7 @@ def launch_cases(sizes: Sizes) -> Iterator[Case]:
 
 GROUPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "linear": linear_cases,
+    "quantized": quantized_cases,
     "attention": attention_cases,
     "small": small_cases,
     "sampling": sampling_cases,
