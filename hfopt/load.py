@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import accelerate
@@ -68,10 +69,14 @@ def load(
     checkpoint = Checkpoint(source, hub)
     dtype = dtype or _dtype_of(source, config, checkpoint)
     model = _empty_model(source, config, dtype, trust | {n: kwargs[n] for n in _MODEL[:1] if n in kwargs})
-    Weights(model, checkpoint, dtype, stored, wanted).fill()
+    weights = Weights(model, checkpoint, dtype, stored, wanted)
+    weights.fill()
     _load_generation_config(model, source, hub)
     declare(model)
-    return optimize(model.eval())
+    optimize(model.eval())
+    report: Any = model.hfopt
+    model.__dict__["hfopt"] = replace(report, left=weights.left)
+    return model
 
 
 def _config(source: str, options: dict[str, Any]) -> PretrainedConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfopt._memory import forget_pages
 from hfopt.errors import InvalidInput, UnsupportedDevice
-from hfopt.quantization import Format, QuantizationConfig, config_of, resolve
+from hfopt.quantization import Format, QuantizationConfig, check_fits, config_of, misfit, resolve
 
 try:
     from transformers.core_model_loading import ConversionOps
@@ -84,12 +84,45 @@ class HfoptConfig(QuantizationConfigMixin):
         config.quantization = config_of(quantization)
         return config
 
-    def format_of(self, path: str, *, is_head: bool) -> Format | None:
-        """Of the linear layer at this path; None for floats."""
+    def format_of(self, path: str, *, is_head: bool) -> Format | str:
+        """Of the linear layer at this path; or in words, why it is left."""
         if path in self.modules:
-            return self.modules[path]
-        format = self.quantization.format_of(path, is_head=is_head)
-        return format if isinstance(format, Format) else None  # else in words, why not
+            return self.modules[path] or "modules names it, with None"
+        return self.quantization.format_of(path, is_head=is_head)
+
+    def formats_of(self, model: PreTrainedModel) -> dict[str, Format | str]:
+        """The same for all linear layers."""
+        head = model.get_output_embeddings()
+        return {
+            path: self.format_of(path, is_head=linear is head) for path, linear in linears_of(model).items()
+        }
+
+    def plan(
+        self, model: PreTrainedModel, done: Collection[str] = ()
+    ) -> tuple[dict[str, Format], dict[str, str]]:
+        """(formats of linear layers by their paths, why others are left as they are); but for those that are done.
+
+        Raises InvalidInput for a format that fits no layer.
+        """
+        inside = {*model.base_model.modules(), model.get_output_embeddings()}
+        formats: dict[str, Format] = {}
+        left: dict[str, str] = {}
+        misfits: dict[str, tuple[Format, str]] = {}
+        for path, format in self.formats_of(model).items():
+            linear: Any = model.get_submodule(path)
+            if path in done:
+                continue
+            if linear not in inside:
+                left[path] = "it is outside the decoder"
+            elif isinstance(format, str):
+                left[path] = format
+            elif (reason := misfit(format, linear.in_features)) is not None:
+                left[path] = reason
+                misfits[path] = format, reason
+            else:
+                formats[path] = format
+        check_fits(formats.values(), misfits)
+        return formats, left
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -101,6 +134,10 @@ class HfoptConfig(QuantizationConfigMixin):
             },
             "ordered": sorted(self.ordered),
         }
+
+
+def _or_none(format: Format | str) -> Format | None:
+    return format if isinstance(format, Format) else None
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
@@ -151,7 +188,7 @@ def describe(model: PreTrainedModel) -> HfoptConfig | None:
     config.modules = {
         path: format
         for path, format in formats.items()
-        if config.format_of(path, is_head=model.get_submodule(path) is head) != format
+        if format != _or_none(config.format_of(path, is_head=model.get_submodule(path) is head))
     }
     return config
 
@@ -183,13 +220,16 @@ class HfoptQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from hfopt.patches.quantized import empty_linear
 
-        head = model.get_output_embeddings()
         config = self.quantization_config
-        formats = {
-            path: format
-            for path, linear in linears_of(model).items()
-            if (format := config.format_of(path, is_head=linear is head)) is not None
-        }
+        left: dict[str, str] = {}
+        if self.pre_quantized:
+            kinds = config.formats_of(model)
+            formats = {path: each for path, each in kinds.items() if isinstance(each, Format)}
+        else:
+            formats, left = config.plan(model)
+        if left:
+            path, reason = next(iter(left.items()))
+            logger.warning("%d linear layers are not quantised, %s among them: %s", len(left), path, reason)
         # the name of a float weight -> the layers that are made of it
         self.targets = {f"{path}.weight": [path] for path in formats}
         self.formats = formats

@@ -16,7 +16,7 @@ from transformers.utils.logging import tqdm
 from hfopt.checkpoint import FLOATS, Checkpoint
 from hfopt.errors import CorruptCheckpoint, InvalidInput
 from hfopt.patches.quantized import PREFIX, quantize_linear
-from hfopt.quantization import Format, Packed, layout_of, packed_from
+from hfopt.quantization import Format, Packed, layout_of, misfit, packed_from
 from hfopt.quantization.checkpoints import read_linear
 from hfopt.quantization.layout import BLOCK
 from hfopt.quantizer import DTYPE_NAMES, HfoptConfig, aligned, linears_of
@@ -55,6 +55,7 @@ class Weights:
             if path in self.linears and part != "bias":
                 self.parts[path][part] = key
         self.tied = self._tied()
+        self.left: dict[str, str] = {}  # why layers of floats are not quantised
         self.packers = self._packers(wanted)
         self._check_unexpected(unexpected)
         self._check_plain()
@@ -86,36 +87,33 @@ class Weights:
 
     def _packers(self, wanted: HfoptConfig | None) -> dict[str, Callable[[], Packed]]:
         """What makes the packed matrix of a linear layer, for every one that is to have one."""
-        head = self.model.get_output_embeddings()
         method = self.stored.get("quant_method")
-        written = HfoptConfig(**self.stored) if method == "hfopt" else None
         packers: dict[str, Callable[[], Packed]] = {}
-        for path, linear in self.linears.items():
-            parts = self.parts[path]
-            if written is not None and any(part.startswith(PREFIX) for part in parts):
-                format = written.format_of(path, is_head=linear is head)
-                if format is None:
-                    raise self._corrupt(f"{path} is quantised, and its config.json says that it is not")
-                self._check_written(path, linear, format)
-                packers[path] = partial(self._read_written, path, linear, format)
-            elif method is not None and written is None and parts.keys() - {"weight"}:
-                packers[path] = partial(self._read_foreign, path)
-            elif parts.keys() <= {"weight"} and wanted is not None:
-                format = wanted.format_of(path, is_head=linear is head)
-                if format is None:
-                    continue
-                try:
-                    layout_of(format, linear.out_features, linear.in_features)
-                except InvalidInput as error:
-                    raise InvalidInput(f"{path}: {error}") from error
-                packers[path] = partial(self._quantise, path, linear, format)
+        if method == "hfopt":
+            kinds = HfoptConfig(**self.stored).formats_of(self.model)
+            for path, parts in self.parts.items():
+                if any(part.startswith(PREFIX) for part in parts):
+                    packers[path] = partial(self._read_written, path, self._checked(path, kinds[path]))
+        elif method is not None:
+            for path, parts in self.parts.items():
+                if parts.keys() - {"weight"}:
+                    packers[path] = partial(self._read_foreign, path)
+        if wanted is not None:
+            # whatever it is that stands for their weights
+            done = {path for path, parts in self.parts.items() if parts.keys() - {"weight"}}
+            formats, self.left = wanted.plan(self.model, done)
+            packers |= {path: partial(self._quantise, path, format) for path, format in formats.items()}
         return packers
 
     # ---- before anything is read -----------------------------------------------------------------------------
 
-    def _check_written(self, path: str, linear: nn.Linear, format: Format) -> None:
-        """That a layer which hfopt wrote consists of what its format says."""
-        parts = self.parts[path]
+    def _checked(self, path: str, format: Format | str) -> Format:
+        """The format of a layer that hfopt wrote, which consists of what it says."""
+        parts, linear = self.parts[path], self.linears[path]
+        if isinstance(format, str):
+            raise self._corrupt(f"{path} is quantised, and its config.json says that it is not")
+        if (reason := misfit(format, linear.in_features)) is not None:
+            raise self._corrupt(f"{path} is in {format} by its config.json, and {reason}")
         ordered = PREFIX + "order" in parts
         layout = layout_of(format, linear.out_features, linear.in_features, ordered=ordered)
         if parts.keys() != {PREFIX + name for name in layout}:
@@ -123,6 +121,7 @@ class Weights:
             raise self._corrupt(f"{path} in {format} consists of {wanted}, and there are {sorted(parts)}")
         for name, (shape, dtype) in layout.items():
             self._check_header(parts[PREFIX + name], shape, DTYPE_NAMES[dtype])
+        return format
 
     def _check_header(self, key: str, shape: tuple[int, ...], *dtypes: str) -> None:
         stored = self.checkpoint[key]
@@ -174,8 +173,8 @@ class Weights:
 
     # ---- packed matrices -------------------------------------------------------------------------------------
 
-    def _read_written(self, path: str, linear: nn.Linear, format: Format) -> Packed:
-        tensors = {}
+    def _read_written(self, path: str, format: Format) -> Packed:
+        linear, tensors = self.linears[path], {}
         for part, key in self.parts[path].items():
             tensor = self.checkpoint.read(key)
             if tensor.is_floating_point():
@@ -190,7 +189,8 @@ class Weights:
             self.checkpoint.forget(tensor)
         return packed
 
-    def _quantise(self, path: str, linear: nn.Linear, format: Format) -> Packed:
+    def _quantise(self, path: str, format: Format) -> Packed:
+        linear = self.linears[path]
         weight = self.checkpoint.read(self.tied[f"{path}.weight"][0])
         layout = layout_of(format, linear.out_features, linear.in_features)
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}

@@ -152,6 +152,22 @@ def test_a_tied_head_of_its_own_weights_is_believed(tmp_path):
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
+def test_what_cannot_be_quantised_stays_with_a_reason(tmp_path):
+    model = llama(intermediate_size=80)
+    model.save_pretrained(tmp_path)
+    config = QuantizationConfig(Int4(group=32), skip=("*.0.mlp.up_proj",))
+    expected = hfopt.optimize(model, quantization=config)
+    loaded = hfopt.load(tmp_path, quantization=config)
+    assert same_tensors(loaded, expected)
+    left = hfopt.explain(loaded).left
+    assert left == hfopt.explain(expected).left
+    assert left["model.layers.1.mlp.down_proj"] == "groups of 32 do not divide its 80 inputs"
+    assert left.keys() == {f"model.layers.{name}" for name in (
+        "0.mlp.up_proj", "0.mlp.down_proj", "1.mlp.down_proj")}  # fmt: skip
+    hfopt.save(loaded, tmp_path / "packed")
+    assert same_tensors(hfopt.load(tmp_path / "packed"), expected)
+
+
 def test_large_matrices_are_quantised_in_slices(folder, monkeypatch):
     import hfopt.weights
 
@@ -232,7 +248,9 @@ def test_arguments(folder):
         hfopt.load(folder, stricht=True)
     with pytest.raises(InvalidInput, match="'int5' is not known"):
         hfopt.load(folder, quantization="int5")
-    with pytest.raises(InvalidInput, match=r"q_proj: group must divide .* 64 inputs"):
+    with pytest.raises(
+        InvalidInput, match=r"Int4.* fits no layer .*q_proj: groups of 128 do not divide its 64"
+    ):
         hfopt.load(folder, quantization="int4")
     with pytest.raises(InvalidInput, match="path_or_id='no/model' is neither a folder nor an id"):
         hfopt.load("no/model")
@@ -359,6 +377,10 @@ def test_saved_folders_that_were_damaged(tmp_path):
         with pytest.raises(CorruptCheckpoint, match=message):
             hfopt.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(whole)
+    change_config(tmp_path, hidden_size=80)
+    with pytest.raises(CorruptCheckpoint, match=r"q_proj is in Int8.* groups of 32 do not divide its 80"):
+        hfopt.load(tmp_path)
+    change_config(tmp_path, hidden_size=64)
     config = json.loads((tmp_path / "config.json").read_text())
     change_config(tmp_path, quantization_config={**config["quantization_config"], "skip": ["*.up_proj"]})
     with pytest.raises(CorruptCheckpoint, match="up_proj is quantised, and its config"):

@@ -292,6 +292,15 @@ def test_what_cannot_be_packed_stays_with_a_reason() -> None:
     assert "groups of 32 do not divide its 80 inputs" in str(model.hfopt)
 
 
+def test_a_format_that_fits_no_layer_is_refused() -> None:
+    model = llama()
+    with pytest.raises(InvalidInput, match=r"Int4.*q_proj: groups of 128 do not divide its 64 inputs"):
+        hfopt.optimize(model, quantization="int4")
+    assert not quantized_linears(model)
+    model = hfopt.optimize(llama(intermediate_size=80), quantization=Int4(group=32))
+    hfopt.optimize(model, quantization=Int4(group=32))  # there is nothing left to do
+
+
 def test_what_is_outside_the_decoder_stays() -> None:
     model = LlamaForSequenceClassification(llama().config).eval()
     hfopt.optimize(model, quantization="int8")

@@ -66,6 +66,18 @@ def test_from_pretrained_quantises_as_optimize_does_and_reads_what_was_saved(
         assert torch.equal(hfopt.optimize(again)(input_ids).logits, expected(input_ids).logits)
 
 
+def test_layers_that_a_format_does_not_fit(tmp_path, caplog):
+    model = llama(intermediate_size=80)
+    model.save_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=HfoptConfig(Int4(group=32))
+    )
+    assert "2 linear layers are not quantised, model.layers.0.mlp.down_proj among them" in caplog.text
+    assert same_tensors(loaded, hfopt.optimize(model, quantization=Int4(group=32)))
+    with pytest.raises(InvalidInput, match=r"Int4.* fits no layer"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HfoptConfig("int4"))
+
+
 def test_config_json_says_what_is_quantised(tmp_path):
     config = QuantizationConfig(Int4(group=32), head=None, skip=("*.up_proj",))
     model = hfopt.optimize(llama(), quantization=config)

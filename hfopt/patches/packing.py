@@ -13,7 +13,7 @@ from hfopt.patches.guards import DTYPES, has_own_forward
 from hfopt.patches.linear import Linear
 from hfopt.patches.quantized import QuantizedLinear, quantize_linear, unquantize_linear
 from hfopt.patches.replacement import Replacement, original_class, swap, unswap
-from hfopt.quantization import Format, QuantizationConfig, layout_of
+from hfopt.quantization import Format, QuantizationConfig, check_fits, misfit
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ class Quantized:
 class Packing:
     """What a config means for a model. left: Linears that stay as they are, and why.
 
-    Raises InvalidInput for weights that are not finite, and for a model that is quantised already, otherwise.
+    Raises InvalidInput for weights that are not finite, for a model that is quantised already, otherwise, and for formats
+    that fit no layer.
     """
 
     def __init__(self, model: nn.Module, config: QuantizationConfig) -> None:
         self.left: dict[str, str] = {}
         self._model = model
         self._planned: dict[str, tuple[Any, Format]] = {}
+        self._misfits: dict[str, tuple[Format, str]] = {}
         head, decoder = head_of(model), set(_decoder(model).modules())
         for path, module in model.named_modules():
             if module in decoder or module is head:
@@ -47,6 +49,8 @@ class Packing:
                     self._plan(path, module, config.format_of(path, is_head=module is head))
             elif isinstance(module, nn.Linear):
                 self.left[path] = "it is outside the decoder"
+        used = {each.format for each in model.modules() if isinstance(each, QuantizedLinear)}
+        check_fits(used.union(format for _, format in self._planned.values()), self._misfits)
 
     def _plan(self, path: str, module: Any, format: Format | str) -> None:
         if isinstance(module, QuantizedLinear):
@@ -57,14 +61,19 @@ class Packing:
                     "load the model again for another config"
                 )
             return
-        reason = format if isinstance(format, str) else _obstacle(self._model, path, module, format)
+        if isinstance(format, str):
+            self.left[path] = format
+            return
+        reason = _obstacle(self._model, path, module)
+        if reason is None and (reason := misfit(format, module.in_features)) is not None:
+            self._misfits[path] = format, reason
         if reason is not None:
             self.left[path] = reason
             return
         ends = torch.stack(module.weight.detach().aminmax())
         if not bool(ends.isfinite().all()):
             raise InvalidInput(f"{path}.weight must be finite to be quantised: it has NaN or Inf")
-        self._planned[path] = module, format  # type: ignore[assignment]
+        self._planned[path] = module, format
 
     def __len__(self) -> int:
         return len(self._planned)
@@ -104,7 +113,7 @@ def _decoder(model: nn.Module) -> nn.Module:
     return next((module.base_model for module in found), model)
 
 
-def _obstacle(model: nn.Module, path: str, module: nn.Linear, format: Format) -> str | None:
+def _obstacle(model: nn.Module, path: str, module: nn.Linear) -> str | None:
     """In words, why this Linear cannot be quantised; None if it can."""
     if original_class(module) is not nn.Linear:
         return f"it is a {type(module).__name__}"
@@ -115,10 +124,6 @@ def _obstacle(model: nn.Module, path: str, module: nn.Linear, format: Format) ->
     weight = module._parameters["weight"]
     if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
         return f"its weight is a {type(weight).__name__}, {getattr(weight, 'dtype', None)}"
-    try:
-        layout_of(format, module.out_features, module.in_features)
-    except InvalidInput:
-        return f"groups of {format.group} do not divide its {module.in_features} inputs"
     return None
 
 

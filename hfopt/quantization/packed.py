@@ -1,6 +1,6 @@
 """A packed matrix: what kernels read, what files hold."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,9 +66,26 @@ class Packed:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
 
+def misfit(format: "Format", in_features: int) -> str | None:
+    """In words, why a layer of so many inputs cannot have this format; None if it can."""
+    if format.group is None or in_features % format.group == 0:
+        return None
+    return f"groups of {format.group} do not divide its {in_features} inputs"
+
+
+def check_fits(used: Collection["Format"], misfits: Mapping[str, tuple["Format", str]]) -> None:
+    """Raises InvalidInput for a format that no layer of a model has got, because none of those it was for can have it.
+
+    misfits: format and reason by the path of the layer.
+    """
+    for path, (format, reason) in misfits.items():
+        if format not in used:
+            raise InvalidInput(f"quantization: {format} fits no layer that it is for ({path}: {reason})")
+
+
 def layout_of(format: "Format", out_features: int, in_features: int, *, ordered: bool = False) -> Layout:
     """Shape and dtype of every tensor of a packed matrix. Groups that do not divide in_features raise InvalidInput."""
-    if format.group is not None and in_features % format.group:
+    if misfit(format, in_features) is not None:
         raise InvalidInput(
             f"group must divide the number of inputs: {format} does not fit a matrix with {in_features} inputs"
         )
