@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -128,9 +129,19 @@ def _empty_model(
     except (ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModel(f"{source} is no causal language model of transformers ({reason})") from error
+    if dtype is torch.bfloat16:
+        _keep_in_float32(model)
     model.tie_weights()  # moving a parameter to `meta` has parted it from the other names it had
     model.config._name_or_path = source
     return model
+
+
+def _keep_in_float32(model: PreTrainedModel) -> None:
+    """What must not be bfloat16 by the model's class, as in `from_pretrained`."""
+    for pattern in model._keep_in_fp32_modules_strict or ():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if re.search(pattern.replace("*", ".*"), name) and tensor.is_floating_point():
+                tensor.data = tensor.data.float()
 
 
 def _load_generation_config(model: PreTrainedModel, source: str, hub: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 import hfopt
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
@@ -113,6 +113,19 @@ def test_dtypes(tmp_path, stored, caplog):
     for wrong in (torch.float16, "bfloat16"):
         with pytest.raises(InvalidInput, match="dtype = "):
             hfopt.load(tmp_path, dtype=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_class_keeps_in_float32(folder, monkeypatch, dtype):
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["lm_head"])
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["1.*norm", "mlp.up_proj"])
+    stock: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    loaded = hfopt.load(folder, dtype=dtype)
+    dtypes = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
+    assert dtypes == {name: tensor.dtype for name, tensor in stock.state_dict().items()}
+    assert dtypes["model.layers.1.input_layernorm.weight"] is torch.float32
+    assert dtypes["lm_head.weight"] is dtype
+    assert same_tensors(loaded, stock)
 
 
 def test_float16_weights_are_quantised_before_they_are_rounded(tmp_path):
