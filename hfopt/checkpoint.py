@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from hfopt._memory import forget_pages
+from hfopt.conversion import Parts
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -27,7 +28,7 @@ _OTHERS = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack")
 class Stored(NamedTuple):
     """What the header of a file says of a tensor."""
 
-    file: int
+    file: int  # -1: it is made of others
     shape: tuple[int, ...]
     dtype: str  # in safetensors' names: "BF16"
 
@@ -44,6 +45,7 @@ class Checkpoint:
         self.source = source
         files, index = _find(source, dict(hub))
         self._files = [_open(file) for file in files]
+        self._parts: dict[str, Parts] = {}
         self.tensors: dict[str, Stored] = {}
         for place, (file, opened) in enumerate(zip(files, self._files, strict=True)):
             for name in opened.keys():  # noqa: SIM118  it is no mapping
@@ -66,8 +68,50 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
+    def join(self, name: str, parts: Parts) -> None:
+        """Let there be a tensor that is made of others."""
+        first = self.tensors[parts.rows[0][0]]
+        headers = [[self.tensors[key][1:] for key in row] for row in parts.rows]
+        for row, keys in zip(headers, parts.rows, strict=True):
+            ends = {(shape[1:], dtype) for shape, dtype in row}
+            if row != headers[0] or ends != {(first.shape[1:], first.dtype)} or not first.shape:
+                raise CorruptCheckpoint(
+                    f"{self.source}: {name} is made of tensors that differ in shape or dtype, {keys} among them"
+                )
+        shape = (sum(shape[0] for shape, _ in headers[0]), *first.shape[1:])
+        self._parts[name] = parts
+        self.tensors[name] = Stored(-1, (len(headers), *shape) if parts.is_stacked else shape, first.dtype)
+
+    def is_joined(self, name: str) -> bool:
+        """Whether the tensor is made of others."""
+        return name in self._parts
+
+    def joined(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Such a tensor in memory of its own; raises CorruptCheckpoint for NaN and Inf."""
+        rows, is_stacked = self._parts[name]
+        out = torch.empty(self.tensors[name].shape, dtype=dtype)
+        for target, row in zip(out if is_stacked else [out], rows, strict=True):
+            first = 0
+            for key in row:
+                part = self.read(key)
+                self.check_finite(key, part)
+                target[first : first + len(part)] = part
+                first += len(part)
+                self.forget(part)
+        return out
+
+    def check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        """Raises CorruptCheckpoint for a tensor of this name that holds NaN or Inf."""
+        if not tensor.is_floating_point() or not tensor.numel():
+            return
+        # many times as fast as isfinite()
+        if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+            raise CorruptCheckpoint(f"{self.source}: tensor {name!r} holds NaN or Inf")
+
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in the pages of its file: no copy, and not to be written to."""
+        """The tensor in the pages of its file: no copy, and not to be written to. Made of others, it is a copy."""
+        if self.is_joined(name):
+            return self.joined(name, FLOATS[self.tensors[name].dtype])
         try:
             return self._files[self.tensors[name].file].get_tensor(name)
         except SafetensorError as error:

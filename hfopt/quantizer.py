@@ -104,18 +104,20 @@ class HfoptConfig(QuantizationConfigMixin):
 
         Raises InvalidInput for a format that fits no layer.
         """
-        inside = {*model.base_model.modules(), model.get_output_embeddings()}
+        head, decoder = model.get_output_embeddings(), set(model.base_model.modules())
         formats: dict[str, Format] = {}
         left: dict[str, str] = {}
         misfits: dict[str, tuple[Format, str]] = {}
-        for path, format in self.formats_of(model).items():
-            linear: Any = model.get_submodule(path)
-            if path in done:
+        for path, linear in model.named_modules():
+            if not isinstance(linear, nn.Linear) or path in done:
                 continue
-            if linear not in inside:
+            format = self.format_of(path, is_head=linear is head)
+            if linear is not head and linear not in decoder:
                 left[path] = "it is outside the decoder"
             elif isinstance(format, str):
                 left[path] = format
+            elif type(linear) is not nn.Linear:
+                left[path] = f"it is a {type(linear).__name__}"
             elif (reason := misfit(format, linear.in_features)) is not None:
                 left[path] = reason
                 misfits[path] = format, reason

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from hfopt.checkpoint import FLOATS, Checkpoint
-from hfopt.errors import CorruptCheckpoint, InvalidInput
+from hfopt.conversion import Matching
+from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.patches.quantized import PREFIX, quantize_linear
 from hfopt.quantization import Format, Packed, layout_of, misfit, packed_from
 from hfopt.quantization.checkpoints import read_linear
@@ -47,7 +48,11 @@ class Weights:
         self.model, self.checkpoint, self.dtype, self.stored = model, checkpoint, dtype, stored
         self.linears = linears_of(model)
         self.names = dict(model.state_dict(keep_vars=True))
-        self.keys, unexpected = self._match()
+        matching = Matching(model, self._has_place)
+        self.keys, parts, unexpected = matching.places(checkpoint)
+        for name, each in parts.items():
+            checkpoint.join(name, each)
+            self.keys[name] = name
         # what is stored of a linear layer beside its bias: the names behind its path, and their keys
         self.parts: dict[str, dict[str, str]] = {path: {} for path in self.linears}
         for name, key in self.keys.items():
@@ -57,23 +62,12 @@ class Weights:
         self.tied = self._tied()
         self.left: dict[str, str] = {}  # why layers of floats are not quantised
         self.packers = self._packers(wanted)
-        self._check_unexpected(unexpected)
+        self._check_unexpected(unexpected, matching)
         self._check_plain()
 
-    def _match(self) -> tuple[dict[str, str], list[str]]:
-        """The keys of the checkpoint by the names that tensors have in the model, and those that have no place there."""
-        prefix = self.model.base_model_prefix + "."
-        keys: dict[str, str] = {}
-        unexpected = []
-        for key in self.checkpoint:
-            for name in (key, prefix + key, key.removeprefix(prefix)):
-                path, _, part = name.rpartition(".")
-                if name in self.names or (path in self.linears and part != "bias"):
-                    keys[name] = key
-                    break
-            else:
-                unexpected.append(key)
-        return keys, unexpected
+    def _has_place(self, name: str) -> bool:
+        path, _, part = name.rpartition(".")
+        return name in self.names or (path in self.linears and part != "bias")
 
     def _tied(self) -> dict[str, list[str]]:
         """For every name in the model, the keys of all names of the same parameter; its own comes first."""
@@ -147,7 +141,7 @@ class Weights:
         if missing:
             raise self._corrupt(f"it lacks {len(missing)} tensors, {missing[0]!r} among them")
 
-    def _check_unexpected(self, keys: Iterable[str]) -> None:
+    def _check_unexpected(self, keys: Iterable[str], matching: Matching) -> None:
         ignored = (*(self.model._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED)
         keys = [key for key in keys if not any(re.search(pattern, key) for pattern in ignored)]
         keys += [
@@ -159,6 +153,12 @@ class Weights:
         ]
         # the tools of GPTQ write biases of zeros to layers that have none
         keys = [key for key in keys if not (key.endswith(".bias") and self._is_zero(key))]
+        for key in keys:
+            path, _, part = key.rpartition(".")
+            if part != "weight" and matching.is_converted(f"{path}.weight"):
+                raise UnsupportedModel(
+                    f"{self.checkpoint.source}: {key!r} belongs to a quantised expert; hfopt.load reads experts of floats"
+                )
         if keys:
             raise self._corrupt(
                 f"it holds {len(keys)} tensors that the model of its config.json has no place for, "
@@ -177,8 +177,7 @@ class Weights:
         linear, tensors = self.linears[path], {}
         for part, key in self.parts[path].items():
             tensor = self.checkpoint.read(key)
-            if tensor.is_floating_point():
-                self._check_finite(key, tensor)
+            self.checkpoint.check_finite(key, tensor)
             tensors[part.removeprefix(PREFIX)] = aligned(tensor)
         return packed_from(format, linear.out_features, linear.in_features, tensors)
 
@@ -252,24 +251,19 @@ class Weights:
 
     def _read(self, key: str, dtype: torch.dtype) -> torch.Tensor:
         """A tensor as it is stored, in the pages of its file, or a copy of another dtype."""
+        if self.checkpoint.is_joined(key):
+            return self.checkpoint.joined(key, dtype)
         stored = self.checkpoint.read(key)
         if stored.dtype == dtype:
-            self._check_finite(key, stored)
+            self.checkpoint.check_finite(key, stored)
             return stored
         out = torch.empty(stored.shape, dtype=dtype)
         pairs = zip(stored.view(-1).split(SLICE // 8), out.view(-1).split(SLICE // 8), strict=True)
         for source, target in pairs:
             target.copy_(source)
-            self._check_finite(key, target)
+            self.checkpoint.check_finite(key, target)
             self.checkpoint.forget(source)
         return out
-
-    def _check_finite(self, key: str, tensor: torch.Tensor) -> None:
-        if not tensor.is_floating_point() or not tensor.numel():
-            return
-        # many times as fast as isfinite()
-        if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
-            raise self._corrupt(f"tensor {key!r} holds NaN or Inf")
 
 
 def _join(path: str, name: str) -> str:

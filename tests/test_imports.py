@@ -41,9 +41,10 @@ ALLOWED = {
         "progress",
     },
     "warmup": {"functional", "optimize", "progress", "quantization"},
-    "checkpoint": {"errors", "_memory"},
+    "conversion": {"errors"},
+    "checkpoint": {"errors", "_memory", "conversion"},
     "quantizer": {"errors", "quantization", "patches", "_memory"},
-    "weights": {"errors", "checkpoint", "quantization", "quantizer", "patches"},
+    "weights": {"errors", "checkpoint", "conversion", "quantization", "quantizer", "patches"},
     "load": {"errors", "checkpoint", "quantization", "quantizer", "weights", "optimize"},
     "save": {"errors", "quantizer"},
     "__init__": {
