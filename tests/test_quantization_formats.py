@@ -15,6 +15,7 @@ from hfopt.quantization import (
     FORMATS,
     NF4,
     Format,
+    InputStatistics,
     Int4,
     Int8,
     Packed,
@@ -36,6 +37,11 @@ every_format = pytest.mark.parametrize("format", ALL, ids=str)
 
 def random(rows: int, inputs: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+def independent(importance: torch.Tensor) -> InputStatistics:
+    """Inputs with these mean squares, and no products known."""
+    return InputStatistics.of(importance[:, None, None], 1)
 
 
 def inputs_for(format: Format) -> int:
@@ -147,14 +153,15 @@ def test_bfloat16_and_float16_are_taken_as_they_are(format):
 
 
 @every_format
-@pytest.mark.parametrize("importance", [False, True])
-def test_slices_change_nothing(format, importance, monkeypatch):
+@pytest.mark.parametrize("is_calibrated", [False, True])
+def test_slices_change_nothing(format, is_calibrated, monkeypatch):
     weight = random(70, inputs_for(format))
-    weights = random(1, inputs_for(format))[0].square() if importance else None
-    whole = format.pack(weight, weights)
+    seen = independent(random(1, inputs_for(format))[0].square()) if is_calibrated else None
+    whole = format.pack(weight, seen)
     values = format.unpack(whole)
     monkeypatch.setattr(format_module, "SLICE", 33 * inputs_for(format))
-    for name, tensor in format.pack(weight, weights).tensors().items():
+    monkeypatch.setattr(format_module, "FEEDBACK_SLICE", 33 * inputs_for(format))
+    for name, tensor in format.pack(weight, seen).tensors().items():
         assert torch.equal(tensor, whole.tensors()[name]), name
     assert torch.equal(format.unpack(whole), values)
 
@@ -270,21 +277,23 @@ def test_importance_moves_the_error_to_where_it_costs_least(format):
     weight = random(64, 256)
     importance = torch.rand(256, generator=torch.Generator().manual_seed(5)).pow(8)
     importance[::7] = 0
-    plainly, weighted = format.unpack(format.pack(weight)), format.unpack(format.pack(weight, importance))
+    plainly = format.unpack(format.pack(weight))
+    weighted = format.unpack(format.pack(weight, independent(importance)))
     error = ((plainly - weight).square() * importance).sum()
     assert ((weighted - weight).square() * importance).sum() < 0.999 * error
     assert (weighted - weight).square().sum() > (plainly - weight).square().sum()
     # a common factor changes nothing, and neither do equal ones
-    assert torch.equal(format.unpack(format.pack(weight, 2.0**-70 * importance)), weighted)
-    equal = format.unpack(format.pack(weight, torch.full((256,), 3.0)))
+    assert torch.equal(format.unpack(format.pack(weight, independent(2.0**-70 * importance))), weighted)
+    equal = format.unpack(format.pack(weight, independent(torch.full((256,), 3.0))))
     assert (equal == plainly).float().mean() > 0.999
 
 
 def test_no_importance_at_all_is_finite():
     weight = random(4, 64)
     for format in (Int8(group=32), Int4(group=32, symmetric=False), NF4(group=32)):
-        unpacked = format.unpack(format.pack(weight, torch.zeros(64)))
-        assert (unpacked - weight).abs().amax() < 0.7
+        for nothing in (independent(torch.zeros(64)), InputStatistics.of(torch.zeros(1, 64, 64), 9)):
+            unpacked = format.unpack(format.pack(weight, nothing))
+            assert (unpacked - weight).abs().amax() < 0.7
 
 
 @every_format
@@ -355,15 +364,9 @@ def test_other_bad_weights_are_refused():
             format.pack(torch.zeros(4, 96))
 
 
-def test_bad_importance_is_refused():
-    weight = random(4, 64)
-    with pytest.raises(InvalidInput, match=r"shape \[64\], one number for each input, got \[4\]"):
-        Int8().pack(weight, torch.ones(4))
-    for value in (-1.0, float("nan"), float("inf")):
-        importance = torch.ones(64)
-        importance[3] = value
-        with pytest.raises(InvalidInput, match="importance must be finite and not negative"):
-            Int8().pack(weight, importance)
+def test_statistics_of_other_inputs_are_refused():
+    with pytest.raises(InvalidInput, match="inputs describes 32 inputs: 64 are needed"):
+        Int8().pack(random(4, 64), independent(torch.ones(32)))
 
 
 @every_format

@@ -1,6 +1,7 @@
 """Formats of quantised weights: their configs, their arithmetic, and the layout that kernels read."""
 
 from hfopt.quantization.config import QuantizationConfig, config_of
+from hfopt.quantization.feedback import InputStatistics, block_inputs
 from hfopt.quantization.format import FORMATS, Format, from_dict, register, resolve
 from hfopt.quantization.int4 import Int4
 from hfopt.quantization.int8 import Int8
@@ -11,10 +12,12 @@ __all__ = [
     "FORMATS",
     "NF4",
     "Format",
+    "InputStatistics",
     "Int4",
     "Int8",
     "Packed",
     "QuantizationConfig",
+    "block_inputs",
     "check_fits",
     "config_of",
     "from_dict",

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from hfopt.errors import InvalidInput, UnsupportedDevice
+from hfopt.quantization.feedback import InputStatistics, compensate
 from hfopt.quantization.layout import (
     BLOCK,
     blocks_to_codes,
@@ -29,6 +30,8 @@ COMPUTE = ("int8", "float")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Weights that are quantised at once. With fewer, calls cost more than arithmetic; with more, the caches are too small.
 SLICE = 1 << 19
+# The same where they are rounded one column after the other
+FEEDBACK_SLICE = 1 << 22
 # A row without a larger weight becomes zeros: its scales would lose their precision.
 TINY = 2.0**-100
 
@@ -87,54 +90,47 @@ class Format(ABC):
     def decode(self, codes: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         """float32 values of uint8 codes, in units of the scale."""
 
-    def pack(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> Packed:
+    def pack(self, weight: torch.Tensor, inputs: InputStatistics | None = None) -> Packed:
         """Quantise a matrix [out, in] of float32, bfloat16 or float16.
 
-        importance: a non-negative weight for the squared error of every input [in] (the mean square of its
-        activations), or None. A group that does not divide the inputs, NaN and Inf raise InvalidInput.
+        inputs: what calibration has seen of the inputs, to make the error of the outputs small; None: that of the
+        weights. A group that does not divide the inputs, NaN and Inf raise InvalidInput.
         """
         check_weight(weight)
         out_features, in_features = weight.shape
         layout = layout_of(self, out_features, in_features)
-        shares = None if importance is None else self._shares(importance, in_features)
+        if inputs is not None and len(inputs.mean_squares) != in_features:
+            raise InvalidInput(
+                f"inputs describes {len(inputs.mean_squares)} inputs: {in_features} are needed"
+            )
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
-        step = max(SLICE // in_features // BLOCK, 1) * BLOCK
+        step = max((SLICE if inputs is None else FEEDBACK_SLICE) // in_features // BLOCK, 1) * BLOCK
         for first in range(0, out_features, step):
             rows = weight[first : first + step].detach().float()
             magnitude = torch.maximum(rows.amax(1), -rows.amin(1))
             if not (finite := magnitude.isfinite()).all():
                 raise InvalidInput(f"weight must be finite; row {first + int((~finite).nonzero()[0])} is not")
             blocks = slice(first // BLOCK, ceil_div(first + len(rows), BLOCK))
-            for name, values in self._pack_rows(rows, magnitude, shares).items():
+            for name, values in self._pack_rows(rows, magnitude, inputs).items():
                 tensors[name][blocks] = values
         return Packed(self, out_features, in_features, **tensors)
 
-    def _shares(self, importance: torch.Tensor, in_features: int) -> torch.Tensor:
-        """The importance of every input against the largest, [n_groups, group]."""
-        if importance.shape != (in_features,):
-            raise InvalidInput(
-                f"importance must have shape [{in_features}], one number for each input, got {list(importance.shape)}"
-            )
-        importance = importance.detach().float()
-        largest = importance.max()
-        if not (largest.isfinite() and (importance >= 0).all()):
-            raise InvalidInput("importance must be finite and not negative")
-        return (importance * reciprocal(largest)).view(-1, self.group or in_features)
-
     def _pack_rows(
-        self, rows: torch.Tensor, magnitude: torch.Tensor, importance: torch.Tensor | None
+        self, rows: torch.Tensor, magnitude: torch.Tensor, inputs: InputStatistics | None
     ) -> dict[str, torch.Tensor]:
         power = magnitude / (2 * torch.frexp(magnitude).mantissa)  # of two, so that dividing by it is exact
         power = torch.where(magnitude < TINY, 0, power)
         groups = (
             (rows * reciprocal(power)[:, None]).contiguous().view(len(rows), -1, self.group or rows.shape[1])
         )
+        importance = None if inputs is None else _shares(inputs.mean_squares).view(groups.shape[1:])
         scale, zero = search(groups, self.candidates(groups), self.nearest, importance)
         peak = scale.abs().amax(1, keepdim=True) if self.group else scale
         relative = (scale * reciprocal(peak)).half()
-        codes = self.encode(
-            divide(groups, reciprocal(relative.float() * peak), zero, out=torch.empty_like(groups))
-        )
+        scale = relative.float() * peak
+        if inputs is not None:
+            groups = compensate(groups, scale, zero, self.nearest, inputs)
+        codes = self.encode(divide(groups, reciprocal(scale), zero, out=torch.empty_like(groups)))
         return arrange(
             self,
             codes.view(rows.shape),
@@ -164,6 +160,11 @@ class Format(ABC):
             else:
                 rows[:, packed.order.long()] = values.view(rows.shape)
         return out
+
+
+def _shares(mean_squares: torch.Tensor) -> torch.Tensor:
+    """Of the largest, so that sums of them neither overflow nor vanish."""
+    return mean_squares * reciprocal(mean_squares.max())
 
 
 def check_weight(weight: torch.Tensor) -> None:
