@@ -14,9 +14,11 @@ import accelerate
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from hfopt.calibration import Calibration, Calibrator
 from hfopt.checkpoint import FLOATS, Checkpoint
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.optimize import optimize
+from hfopt.progress import progress
 from hfopt.quantization.checkpoints import READERS
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     quantization: str | Format | QuantizationConfig | Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """A causal language model from safetensors, optimised; beside the result it takes less than 1 GB of memory.
@@ -44,6 +47,8 @@ def load(
         dtype: float32 or bfloat16, of what is not quantised. None: that of the checkpoint, but bfloat16 for float16.
         quantization: what to turn linear layers into that the checkpoint holds as floats, while they are read: a format or
             its name ("int8", "int4", "nf4"), or a config that says so for parts of the model. None: nothing.
+        calibration: as for `hfopt.optimize`. The model that has been quantised without it reads the texts, and then the
+            checkpoint is read a second time.
         kwargs: revision, token, cache_dir, subfolder, local_files_only, force_download and proxies, of the Hub;
             attn_implementation and trust_remote_code.
 
@@ -71,10 +76,20 @@ def load(
     dtype = dtype or _dtype_of(source, config, checkpoint)
     model = _empty_model(source, config, dtype, trust | {n: kwargs[n] for n in _MODEL[:1] if n in kwargs})
     weights = Weights(model, checkpoint, dtype, stored, wanted)
+    calibrator = None
+    if calibration is not None:
+        if not weights.quantised:
+            raise InvalidInput("calibration is for quantization, and nothing is to be quantised")
+        calibrator = Calibrator(model, calibration, **hub, **trust)
     weights.fill()
     _load_generation_config(model, source, hub)
     declare(model)
     optimize(model.eval())
+    if calibrator is not None:
+        batches = calibrator.measure({path: weights.linears[path] for path in weights.quantised})
+        packed = (path for batch in batches for path in weights.quantise_again(batch))
+        for _ in progress(packed, "hfopt quantises weights", len(weights.quantised)):
+            pass
     report: Any = model.hfopt
     model.__dict__["hfopt"] = replace(report, left=weights.left)
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfopt import env, generation
+from hfopt.calibration import Calibration, Calibrator
 from hfopt.errors import InvalidInput, UnsupportedDevice, UnsupportedModel
 from hfopt.progress import compile_progress, progress
-from hfopt.quantization import Format, QuantizationConfig, config_of
+from hfopt.quantization import Format, InputStatistics, QuantizationConfig, config_of
 from hfopt.quantizer import declare
 from hfopt.report import Report
 
@@ -36,6 +37,7 @@ def optimize(
     kernels: Literal["auto", "hfopt", "torch"] = "auto",
     quantization: str | Mapping[str, Any] | Format | QuantizationConfig | None = None,
     keep_original: bool = False,
+    calibration: Calibration | None = None,
 ) -> Model:
     """Make a model generate faster on the CPU, in place; it is returned, with its report as `model.hfopt`.
 
@@ -49,6 +51,9 @@ def optimize(
         quantization: a format for the weights of Linears ("int8", "int4", "nf4", or one from `hfopt.quantization`), or a
             `QuantizationConfig` that also says what becomes of the head. Each float weight is freed as soon as it is packed.
         keep_original: the float weights stay in memory, so that `restore` can bring them back.
+        calibration: texts like those that the model is for, which it reads so that weights are rounded with regard to the
+            inputs that they meet: a list of strings, for the tokenizer in the model's own folder, or of token ids (lists or
+            tensors). Longer ones than 512 tokens are cut into pieces.
 
     Without `quantization` no weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
     Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory) and UnsupportedModel; no class has
@@ -64,6 +69,9 @@ def optimize(
         _check(model, dtype)
         check_kernels("kernels", kernels)
         config = None if quantization is None else config_of(quantization)
+        if calibration is not None and config is None:
+            raise InvalidInput("calibration is for quantization, which is None")
+        calibrator = None if calibration is None else Calibrator(model, calibration)
         if dtype is not None:
             _convert(model, dtype)
         packing = None if config is None else Packing(model, config)
@@ -76,15 +84,18 @@ def optimize(
         generator = generation.generator_of(model)
         if generator is not None:
             generation.install(generator, Programs(kernels))
+        batches: Iterable[Mapping[str, InputStatistics | None]] = ()
+        if packing is not None:
+            linears = packing.linears
+            batches = [dict.fromkeys(linears)] if calibrator is None else calibrator.measure(linears)
     except BaseException:
         walk.undo()
         raise
     walk.use(kernels)
     if packing is not None:
         # last, because there is no way back from here
-        for _ in progress(
-            packing.apply(keep_original=keep_original), "hfopt quantises weights", len(packing)
-        ):
+        packed = (path for batch in batches for path in packing.apply(batch, keep_original=keep_original))
+        for _ in progress(packed, "hfopt quantises weights", len(packing)):
             pass
         if generator is not None:
             declare(generator)

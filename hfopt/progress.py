@@ -43,6 +43,6 @@ def compile_progress() -> Iterator[None]:
             bar.close()
 
 
-def progress(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
+def progress(items: Iterable[Item], description: str, total: int, unit: str = "weights") -> Iterator[Item]:
     """The items, with such a bar on standard error if they take longer than a moment."""
-    yield from tqdm(items, desc=description, total=total, unit=" weights", delay=0.5)
+    yield from tqdm(items, desc=description, total=total, unit=f" {unit}", delay=0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from hfopt.checkpoint import FLOATS, Checkpoint
 from hfopt.conversion import Matching
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.patches.quantized import PREFIX, quantize_linear
-from hfopt.quantization import Format, Packed, layout_of, misfit, packed_from
+from hfopt.quantization import Format, InputStatistics, Packed, layout_of, misfit, packed_from
 from hfopt.quantization.checkpoints import read_linear
 from hfopt.quantization.layout import BLOCK
 from hfopt.quantizer import DTYPE_NAMES, HfoptConfig, aligned, linears_of
@@ -61,6 +61,7 @@ class Weights:
                 self.parts[path][part] = key
         self.tied = self._tied()
         self.left: dict[str, str] = {}  # why layers of floats are not quantised
+        self.quantised: dict[str, Format] = {}  # what becomes of layers of floats
         self.packers = self._packers(wanted)
         self._check_unexpected(unexpected, matching)
         self._check_plain()
@@ -95,8 +96,8 @@ class Weights:
         if wanted is not None:
             # whatever it is that stands for their weights
             done = {path for path, parts in self.parts.items() if parts.keys() - {"weight"}}
-            formats, self.left = wanted.plan(self.model, done)
-            packers |= {path: partial(self._quantise, path, format) for path, format in formats.items()}
+            self.quantised, self.left = wanted.plan(self.model, done)
+            packers |= {path: partial(self._quantise, path) for path in self.quantised}
         return packers
 
     # ---- before anything is read -----------------------------------------------------------------------------
@@ -188,20 +189,26 @@ class Weights:
             self.checkpoint.forget(tensor)
         return packed
 
-    def _quantise(self, path: str, format: Format) -> Packed:
-        linear = self.linears[path]
-        weight = self.checkpoint.read(self.tied[f"{path}.weight"][0])
+    def _quantise(self, path: str) -> Packed:
+        linear, format = self.linears[path], self.quantised[path]
         layout = layout_of(format, linear.out_features, linear.in_features)
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+        self._pack_into(tensors, path, None)
+        return Packed(format, linear.out_features, linear.in_features, **tensors)
+
+    def _pack_into(
+        self, tensors: Mapping[str, torch.Tensor], path: str, inputs: InputStatistics | None
+    ) -> None:
+        """Quantise the float weight of a layer; what the tensors held is lost."""
+        weight = self.checkpoint.read(self.tied[f"{path}.weight"][0])
         # of a large float matrix, only some rows are in memory at a time
         n_rows = max(SLICE // (weight.nbytes // len(weight)) // BLOCK, 1) * BLOCK
         for first in range(0, len(weight), n_rows):
             rows = weight[first : first + n_rows]
             blocks = slice(first // BLOCK, -(-(first + len(rows)) // BLOCK))
-            for name, values in format.pack(rows).tensors().items():
+            for name, values in self.quantised[path].pack(rows, inputs).tensors().items():
                 tensors[name][blocks] = values
             self.checkpoint.forget(rows)
-        return Packed(format, linear.out_features, linear.in_features, **tensors)
 
     # ---- filling ---------------------------------------------------------------------------------------------
 
@@ -218,6 +225,13 @@ class Weights:
                 for name in names:
                     self._place(path, module, name, filled)
                     bar.update()
+
+    def quantise_again(self, inputs: Mapping[str, InputStatistics | None]) -> Iterator[str]:
+        """Replace what `fill` has quantised without knowing the inputs, in place; gives the names of layers."""
+        for path, known in inputs.items():
+            yield path
+            linear: Any = self.linears[path]  # a QuantizedLinear by now
+            self._pack_into(linear.packed.tensors(), path, known)
 
     def _own(self, path: str, module: nn.Module) -> list[str]:
         tensors = (*module._parameters, *module._buffers)

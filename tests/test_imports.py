@@ -29,8 +29,10 @@ ALLOWED = {
     "progress": {"kernels"},
     "generation": {"errors", "functional", "cache", "progress"},
     "report": {"errors", "env", "functional", "patches", "generation", "progress"},
+    "calibration": {"errors", "quantization", "progress"},
     "optimize": {
         "errors",
+        "calibration",
         "env",
         "functional",
         "patches",
@@ -45,7 +47,16 @@ ALLOWED = {
     "checkpoint": {"errors", "_memory", "conversion"},
     "quantizer": {"errors", "quantization", "patches", "_memory"},
     "weights": {"errors", "checkpoint", "conversion", "quantization", "quantizer", "patches"},
-    "load": {"errors", "checkpoint", "quantization", "quantizer", "weights", "optimize"},
+    "load": {
+        "errors",
+        "calibration",
+        "checkpoint",
+        "quantization",
+        "quantizer",
+        "weights",
+        "optimize",
+        "progress",
+    },
     "save": {"errors", "quantizer"},
     "__init__": {
         "errors",

@@ -18,7 +18,7 @@ from hfopt import limits
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.patches.decoder import build
 from hfopt.patches.quantized import BUFFERS, QuantizedLinear, empty_linear, quantize_linear
-from hfopt.quantization import NF4, Format, Int4, Int8, Packed, QuantizationConfig
+from hfopt.quantization import NF4, Format, InputStatistics, Int4, Int8, Packed, QuantizationConfig
 from tests.generation_cases import FAMILIES, Doubled, Model, assert_same, llama, one_thread, prompts
 from tests.reference import DTYPES
 from tests.step_cases import MODES as STEP_MODES
@@ -410,9 +410,10 @@ def test_restore_of_kept_weights_leaves_nothing_behind(tied: bool) -> None:
 # ---- memory --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_calibrated", [False, True])
 @pytest.mark.parametrize("is_optimized", [False, True])
 def test_each_weight_is_freed_before_the_next_is_packed(
-    is_optimized: bool, monkeypatch: pytest.MonkeyPatch
+    is_optimized: bool, is_calibrated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = llama()
     if is_optimized:
@@ -423,16 +424,16 @@ def test_each_weight_is_freed_before_the_next_is_packed(
     ]
     alive = []
 
-    def pack(self: Format, weight: Tensor, importance: Tensor | None = None) -> Packed:
+    def pack(self: Format, weight: Tensor, inputs: InputStatistics | None = None) -> Packed:
         alive.append(sum(ref() is not None for ref in weights))
-        return original(self, weight, importance)
+        return original(self, weight, inputs)
 
     original = Format.pack
     monkeypatch.setattr(Format, "pack", pack)
     gc.collect()
     gc.disable()
     try:
-        hfopt.optimize(model, quantization="int8")
+        hfopt.optimize(model, quantization="int8", calibration=[[1, 2, 3]] if is_calibrated else None)
     finally:
         gc.enable()
     assert alive == list(range(len(weights), 0, -1))

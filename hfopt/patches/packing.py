@@ -1,6 +1,6 @@
 """Which Linears of a model get packed weights, and how that is done: one after the other, in place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from hfopt.patches.guards import DTYPES, has_own_forward
 from hfopt.patches.linear import Linear
 from hfopt.patches.quantized import QuantizedLinear, quantize_linear, unquantize_linear
 from hfopt.patches.replacement import Replacement, original_class, swap, unswap
-from hfopt.quantization import Format, QuantizationConfig, check_fits, misfit
+from hfopt.quantization import Format, InputStatistics, QuantizationConfig, check_fits, misfit
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,24 @@ class Packing:
     def __len__(self) -> int:
         return len(self._planned)
 
-    def apply(self, *, keep_original: bool) -> Iterator[str]:
+    @property
+    def linears(self) -> dict[str, nn.Module]:
+        """What is to be packed, by paths."""
+        return {path: module for path, (module, _) in self._planned.items()}
+
+    def apply(self, inputs: Mapping[str, InputStatistics | None], *, keep_original: bool) -> Iterator[str]:
         """Packs one weight after the other, whose path is given before; each float weight is freed as soon as it is packed.
 
+        inputs: the paths, and what is known of the inputs there.
         Nothing else may hold the weights, records of earlier calls for example.
         """
         for module in self._model.modules():
             if isinstance(module, Replacement):
                 module._hfopt.weights.clear()
-        for path, (module, format) in self._planned.items():
+        for path, known in inputs.items():
             yield path
-            packed = format.pack(module.weight)
+            module, format = self._planned[path]
+            packed = format.pack(module.weight, known)
             record = module.__dict__.get("_hfopt")
             if record is not None:
                 unswap(module)
