@@ -209,6 +209,18 @@ def test_an_optimised_model_that_is_too_far_away_is_an_error(
     assert "allowed" not in capsys.readouterr().out
 
 
+def test_calibrated_forms_stand_beside_the_others(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Return a list of the files in the folder. Raise an exception if there are none.\n" * 5)
+    arguments = ["--text", text, "--by-token", 0, "--quantization", "int4", "--calibration", other]
+    _, plain, calibrated = accuracy_json(capsys, *arguments)
+    assert (plain["form"], calibrated["form"]) == ("int4", "int4, calibrated")
+    assert calibrated["divergence"] != plain["divergence"]
+    assert calibrated["is_calibrated"] and not plain["is_calibrated"]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -224,9 +236,10 @@ def test_a_text_that_is_none_is_named(
     file = tmp_path / "text.txt"
     if content is not None:
         file.write_bytes(content)
-    assert main(["accuracy", "--text", str(file)]) == 2
-    error = capsys.readouterr().err
-    assert str(file) in error and words in error
+    for flag in ("--text", "--calibration"):
+        assert main(["accuracy", flag, str(file)]) == 2
+        error = capsys.readouterr().err
+        assert f"{flag}={file}" in error.replace("\n", "") and words in error
 
 
 @pytest.mark.parametrize(
@@ -250,9 +263,10 @@ def test_wrong_arguments_get_one_line(
 
 
 def test_random_weights_read_no_text(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["accuracy", "--random-weights", "llama-160m", "--text", str(text)]) == 2
-    assert "--text needs a tokenizer" in capsys.readouterr().err
+    for flag in ("--text", "--calibration"):
+        assert main(["accuracy", "--random-weights", "llama-160m", flag, str(text)]) == 2
+        assert "need a tokenizer" in capsys.readouterr().err
 
 
 def test_the_default_text_is_held_out() -> None:
-    assert accuracy.read_text(accuracy.heldout()).startswith("Read 'size' bytes")
+    assert accuracy.read_text("--text", accuracy.heldout()).startswith("Read 'size' bytes")

@@ -34,11 +34,12 @@ _LIMIT = 1.5
 
 @dataclass(frozen=True)
 class Form:
-    """A way to hold and run the model. quantization: what `hfopt.optimize` takes."""
+    """A way to hold and run the model. quantization, calibration: what `hfopt.optimize` takes."""
 
     name: str
     is_optimized: bool = True
     quantization: Any = None
+    calibration: list[str] | None = None
 
     @property
     def is_judged(self) -> bool:
@@ -99,6 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"'{_NOT_QUANTISED}'; may be repeated (default: {', '.join(_FORMS)})",
     )
     parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="every format once more, with its weights rounded for a text that is none of the held-out ones",
+    )
+    parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="figures as JSON to FILE, or instead of the text"
     )
 
@@ -106,9 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code."""
     forms = _forms(args)
-    if args.random_weights is not None and args.text is not None:
-        raise InvalidInput("--text needs a tokenizer, and random weights have none: use --tokens")
-    text = None if args.random_weights is not None else read_text(args.text or heldout())
+    text = None if args.random_weights is not None else read_text("--text", args.text or heldout())
     reference, tokenizer = load_model(_in_float32(args))
     readings = _readings(args, reference, _token_ids(args, reference, tokenizer, text))
     total = len(forms) * sum(len(reading.windows) for reading in readings)
@@ -134,6 +138,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _forms(args: argparse.Namespace) -> list[Form]:
     """Stock, unless it is the reference itself, and what the flags name."""
+    if args.random_weights is not None and (args.text or args.calibration):
+        raise InvalidInput(
+            "--text and --calibration need a tokenizer, and random weights have none: use --tokens"
+        )
+    calibration = None if args.calibration is None else [read_text("--calibration", args.calibration)]
     forms = [] if args.dtype == "float32" else [Form(f"stock {args.dtype}", is_optimized=False)]
     for text in args.quantization or _FORMS:
         if text == _NOT_QUANTISED:
@@ -147,6 +156,8 @@ def _forms(args: argparse.Namespace) -> list[Form]:
                 raise InvalidInput(f"--quantization={text} is not JSON ({error})") from error
         hfopt.HfoptConfig.of(quantization)  # before anything is loaded
         forms.append(Form(text, quantization=quantization))
+        if calibration is not None:
+            forms.append(Form(f"{text}, calibrated", quantization=quantization, calibration=calibration))
     return forms
 
 
@@ -155,16 +166,16 @@ def heldout() -> str:
     return str(Path(hfopt.embedded_model(), "heldout.txt"))
 
 
-def read_text(file: str) -> str:
-    """The text of a file; raises `InvalidInput` where there is none."""
+def read_text(flag: str, file: str) -> str:
+    """The text of a file that a flag names; raises `InvalidInput` where there is none."""
     try:
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
-        raise InvalidInput(f"--text={file} cannot be read ({error.strerror})") from error
+        raise InvalidInput(f"{flag}={file} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise InvalidInput(f"--text={file} is not a text in UTF-8 ({error.reason})") from error
+        raise InvalidInput(f"{flag}={file} is not a text in UTF-8 ({error.reason})") from error
     if not text.strip():
-        raise InvalidInput(f"--text={file} is empty")
+        raise InvalidInput(f"{flag}={file} is empty")
     return text
 
 
@@ -210,7 +221,9 @@ def _windows(ids: torch.Tensor, length: int) -> list[tuple[torch.Tensor, torch.T
 
 def _make(args: argparse.Namespace, form: Form) -> PreTrainedModel:
     model, _ = load_model(args)
-    return hfopt.optimize(model, quantization=form.quantization) if form.is_optimized else model
+    if not form.is_optimized:
+        return model
+    return hfopt.optimize(model, quantization=form.quantization, calibration=form.calibration)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -293,6 +306,7 @@ def _figures(args: argparse.Namespace, lines: list[Line], worst: float | None) -
             {
                 "form": line.form.name,
                 "quantization": line.form.quantization,
+                "is_calibrated": line.form.calibration is not None,
                 "by_token": line.reading.by_token,
                 "tokens": line.reading.n_tokens,
                 **line.figures._asdict(),
