@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,15 +44,8 @@ class Checkpoint:
     def __init__(self, source: str, hub: Mapping[str, Any]) -> None:
         self.source = source
         files, index = _find(source, dict(hub))
-        self._files = [_open(file) for file in files]
+        self._files, self.tensors = open_files(files)
         self._parts: dict[str, Parts] = {}
-        self.tensors: dict[str, Stored] = {}
-        for place, (file, opened) in enumerate(zip(files, self._files, strict=True)):
-            for name in opened.keys():  # noqa: SIM118  it is no mapping
-                if name in self.tensors:
-                    raise CorruptCheckpoint(f"{source} holds tensor {name!r} twice, once in {file.name}")
-                header = opened.get_slice(name)
-                self.tensors[name] = Stored(place, tuple(header.get_shape()), header.get_dtype())
         for name, file_name in index.items():
             if name not in self.tensors or files[self.tensors[name].file].name != file_name:
                 raise CorruptCheckpoint(
@@ -94,19 +87,11 @@ class Checkpoint:
             first = 0
             for key in row:
                 part = self.read(key)
-                self.check_finite(key, part)
+                check_finite(self.source, key, part)
                 target[first : first + len(part)] = part
                 first += len(part)
                 self.forget(part)
         return out
-
-    def check_finite(self, name: str, tensor: torch.Tensor) -> None:
-        """Raises CorruptCheckpoint for a tensor of this name that holds NaN or Inf."""
-        if not tensor.is_floating_point() or not tensor.numel():
-            return
-        # many times as fast as isfinite()
-        if not all(bound.isfinite() for bound in torch.aminmax(tensor)):
-            raise CorruptCheckpoint(f"{self.source}: tensor {name!r} holds NaN or Inf")
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor in the pages of its file: no copy, and not to be written to. Made of others, it is a copy."""
@@ -185,11 +170,39 @@ def _without_safetensors(source: str, hub: dict[str, Any]) -> Exception:
     return CorruptCheckpoint(f"{source} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CorruptCheckpoint(f"{file} is cut short or damaged ({error})") from error
+def check_header(source: str, name: str, stored: Stored, shape: tuple[int, ...], *dtypes: str) -> None:
+    """Raises CorruptCheckpoint unless a tensor has this shape and one of these dtypes."""
+    if stored.shape != shape or stored.dtype not in dtypes:
+        raise CorruptCheckpoint(
+            f"{source}: tensor {name!r} is {stored.dtype} {list(stored.shape)}, where the model of its config.json has "
+            f"{' or '.join(dtypes)} {list(shape)}"
+        )
+
+
+def check_finite(source: str, name: str, tensor: torch.Tensor) -> None:
+    """Raises CorruptCheckpoint for a tensor that holds NaN or Inf."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    # many times as fast as isfinite()
+    if not all(bound.isfinite() for bound in torch.aminmax(tensor.detach())):
+        raise CorruptCheckpoint(f"{source}: tensor {name!r} holds NaN or Inf")
+
+
+def open_files(files: Sequence[Path]) -> tuple[list[Any], dict[str, Stored]]:
+    """(safetensors files, what their headers say of each tensor)."""
+    opened: list[Any] = []
+    tensors: dict[str, Stored] = {}
+    for place, file in enumerate(files):
+        try:
+            opened.append(safe_open(str(file), framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise CorruptCheckpoint(f"{file} is cut short or damaged ({error})") from error
+        for name in opened[place].keys():  # noqa: SIM118  it is no mapping
+            if name in tensors:
+                raise CorruptCheckpoint(f"{file.parent} holds tensor {name!r} twice, once in {file.name}")
+            header = opened[place].get_slice(name)
+            tensors[name] = Stored(place, tuple(header.get_shape()), header.get_dtype())
+    return opened, tensors
 
 
 def _unknown(source: str, error: Exception) -> str:

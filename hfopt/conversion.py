@@ -53,10 +53,7 @@ class Matching:
         places = Places({}, {}, [])
         groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
         for key in sorted(keys, key=_in_order):
-            renamed, converter, pattern = self._rename(key)
-            name = self._placed(renamed)
-            if name is None:
-                name, converter = self._placed(key), None
+            name, converter, pattern = self._place(key)
             if name is None:
                 places.unexpected.append(key)
             elif converter is None:
@@ -67,9 +64,20 @@ class Matching:
             places.parts[name] = _parts(name, converter, found)
         return places
 
+    def name_of(self, key: str) -> str | None:
+        """The name of a tensor in the model; None if it has no place there, or becomes a part of another one."""
+        name, converter, _ = self._place(key)
+        return name if converter is None else None
+
     def is_converted(self, key: str) -> bool:
         """Whether the tensor would be a part of another one."""
         return self._rename(key)[1] is not None
+
+    def _place(self, key: str) -> tuple[str | None, Any, str]:
+        """`_rename`, for names that the model has; (None, None, "") without a place."""
+        renamed, converter, pattern = self._rename(key)
+        name = self._placed(renamed)
+        return (self._placed(key), None, "") if name is None else (name, converter, pattern)
 
     def _rename(self, key: str) -> tuple[str, Any, str]:
         """(new name, what converts the tensor or None, which pattern of that the name has)."""

@@ -10,6 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,18 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfopt._memory import forget_pages
-from hfopt.errors import InvalidInput, UnsupportedDevice
-from hfopt.quantization import Format, QuantizationConfig, check_fits, config_of, misfit, resolve
+from hfopt.checkpoint import Stored, check_finite, check_header, open_files
+from hfopt.conversion import Matching
+from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedDevice
+from hfopt.quantization import (
+    Format,
+    QuantizationConfig,
+    check_fits,
+    config_of,
+    layout_of,
+    misfit,
+    resolve,
+)
 
 try:
     from transformers.core_model_loading import ConversionOps
@@ -32,6 +43,7 @@ logger = logging.getLogger(__name__)
 METHOD = "hfopt"
 # What transformers sets on quantised models, but for `is_quantized`, with which float() and half() are refused
 _MARKS = ("hf_quantizer", "quantization_method")
+SUFFIX = ".safetensors"
 ALIGNMENT = 64  # bytes; what kernels ask of packed matrices
 # The dtypes of models under their names in safetensors, in the order in which a file holds them
 DTYPE_NAMES = {
@@ -152,6 +164,26 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
+def check_packed(
+    source: str, path: str, linear: nn.Linear, format: Format, headers: Mapping[str, Stored]
+) -> None:
+    """Raises CorruptCheckpoint unless these tensors, by their names in a layer, are its matrix in this format."""
+    from hfopt.patches.quantized import PREFIX
+
+    if (reason := misfit(format, linear.in_features)) is not None:
+        raise CorruptCheckpoint(f"{source}: {path} is in {format} by its config.json, and {reason}")
+    ordered = PREFIX + "order" in headers
+    layout = layout_of(format, linear.out_features, linear.in_features, ordered=ordered)
+    if headers.keys() != {PREFIX + name for name in layout}:
+        wanted = sorted(PREFIX + name for name in layout)
+        raise CorruptCheckpoint(
+            f"{source}: {path} in {format} consists of {wanted}, and there are {sorted(headers)}"
+        )
+    for name, (shape, dtype) in layout.items():
+        header = headers[PREFIX + name]
+        check_header(source, f"{path}.{PREFIX}{name}", header, shape, DTYPE_NAMES[dtype])
+
+
 def declare(model: PreTrainedModel) -> None:
     """Let the configuration of a model say which of its layers are quantised, so that it can be saved."""
     config = describe(model)
@@ -219,7 +251,9 @@ class HfoptQuantizer(HfQuantizer):
             return torch.bfloat16
         return dtype
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         from hfopt.patches.quantized import empty_linear
 
         config = self.quantization_config
@@ -235,6 +269,8 @@ class HfoptQuantizer(HfQuantizer):
         # the name of a float weight -> the layers that are made of it
         self.targets = {f"{path}.weight": [path] for path in formats}
         self.formats = formats
+        # what is wrong with weights; raised once transformers takes errors as they are
+        self.damaged: list[str] = []
         tied = getattr(model, "all_tied_weights_keys", {})
         for name in self.targets.keys() & tied.keys():
             self.targets.setdefault(tied.pop(name), []).append(name.removesuffix(".weight"))
@@ -243,6 +279,22 @@ class HfoptQuantizer(HfQuantizer):
                 linear: Any = model.get_submodule(path)
                 empty_linear(linear, format, ordered=path in config.ordered)
                 linear._is_hf_initialized = True
+        self._check_files(model, [Path(file) for file in checkpoint_files or () if file.endswith(SUFFIX)])
+
+    def _check_files(self, model: PreTrainedModel, files: Sequence[Path]) -> None:
+        """Raises CorruptCheckpoint for damaged files and packed matrices that are not whole, which others would fill up."""
+        _, headers = open_files(files)
+        if not self.pre_quantized or not files:
+            return
+        matching = Matching(model, model.state_dict().__contains__)
+        found: dict[str, dict[str, Stored]] = {path: {} for path in self.formats}
+        for key, stored in headers.items():
+            path, _, part = (matching.name_of(key) or "").rpartition(".")
+            if path in found and part != "bias":
+                found[path][part] = stored
+        for path, format in self.formats.items():
+            linear: Any = model.get_submodule(path)
+            check_packed(str(files[0].parent), path, linear, format, found[path])
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether layers are made of this parameter."""
@@ -255,11 +307,16 @@ class HfoptQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from hfopt.patches.quantized import QuantizedLinear
 
+        if self.damaged:
+            more = f"; {len(self.damaged) - 1} more are damaged" if len(self.damaged) > 1 else ""
+            raise CorruptCheckpoint(f"{model.name_or_path}: {self.damaged[0]}{more}")
+        for name, tensor in model.state_dict().items():
+            check_finite(str(model.name_or_path), name, tensor)
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
-                for name, tensor in module._buffers.items():
-                    if tensor is not None:
-                        module._buffers[name] = aligned(tensor)
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = aligned(buffer)
         declare(model)
         return model
 
@@ -295,7 +352,10 @@ class Quantize(ConversionOps):
         is_kept = True
         for path in self.quantizer.targets[name]:
             linear = model.get_submodule(path)
-            quantize_linear(linear, self.quantizer.formats[path].pack(weight))
+            try:
+                quantize_linear(linear, self.quantizer.formats[path].pack(weight))
+            except InvalidInput as error:  # which transformers would show as a trace in a table
+                self.quantizer.damaged.append(f"tensor {name!r}: {error}")
             linear._is_hf_initialized = True
             missing_keys.discard(f"{path}.weight")
             is_kept &= name != f"{path}.weight"

@@ -13,14 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from hfopt.checkpoint import FLOATS, Checkpoint
+from hfopt.checkpoint import FLOATS, Checkpoint, check_finite, check_header
 from hfopt.conversion import Matching
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.patches.quantized import PREFIX, quantize_linear
-from hfopt.quantization import Format, InputStatistics, Packed, layout_of, misfit, packed_from
+from hfopt.quantization import Format, InputStatistics, Packed, layout_of, packed_from
 from hfopt.quantization.checkpoints import read_linear
 from hfopt.quantization.layout import BLOCK
-from hfopt.quantizer import DTYPE_NAMES, HfoptConfig, aligned, linears_of
+from hfopt.quantizer import HfoptConfig, aligned, check_packed, linears_of
 
 logger = logging.getLogger(__name__)
 
@@ -104,27 +104,11 @@ class Weights:
 
     def _checked(self, path: str, format: Format | str) -> Format:
         """The format of a layer that hfopt wrote, which consists of what it says."""
-        parts, linear = self.parts[path], self.linears[path]
         if isinstance(format, str):
             raise self._corrupt(f"{path} is quantised, and its config.json says that it is not")
-        if (reason := misfit(format, linear.in_features)) is not None:
-            raise self._corrupt(f"{path} is in {format} by its config.json, and {reason}")
-        ordered = PREFIX + "order" in parts
-        layout = layout_of(format, linear.out_features, linear.in_features, ordered=ordered)
-        if parts.keys() != {PREFIX + name for name in layout}:
-            wanted = sorted(PREFIX + name for name in layout)
-            raise self._corrupt(f"{path} in {format} consists of {wanted}, and there are {sorted(parts)}")
-        for name, (shape, dtype) in layout.items():
-            self._check_header(parts[PREFIX + name], shape, DTYPE_NAMES[dtype])
+        headers = {part: self.checkpoint[key] for part, key in self.parts[path].items()}
+        check_packed(self.checkpoint.source, path, self.linears[path], format, headers)
         return format
-
-    def _check_header(self, key: str, shape: tuple[int, ...], *dtypes: str) -> None:
-        stored = self.checkpoint[key]
-        if stored.shape != shape or stored.dtype not in dtypes:
-            raise self._corrupt(
-                f"tensor {key!r} is {stored.dtype} {list(stored.shape)}, where the model of its config.json has "
-                f"{' or '.join(dtypes)} {list(shape)}"
-            )
 
     def _check_plain(self) -> None:
         """That every parameter is there, and of the right size."""
@@ -138,7 +122,7 @@ class Weights:
                 continue
             key = self.tied[name][0]
             dtypes = tuple(FLOATS) if tensor.is_floating_point() else (self.checkpoint[key].dtype,)
-            self._check_header(key, tuple(tensor.shape), *dtypes)
+            check_header(self.checkpoint.source, key, self.checkpoint[key], tuple(tensor.shape), *dtypes)
         if missing:
             raise self._corrupt(f"it lacks {len(missing)} tensors, {missing[0]!r} among them")
 
@@ -178,7 +162,7 @@ class Weights:
         linear, tensors = self.linears[path], {}
         for part, key in self.parts[path].items():
             tensor = self.checkpoint.read(key)
-            self.checkpoint.check_finite(key, tensor)
+            check_finite(self.checkpoint.source, key, tensor)
             tensors[part.removeprefix(PREFIX)] = aligned(tensor)
         return packed_from(format, linear.out_features, linear.in_features, tensors)
 
@@ -269,13 +253,13 @@ class Weights:
             return self.checkpoint.joined(key, dtype)
         stored = self.checkpoint.read(key)
         if stored.dtype == dtype:
-            self.checkpoint.check_finite(key, stored)
+            check_finite(self.checkpoint.source, key, stored)
             return stored
         out = torch.empty(stored.shape, dtype=dtype)
         pairs = zip(stored.view(-1).split(SLICE // 8), out.view(-1).split(SLICE // 8), strict=True)
         for source, target in pairs:
             target.copy_(source)
-            self.checkpoint.check_finite(key, target)
+            check_finite(self.checkpoint.source, key, target)
             self.checkpoint.forget(source)
         return out
 

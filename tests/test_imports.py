@@ -45,7 +45,7 @@ ALLOWED = {
     "warmup": {"functional", "optimize", "progress", "quantization"},
     "conversion": {"errors"},
     "checkpoint": {"errors", "_memory", "conversion"},
-    "quantizer": {"errors", "quantization", "patches", "_memory"},
+    "quantizer": {"errors", "checkpoint", "conversion", "quantization", "patches", "_memory"},
     "weights": {"errors", "checkpoint", "conversion", "quantization", "quantizer", "patches"},
     "load": {
         "errors",

@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hfopt
 from hfopt import HfoptConfig
-from hfopt.errors import InvalidInput, UnsupportedDevice
+from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedDevice
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
 from tests.generation_cases import FAMILIES, Model, llama
+from tests.test_load import change_weights
 
 CONFIGS = {
     "int8": QuantizationConfig(Int8()),
@@ -184,6 +185,61 @@ def test_refusals(tmp_path):
         HfoptConfig("int8", heads=None)
     with pytest.raises(InvalidInput, match="quant_method='gptq'"):
         HfoptConfig("int8", quant_method="gptq")
+
+
+UP = "model.layers.1.mlp.up_proj."
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [UP + "weight", "model.norm.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite(tmp_path, name, value):
+    llama().save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda tensors: tensors[name].view(-1)[1:2].fill_(value))
+    with pytest.raises(CorruptCheckpoint, match=rf"tensor '{name}'.*(NaN or Inf|must be finite; row 0)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HfoptConfig())
+
+
+def test_weights_of_another_size(tmp_path):
+    llama().save_pretrained(tmp_path)
+    change_weights(
+        tmp_path, lambda tensors: tensors.update({UP + "weight": tensors[UP + "weight"][1:].clone()})
+    )
+    with pytest.raises(CorruptCheckpoint, match=rf"'{UP}weight': packed is 95 × 64"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HfoptConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda tensors: tensors.pop(UP + "quantized_codes"), r"up_proj in Int8.* consists of .*quantized_codes"),
+        (lambda tensors: tensors.update({UP + "quantized_codes": tensors[UP + "quantized_codes"][1:].clone()}),
+         rf"'{UP}quantized_codes' is U8 \[5, 16, 64\]"),
+        (lambda tensors: tensors[UP + "quantized_scales"].view(-1)[:1].fill_(float("nan")),
+         rf"'{UP}quantized_scales' holds NaN"),
+        (lambda tensors: tensors["model.norm.weight"][:1].fill_(float("nan")), r"'model.norm.weight' holds NaN"),
+    ],
+    ids=["lost", "short", "nan", "nan in floats"],
+)  # fmt: skip
+def test_saved_folders_that_were_damaged(tmp_path, change, match):
+    """transformers would fill up what is missing."""
+    hfopt.save(hfopt.optimize(llama(), quantization=Int8(group=32)), tmp_path)
+    change_weights(tmp_path, change)
+    with pytest.raises(CorruptCheckpoint, match=match):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_shards_that_are_cut_short_or_lost(tmp_path, is_packed):
+    model = hfopt.optimize(llama(), quantization="int8") if is_packed else llama()
+    options = {} if is_packed else {"quantization_config": HfoptConfig()}
+    hfopt.save(model, tmp_path, max_shard_size="50KB")
+    shard = max(tmp_path.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CorruptCheckpoint, match=f"{shard.name} is cut short or damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    shard.unlink()
+    with pytest.raises(CorruptCheckpoint, match=f"{shard.name} is cut short or damaged .*No such file"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **options)
 
 
 def test_header_alignment_is_that_of_the_widest_elements_first(tmp_path):
