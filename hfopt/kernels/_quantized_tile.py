@@ -4,6 +4,8 @@ A *unit* is 64 bytes of weight codes: of 16 output columns 4 inputs each, byte 4
 codes 8 inputs each, the low nibbles being the first 4. It meets words of x: 4 signed 8-bit codes in 32 bits.
 """
 
+from typing import Any, NamedTuple
+
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
@@ -106,7 +108,7 @@ def _load_at(builder, address, offset, vector_type):
 
 def _prefetch_at(builder, address, offset):
     start = builder.inttoptr(builder.add(address, offset), I8.as_pointer())
-    _simd.emit_prefetch(builder, start, _constant(_AHEAD))
+    _simd.emit_prefetch(builder, start, _constant(0))
 
 
 def _load_halves(builder, address, offset):
@@ -138,47 +140,100 @@ def _splat_word(builder, pointer, index, element):
 # ---- tiles ------------------------------------------------------------------------------------------------------------
 
 
-@intrinsic(prefer_literal=True)
-def quantized_tile(typingctx, x, w, part, sums, rows, kind):
-    """sums[i, :] += products of rows of x with the 16 columns of a block, over some groups of inputs.
+class Steps(NamedTuple):
+    """Bytes from the first block of a strip to the others: block j is j % 2 * near + j // 2 * far behind it.
 
-    The products of a group are summed as integers and then scaled. rows and kind (CODES, NIBBLES or LEVELS) are literals.
+    next: to the first block of the strip that is likely to follow.
+    """
+
+    near: Any
+    far: Any
+    next: Any
+
+
+@intrinsic(prefer_literal=True)
+def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
+    """sums[j, i, :] += products of rows of x with the 16 columns of the blocks of a strip, over some groups of inputs.
+
+    The products of a group are summed as integers and then scaled. rows, blocks (1, 2 or 4) and kind (CODES, NIBBLES or
+    LEVELS) are literals.
 
     x: pointers (words int32 [unit, 4 inputs, rows], scales float32 [group, rows], offsets int32 [group, rows]), an offset
     being minus the sum of x's codes, times the zero point where w has none of its own.
-    w: addresses (codes uint8 [units, 64], scales float16 [groups, 16] or 0, zero points uint8 [groups, 16] or 0, levels
-    uint8 [16]); group g of x is in group g >> shift of w.
-    part: (first group of x, end, units of a group, of which the last may have fewer, units of a block, shift).
-    sums: pointer to float32 [rows, 16].
+    w: addresses of the first block (codes uint8 [units, 64], scales float16 [groups, 16] or 0, zero points uint8
+    [groups, 16] or 0, levels uint8 [16]); group g of x is in group g >> shift of w.
+    steps: `Steps` of codes, scales and zero points.
+    part: (first group of x, end, units of a group, of which the last may have fewer, units of a block, shift, bytes by
+    which codes are asked for in advance).
+    sums: (pointer to float32 [blocks, rows, 16], elements from a block to the next).
     """
-    n_rows, kind_ = _literal_ints(rows, kind)
-    signature = types.void(x, w, part, sums, rows, kind)
+    n_rows, n_blocks, kind_ = _literal_ints(rows, blocks, kind)
+    signature = types.void(x, w, steps, part, sums, rows, blocks, kind)
     parts = 1 if kind_ == CODES else 2
+    tiles = [(j, i) for j in range(n_blocks) for i in range(n_rows)]
     # a chain of sums waits for itself: few rows need several
-    n_chains = max(1, 4 // (n_rows * parts))
+    n_chains = max(1, 4 // (len(tiles) * parts))
+    asks = n_rows <= 8
 
     def emit(builder, args):
-        x, scales_x, offsets, w, scales, zeros, levels, first, last, length, n_units, shift, sums = args
+        x, scales_x, offsets, *args = args
+        (w, scales, zeros, levels), args = args[:4], args[4:]
+        (near, far, next_, *others), args = args[:9], args[9:]
+        first, last, length, n_units, shift, ahead, sums, sum_step = args
         table = _load_levels(builder, levels) if kind_ == LEVELS else None
-        slots = [[cgutils.alloca_once(builder, I32X) for _ in range(n_rows)] for _ in range(n_chains)]
-        floats = [cgutils.alloca_once(builder, F32X) for _ in range(n_rows)]
-        for i, slot in enumerate(floats):
-            builder.store(_simd.emit_load(builder, sums, _constant(i * LANES), F32X, 4), slot)
+
+        def places(start, near, far):
+            """Addresses of the blocks."""
+            each = [start, builder.add(start, near), builder.add(start, far)]
+            return [*each, builder.add(each[2], near)][:n_blocks]
+
+        codes_at, scales_at, zeros_at = (
+            places(w, near, far),
+            places(scales, *others[:2]),
+            places(zeros, *others[3:5]),
+        )
+        slots = [[cgutils.alloca_once(builder, I32X) for _ in tiles] for _ in range(n_chains)]
+        places_of_sums = [
+            builder.bitcast(
+                builder.gep(sums, [builder.add(builder.mul(sum_step, _constant(j)), _constant(i * LANES))]),
+                F32X.as_pointer(),
+            )
+            for j, i in tiles
+        ]
+        # sums that have no registers stay in memory
+        in_registers = len(tiles) <= 8
+        floats = [cgutils.alloca_once(builder, F32X) for _ in tiles] if in_registers else places_of_sums
+
+        def move(sources, targets):
+            if in_registers:
+                for source, target in zip(sources, targets, strict=True):
+                    builder.store(builder.load(source, align=4), target, align=4)
+
+        move(places_of_sums, floats)
         none = _constant(0)
         has_zeros = builder.icmp_signed("!=", zeros, none)
         has_scales = builder.icmp_signed("!=", scales, none)
+        end = builder.mul(n_units, _constant(UNIT))
+        jump = builder.sub(next_, end)
 
         def add_unit(unit, chain):
             place = builder.mul(unit, _constant(UNIT))
-            codes = _unpack(builder, _load_at(builder, w, place, I32X), kind_, table)
             words = builder.mul(unit, _constant(parts * n_rows))
-            for part, code in enumerate(codes):
-                for i, slot in enumerate(slots[chain]):
+            units = [_load_at(builder, each, place, I32X) for each in codes_at]
+            if asks:
+                later = builder.add(place, ahead)
+                behind = builder.icmp_signed(">=", later, end)
+                later = builder.add(later, builder.select(behind, jump, none))
+                for each in codes_at:
+                    _prefetch_at(builder, each, later)
+            codes = [_unpack(builder, each, kind_, table) for each in units]
+            for part in range(parts):
+                for i in range(n_rows):
                     word = builder.add(words, _constant(part * n_rows + i))
                     x_value = _splat_word(builder, x, word, I32)
-                    builder.store(_dot(builder, builder.load(slot), code, x_value), slot)
-            if n_rows <= 8:
-                _prefetch_at(builder, w, place)
+                    for j in range(n_blocks):
+                        slot = slots[chain][j * n_rows + i]
+                        builder.store(_dot(builder, builder.load(slot), codes[j][part], x_value), slot)
 
         with cgutils.for_range(builder, builder.sub(last, first)) as groups:
             group = builder.add(first, groups.index)
@@ -188,18 +243,23 @@ def quantized_tile(typingctx, x, w, part, sums, rows, kind):
             of_x = builder.mul(group, _constant(n_rows))
             of_w = builder.mul(builder.ashr(group, shift), _constant(LANES))
 
+            def offset_of(i):
+                return _splat_word(builder, offsets, builder.add(of_x, _constant(i)), I32)
+
             with builder.if_else(has_zeros) as (differing, constant):
                 with differing:
-                    zero = _load_bytes(builder, zeros, of_w)
-                    for i, slot in enumerate(slots[0]):
-                        offset = _splat_word(builder, offsets, builder.add(of_x, _constant(i)), I32)
-                        builder.store(builder.mul(offset, zero), slot)
+                    values = []
+                    for each in zeros_at:
+                        values.append(_load_bytes(builder, each, of_w))
+                        if asks:
+                            _prefetch_at(builder, each, builder.add(of_w, others[5]))
+                    for (j, i), slot in zip(tiles, slots[0], strict=True):
+                        builder.store(builder.mul(offset_of(i), values[j]), slot)
                 with constant:
-                    for i, slot in enumerate(slots[0]):
-                        offset = _splat_word(builder, offsets, builder.add(of_x, _constant(i)), I32)
-                        builder.store(offset, slot)
-            for others in slots[1:]:
-                for slot in others:
+                    for (_, i), slot in zip(tiles, slots[0], strict=True):
+                        builder.store(offset_of(i), slot)
+            for others_ in slots[1:]:
+                for slot in others_:
                     builder.store(ir.Constant(I32X, None), slot)
 
             whole = builder.udiv(count, _constant(n_chains))
@@ -213,35 +273,53 @@ def quantized_tile(typingctx, x, w, part, sums, rows, kind):
                     add_unit(builder.add(start, builder.add(done, units.index)), 0)
 
             totals = []
-            for i in range(n_rows):
-                total = builder.load(slots[0][i])
-                for others in slots[1:]:
-                    total = builder.add(total, builder.load(others[i]))
+            for k in range(len(tiles)):
+                total = builder.load(slots[0][k])
+                for others_ in slots[1:]:
+                    total = builder.add(total, builder.load(others_[k]))
                 totals.append(builder.sitofp(total, F32X))
 
-            def add_scaled(scale):
-                for i, (total, slot) in enumerate(zip(totals, floats, strict=True)):
-                    value = _splat_word(builder, scales_x, builder.add(of_x, _constant(i)), _simd.F32)
-                    if scale is not None:
-                        value = builder.fmul(value, scale)
-                    builder.store(_simd.emit_fma(builder, total, value, builder.load(slot)), slot)
+            def add_scaled(of_blocks):
+                scales_x_here = [
+                    _splat_word(builder, scales_x, builder.add(of_x, _constant(i)), _simd.F32)
+                    for i in range(n_rows)
+                ]
+                for (j, i), total, slot in zip(tiles, totals, floats, strict=True):
+                    value = scales_x_here[i]
+                    if of_blocks:
+                        value = builder.fmul(value, of_blocks[j])
+                    before = builder.load(slot, align=4)
+                    builder.store(_simd.emit_fma(builder, total, value, before), slot, align=4)
 
             with builder.if_else(has_scales) as (grouped, by_row):
                 with grouped:
-                    add_scaled(_load_halves(builder, scales, builder.shl(of_w, _constant(1))))
+                    offset = builder.shl(of_w, _constant(1))
+                    if asks:
+                        for each in scales_at:
+                            _prefetch_at(builder, each, builder.add(offset, others[2]))
+                    add_scaled([_load_halves(builder, each, offset) for each in scales_at])
                 with by_row:
                     add_scaled(None)
 
-        for i, slot in enumerate(floats):
-            target = builder.bitcast(builder.gep(sums, [_constant(i * LANES)]), F32X.as_pointer())
-            builder.store(builder.load(slot), target, align=4)
+        move(floats, places_of_sums)
 
     def codegen(context, builder, sig, args):
-        values = [value for packed in args[:3] for value in cgutils.unpack_tuple(builder, packed)]
-        _outlined(builder, f"hfopt.quantized_tile.{n_rows}.{kind_}", [*values, args[3]], emit)
+        values = _flatten(builder, args[:5])
+        _outlined(builder, f"hfopt.quantized_tile.{n_rows}.{n_blocks}.{kind_}", values, emit)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _flatten(builder, values):
+    """Elements of tuples, and of tuples in them."""
+    flat = []
+    for value in values:
+        if isinstance(value.type, (ir.LiteralStructType, ir.ArrayType)):
+            flat += _flatten(builder, cgutils.unpack_tuple(builder, value))
+        else:
+            flat.append(value)
+    return flat
 
 
 # ---- float weights ----------------------------------------------------------------------------------------------------
@@ -285,7 +363,7 @@ def dequantize(typingctx, w, part, target, zero, kind):
                 offset = builder.shl(group, _constant(1))
                 builder.store(_load_halves(builder, scales, offset), scale_slot)
             offset = builder.mul(unit, _constant(UNIT))
-            _prefetch_at(builder, w, offset)
+            _prefetch_at(builder, w, builder.add(offset, _constant(_AHEAD)))
             for codes in _unpack(builder, _load_at(builder, w, offset, I32X), kind_, table):
                 values = []
                 for k in range(4):

@@ -71,7 +71,8 @@ def field_of(layer, matrix, field):
 
 
 @body
-def _blocks_of(layer, matrix):
+def blocks_of(layer, matrix):
+    """Blocks of a matrix."""
     return (field_of(layer, matrix, SIZE) + LANES - 1) // LANES
 
 
@@ -79,10 +80,10 @@ def _blocks_of(layer, matrix):
 def count_blocks(layer):
     """Number of blocks."""
     if layer.gated:
-        return _blocks_of(layer, 0)
+        return blocks_of(layer, 0)
     blocks = 0
     for matrix in range(layer.n_matrices):
-        blocks += _blocks_of(layer, matrix)
+        blocks += blocks_of(layer, matrix)
     return blocks
 
 
@@ -92,8 +93,8 @@ def find_block(layer, index):
     if layer.gated:
         return 1, index * LANES
     matrix = 0
-    while index >= _blocks_of(layer, matrix):
-        index -= _blocks_of(layer, matrix)
+    while index >= blocks_of(layer, matrix):
+        index -= blocks_of(layer, matrix)
         matrix += 1
     return matrix, index * LANES
 

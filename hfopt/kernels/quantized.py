@@ -22,6 +22,7 @@ from ._pointer import (
     load,
     load_part,
     pointer,
+    prefetch,
     shifted,
     store,
     store_scalar,
@@ -29,6 +30,7 @@ from ._pointer import (
 from ._quantized_tile import (
     TILE_ROWS,
     UNIT,
+    Steps,
     larger_size,
     largest_size,
     quantized_tile,
@@ -38,7 +40,7 @@ from ._quantized_tile import (
 from ._simd import LANES
 from ._tile import stack_floats, to_cache_line
 from ._vector import splat, sum_lanes
-from .linear import WEIGHT, columns_of, count_blocks, field_of, find_block, finish
+from .linear import WEIGHT, blocks_of, columns_of, count_blocks, field_of, finish
 
 SCALES, ZEROS, ROW_SCALES = range(3)
 _FIELDS = 3
@@ -89,9 +91,11 @@ class _Rows(NamedTuple):
 class _Work(NamedTuple):
     """How the work is dealt out."""
 
-    together: Any  # panels
-    n_panels: Any
+    together: Any  # strips
+    blocks: Any  # of a strip
+    n_strips: Any
     n_parts: Any  # of the rows
+    ahead: Any  # bytes by which codes are asked for in advance
 
 
 @body
@@ -209,38 +213,47 @@ def _shift(group):
     return shift
 
 
+class _Strip(NamedTuple):
+    """Blocks that a tile works on together: of one matrix, or with `gated` as many of both."""
+
+    matrix: Any  # the first one's
+    block: Any  # the first one
+    count: Any  # panels
+    blocks: Any  # of a tile, which may be more: then some are worked on twice
+
+
 class _Operands(NamedTuple):
-    """What a tile multiplies: x of its rows, and a block of weights."""
+    """What a tile multiplies: x of its rows, and a strip of weights."""
 
     words: Any
     scales_x: Any
     offsets: Any
-    codes: Any
-    scales: Any
-    zeros: Any
-    levels: Any
+    w: Any  # addresses of codes, scales, zero points, levels
+    steps: Any  # of codes, scales, zero points
     length: Any  # units of a group of x
     n_units: Any
     shift: Any
+    ahead: Any
 
 
 def _dot_of(kind):
     """The body that multiplies a tile of rows with codes of a kind of `quantized_tile`; tiles are made for literals."""
 
     @body
-    def dot(o, rows, first, last, sums):
-        x, w = (o.words, o.scales_x, o.offsets), (o.codes, o.scales, o.zeros, o.levels)
-        part = (first, last, o.length, o.n_units, o.shift)
+    def dot(o, rows, first, last, sums, sum_step):
+        x, steps = (o.words, o.scales_x, o.offsets), o.steps
+        part = (first, last, o.length, o.n_units, o.shift, o.ahead)
+        to = sums, sum_step
         if rows == 1:
-            quantized_tile(x, w, part, sums, 1, kind)
+            quantized_tile(x, o.w, steps, part, to, 1, 4, kind)
         elif rows == 2:
-            quantized_tile(x, w, part, sums, 2, kind)
+            quantized_tile(x, o.w, steps, part, to, 2, 4, kind)
         elif rows == 4:
-            quantized_tile(x, w, part, sums, 4, kind)
+            quantized_tile(x, o.w, steps, part, to, 4, 2, kind)
         elif rows == 8:
-            quantized_tile(x, w, part, sums, 8, kind)
+            quantized_tile(x, o.w, steps, part, to, 8, 2, kind)
         else:
-            quantized_tile(x, w, part, sums, 12, kind)
+            quantized_tile(x, o.w, steps, part, to, 12, 2, kind)
 
     return dot
 
@@ -249,30 +262,101 @@ _dot_codes, _dot_nibbles, _dot_levels = (_dot_of(kind) for kind in range(3))
 
 
 @body
-def _multiply_tile(rows, row, n_together, layer, matrix, block, first, last, sums):
-    """sums += products of a tile of rows with a block of a matrix, for groups first to last of x."""
+def _panels_of(layer, blocks):
+    """Panels of a strip."""
+    return max(1, blocks // 2) if layer.gated else blocks
+
+
+@body
+def _halves(layer):
+    return 2 if layer.gated else 1
+
+
+@body
+def count_strips(layer, blocks):
+    """Number of strips of so many blocks."""
+    if layer.gated:
+        size = _panels_of(layer, blocks)
+        return (count_blocks(layer) + size - 1) // size
+    strips = 0
+    for matrix in range(layer.n_matrices):
+        strips += (blocks_of(layer, matrix) + blocks - 1) // blocks
+    return strips
+
+
+@body
+def _find_strip(layer, index, blocks):
+    if layer.gated:
+        size = _panels_of(layer, blocks)
+        first = index * size
+        return _Strip(0, first, min(size, count_blocks(layer) - first), blocks)
+    matrix = 0
+    while index >= (blocks_of(layer, matrix) + blocks - 1) // blocks:
+        index -= (blocks_of(layer, matrix) + blocks - 1) // blocks
+        matrix += 1
+    first = index * blocks
+    return _Strip(matrix, first, min(blocks, blocks_of(layer, matrix) - first), blocks)
+
+
+@body
+def _place_in(layer, strip, panel, half):
+    """Which of the blocks of a tile is the first or second one of a panel of a strip; see `_steps`."""
+    if layer.gated:
+        return 2 * panel + half
+    return panel if panel < 2 else panel + strip.blocks - strip.count
+
+
+@body
+def _steps(layer, strip, one, other):
+    """`Steps` where a block has `one` bytes and the second matrix is `other` bytes behind the first."""
+    if layer.gated:
+        far = one if strip.count > 1 else 0
+        return Steps(other, far, one * max(1, strip.blocks // 2))
+    near = one if strip.count > 1 else 0
+    return Steps(near, max(strip.count - 2, 0) * one, strip.blocks * one)
+
+
+@body
+def _multiply_tile(rows, row, n_together, layer, strip, first, last, ahead, sums, sum_step):
+    """sums += products of a tile of rows with a strip, for groups first to last of x."""
     per_unit = 4 if layer.bits == 8 else 8
     n_units = (layer.size + per_unit - 1) // per_unit
     n_groups = 1 if layer.group == 0 else layer.size // layer.group
-    scales, zeros = scaling_of(layer, matrix, SCALES), scaling_of(layer, matrix, ZEROS)
+    matrix, block = strip.matrix, strip.block
+    codes, scales, zeros = (
+        field_of(layer, matrix, WEIGHT),
+        scaling_of(layer, matrix, SCALES),
+        scaling_of(layer, matrix, ZEROS),
+    )
+    second = 1 if layer.gated else matrix
+    code_bytes, scale_bytes, zero_bytes = n_units * UNIT, n_groups * 2 * LANES, n_groups * LANES
+    steps = (
+        _steps(layer, strip, code_bytes, field_of(layer, second, WEIGHT) - codes),
+        _steps(layer, strip, scale_bytes, scaling_of(layer, second, SCALES) - scales),
+        _steps(layer, strip, zero_bytes, scaling_of(layer, second, ZEROS) - zeros),
+    )
     operands = _Operands(
         shifted(rows.words, row * rows.n_words),
         shifted(rows.scales, row * rows.n_groups),
         shifted(rows.offsets, row * rows.n_groups),
-        field_of(layer, matrix, WEIGHT) + block * n_units * UNIT,
-        scales + block * n_groups * 2 * LANES if scales != 0 else 0,
-        zeros + block * n_groups * LANES if zeros != 0 else 0,
-        layer.levels,
+        (
+            codes + block * code_bytes,
+            scales + block * scale_bytes if scales != 0 else 0,
+            zeros + block * zero_bytes if zeros != 0 else 0,
+            layer.levels,
+        ),
+        steps,
         rows.group // per_unit,
         n_units,
         _shift(layer.group),
+        ahead,
     )
     if layer.bits == 8:
-        _dot_codes(operands, n_together, first, last, sums)
+        _dot_codes(operands, n_together, first, last, sums, sum_step)
     elif layer.levels == 0:
-        _dot_nibbles(operands, n_together, first, last, sums)
+        _dot_nibbles(operands, n_together, first, last, sums, sum_step)
     else:
-        _dot_levels(operands, n_together, first, last, sums)
+        _dot_levels(operands, n_together, first, last, sums, sum_step)
 
 
 @body
@@ -282,30 +366,43 @@ def _clear(sums, count):
 
 
 @body
-def _finish_block(layer, panel, sums, gates, first_row, n_rows):
-    """Epilogue of the columns of a panel; with `gated` it is two blocks, and gates has the sums of the first."""
-    matrix, first = find_block(layer, panel)
-    columns = columns_of(layer, matrix, first)
-    scale = load(floats_at(scaling_of(layer, matrix, ROW_SCALES)), first)
-    gate_scale = load(floats_at(scaling_of(layer, 0, ROW_SCALES)), first) if layer.gated else scale
-    for row in range(n_rows):
-        value, gate = load(sums, row * LANES) * scale, load(gates, row * LANES) * gate_scale
-        finish(layer, columns, first_row + row, value, gate)
+def _finish_strip(layer, strip, sums, sum_step, first_row, n_rows):
+    """Epilogue of the columns of a strip."""
+    matrix = 1 if layer.gated else strip.matrix
+    for panel in range(strip.count):
+        first = (strip.block + panel) * LANES
+        columns = columns_of(layer, matrix, first)
+        gates = shifted(sums, _place_in(layer, strip, panel, 0) * sum_step)
+        values = shifted(sums, _place_in(layer, strip, panel, 1) * sum_step) if layer.gated else gates
+        scale = load(floats_at(scaling_of(layer, matrix, ROW_SCALES)), first)
+        gate_scale = load(floats_at(scaling_of(layer, 0, ROW_SCALES)), first) if layer.gated else scale
+        for row in range(n_rows):
+            value, gate = load(values, row * LANES) * scale, load(gates, row * LANES) * gate_scale
+            finish(layer, columns, first_row + row, value, gate)
 
 
 @body
-def _multiply_panels(index, rows, layer, work):
-    """Some panels (blocks, or with `gated` pairs of them) of a part of the rows."""
+def _ask_for_rows(layer, strip):
+    """Asks for what the epilogue of the next strip reads."""
+    place = (strip.block + _panels_of(layer, strip.blocks)) * LANES
+    for panel in range(strip.count):
+        prefetch(floats_at(scaling_of(layer, strip.matrix, ROW_SCALES)), place + panel * LANES)
+        if layer.gated:
+            prefetch(floats_at(scaling_of(layer, 1, ROW_SCALES)), place + panel * LANES)
+
+
+@body
+def _multiply_strips(index, rows, layer, work):
+    """Some strips of a part of the rows."""
     sums = stack_floats(1 << 15)
-    halves = 2 if layer.gated else 1
     first_row = index % work.n_parts * PART_ROWS
-    first_panel = index // work.n_parts * work.together
-    last_row, last_panel = (
-        min(first_row + PART_ROWS, rows.n_packed),
-        min(first_panel + work.together, work.n_panels),
-    )
+    first_strip = index // work.n_parts * work.together
+    last_row = min(first_row + PART_ROWS, rows.n_packed)
+    last_strip = min(first_strip + work.together, work.n_strips)
     n_rows = last_row - first_row
-    _clear(sums, (last_panel - first_panel) * halves * n_rows * LANES)
+    sum_step = n_rows * LANES
+    strip_sums = work.blocks * sum_step
+    _clear(sums, (last_strip - first_strip) * strip_sums)
     step = rows.n_groups
     if n_rows > TILE_ROWS or work.together > 1:
         step = max(1, _CHUNK // rows.group)
@@ -313,19 +410,18 @@ def _multiply_panels(index, rows, layer, work):
         row = first_row
         while row < last_row:
             n_together = tile_rows(row, rows.n_packed)
-            for panel in range(first_panel, last_panel):
-                for half in range(halves):
-                    matrix, column = find_block(layer, panel)
-                    here = ((panel - first_panel) * halves + half) * n_rows + row - first_row
-                    to = shifted(sums, here * LANES)
-                    last = min(group + step, rows.n_groups)
-                    matrix = half if layer.gated else matrix
-                    _multiply_tile(rows, row, n_together, layer, matrix, column // LANES, group, last, to)
+            for index in range(first_strip, last_strip):
+                strip = _find_strip(layer, index, work.blocks)
+                if group == 0 and row == 0:
+                    _ask_for_rows(layer, strip)
+                to = shifted(sums, (index - first_strip) * strip_sums + (row - first_row) * LANES)
+                last = min(group + step, rows.n_groups)
+                _multiply_tile(rows, row, n_together, layer, strip, group, last, work.ahead, to, sum_step)
             row += n_together
-    for panel in range(first_panel, last_panel):
-        gates = shifted(sums, (panel - first_panel) * halves * n_rows * LANES)
-        values = shifted(gates, (halves - 1) * n_rows * LANES)
-        _finish_block(layer, panel, values, gates, first_row, min(n_rows, rows.n_rows - first_row))
+    for index in range(first_strip, last_strip):
+        strip = _find_strip(layer, index, work.blocks)
+        here = shifted(sums, (index - first_strip) * strip_sums)
+        _finish_strip(layer, strip, here, sum_step, first_row, min(n_rows, rows.n_rows - first_row))
 
 
 @body
@@ -346,14 +442,17 @@ def multiply_quantized(x, n_rows, layer, scratch):
     threads = threads_for(n_packed, n_rows * size, _PARALLEL_SIZE)
     parallel_for(_quantize_row, threads, n_packed, (x, size, zero_point(layer), rows))
 
-    n_panels = count_blocks(layer)
-    together = 1
+    blocks, ahead, together = 2, 4096, 1
+    if n_rows <= 2:
+        blocks, ahead = 4, 1024
+    n_blocks = count_blocks(layer) * _halves(layer)
     if n_rows > _FEW_ROWS:
-        together = max(1, min(_TOGETHER // (2 if layer.gated else 1), n_panels // 16))
-    work = _Work(together, n_panels, (n_packed + PART_ROWS - 1) // PART_ROWS)
-    n_items = (n_panels + together - 1) // together * work.n_parts
-    threads = threads_for(n_items, n_rows * size * n_panels, _PARALLEL_SIZE)
-    parallel_for(_multiply_panels, threads, n_items, (rows, layer, work))
+        together = max(1, min(_TOGETHER, n_blocks // 16) // blocks)
+    n_strips = count_strips(layer, blocks)
+    work = _Work(together, blocks, n_strips, (n_packed + PART_ROWS - 1) // PART_ROWS, ahead)
+    n_items = (n_strips + together - 1) // together * work.n_parts
+    threads = threads_for(n_items, n_rows * size * n_blocks, _PARALLEL_SIZE)
+    parallel_for(_multiply_strips, threads, n_items, (rows, layer, work))
 
 
 @body
