@@ -161,7 +161,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 def _token_ids(
     model: PreTrainedModel, texts: Sequence[Any], options: Mapping[str, Any]
 ) -> Iterator[torch.Tensor]:
-    """Of every text, [rows, tokens]."""
+    """Of every text, [1, tokens]."""
     table: Any = model.get_input_embeddings()
     n_ids = len(table.weight)
     tokenizer: Any = None
@@ -183,7 +183,7 @@ def _token_ids(
             raise InvalidInput(
                 f"{name} holds id {low if low < 0 else high}: ids from 0 to {n_ids - 1} are known"
             )
-        yield ids.view(-1, ids.shape[-1])
+        yield from ids.view(-1, ids.shape[-1]).split(1)
 
 
 def _integers(name: str, values: Any) -> torch.Tensor:

@@ -407,19 +407,22 @@ def test_saved_folders_that_were_damaged(tmp_path):
 
 MEASURE = """
 import json, sys, torch, hfopt
-from hfopt import env
-hfopt.load(sys.argv[1], quantization="int8")  # imports, and kernels
+from hfopt import calibration, env
+from hfopt.quantization import format
+calibration._BUDGET, format.FEEDBACK_SLICE = 1 << 24, 1 << 18
+options = json.loads(sys.argv[3])
+hfopt.load(sys.argv[1], **options)  # imports, and kernels
 before = env.resident_memory()
 env.reset_peak_memory()
-model = hfopt.load(sys.argv[2], quantization=json.loads(sys.argv[3]))
+model = hfopt.load(sys.argv[2], **options)
 size = sum(t.nbytes for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
 print(json.dumps([size, env.peak_memory() - before]))
 """
 
 
-def measured(small: Path, folder: Path, quantization: str | None) -> tuple[int, int]:
+def measured(small: Path, folder: Path, **options: Any) -> tuple[int, int]:
     """(bytes of the model, growth of this process at the peak) of loading in a process of its own."""
-    arguments = [sys.executable, "-c", MEASURE, str(small), str(folder), json.dumps(quantization)]
+    arguments = [sys.executable, "-c", MEASURE, str(small), str(folder), json.dumps(options)]
     finished = subprocess.run(
         arguments, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1]
     )
@@ -433,6 +436,16 @@ def test_memory_at_the_peak(tmp_path):
     llama().save_pretrained(tmp_path / "small")
     llama(**sizes).save_pretrained(tmp_path / "float", max_shard_size="200MB")
     file_size = sum(file.stat().st_size for file in (tmp_path / "float").glob("*.safetensors"))
-    size, growth = measured(tmp_path / "small", tmp_path / "float", "int8")
+    size, growth = measured(tmp_path / "small", tmp_path / "float", quantization="int8")
     assert size < 0.4 * file_size
     assert growth < size + (1 << 25)
+
+
+def test_memory_at_the_peak_of_calibration(tmp_path):
+    """Above the result by the products of inputs and the slice of a weight that are in memory at a time, few here."""
+    sizes = {"num_hidden_layers": 4, "hidden_size": 1024, "intermediate_size": 4096}
+    llama().save_pretrained(tmp_path / "small")
+    llama(**sizes).save_pretrained(tmp_path / "float")
+    options = {"quantization": "int8", "calibration": [[1, 2, 3] * 100]}
+    size, growth = measured(tmp_path / "small", tmp_path / "float", **options)
+    assert growth < size + (1 << 27) < (tmp_path / "float/model.safetensors").stat().st_size
