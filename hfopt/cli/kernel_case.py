@@ -79,9 +79,7 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = Sizes(
-    streamed=128 << 20, many_rows=(128,), quantized_rows=128, prompts=(1024,), norm_rows=4096, repetitions=3
-)
+QUICK = Sizes(streamed=128 << 20, many_rows=(128,), prompts=(1024,), norm_rows=4096, repetitions=3)
 
 DTYPES = (torch.float32, torch.bfloat16)
 STREAM = ("torch.sum", "own read")
