@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from hfopt._cache_codes import dequantised, quantised
 from hfopt._cache_rows import RowMap, rounded
 from hfopt._memory import advise_huge_pages, available_memory
 from hfopt.errors import CacheFull, InvalidInput
@@ -24,11 +25,19 @@ _CROPS_TO_LENGTH = "tokens_to_remove" not in inspect.signature(DynamicLayer.crop
 class Buffers:
     """The two buffers of a layer until one of them changes, with what `functional` found out about them.
 
-    checked: (dtype, n_kv_heads, head_dim) that they have been found to have. record: see `kernels.cache_record`.
+    The scales are those of 8-bit codes. checked: (dtype, n_kv_heads, head_dim) that they have been found to have. record:
+    see `kernels.cache_record`.
     """
 
-    def __init__(self, trunk: np.ndarray, branch: np.ndarray) -> None:
+    def __init__(
+        self,
+        trunk: np.ndarray,
+        branch: np.ndarray,
+        trunk_scales: np.ndarray | None = None,
+        branch_scales: np.ndarray | None = None,
+    ) -> None:
         self.trunk, self.branch = trunk, branch
+        self.trunk_scales, self.branch_scales = trunk_scales, branch_scales
         self.trunk_columns = 0 if trunk is None else trunk.shape[3]
         self.branch_rows, self.branch_columns = (0, 0) if branch is None else branch.shape[1:4:2]
         self.checked: tuple[torch.dtype, int, int] | None = None
@@ -40,7 +49,8 @@ class Appended(NamedTuple):
 
     Token `t` of logical row `r` is `trunk[:, trunk_row[r], :, t]` for `t < trunk_len`; later tokens are
     `branch[:, table[r, b], :, b]` with `b = t - trunk_len`. The new ones belong into row `r` and the columns
-    `[len - n_new, len)`. Columns beyond the length hold arbitrary bits. bfloat16 comes as uint16.
+    `[len - n_new, len)`. Columns beyond the length hold arbitrary bits. bfloat16 comes as uint16; or all are int8 codes, to
+    be multiplied by the scale of their token and head.
     """
 
     trunk: np.ndarray  # [2, n_prompts, n_kv_heads, columns, head_dim], keys then values
@@ -52,6 +62,8 @@ class Appended(NamedTuple):
     trunk_row: np.ndarray  # int32 [n_rows]
     table: np.ndarray  # int32 [n_rows, >= branch_len], C-contiguous
     buffers: Buffers | None = None  # if trunk and branch are those of a cache, which are checked once
+    trunk_scales: np.ndarray | None = None  # of codes: float32 [2, n_prompts, n_kv_heads, columns]
+    branch_scales: np.ndarray | None = None
 
 
 class AppendedEverywhere(NamedTuple):
@@ -72,28 +84,32 @@ class IndirectLayer(DynamicLayer):
     _keys: Tensor | None
     _values: Tensor | None
 
-    def __init__(self, rows: RowMap, n_following: int = 0) -> None:
+    def __init__(self, rows: RowMap, n_following: int = 0, *, kv_cache: str | None = None) -> None:
         self.rows = rows
         self.n_following = n_following  # layers that will need the same room in the same step
+        self.kv_cache = kv_cache
         self._drop()
         super().__init__()
 
     def _drop(self) -> None:
         self.trunk: Tensor | None = None
         self.branch: Tensor | None = None
+        self.trunk_scales: Tensor | None = None
+        self.branch_scales: Tensor | None = None
         self.trunk_len = self.branch_len = 0
         self._layout: Layout | None = None
         self._keys = self._values = None
         self._view()
 
     def _view(self) -> None:
-        self.buffers = Buffers(_bits(self.trunk), _bits(self.branch))
+        parts = self.trunk, self.branch, self.trunk_scales, self.branch_scales
+        self.buffers = Buffers(*(_bits(part) for part in parts))
 
     # What is stored
 
     @property
     def keys(self) -> Tensor | None:
-        """[n_rows, n_kv_heads, length, head_dim]; a view while rows read their own trunk row, else a copy."""
+        """[n_rows, n_kv_heads, length, head_dim]; a view while rows read their own trunk row, else a copy, as of codes."""
         return self._keys if self.trunk is None else self._gathered(0)
 
     @keys.setter
@@ -112,8 +128,16 @@ class IndirectLayer(DynamicLayer):
         self._values = values
 
     def _gathered(self, which: int) -> Tensor:
-        assert self.trunk is not None and self.branch is not None
-        rows, trunk = self.rows, self.trunk[which, :, :, : self.trunk_len]
+        assert self.trunk is not None and self.branch is not None and self._layout is not None
+        elements = self._read(self.trunk[which], self.branch[which])
+        if self.trunk_scales is None or self.branch_scales is None:
+            return elements
+        scales = self._read(self.trunk_scales[which], self.branch_scales[which])
+        return dequantised(elements, scales, self._layout[2])
+
+    def _read(self, trunk: Tensor, branch: Tensor) -> Tensor:
+        """What the rows read of [rows, n_kv_heads, columns, ...]."""
+        rows, trunk = self.rows, trunk[:, :, : self.trunk_len]
         if rows.is_identity:
             return trunk
         trunk = trunk.index_select(0, torch.from_numpy(rows.trunk_row))
@@ -121,8 +145,8 @@ class IndirectLayer(DynamicLayer):
             return trunk
         table = torch.from_numpy(rows.table[:, : self.branch_len].astype(np.int64))
         # the two indices bring [n_rows, branch_len] to the front
-        branch = self.branch[which][table, :, torch.arange(self.branch_len)]
-        return torch.cat([trunk, branch.transpose(1, 2)], dim=2)
+        gathered = branch[table, :, torch.arange(self.branch_len)]
+        return torch.cat([trunk, gathered.transpose(1, 2)], dim=2)
 
     def _become_plain(self) -> None:
         if self.trunk is not None:
@@ -151,13 +175,13 @@ class IndirectLayer(DynamicLayer):
         if rows.is_identity:
             length = self.trunk_len + n_new
             if length > self.buffers.trunk_columns:
-                self.trunk = self._grown(self.trunk, n_rows, length)
+                self.trunk, self.trunk_scales = self._grown(self.trunk, self.trunk_scales, n_rows, length)
                 self._view()
             self.trunk_len = length
         else:
             length = self.branch_len + n_new
             if length > self.buffers.branch_columns or n_rows > self.buffers.branch_rows:
-                self.branch = self._grown(self.branch, n_rows, length)
+                self.branch, self.branch_scales = self._grown(self.branch, self.branch_scales, n_rows, length)
                 self._view()
             if length > rows.n_branch:
                 rows.extend(length)
@@ -172,14 +196,18 @@ class IndirectLayer(DynamicLayer):
             rows.trunk_row,
             rows.table,
             self.buffers,
+            self.buffers.trunk_scales,
+            self.buffers.branch_scales,
         )
 
-    def newest(self) -> Tensor:
-        """Keys and values of the last token, in place: [2, n_rows, n_kv_heads, head_dim]."""
+    def newest(self) -> list[Tensor]:
+        """Keys and values of the last token, in place: [2, n_rows, n_kv_heads, head_dim], and the scales of codes."""
         rows = self.rows
-        buffer, length = (self.trunk, self.trunk_len) if rows.is_identity else (self.branch, self.branch_len)
-        assert buffer is not None
-        return buffer[:, : rows.n_rows, :, length - 1]
+        if rows.is_identity:
+            parts, length = (self.trunk, self.trunk_scales), self.trunk_len
+        else:
+            parts, length = (self.branch, self.branch_scales), self.branch_len
+        return [part[:, : rows.n_rows, :, length - 1] for part in parts if part is not None]
 
     def has_room(self, n_new: int, layout: Layout) -> bool:
         """Whether the buffers have this layout, and columns for so many more tokens of each row."""
@@ -203,32 +231,45 @@ class IndirectLayer(DynamicLayer):
         if self.trunk is not None:
             return
 
-        n_kv_heads, head_dim, dtype = layout
+        dtype = layout[2]
         if dtype not in _DTYPES:
             raise InvalidInput(f"dtype = {dtype}: allowed are {', '.join(map(str, _DTYPES))}")
-        trunk = self._grown(_empty(n_rows, n_kv_heads, 0, head_dim, dtype), n_rows, length + n_new)
+        trunk, trunk_scales = self._grown(*self._no_columns(n_rows, layout), n_rows, length + n_new)
         if length > 0 and self._keys is not None and self._values is not None:
-            trunk[0, :, :, :length] = self._keys.detach()
-            trunk[1, :, :, :length] = self._values.detach()
+            known = torch.stack([self._keys.detach(), self._values.detach()])
+            _write(trunk, trunk_scales, n_rows, 0, known)
         if self.rows.n_rows == 0:
             self.rows.start(n_rows)
         elif not self.rows.is_identity or self.rows.n_rows != n_rows:
             self.rows = RowMap(n_rows)
         self._drop()
-        self.trunk, self.branch = trunk, _empty(1, n_kv_heads, 0, head_dim, dtype)
+        self.trunk, self.trunk_scales = trunk, trunk_scales
+        self.branch, self.branch_scales = self._no_columns(1, layout)
         self.trunk_len, self._layout = length, layout
         self.dtype, self.device, self.is_initialized = dtype, trunk.device, True
         self._view()
 
-    def _grown(self, buffer: Tensor | None, n_rows: int, length: int) -> Tensor:
-        """A buffer for more rows or columns, with the same content."""
+    def _no_columns(self, n_rows: int, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """Room for no token."""
+        n_kv_heads, head_dim, dtype = layout
+        shape = 2, n_rows, n_kv_heads, 0
+        if self.kv_cache is None:
+            return _empty((*shape, head_dim), dtype), None
+        return _empty((*shape, head_dim), torch.int8), _empty(shape, torch.float32)
+
+    def _grown(
+        self, buffer: Tensor | None, scales: Tensor | None, n_rows: int, length: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """A buffer, and its scales if it has some, for more rows or columns, with the same content."""
         assert buffer is not None
         _, old_rows, n_kv_heads, old_columns, head_dim = buffer.shape
         n_rows = max(n_rows, old_rows)
-        column_bytes = 2 * n_rows * n_kv_heads * head_dim * buffer.element_size()
+        vector_bytes = head_dim * buffer.element_size() + (0 if scales is None else scales.element_size())
+        column_bytes = 2 * n_rows * n_kv_heads * vector_bytes
+        old_bytes = buffer.nbytes + (0 if scales is None else scales.nbytes)
 
         def needed(n_columns: int) -> int:
-            added = n_columns * column_bytes - buffer.nbytes
+            added = n_columns * column_bytes - old_bytes
             return n_columns * column_bytes + self.n_following * added
 
         least = max(rounded(length), old_columns)
@@ -240,9 +281,13 @@ class IndirectLayer(DynamicLayer):
                     f"keys and values of {length:,} tokens in {n_rows:,} rows need "
                     f"{needed(n_columns):,} bytes more; {available:,} bytes are available"
                 )
-        grown = _empty(n_rows, n_kv_heads, n_columns, head_dim, buffer.dtype)
-        grown[:, :old_rows, :, :old_columns] = buffer
-        return grown
+
+        def moved(part: Tensor) -> Tensor:
+            grown = _empty((2, n_rows, n_kv_heads, n_columns, *part.shape[4:]), part.dtype)
+            grown[:, :old_rows, :, :old_columns] = part
+            return grown
+
+        return moved(buffer), None if scales is None else moved(scales)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -266,10 +311,16 @@ class IndirectLayer(DynamicLayer):
 
         n_rows, n_kv_heads, n_new, head_dim = key_states.shape
         in_branch = self.append(n_rows, n_new, n_kv_heads, head_dim, key_states.dtype).in_branch
-        buffer, length = (self.branch, self.branch_len) if in_branch else (self.trunk, self.trunk_len)
+        if in_branch:
+            buffer, scales, length = self.branch, self.branch_scales, self.branch_len
+        else:
+            buffer, scales, length = self.trunk, self.trunk_scales, self.trunk_len
         assert buffer is not None
-        buffer[0, :n_rows, :, length - n_new : length] = key_states
-        buffer[1, :n_rows, :, length - n_new : length] = value_states
+        if scales is None:
+            buffer[0, :n_rows, :, length - n_new : length] = key_states
+            buffer[1, :n_rows, :, length - n_new : length] = value_states
+        else:
+            _write(buffer, scales, n_rows, length - n_new, torch.stack([key_states, value_states]))
         return self._gathered(0), self._gathered(1)
 
     # The rest of DynamicLayer, on a map of its own: other layers must not see it
@@ -351,10 +402,19 @@ def _layout(keys: Tensor, values: Tensor) -> Layout | None:
     return keys.shape[1], keys.shape[3], keys.dtype
 
 
-def _empty(n_rows: int, n_kv_heads: int, n_columns: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+def _write(buffer: Tensor, scales: Tensor | None, n_rows: int, first: int, stored: Tensor) -> None:
+    """Keys and values [2, n_rows, n_kv_heads, n_new, head_dim] to the columns from `first` on."""
+    columns = slice(first, first + stored.shape[3])
+    if scales is None:
+        buffer[:, :n_rows, :, columns] = stored
+    else:
+        buffer[:, :n_rows, :, columns], scales[:, :n_rows, :, columns] = quantised(stored)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # An inference tensor could not be written to any more after the caller has left `torch.inference_mode`.
     with torch.inference_mode(False):
-        buffer = torch.empty((2, n_rows, n_kv_heads, n_columns, head_dim), dtype=dtype, device="cpu")
+        buffer = torch.empty(shape, dtype=dtype, device="cpu")
     if not torch.compiler.is_compiling():  # a traced buffer has no address yet
         advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
     return buffer

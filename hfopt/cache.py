@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from hfopt._cache_codes import check_kv_cache
 from hfopt._cache_layer import Appended, AppendedEverywhere, Buffers, IndirectLayer
 from hfopt._cache_rows import RowMap
 from hfopt.errors import InvalidInput
@@ -34,26 +35,31 @@ class IndirectCache(DynamicCache):
         copies: rows that each prompt is for (`num_beams` or `num_return_sequences`). Above 1, the rows that
             arrive first are prompts; `fork`, or the first update of `copies` times as many rows, makes
             `copies` rows of each.
+        kv_cache: "int8" stores keys and values as 8-bit codes with a scale for each token and head, in half the memory of
+            bfloat16; None as they are.
 
-    Raises `InvalidInput` if `copies` is below 1.
+    Raises `InvalidInput` if `copies` is below 1, and for another `kv_cache`.
     """
 
-    def __init__(self, config: PretrainedConfig | None = None, *, copies: int = 1) -> None:
+    def __init__(
+        self, config: PretrainedConfig | None = None, *, copies: int = 1, kv_cache: str | None = None
+    ) -> None:
         if copies < 1:
             raise InvalidInput(f"copies = {copies}: at least 1 is needed")
+        check_kv_cache(kv_cache)
         super().__init__(config=config)
-        self.copies = copies
+        self.copies, self.kv_cache = copies, kv_cache
         self._rows = RowMap()
         self._memo: dict[str, tuple[Tensor, Any]] = {}
         self.layers: list[Any]
         self.layer_class_to_replicate: Any
         if self.layer_class_to_replicate is not None:
-            self.layer_class_to_replicate = functools.partial(IndirectLayer, self._rows)
+            self.layer_class_to_replicate = functools.partial(IndirectLayer, self._rows, kv_cache=kv_cache)
         n_following = sum(type(layer) is DynamicLayer for layer in self.layers)
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 n_following -= 1
-                self.layers[index] = IndirectLayer(self._rows, n_following)
+                self.layers[index] = IndirectLayer(self._rows, n_following, kv_cache=kv_cache)
 
     @property
     def n_rows(self) -> int:
@@ -121,8 +127,8 @@ class IndirectCache(DynamicCache):
         return bool(layers) and are_ours and not any(layer.get_seq_length() for layer in layers)
 
     def newest(self) -> list[Tensor]:
-        """Views of the last token that every layer of an even cache holds, [2, n_rows, n_kv_heads, head_dim]."""
-        return [layer.newest() for layer in self._indirect()]
+        """Views of the last token that every layer of an even cache holds, [2, n_rows, n_kv_heads, head_dim] and scales."""
+        return [part for layer in self._indirect() for part in layer.newest()]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -130,7 +136,7 @@ class IndirectCache(DynamicCache):
         """Store [n_rows, n_kv_heads, n_new, head_dim], and return all keys and all values of the layer.
 
         For attention code that knows nothing of trunks. A view as long as every row reads its own trunk row,
-        gathered after that. Raises as `append`.
+        gathered after that, and dequantised from codes. Raises as `append`.
         """
         if self.copies > 1:
             self._fork_for(key_states.shape[0])

@@ -14,6 +14,7 @@ import accelerate
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from hfopt._cache_codes import check_kv_cache
 from hfopt.calibration import Calibration, Calibrator
 from hfopt.checkpoint import FLOATS, Checkpoint
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
@@ -36,6 +37,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     quantization: str | Format | QuantizationConfig | Mapping[str, Any] | None = None,
+    kv_cache: str | None = None,
     calibration: Calibration | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -47,6 +49,7 @@ def load(
         dtype: float32 or bfloat16, of what is not quantised. None: that of the checkpoint, but bfloat16 for float16.
         quantization: what to turn linear layers into that the checkpoint holds as floats, while they are read: a format or
             its name ("int8", "int4", "nf4"), or a config that says so for parts of the model. None: nothing.
+        kv_cache: as in `optimize`.
         calibration: as for `hfopt.optimize`. The model that has been quantised without it reads the texts, and then the
             checkpoint is read a second time.
         kwargs: revision, token, cache_dir, subfolder, local_files_only, force_download and proxies, of the Hub;
@@ -62,6 +65,7 @@ def load(
     source = os.fspath(path_or_id)
     if dtype is not None and dtype not in _DTYPES:
         raise InvalidInput(f"dtype = {dtype}: torch.float32, torch.bfloat16 or None is allowed")
+    check_kv_cache(kv_cache)
     if unknown := sorted(kwargs.keys() - {*_HUB, *_MODEL}):
         raise InvalidInput(
             f"load has no arguments {unknown}; beside its own there are {sorted((*_HUB, *_MODEL))}"
@@ -84,7 +88,7 @@ def load(
     weights.fill()
     _load_generation_config(model, source, hub)
     declare(model)
-    optimize(model.eval())
+    optimize(model.eval(), kv_cache=kv_cache)
     if calibrator is not None:
         batches = calibrator.measure({path: weights.linears[path] for path in weights.quantised})
         packed = (path for batch in batches for path in weights.quantise_again(batch))

@@ -31,7 +31,8 @@ class Report:
     for what `optimize` would do. by_module: why decode steps go module by module; None if one is a single call, of the
     instructions in program.
     idle: swapped modules that cannot run in kernels as they are now, and why. kernels: the argument of `optimize`.
-    choices: what "auto" takes for this model's dtypes. quantized: Linears with packed weights. left: those that
+    choices: what "auto" takes for this model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and
+    values are cached as floats all the same, or None. quantized: Linears with packed weights. left: those that
     `quantization` left as they are, and why.
     """
 
@@ -48,6 +49,8 @@ class Report:
     threading_layer: str
     kernels: str
     choices: tuple[Choice, ...]
+    kv_cache: str | None
+    float_cache: str | None
     quantized: tuple[Quantized, ...]
     left: dict[str, str]
     memory_before: int
@@ -62,6 +65,8 @@ class Report:
         from hfopt.patches.packing import quantized
 
         by_module, program = _steps(walk.model)
+        generator = generation.generator_of(walk.model)
+        kv_cache = None if generator is None else generation.kv_cache_of(generator)
         dtypes = Counter(str(weight.dtype).removeprefix("torch.") for weight in walk.model.parameters())
         return cls(
             model_class=type(walk.model).__qualname__,
@@ -76,6 +81,8 @@ class Report:
             threads=env.threads(),
             threading_layer=env.threading_layer(),
             kernels=walk.kernels() if is_applied else "auto",
+            kv_cache=kv_cache,
+            float_cache=None if kv_cache is None else generation.cache_obstacle(generator),
             quantized=quantized(walk.model),
             left=dict(left),
             choices=tuple(each for each in choice.choices() if each.dtype in dtypes),
@@ -105,6 +112,11 @@ class Report:
         lines.append(
             f"a decode step {'is one call' if self.by_module is None else f'goes module by module: {self.by_module}'}"
         )
+        if self.kv_cache is not None:
+            stored = (
+                f"not as {self.kv_cache}: {self.float_cache}" if self.float_cache else f"as {self.kv_cache}"
+            )
+            lines.append(f"keys and values are cached {stored}")
         if self.swapped:
             lines += ["", *_table(("swapped", "from", "to", "probe differs by"), self._swapped_rows())]
         if self.quantized:

@@ -445,11 +445,11 @@ def test_nothing_is_written_outside(dtype: torch.dtype, heads: tuple[int, int, i
     out = Guarded(dtype, 2 * n_new, n_heads * size)
     like, address, no_mask = bits(qkv)[0, 0, :0], qkv.data_ptr(), np.zeros((0, 0, 0), np.uint8)
     if n_new == 1:
-        attention.attend_decode(like, address, 2, *parts, no_mask, 0.2, n_heads, out.array.ctypes.data)
+        attention.attend_decode(like, like, address, 2, *parts, no_mask, 0.2, n_heads, out.array.ctypes.data)
     else:
         mask = attention_prefill.CAUSAL, no_mask
         attention_prefill.attend_prefill(
-            like, address, 2, n_new, *parts, *mask, 0.2, n_heads, out.array.ctypes.data
+            like, like, address, 2, n_new, *parts, *mask, 0.2, n_heads, out.array.ctypes.data
         )
     out.check()
     expected = functional.attend(

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hfopt._cache_codes import dequantised
 from hfopt.errors import InvalidInput
 from hfopt.kernels import attention as decode
 from hfopt.kernels import attention_prefill as prefill
 
 from .checks import ELEMENTS, prepare_threads
 from .choice import Kernels, takes_torch
-from .rotary import check_qkv
+from .rotary import check_qkv, held_by
 
 if TYPE_CHECKING:
     from hfopt.cache import Appended
@@ -90,7 +91,7 @@ def attend(
     """softmax(scale * q k^T) v over the cached keys and values: [n_rows, n_new, n_heads * head_dim].
 
     qkv: [n_rows, n_new, (n_heads + 2 * n_kv_heads) * head_dim], contiguous, float32 or bfloat16 as the
-    cache; of it only the queries, its first channels,
+    cache, unless that holds codes; of it only the queries, its first channels,
     are read: `rotate_and_store` has put the keys and values into the cache. Keys that a mask hides are not
     looked at, whatever they hold; a token that sees no key gets 0. by: "hfopt", "torch", or "auto" (what is
     faster for this many new tokens, see `choice`); one new token a row is always hfopt's, and so are infinite and NaN
@@ -108,14 +109,14 @@ def attend(
         if attended is not None:
             return attended
     prepare_threads()
-    like, target, factor = ELEMENTS[qkv.dtype], out.data_ptr(), float(scale)
+    like, target, factor = (ELEMENTS[qkv.dtype], held_by(appended, qkv.dtype)), out.data_ptr(), float(scale)
     cache = (record, appended.trunk_len, appended.branch_len, appended.trunk_row, appended.table)
     if n_new == 1:
-        wrong = decode.attend_decode(like, address, n_rows, *cache, hidden, factor, n_heads, target)
+        wrong = decode.attend_decode(*like, address, n_rows, *cache, hidden, factor, n_heads, target)
     else:
         kind = KINDS[mask.kind]
         sizes = (address, n_rows, n_new)
-        wrong = prefill.attend_prefill(like, *sizes, *cache, kind, hidden, factor, n_heads, target)
+        wrong = prefill.attend_prefill(*like, *sizes, *cache, kind, hidden, factor, n_heads, target)
     if wrong:
         raise InvalidInput(_WRONG_ROWS)
     return out
@@ -152,7 +153,10 @@ def _attend_in_torch(
 
 def _gathered(appended: "Appended", n_rows: int, dtype: torch.dtype) -> Tensor:
     """Keys and values as the rows read them, [2, n_rows, n_kv_heads, n_keys, head_dim]; a view if they are in order."""
-    trunk, branch = (torch.from_numpy(array).view(dtype) for array in (appended.trunk, appended.branch))
+    trunk, branch = (
+        _floats(*part, dtype)
+        for part in ((appended.trunk, appended.trunk_scales), (appended.branch, appended.branch_scales))
+    )
     trunk_row, table = appended.trunk_row[:n_rows], appended.table[:n_rows, : appended.branch_len]
     for rows, n_stored in ((trunk_row, trunk.shape[1]), (table, branch.shape[1])):
         if rows.size and not 0 <= rows.min() <= rows.max() < n_stored:
@@ -165,6 +169,12 @@ def _gathered(appended: "Appended", n_rows: int, dtype: torch.dtype) -> Tensor:
     # the two indices bring [n_rows, branch_len] to the front
     indices, columns = torch.from_numpy(table.astype(np.int64)), torch.arange(appended.branch_len)
     return torch.cat([trunk, branch[:, indices, :, columns].permute(2, 0, 3, 1, 4)], dim=3)
+
+
+def _floats(elements: np.ndarray, scales: np.ndarray | None, dtype: torch.dtype) -> Tensor:
+    if scales is None:
+        return torch.from_numpy(elements).view(dtype)
+    return dequantised(torch.from_numpy(elements), torch.from_numpy(scales), dtype)
 
 
 def checked_bytes(mask: Mask, appended: "Appended", n_rows: int, n_new: int) -> np.ndarray:

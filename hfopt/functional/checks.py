@@ -15,6 +15,7 @@ ELEMENTS: dict[torch.dtype, np.ndarray] = {
     torch.float32: np.empty(0, np.float32),
     torch.bfloat16: np.empty(0, np.uint16),
 }
+CODES = np.empty(0, np.int8)  # the same for a cache of 8-bit codes
 DTYPES = tuple(ELEMENTS)
 _STRIDED = torch.strided  # attributes of a module take time
 

@@ -10,7 +10,7 @@ from hfopt.errors import InvalidInput
 from hfopt.kernels import rope as kernels
 from hfopt.kernels.cache_record import BRANCH, TRUNK, record_of
 
-from .checks import ELEMENTS, address_of, check_array, check_floats, prepare_threads
+from .checks import CODES, ELEMENTS, address_of, check_array, check_floats, prepare_threads
 
 if TYPE_CHECKING:
     from hfopt.cache import Appended, Buffers
@@ -29,6 +29,9 @@ def rotate_and_store(
     rotation: str,
 ) -> None:
     """Rotate queries in place; write rotated keys, and values, to the cache columns of the new tokens.
+
+    Into a cache of codes they go quantised, after keys have been rotated in place too: what `IndirectCache.update` makes of
+    them.
 
     qkv: [n_rows, n_new, (n_heads + 2 * n_kv_heads) * head_dim], contiguous: heads of queries, then keys,
     then values.
@@ -64,6 +67,7 @@ def rotate_and_store(
         prepare_threads()
         kernels.rotate_and_store(
             ELEMENTS[qkv.dtype],
+            held_by(appended, qkv.dtype),
             address,
             n_rows,
             n_new,
@@ -95,12 +99,17 @@ def check_qkv(
     return address, cache_record(appended, qkv.dtype, n_kv_heads, head_dim)
 
 
+def held_by(appended: "Appended | Buffers", dtype: torch.dtype) -> np.ndarray:
+    """What tells a kernel of which type the elements of a cache are."""
+    return ELEMENTS[dtype] if appended.trunk_scales is None else CODES
+
+
 def cache_record(appended: "Appended", dtype: torch.dtype, n_kv_heads: int, head_dim: int) -> np.ndarray:
     """The `kernels.cache_record` of a layer; raises `InvalidInput` unless it has this dtype and these heads."""
     layout = dtype, n_kv_heads, head_dim
     buffers = known_buffers(appended)
     if buffers is None:
-        return _checked_record(appended.trunk, appended.branch, *layout)
+        return _checked_record(appended, *layout)
     return record_of_buffers(buffers, *layout)
 
 
@@ -108,7 +117,7 @@ def record_of_buffers(buffers: "Buffers", dtype: torch.dtype, n_kv_heads: int, h
     """`cache_record`, found once for the buffers of a layer."""
     layout = dtype, n_kv_heads, head_dim
     if buffers.checked != layout:
-        buffers.record = _checked_record(buffers.trunk, buffers.branch, *layout)
+        buffers.record = _checked_record(buffers, *layout)
         buffers.checked = layout
     record: np.ndarray = buffers.record
     return record
@@ -119,14 +128,18 @@ def known_buffers(appended: "Appended") -> Any:
     buffers = appended.buffers
     if buffers is None or buffers.trunk is not appended.trunk or buffers.branch is not appended.branch:
         return None
-    return buffers
+    scales = buffers.trunk_scales, buffers.branch_scales
+    is_same = scales[0] is appended.trunk_scales and scales[1] is appended.branch_scales
+    return buffers if is_same else None
 
 
 def _checked_record(
-    trunk: np.ndarray, branch: np.ndarray, dtype: torch.dtype, n_kv_heads: int, head_dim: int
+    stored: "Appended | Buffers", dtype: torch.dtype, n_kv_heads: int, head_dim: int
 ) -> np.ndarray:
-    bits = ELEMENTS[dtype].dtype
-    for name, cache in (("trunk", trunk), ("branch", branch)):
+    bits = held_by(stored, dtype).dtype
+    trunk, branch = stored.trunk, stored.branch
+    trunk_scales, branch_scales = stored.trunk_scales, stored.branch_scales
+    for name, cache, scales in (("trunk", trunk, trunk_scales), ("branch", branch, branch_scales)):
         shape = cache.shape
         if len(shape) != 5 or shape[0] != 2 or shape[2] != n_kv_heads or shape[4] != head_dim:
             raise InvalidInput(
@@ -134,7 +147,17 @@ def _checked_record(
             )
         if cache.dtype != bits or not cache.flags.c_contiguous:
             raise InvalidInput(f"appended.{name} has dtype {cache.dtype}: contiguous {bits} is needed")
-    return record_of(trunk, branch)
+        if bits == CODES.dtype:
+            _check_scales(f"appended.{name}_scales", scales, shape[:4])
+    if bits != CODES.dtype and branch_scales is not None:
+        raise InvalidInput(f"appended.branch_scales is given, and no trunk_scales: {bits} has none")
+    return record_of(trunk, branch, trunk_scales, branch_scales)
+
+
+def _check_scales(name: str, scales: np.ndarray | None, shape: tuple[int, ...]) -> None:
+    if scales is None or scales.shape != shape or scales.dtype != np.float32 or not scales.flags.c_contiguous:
+        given = "None" if scales is None else f"{scales.dtype} {scales.shape}"
+        raise InvalidInput(f"{name} is {given}: contiguous float32 {shape} is needed")
 
 
 def _angles(

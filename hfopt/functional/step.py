@@ -16,7 +16,7 @@ from hfopt.kernels.attention_prefill import BYTES
 from .attention import KINDS, Mask, check_lengths, checked_bytes
 from .checks import ELEMENTS, prepare_threads
 from .program import LINE, Program
-from .rotary import record_of_buffers
+from .rotary import held_by, record_of_buffers
 
 if TYPE_CHECKING:
     from hfopt.cache import AppendedEverywhere, Buffers
@@ -53,6 +53,7 @@ class StepScratch:
         self.arena = -(-self._arena.ctypes.data // LINE) * LINE
         self.scratch = self.arena + program.row_bytes * n_rows * n_new
         self.tables = np.zeros((len(program.tables), 2), np.int64)
+        self.held = ELEMENTS[program.dtype]  # tells of which type the elements of the cache are
         self.records = np.zeros((program.n_layers, records.LENGTH), np.int64)
         self._least: list[int] = []  # of each number in the records
         self._n_positions = 0
@@ -85,6 +86,10 @@ class StepScratch:
             raise InvalidInput(f"appended has {given}: tokens of {n_rows} rows are needed")
         if buffers != self._buffers:
             layout = program.dtype, program.n_kv_heads, program.head_dim
+            held = {held_by(each, program.dtype).dtype for each in buffers}
+            if len(held) > 1:
+                raise InvalidInput(f"appended has layers of {held}: all have to be of one type")
+            self.held = held_by(buffers[0], program.dtype)
             self.records[:] = [record_of_buffers(each, *layout) for each in buffers]
             self._buffers = buffers
             self._least = self.records.min(0).tolist()
@@ -230,6 +235,7 @@ def _run(
     prepare_threads()
     outcome: int = kernels.run_step(
         ELEMENTS[program.dtype],
+        scratch.held,
         program.code,
         program.formats if program.is_quantized else None,
         program.formats if program.is_dequantized else None,

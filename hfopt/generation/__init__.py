@@ -1,16 +1,18 @@
 """transformers' `generate` with loops, a gate and a cache of ours."""
 
 from .decoding import PROGRAMS, obstacle
-from .generate import generate, generator_of, install, prepare_cache, uninstall
+from .generate import cache_obstacle, generate, generator_of, install, kv_cache_of, prepare_cache, uninstall
 from .latency import Latency, record_latency
 from .prompt import share_prompts, unshare_prompts
 
 __all__ = [
     "PROGRAMS",
     "Latency",
+    "cache_obstacle",
     "generate",
     "generator_of",
     "install",
+    "kv_cache_of",
     "obstacle",
     "prepare_cache",
     "record_latency",

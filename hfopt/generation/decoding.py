@@ -21,7 +21,7 @@ PROGRAMS = "_hfopt_programs"  # attribute of an optimized model
 
 _OWN_HOOKS = (share_prompts, unshare_prompts)
 LOOKS_INSIDE = ("output_attentions", "output_hidden_states")
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.int8: torch.int8}
 _COLUMN_STEP = 256
 _CALL_SECONDS = 0.19  # at most about that: Python answers Ctrl-C between calls
 _MOST_STEPS = 32
@@ -64,7 +64,8 @@ class Choosing(NamedTuple):
 class Decoding:
     """The steps of one request behind its prompt, as far as the model has a program for them.
 
-    The first step that a program ever makes is made by the modules too, and both must give the same bits.
+    The first step that a program ever makes is made by the modules too, and both must give the same bits; and once more with
+    a cache of 8-bit codes.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Decoding:
         """
         if not self._ahead:
             program = self._offered = self._program(len(tokens))
-            if program is None or not self._programs.is_proven(program):
+            if program is None or not self._programs.is_proven(program, self._cache.kv_cache):
                 return None
             if self._choosing is None:
                 logits = self._run(program, tokens)
@@ -166,12 +167,14 @@ class Decoding:
         n_rows = len(tokens)
         program = self._program(n_rows)
         # what has changed meanwhile (a hook that takes itself away, say) may have taken part in this step
-        if program is not None and program is self._offered and not self._programs.is_proven(program):
+        if program is not None and program is self._offered:
             self._prove(program, tokens, logits)
         self._positions += 1
 
     def _prove(self, program: Program, tokens: np.ndarray, logits: Tensor) -> None:
         """Make the step again, if that can be done."""
+        if self._programs.is_proven(program, self._cache.kv_cache):
+            return
         if logits.dtype is not program.dtype or not self._cache.is_even(len(tokens)):
             return
         written = self._cache.newest()
@@ -180,12 +183,11 @@ class Decoding:
         again = self._run(program, tokens)
         if again is None:
             return
-        bits = _BITS[program.dtype]
         is_equal = all(
-            torch.equal(one.view(bits), other.view(bits))
+            torch.equal(one.view(_BITS[one.dtype]), other.view(_BITS[other.dtype]))
             for one, other in zip(expected, [again, *written], strict=True)
         )
-        self._programs.conclude(program, is_equal)
+        self._programs.conclude(program, is_equal, self._cache.kv_cache)
         if not is_equal:
             for there, theirs in zip(written, expected[1:], strict=True):
                 there.copy_(theirs)

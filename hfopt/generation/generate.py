@@ -26,6 +26,8 @@ from .inputs import check_counts, check_inputs
 from .prompt import share_prompts, unshare_prompts
 from .sample import sample
 
+_KV_CACHE = "_hfopt_kv_cache"  # attribute of an optimized model
+
 # mode -> transformers' loop, and ours
 _LOOPS: dict[GenerationMode, tuple[str, Callable]] = {
     GenerationMode.GREEDY_SEARCH: ("_sample", sample),
@@ -43,10 +45,10 @@ def generator_of(model: nn.Module) -> Model | None:
     return None
 
 
-def install(model: Model, programs: Any = None) -> None:
+def install(model: Model, programs: Any = None, kv_cache: str | None = None) -> None:
     """Gives `model` our `generate`, our cache and the sharing of prompts; what its class overrides stays.
 
-    programs: a `patches.programs.Programs`, from which decode steps are taken.
+    programs: a `patches.programs.Programs`, from which decode steps are taken. kv_cache: of the caches that requests get.
     """
     uninstall(model)
     for name, function in _BOUND.items():
@@ -54,6 +56,8 @@ def install(model: Model, programs: Any = None) -> None:
             setattr(model, name, Bound(function, model, name))
     if programs is not None:
         model.__dict__[PROGRAMS] = programs
+    if kv_cache is not None:
+        model.__dict__[_KV_CACHE] = kv_cache
     model.register_forward_pre_hook(share_prompts, with_kwargs=True)
     model.register_forward_hook(unshare_prompts, with_kwargs=True)
 
@@ -65,6 +69,7 @@ def uninstall(model: Model) -> None:
         if isinstance(bound, Bound) and bound.function is function:
             delattr(model, name)
     model.__dict__.pop(PROGRAMS, None)
+    model.__dict__.pop(_KV_CACHE, None)
     # found by function: the handles of a copied or unpickled model are not ours
     for hooks, flags, function in (
         (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs, share_prompts),
@@ -73,6 +78,22 @@ def uninstall(model: Model) -> None:
         for key in [key for key, hook in hooks.items() if hook is function]:
             del hooks[key]
             flags.pop(key, None)
+
+
+def kv_cache_of(model: Model) -> str | None:
+    """`kv_cache` of the caches that requests of this model get."""
+    kind: str | None = model.__dict__.get(_KV_CACHE)
+    return kind
+
+
+def cache_obstacle(model: Model) -> str | None:
+    """In words, why requests of this model get transformers' own cache; None if they get ours."""
+    if not isinstance(model.__dict__.get("_prepare_cache_for_generation"), Bound):
+        return "its class prepares caches of its own"
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+        return "not all of its layers have full attention"
+    return None
 
 
 def generate(
@@ -135,7 +156,8 @@ def prepare_cache(
     if not made.layers or any(type(layer) is not DynamicLayer for layer in made.layers):
         return
     copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-    cache = IndirectCache(model.config.get_text_config(decoder=True), copies=copies)
+    config = model.config.get_text_config(decoder=True)
+    cache = IndirectCache(config, copies=copies, kv_cache=kv_cache_of(model))
     if generation_config.is_assistant:
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache

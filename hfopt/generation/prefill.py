@@ -68,7 +68,11 @@ class Prefill:
             return None
         programs, (n_rows, n_new) = model.__dict__[PROGRAMS], text.tokens.shape
         program = programs.of(model, n_rows, n_new, is_first=True)
-        if program is None or not programs.is_proven(program) or len(cache.layers) != program.n_layers:
+        if (
+            program is None
+            or not programs.is_proven(program, cache.kv_cache)
+            or len(cache.layers) != program.n_layers
+        ):
             return None
         logits = text.read(program, cache)
         if logits is None:

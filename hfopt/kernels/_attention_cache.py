@@ -3,19 +3,23 @@
 from typing import Any, NamedTuple
 
 from ._parallel import body
-from ._pointer import address_as, shifted
-from .cache_record import ADDRESS, BRANCH, COLUMNS, HEAD_DIM, KV_HEADS, ROWS, TRUNK
+from ._pointer import address_as, scales_at, shifted
+from .cache_record import ADDRESS, BRANCH, COLUMNS, HEAD_DIM, KV_HEADS, ROWS, SCALES, TRUNK
 
 
 class Segment(NamedTuple):
     """The trunk or the branch, in elements."""
 
-    keys: Any  # pointer to the first
+    keys: Any  # pointer to the first; codes are int8
     to_values: Any  # from a key to its value
     row: Any  # size of a physical row
     head: Any  # and of one of its heads
     n_rows: Any
     n_tokens: Any
+    scales: Any  # pointer to that of the first key; None if there are no codes
+    to_value_scales: Any  # from that of a key to that of its value
+    n_heads: Any
+    columns: Any
 
 
 class Cache(NamedTuple):
@@ -34,8 +38,11 @@ class Cache(NamedTuple):
 def _segment(like, record, part, n_tokens):
     n_rows, n_kv_heads = record[part + ROWS], record[KV_HEADS]
     head = record[part + COLUMNS] * record[HEAD_DIM]
-    keys = address_as(record[part + ADDRESS], like)
-    return Segment(keys, n_rows * n_kv_heads * head, n_kv_heads * head, head, n_rows, n_tokens)
+    keys, scales = address_as(record[part + ADDRESS], like), scales_at(record[part + SCALES], like)
+    to_values = n_rows * n_kv_heads * head
+    to_value_scales = n_rows * n_kv_heads * record[part + COLUMNS]
+    sizes = to_values, n_kv_heads * head, head, n_rows, n_tokens
+    return Segment(keys, *sizes, scales, to_value_scales, n_kv_heads, record[part + COLUMNS])
 
 
 @body
@@ -71,3 +78,9 @@ def valid_rows(cache, n_rows):
 def key_of(segment, row, kv_head, token, size):
     """Pointer to a key."""
     return shifted(segment.keys, row * segment.row + kv_head * segment.head + token * size)
+
+
+@body
+def scale_of(segment, row, kv_head, token):
+    """Place of the scale of a key among the `scales`."""
+    return (row * segment.n_heads + kv_head) * segment.columns + token

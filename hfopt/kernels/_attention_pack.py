@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from ._attention_cache import key_of
+from ._attention_cache import key_of, scale_of
 from ._attention_tile import store_pair, where_up_to
 from ._parallel import body
-from ._pointer import load, load_part, prefetch, shifted, store
+from ._pointer import load, load_part, load_scalar, pointer_as, prefetch, shifted, store
 from ._simd import LANES
 from ._tile import transpose_block, units_ratio
 from ._vector import absolute, fma, splat, sum_lanes
@@ -49,6 +49,19 @@ def token_of(cache, row, kv_head, token):
 
 
 @body
+def scales_of(cache, scales, row, kv_head, token):
+    """Scales of the key and the value of a token of a logical row; 1 if scales is None, so that there are no codes."""
+    if scales is None:
+        return _ONE, _ONE
+    segment, place = cache.trunk, cache.trunk_row[row]
+    if token >= segment.n_tokens:
+        token -= segment.n_tokens
+        segment, place = cache.branch, cache.table[row * cache.table_row + token]
+    first = scale_of(segment, place, kv_head, token)
+    return load_scalar(segment.scales, first), load_scalar(segment.scales, first + segment.to_value_scales)
+
+
+@body
 def pack_queries(
     qkv, qkv_row, n_new, row, kv_head, group, q_begin, q_end, width, size, factor, rows, queries
 ):
@@ -71,28 +84,28 @@ def pack_queries(
 
 
 @body
-def find_keys(cache, row, kv_head, first, n, size, room):
+def find_keys(cache, scales, row, kv_head, first, n, size, room):
     """(pointer to the keys of n tokens from `first` on, elements from one to the next), readable up to a multiple of 8
-    keys: in the cache where they lie in a row, else copied to `room`."""
+    keys: in the cache where they lie in a row, else copied to `room`, as codes always are, times their scales."""
     trunk = cache.trunk
     n_read = rounded(n, ROWS)
-    if (
-        first + n <= trunk.n_tokens
-        and (first + n_read) * size <= trunk.head
-        and size % units_ratio(room) == 0
-    ):
-        return token_of(cache, row, kv_head, first)[0], size
+    if scales is None:
+        fits = first + n <= trunk.n_tokens and (first + n_read) * size <= trunk.head
+        if fits and size % units_ratio(room) == 0:
+            return pointer_as(token_of(cache, row, kv_head, first)[0], room), size
     stride = rounded(size, LANES * units_ratio(room))
     for j in range(n_read):
-        key, _ = token_of(cache, row, kv_head, first + min(j, n - 1))
-        copy_row(key, size, _ONE, shifted(room, j * stride), stride)
+        token = first + min(j, n - 1)
+        key, _ = token_of(cache, row, kv_head, token)
+        factor, _ = scales_of(cache, scales, row, kv_head, token)
+        copy_row(key, size, factor, shifted(room, j * stride), stride)
     return room, stride
 
 
 @body
-def pack_values(cache, row, kv_head, first, n, size, clean, values):
+def pack_values(cache, scales, row, kv_head, first, n, size, clean, values):
     """values[channel // 16, j, channel % 16] = values of n tokens from `first` on; 32 units for j, which are pairs of
-    tokens in bfloat16.
+    tokens in bfloat16. scales: None if the cache holds no codes.
 
     With `clean`, 0 for what is not finite. Returns whether all are finite.
     """
@@ -105,11 +118,15 @@ def pack_values(cache, row, kv_head, first, n, size, clean, values):
             prefetch(key, ahead + k)
             prefetch(value, ahead + k)
         _, after = token_of(cache, row, kv_head, first + min(j + 1, n - 1))
+        _, low_factor = scales_of(cache, scales, row, kv_head, first + j)
+        _, high_factor = scales_of(cache, scales, row, kv_head, first + min(j + 1, n - 1))
         for k in range(0, size, LANES):
             if k + LANES <= size:
                 low, high = load(value, k), load(after, k)
             else:
                 low, high = load_part(value, k, size - k), load_part(after, k, size - k)
+            if scales is not None:
+                low, high = low * splat(low_factor), high * splat(high_factor)
             if clean:
                 low = where_up_to(absolute(low), splat(_LARGEST), low, splat(_ZERO))
                 high = where_up_to(absolute(high), splat(_LARGEST), high, splat(_ZERO))

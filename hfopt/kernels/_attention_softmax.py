@@ -5,7 +5,7 @@ Queries lie along the lanes of vectors, so arrays are [key or channel, width] wi
 
 import numpy as np
 
-from ._attention_pack import BLOCK, ROWS, is_finite, rounded, token_of
+from ._attention_pack import BLOCK, ROWS, is_finite, rounded, scales_of, token_of
 from ._attention_tile import (
     any_below,
     load_row,
@@ -139,12 +139,13 @@ def add_values(weights, width, n, values, size, sums):
 
 
 @body
-def add_infinite(weights, width, n, cache, row, kv_head, first, size, sums):
+def add_infinite(weights, width, n, cache, scales, row, kv_head, first, size, sums):
     """sums += those of the weighted values that are not finite, where the weight is not 0."""
     for j in range(n):
         _, value = token_of(cache, row, kv_head, first + j)
+        _, factor = scales_of(cache, scales, row, kv_head, first + j)
         for k in range(size):
-            number = load_scalar(value, k)
+            number = load_scalar(value, k) * factor
             if not is_finite(number):
                 for column in range(0, width, LANES):
                     weight = load_row(weights, j, width, column)

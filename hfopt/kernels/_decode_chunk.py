@@ -11,10 +11,11 @@ import numpy as np
 from ._attention_cache import key_of
 from ._attention_pack import copy_row
 from ._attention_tile import weight_of, where_up_to
-from ._decode_blocks import list_blocks, rows_alike
+from ._decode_blocks import MOST_KEYS, list_blocks, rows_alike, stack_factors
 from ._decode_tile import (
     BLOCK,
     address_of,
+    load_key_factors,
     pack_query,
     partner,
     score_tile,
@@ -24,12 +25,11 @@ from ._decode_tile import (
     where_keys,
 )
 from ._parallel import body, inlined
-from ._pointer import as_units, floats_at, load, load_scalar, shifted, store, store_scalar
+from ._pointer import as_units, floats_at, load, load_scalar, pointer_as, shifted, store, store_scalar
 from ._simd import LANES
 from ._tile import stack_floats, units_ratio
 from ._vector import fma, lane, larger, splat
 
-MOST_KEYS = 256  # of a chunk; also a literal below, in the sizes of stacks
 MAX, SUM, SEEN = range(3)  # behind the weighted values of a query and chunk
 _TILE = 4  # queries of a tile, if there are more than one
 TOGETHER = 8  # queries that are worked on together, in two tiles
@@ -57,22 +57,28 @@ class _Blocks(NamedTuple):
     """Keys and values of a key head, in blocks."""
 
     kv_head: Any
+    like: Any  # a pointer to their elements
     keys: Any  # addresses
     values: Any
     n_blocks: Any
     n: Any  # keys
     to_values: Any  # bytes from keys to what is read next
     to_next: Any  # and from values
+    factors: Any  # scales of the keys, and MOST_KEYS behind them of the values; None if they are no codes
 
 
 @body
-def weigh_scores(scores, n_vectors, width, n, scale, weights):
+def weigh_scores(scores, n_vectors, width, n, scale, factors, weights):
     """weights = 2^(scale * scores - max) for n keys of a tile of queries; (maxima, sums), each in all lanes
     of its query.
+
+    factors: see `_Blocks`; keys' are applied to scores, and those of values to the weights, after these are summed up.
     """
     top = splat(_NOTHING)
     for v in range(n_vectors):
         value = load(scores, v * LANES) * splat(scale)
+        if factors is not None:
+            value = value * load_key_factors(factors, v * width, width)
         if n - v * width < width:
             value = where_keys(n - v * width, width, value, splat(_NOTHING))
         store(scores, v * LANES, value)
@@ -87,8 +93,10 @@ def weigh_scores(scores, n_vectors, width, n, scale, weights):
     total = splat(_ZERO)
     for v in range(n_vectors):
         value = weight_of(load(scores, v * LANES) - shift, as_units(weights, weights))
-        store(weights, v * LANES, value)
         total = total + value
+        if factors is not None:
+            value = value * load_key_factors(factors, MOST_KEYS + v * width, width)
+        store(weights, v * LANES, value)
     total = total + partner(total, 1)
     total = total + partner(total, 2)
     if width > 4:
@@ -98,8 +106,11 @@ def weigh_scores(scores, n_vectors, width, n, scale, weights):
 
 
 @inlined
-def weigh_values(weights, queries, values, n_blocks, units, ahead, out, out_row, n_valid):
-    """out[i, :] = sum over keys of weights[key, i] values[key, :] for the first n_valid queries of a tile."""
+def weigh_values(weights, queries, like, values, n_blocks, units, ahead, out, out_row, n_valid):
+    """out[i, :] = sum over keys of weights[key, i] values[key, :] for the first n_valid queries of a tile.
+
+    like: a pointer to elements of the values.
+    """
     p = as_units(weights, weights)
     ratio = units_ratio(weights)
     columns = tile_columns(p, 2) if queries == 1 else tile_columns(p, 1)
@@ -114,19 +125,19 @@ def weigh_values(weights, queries, values, n_blocks, units, ahead, out, out_row,
             left = (units - at) * ratio
             to = shifted(out, at * ratio)
             if queries == 1 and left >= columns:
-                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 2)
+                weigh_tile(w, like, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 2)
                 at += columns // ratio
             elif queries == 1 and left >= tile_columns(p, 1):
-                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 1)
+                weigh_tile(w, like, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 1)
                 at += tile_columns(p, 1) // ratio
             elif queries == 1:
-                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 0)
+                weigh_tile(w, like, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 0)
                 at += LANES
             elif left >= columns:
-                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 1)
+                weigh_tile(w, like, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 1)
                 at += columns // ratio
             else:
-                weigh_tile(w, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 0)
+                weigh_tile(w, like, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 0)
                 at += LANES
 
 
@@ -166,19 +177,20 @@ def attend_blocks(problem, blocks, query, n_queries, room, partial, row):
             pack_query(source, steps, target, i % _TILE, 4)
 
     q = as_units(packed, packed)
-    n_blocks, n = blocks.n_blocks, blocks.n
+    n_blocks, n, like = blocks.n_blocks, blocks.n, blocks.like
     n_vectors = n_blocks * queries
     span = n_vectors * LANES
     if queries == 1:
-        score_tile(q, steps, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 1, 1)
+        score_tile(q, steps, like, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 1, 1)
     elif tiles == 1:
-        score_tile(q, steps, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 4, 1)
+        score_tile(q, steps, like, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 4, 1)
     else:
-        score_tile(q, steps, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 4, 2)
+        score_tile(q, steps, like, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 4, 2)
     for tile in range(tiles):
         first = tile * _TILE
         w = shifted(weights, tile * span)
-        top, total = weigh_scores(shifted(scores, tile * span), n_vectors, width, n, problem.scale, w)
+        here = shifted(scores, tile * span)
+        top, total = weigh_scores(here, n_vectors, width, n, problem.scale, blocks.factors, w)
         for i in range(min(n_queries - first, _TILE)):
             stats = shifted(partial, (first + i) * row + padded)
             store_scalar(stats, MAX, lane(top, i * width))
@@ -186,7 +198,8 @@ def attend_blocks(problem, blocks, query, n_queries, room, partial, row):
     for tile in range(tiles):
         first = tile * _TILE
         w, here = shifted(weights, tile * span), shifted(partial, first * row)
-        weigh_values(w, queries, blocks.values, n_blocks, units, blocks.to_next, here, row, n_queries - first)
+        n_left, ahead = n_queries - first, blocks.to_next
+        weigh_values(w, queries, like, blocks.values, n_blocks, units, ahead, here, row, n_left)
 
 
 @inlined
@@ -223,6 +236,8 @@ def attend_chunk(problem, item, chunk, next_key, room):
     fresh = floats_at(address_of(room))
     held = shifted(room, TOGETHER * partial_size * units_ratio(room))
     scratch = shifted(held, 2 * plan.chunk * problem.padded)
+    held = pointer_as(held, segment.keys)
+    factors = stack_factors(segment.scales)
     here = address_of(key_of(segment, item.row, item.kv_head, first, size))
     to_values = address_of(shifted(segment.keys, segment.to_values)) - address_of(segment.keys)
     to_next = next_key - here - to_values if next_key != 0 else 0
@@ -231,9 +246,10 @@ def attend_chunk(problem, item, chunk, next_key, room):
     n_slots = plan.trunk.n_spans + plan.branch.n_spans
     row = n_slots * partial_size
     for place in range(begin, end, together):
-        n_seen = list_blocks(problem, item, place, first, n, keys, values, held)
+        n_seen = list_blocks(problem, item, segment.scales, place, first, n, keys, values, held, factors)
         n_blocks = (n_seen + BLOCK - 1) // BLOCK
-        blocks = _Blocks(item.kv_head, keys, values, n_blocks, n_seen, to_values, to_next)
+        kinds = item.kv_head, segment.keys
+        blocks = _Blocks(*kinds, keys, values, n_blocks, n_seen, to_values, to_next, factors)
         query, last = place * problem.group, (place + together) * problem.group
         while query < last:
             partial = (item.kv_head * problem.n_rows * problem.group + query) * row + item.slot * partial_size

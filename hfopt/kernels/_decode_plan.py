@@ -7,10 +7,11 @@ number is bounded, and no cut depends on the number of threads.
 
 from typing import Any, NamedTuple
 
-from ._decode_chunk import MOST_KEYS, TOGETHER
+from ._decode_blocks import MOST_KEYS
+from ._decode_chunk import TOGETHER
 from ._parallel import body, threads_for
+from ._pointer import item_bytes
 from ._simd import LANES
-from ._tile import units_ratio
 
 _LEAST_KEYS = 64  # of a chunk
 _CHUNK_BYTES = 1 << 17  # of the keys of a chunk, which stay in the L2 cache of a core with their values
@@ -120,5 +121,5 @@ def plan_rows(cache, n_rows, n_groups, n_heads, chunk, threads):
     n_items = cache.n_kv_heads * (n_groups * of_trunk.n_spans + n_rows * of_branch.n_spans)
     n_multiply_adds = n_rows * n_heads * (trunk.n_tokens + branch.n_tokens) * cache.size
     n_read = n_streams * trunk.n_tokens + cache.n_kv_heads * n_rows * branch.n_tokens
-    work = max(n_multiply_adds, n_read * cache.size * 8 // units_ratio(trunk.keys))
+    work = max(n_multiply_adds, n_read * cache.size * 2 * item_bytes(trunk.keys))
     return Plan(chunk, of_trunk, of_branch, n_items, min(threads, threads_for(n_items, work, _PARALLEL_SIZE)))

@@ -14,8 +14,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import _simd
-from ._simd import F32, F32X, I16, I32, I32X, LANES
+from . import _simd, _target
+from ._pointer import _is_codes, emit_integers
+from ._simd import BF16X2, F32, F32X, I8, I16, I32, I32X, LANES
 from ._tile import (
     _INTP,
     _accumulators,
@@ -107,6 +108,23 @@ def partner(typingctx, x, span):
     return _simd.float32x(_simd.float32x, span), codegen
 
 
+@intrinsic
+def load_key_factors(typingctx, factors, first, width):
+    """Numbers of `width` (4 or 16) keys, for each query of a vector of scores."""
+
+    def codegen(context, builder, sig, args):
+        factors, first, width = args
+        spread = ir.Constant(ir.VectorType(I32, LANES), [k % 4 for k in range(LANES)])
+        few = _simd.emit_load(builder, factors, first, ir.VectorType(F32, 4), 4)
+        few = builder.shuffle_vector(few, few, spread)
+        result = cgutils.alloca_once_value(builder, few)
+        with builder.if_then(builder.icmp_signed("==", width, _constant(LANES))):
+            builder.store(_simd.emit_load(builder, factors, first, F32X, 4), result)
+        return builder.load(result)
+
+    return _simd.float32x(factors, types.intp, types.intp), codegen
+
+
 @intrinsic(prefer_literal=True)
 def pack_query(typingctx, source, steps, target, place, queries):
     """Query number `place` of a packed tile: segment s goes to lanes place * width ... of target[s, 16]."""
@@ -144,51 +162,103 @@ def _emit_block(builder, addresses, index, unit):
     return builder.inttoptr(address, unit.as_pointer())
 
 
+def _emit_units(builder, row, place, pairs):
+    """16 units of the codes from row + place on."""
+    if not pairs:
+        return emit_integers(builder, _simd.emit_load(builder, row, place, _simd.I8X, 1))
+    if _target.HAS_AVX512_BF16:
+        places = builder.add(place, _constant(LANES)), place
+        halves = [emit_integers(builder, _simd.emit_load(builder, row, at, _simd.I8X, 1)) for at in places]
+        units = _simd.emit_call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", BF16X2, halves)
+        return builder.bitcast(units, I32X)
+    codes = builder.sext(_simd.emit_load(builder, row, place, _simd.I16X, 1), I32X)
+    odd, even = builder.ashr(codes, _simd.splat_int(8)), builder.shl(codes, _simd.splat_int(24))
+    even = builder.ashr(even, _simd.splat_int(24))
+    return _emit_pairs(builder, builder.sitofp(even, F32X), builder.sitofp(odd, F32X))
+
+
+def _emit_pairs(builder, low, high):
+    """Units of two vectors of float32 that are bfloat16 too, as integers up to 256 are."""
+    low, high = builder.bitcast(low, I32X), builder.bitcast(high, I32X)
+    return builder.or_(builder.lshr(low, _simd.splat_int(16)), high)
+
+
+def _kind(pairs, codes):
+    return f"{'pairs' if pairs else 'floats'}{'.codes' if codes else ''}"
+
+
 @intrinsic(prefer_literal=True)
-def score_tile(typingctx, q, steps, keys, n_blocks, stride, ahead, out, out_stride, n_queries, n_tiles):
+def score_tile(typingctx, q, steps, like, keys, n_blocks, stride, ahead, out, out_stride, n_queries, n_tiles):
     """Products of each query of n_tiles tiles (literals) with 16 n_blocks keys.
 
-    q: packed tiles [n_tiles, steps, 16] units; out [n_tiles, keys / width, queries, width], `out_stride` a
-    tile. Memory `ahead` bytes behind the keys is asked for.
+    q: packed tiles [n_tiles, steps, 16] units; like: a pointer to elements of keys, those of q or codes, which are taken as
+    integers; out [n_tiles, keys / width, queries, width], `out_stride` a tile. Memory `ahead` bytes behind the keys is asked
+    for.
     """
     queries, tiles = _literal_ints(n_queries, n_tiles)
     index = types.intp
-    signature = types.void(q, index, address_list, index, index, index, out, index, n_queries, n_tiles)
-    pairs = _is_pairs(q)
+    signature = types.void(q, index, like, address_list, index, index, index, out, index, n_queries, n_tiles)
+    pairs, codes = _is_pairs(q), _is_codes(like)
+    ratio = 2 if pairs else 1
     width = LANES // queries
     together = width if queries == 1 else 8  # keys whose sums are in registers
 
     def emit(builder, args):
         q, steps, keys, n_blocks, stride, ahead, out, out_stride = args
         unit, vector = (I32, I32X) if pairs else (F32, F32X)
-        segment = ir.VectorType(unit, width)
-        spread = ir.Constant(ir.VectorType(I32, LANES), [k % width for k in range(LANES)])
         slots = _accumulators(builder, tiles * together)
+        if codes:
+            stride = builder.mul(stride, _constant(ratio))
+
+        def load_query(tile, step):
+            place = builder.mul(builder.add(builder.mul(steps, _constant(tile)), step), _constant(LANES))
+            return _simd.emit_load(builder, q, place, vector, 4)
+
+        def ask(part, turn, n_lines, of_line):
+            # all lines of these rows, in order, whatever their number
+            for line in range(n_lines):
+                place = builder.add(builder.mul(turn, _constant(n_lines)), _constant(line))
+                _emit_ahead(builder, part, builder.mul(place, _constant(of_line)), ahead)
+
+        def add_elements(part, rows):
+            segment = ir.VectorType(unit, width)
+            spread = ir.Constant(ir.VectorType(I32, LANES), [k % width for k in range(LANES)])
+            with cgutils.for_range(builder, steps) as loop:
+                q_values = [load_query(t, loop.index) for t in range(tiles)]
+                ask(part, loop.index, together * width // LANES, LANES)
+                place = builder.mul(loop.index, _constant(width))
+                for j, row in enumerate(rows):
+                    value = _simd.emit_load(builder, row, place, segment, 4)
+                    value = builder.shuffle_vector(value, value, spread)
+                    for t, q_value in enumerate(q_values):
+                        _add_into(builder, slots[t * together + j], q_value, value)
+
+        def add_codes(part, rows):
+            # as many segments at a time as a vector of units has
+            with cgutils.for_range(builder, builder.udiv(steps, _constant(queries))) as loop:
+                first = builder.mul(loop.index, _constant(queries))
+                places = [builder.add(first, _constant(s)) for s in range(queries)]
+                q_values = [[load_query(t, place) for place in places] for t in range(tiles)]
+                ask(part, loop.index, together * ratio * LANES // 64, 64)
+                place = builder.mul(loop.index, _constant(ratio * LANES))
+                for j, row in enumerate(rows):
+                    units = _emit_units(builder, row, place, pairs)
+                    for s in range(queries):
+                        lanes = [s * width + k % width for k in range(LANES)]
+                        lanes = ir.Constant(ir.VectorType(I32, LANES), lanes)
+                        value = builder.shuffle_vector(units, units, lanes)
+                        for t in range(tiles):
+                            _add_into(builder, slots[t * together + j], q_values[t][s], value)
+
         with cgutils.for_range(builder, n_blocks) as blocks:
-            block = _emit_block(builder, keys, blocks.index, unit)
+            block = _emit_block(builder, keys, blocks.index, I8 if codes else unit)
             with cgutils.for_range(builder, _constant(BLOCK // together)) as parts:
                 first = builder.mul(parts.index, _constant(together))
                 part = builder.gep(block, [builder.mul(first, stride)])
                 rows = [builder.gep(part, [builder.mul(stride, _constant(j))]) for j in range(together)]
                 for slot in slots:
                     builder.store(ir.Constant(F32X, None), slot)
-                with cgutils.for_range(builder, steps) as loop:
-                    q_values = []
-                    for t in range(tiles):
-                        place = builder.add(builder.mul(steps, _constant(t)), loop.index)
-                        place = builder.mul(place, _constant(LANES))
-                        q_values.append(_simd.emit_load(builder, q, place, vector, 4))
-                    # all lines of these rows, in order, whatever their number
-                    lines = together * width // LANES
-                    for line in range(lines):
-                        place = builder.add(builder.mul(loop.index, _constant(lines)), _constant(line))
-                        _emit_ahead(builder, part, builder.mul(place, _constant(LANES)), ahead)
-                    place = builder.mul(loop.index, _constant(width))
-                    for j, row in enumerate(rows):
-                        value = _simd.emit_load(builder, row, place, segment, 4)
-                        value = builder.shuffle_vector(value, value, spread)
-                        for t, q_value in enumerate(q_values):
-                            _add_into(builder, slots[t * together + j], q_value, value)
+                (add_codes if codes else add_elements)(part, rows)
                 place = builder.add(builder.mul(blocks.index, _constant(BLOCK)), first)
                 place = builder.mul(place, _constant(queries))
                 for t in range(tiles):
@@ -201,8 +271,8 @@ def score_tile(typingctx, q, steps, keys, n_blocks, stride, ahead, out, out_stri
                         builder.store(add_lanes(builder, sums), there, align=4)
 
     def codegen(context, builder, sig, args):
-        name = f"hfopt.score_tile.{queries}.{tiles}.{'pairs' if pairs else 'floats'}"
-        _outlined(builder, name, args[:8], emit)
+        name = f"hfopt.score_tile.{queries}.{tiles}.{_kind(pairs, codes)}"
+        _outlined(builder, name, [*args[:2], *args[3:9]], emit)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -242,19 +312,32 @@ def _in_order(builder, sums):
 
 @intrinsic(prefer_literal=True)
 def weigh_tile(
-    typingctx, p, values, n_blocks, stride, column, ahead, out, out_stride, n_valid, more, n_queries, wide
+    typingctx,
+    p,
+    like,
+    values,
+    n_blocks,
+    stride,
+    column,
+    ahead,
+    out,
+    out_stride,
+    n_valid,
+    more,
+    n_queries,
+    wide,
 ):
     """out[g * out_stride + c] (+)= sum over 16 n_blocks keys of p[key, g] value[key, c], g < n_valid.
 
-    p: units of weights in the order of `score_tile`; c: channels from unit `column` on, as many as
-    `tile_columns` says for the literal `wide`.
+    p: units of weights in the order of `score_tile`; like: as there, of values; c: channels from unit `column` on, as many
+    as `tile_columns` says for the literal `wide`.
     """
     queries, breadth = _literal_ints(n_queries, wide)
     index = types.intp
     signature = types.void(
-        p, address_list, index, index, index, index, out, index, index, types.boolean, n_queries, wide
+        p, like, address_list, index, index, index, index, out, index, index, types.boolean, n_queries, wide
     )
-    pairs = _is_pairs(p)
+    pairs, codes = _is_pairs(p), _is_codes(like)
     width = LANES // queries
     ratio = 2 if pairs else 1
     vectors = _sums(p, breadth)
@@ -264,6 +347,8 @@ def weigh_tile(
         p, values, n_blocks, stride, column, ahead, out, out_stride, n_valid, more = args
         unit, vector = (I32, I32X) if pairs else (F32, F32X)
         slots = _accumulators(builder, queries * vectors * sets)
+        if codes:
+            stride, column = (builder.mul(size, _constant(ratio)) for size in (stride, column))
 
         def row_of(first, key):
             place = builder.mul(stride, builder.add(first, _constant(key)))
@@ -274,9 +359,20 @@ def weigh_tile(
                 _emit_ahead(builder, row, _constant(c * LANES), ahead)
                 yield _simd.emit_load(builder, row, _constant(c * LANES), vector, 4)
 
+        def load_codes(row, key):
+            # a tile may have less than a line of a row
+            for line in range(vectors // 4) if vectors >= 4 else range(key % (4 // vectors) == 0):
+                _emit_ahead(builder, row, _constant(line * 64), ahead)
+            for c in range(vectors):
+                bytes16 = _simd.emit_load(builder, row, _constant(c * LANES), _simd.I8X, 1)
+                yield emit_integers(builder, bytes16)
+
         def add_keys(weights, first, key):
-            loads = [list(load_row(row_of(first, key + k))) for k in range(ratio)]
-            if pairs:
+            load = load_codes if codes else lambda row, key: load_row(row)
+            loads = [list(load(row_of(first, key + k), key + k)) for k in range(ratio)]
+            if pairs and codes:
+                columns = [_emit_pairs(builder, low, high) for low, high in zip(*loads, strict=True)]
+            elif pairs:
                 columns = [
                     v for low, high in zip(*loads, strict=True) for v in _interleaved(builder, low, high)
                 ]
@@ -290,7 +386,7 @@ def weigh_tile(
                     _add_into(builder, slots[first_slot + c], weight, value)
 
         with cgutils.for_range(builder, n_blocks) as blocks:
-            block = _emit_block(builder, values, blocks.index, unit)
+            block = _emit_block(builder, values, blocks.index, I8 if codes else unit)
             with cgutils.for_range(builder, _constant(BLOCK // 4)) as fours:
                 first = builder.mul(fours.index, _constant(4))
                 # 4 keys of the group of `width` to which they belong
@@ -309,7 +405,7 @@ def weigh_tile(
                     for c in range(vectors)
                 ]
                 sums = [functools.reduce(builder.fadd, part) for part in parts]
-                if pairs:
+                if pairs and not codes:
                     sums = [v for c in range(0, vectors, 2) for v in _in_order(builder, sums[c : c + 2])]
                 for c, value in enumerate(sums):
                     there = builder.bitcast(builder.gep(target, [_constant(c * LANES)]), F32X.as_pointer())
@@ -321,8 +417,8 @@ def weigh_tile(
                             builder.store(value, there, align=4)
 
     def codegen(context, builder, sig, args):
-        name = f"hfopt.weigh_tile.{queries}.{breadth}.{'pairs' if pairs else 'floats'}"
-        _outlined(builder, name, args[:10], emit)
+        name = f"hfopt.weigh_tile.{queries}.{breadth}.{_kind(pairs, codes)}"
+        _outlined(builder, name, [args[0], *args[2:11]], emit)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -2,7 +2,8 @@
 
 It is reached through typed pointers, made from arrays by `pointer` and from integer addresses by `address_as`:
 `CPointer(float32)`, or `CPointer(uint16)` for the bits of bfloat16. The element type decides how `load` widens and how
-`store` rounds, so a body is written once and specialised by the types of its arguments.
+`store` rounds, so a body is written once and specialised by the types of its arguments. `CPointer(int8)` is for codes of
+the cache: `load` gives the integers, and what is stored is told its scale.
 """
 
 import llvmlite.ir as ir
@@ -14,20 +15,25 @@ from ._simd import (
     BF16X,
     F32,
     F32X,
+    I8X,
     I16X,
     I32,
     I32X,
     INTP,
     LANES,
     emit_call,
+    emit_fence,
     emit_lane_mask,
     emit_load,
     emit_load_masked,
     emit_prefetch,
     emit_splat,
     float32x,
+    splat_float,
     splat_int,
 )
+
+_INTEGERS = 12582912.0  # 1.5 * 2^23: float32 of this size are integers
 
 # ---- pointers ---------------------------------------------------------------------------------------------------------
 
@@ -69,6 +75,26 @@ def _pointer_at(dtype, doc):
 floats_at = _pointer_at(types.float32, "Integer address as a pointer to float32.")
 bytes_at = _pointer_at(types.uint8, "Integer address as a pointer to bytes.")
 integers_at = _pointer_at(types.int64, "Integer address as a pointer to int64.")
+
+
+@intrinsic
+def scales_at(typingctx, address, like):
+    """Integer address as a pointer to the float32 scales of codes; None if a pointer like this is to no codes."""
+    result = types.CPointer(types.float32) if _is_codes(like) else types.none
+
+    def codegen(context, builder, sig, args):
+        if sig.return_type is types.none:
+            return context.get_dummy_value()
+        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
+
+    return result(types.intp, like), codegen
+
+
+@intrinsic
+def item_bytes(typingctx, p):
+    """Bytes of an element."""
+    size = p.dtype.bitwidth // 8
+    return types.intp(p), lambda context, builder, sig, args: ir.Constant(INTP, size)
 
 
 @intrinsic
@@ -127,6 +153,15 @@ def _is_bits(p: types.CPointer) -> bool:
     return p.dtype is types.uint16
 
 
+def _is_codes(p: types.CPointer) -> bool:
+    return p.dtype is types.int8
+
+
+def emit_integers(builder, codes):
+    """16 int8 as float32."""
+    return builder.sitofp(builder.sext(codes, I32X), F32X)
+
+
 @intrinsic
 def load(typingctx, p, index):
     """16 elements from p + index as float32."""
@@ -134,6 +169,8 @@ def load(typingctx, p, index):
     def codegen(context, builder, sig, args):
         if _is_bits(sig.args[0]):
             return _emit_widen(builder, emit_load(builder, args[0], args[1], I16X, 2))
+        if _is_codes(sig.args[0]):
+            return emit_integers(builder, emit_load(builder, args[0], args[1], I8X, 1))
         return emit_load(builder, args[0], args[1], F32X, 4)
 
     return float32x(p, types.intp), codegen
@@ -146,6 +183,8 @@ def load_part(typingctx, p, index, count):
     def codegen(context, builder, sig, args):
         if _is_bits(sig.args[0]):
             return _emit_widen(builder, emit_load_masked(builder, args[0], args[1], args[2], I16X, 2))
+        if _is_codes(sig.args[0]):
+            return emit_integers(builder, emit_load_masked(builder, args[0], args[1], args[2], I8X, 1))
         return emit_load_masked(builder, args[0], args[1], args[2], F32X, 4)
 
     return float32x(p, types.intp, types.intp), codegen
@@ -184,6 +223,38 @@ def store_part(typingctx, p, index, count, value):
         return context.get_dummy_value()
 
     return types.void(p, types.intp, types.intp, float32x), codegen
+
+
+@intrinsic
+def store_codes(typingctx, p, index, count, value):
+    """The first `count` (0 to 16) lanes to p + index as integers, rounded to nearest even; each from -127 to 127."""
+
+    def codegen(context, builder, sig, args):
+        where, index, count, value = args
+        # the lowest bits of the sum are the integer
+        bits = builder.bitcast(builder.fadd(emit_fence(builder, value), splat_float(_INTEGERS)), I32X)
+        codes = builder.trunc(bits, I8X)
+        target = builder.bitcast(builder.gep(where, [index]), I8X.as_pointer())
+        mask = emit_lane_mask(builder, count, LANES)
+        emit_call(
+            builder, "llvm.masked.store.v16i8.p0", ir.VoidType(), [codes, target, ir.Constant(I32, 1), mask]
+        )
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp, types.intp, float32x), codegen
+
+
+@intrinsic
+def copy_codes(typingctx, source, count, target):
+    """The first `count` (0 to 16) codes, and zeros up to 16."""
+
+    def codegen(context, builder, sig, args):
+        source, count, target = args
+        codes = emit_load_masked(builder, source, ir.Constant(INTP, 0), count, I8X, 1)
+        builder.store(codes, builder.bitcast(target, I8X.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, target), codegen
 
 
 @intrinsic
@@ -238,7 +309,7 @@ def load_scalar(typingctx, p, index):
         value = builder.load(builder.gep(args[0], [args[1]]))
         if _is_bits(sig.args[0]):
             return builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), F32)
-        return value
+        return builder.sitofp(value, F32) if _is_codes(sig.args[0]) else value
 
     return types.float32(p, types.intp), codegen
 

@@ -26,6 +26,7 @@ I8 = ir.IntType(8)
 F32X = ir.VectorType(F32, LANES)
 I32X = ir.VectorType(I32, LANES)
 I16X = ir.VectorType(I16, LANES)
+I8X = ir.VectorType(I8, LANES)
 
 
 class _BFloatType(_BaseFloatType):

@@ -228,17 +228,17 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scale, scratch
 
 @launch
 def attend_decode(
-    like, qkv, n_rows, record, trunk_len, branch_len, trunk_row, table, mask, scale, n_heads, out
+    like, held, qkv, n_rows, record, trunk_len, branch_len, trunk_row, table, mask, scale, n_heads, out
 ):
     """`attend_rows`; returns 0, or 1 and does nothing if the cache names rows that it has not.
 
     Addresses of qkv [n_rows, (n_heads + 2 n_kv_heads) size], queries first, and of out [n_rows, n_heads size], of the
-    type of `like` as the cache of the `cache_record`, float32 or bfloat16 bits. Rows and table as in `cache.Appended`;
-    mask uint8 [n_rows, 1, keys or more], empty if all are seen.
+    type of `like`, float32 or bfloat16 bits; the cache of the `cache_record` is of that of `held`, the same, or int8 for
+    codes. Rows and table as in `cache.Appended`; mask uint8 [n_rows, 1, keys or more], empty if all are seen.
     """
     q, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
     rows = pointer(trunk_row), pointer(table), table.shape[1]
-    cache = open_cache(q, pointer(record), trunk_len, branch_len, *rows)
+    cache = open_cache(pointer(held), pointer(record), trunk_len, branch_len, *rows)
     if not valid_rows(cache, n_rows):
         return 1
     threads, item_size = usable_threads(), 4 // units_ratio(q)

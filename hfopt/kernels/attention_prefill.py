@@ -167,7 +167,7 @@ def scratch(n_tiles, size, p):
 @body
 def attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, room, out):
     """One item: tiles begin to end of one row and key head. room: as `scratch` says."""
-    size, n_new = cache.size, seen.n_new
+    size, n_new, scales = cache.size, seen.n_new, cache.trunk.scales
     group = n_heads // cache.n_kv_heads
     n_keys = seen.n_keys
     n_queries, n_past = n_new * group, n_keys - n_new
@@ -214,10 +214,10 @@ def attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, room
             if own == 0:
                 continue
             if not packed:
-                keys, stride = find_keys(cache, row, kv_head, first, n, size, key_rows)
-                finite = pack_values(cache, row, kv_head, first, n, size, False, values)
+                keys, stride = find_keys(cache, scales, row, kv_head, first, n, size, key_rows)
+                finite = pack_values(cache, scales, row, kv_head, first, n, size, False, values)
                 if not finite:
-                    pack_values(cache, row, kv_head, first, n, size, True, values)
+                    pack_values(cache, scales, row, kv_head, first, n, size, True, values)
                 packed = True
             place = (tile - begin) * TILE
             own_sums, own_stats = shifted(sums, place * channels), shifted(stats, place * STATS)
@@ -232,7 +232,7 @@ def attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, room
             weigh_keys(scores, width, own, power, weights, own_sums, size, own_stats)
             add_values(weights, width, own, values, size, own_sums)
             if not finite:
-                add_infinite(weights, width, own, cache, row, kv_head, first, size, own_sums)
+                add_infinite(weights, width, own, cache, scales, row, kv_head, first, size, own_sums)
 
     for tile in range(begin, end):
         q_begin, q_end, width = tile_place(tile, n_queries)
@@ -273,12 +273,12 @@ def _plan(like, n_rows, n_new, n_heads, n_kv_heads, size, threads):
 
 
 @body
-def plan_tokens(cache, n_rows, n_new, n_heads, threads):
-    """How `attend_tokens` is to do its work, on no more than so many threads."""
+def plan_tokens(like, cache, n_rows, n_new, n_heads, threads):
+    """How `attend_tokens` is to do its work, on no more than so many threads; like: a pointer as to the queries."""
     n_keys = cache.trunk.n_tokens + cache.branch.n_tokens
     work = n_rows * n_new * n_heads * n_keys * cache.size
     threads = min(threads, threads_for(threads, work, _PARALLEL_SIZE))
-    return _plan(cache.trunk.keys, n_rows, n_new, n_heads, cache.n_kv_heads, cache.size, threads)
+    return _plan(like, n_rows, n_new, n_heads, cache.n_kv_heads, cache.size, threads)
 
 
 @body
@@ -311,6 +311,7 @@ def attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, scale, room, out):
 @launch
 def attend_prefill(
     like,
+    held,
     qkv,
     n_rows,
     n_new,
@@ -332,10 +333,10 @@ def attend_prefill(
     """
     qkv, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
     rows = pointer(trunk_row), pointer(table), table.shape[1]
-    cache = open_cache(qkv, pointer(record), trunk_len, branch_len, *rows)
+    cache = open_cache(pointer(held), pointer(record), trunk_len, branch_len, *rows)
     if not valid_rows(cache, n_rows):
         return 1
-    plan = plan_tokens(cache, n_rows, n_new, n_heads, usable_threads())
+    plan = plan_tokens(qkv, cache, n_rows, n_new, n_heads, usable_threads())
     seen = Seen(kind, pointer(mask), n_new, trunk_len + branch_len)
     room = np.empty(_scratch_of(plan) // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + _LINE - 1) // _LINE * _LINE

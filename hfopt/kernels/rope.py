@@ -2,16 +2,37 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ._attention_tile import where_up_to
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
-from ._pointer import address_as, floats_at, load, load_part, pointer, shifted, store, store_part
+from ._pointer import (
+    address_as,
+    floats_at,
+    load,
+    load_part,
+    pointer,
+    pointer_as,
+    scales_at,
+    shifted,
+    store,
+    store_codes,
+    store_part,
+    store_scalar,
+)
 from ._simd import LANES
-from ._vector import doubled, fma, rotated_pairs
-from .cache_record import ADDRESS, COLUMNS, HEAD_DIM, KV_HEADS, ROWS
+from ._vector import absolute, doubled, fence, fma, max_lanes, maximum, rotated_pairs, splat
+from .cache_record import ADDRESS, COLUMNS, HEAD_DIM, KV_HEADS, ROWS, SCALES
 
 NONE, HALF, INTERLEAVED = range(3)
 
 _PARALLEL_SIZE = 1 << 15  # elements; below, more threads cost more than they save
+_ZERO = np.float32(0.0)
+_NAN = np.float32(np.nan)
+_LARGEST = np.finfo(np.float32).max
+_MOST = 127  # of the size of a code
+_STEP = np.float32(1 / _MOST)
 
 
 @body
@@ -62,6 +83,31 @@ def rotate_pairs(x, cos, sin, n_rotary, out):
         store_part(out, k, count, fma(value, c, rotated_pairs(value) * s))
 
 
+@body
+def _load_up_to(x, k, size):
+    """16 of `size` elements from x + k on, zeros behind them."""
+    return load(x, k) if k + LANES <= size else load_part(x, k, size - k)
+
+
+@body
+def quantise(x, size, codes, scale):
+    """`_cache_codes.quantised` of one vector; pointers to where its codes and its scale go."""
+    largest = splat(_ZERO)
+    for k in range(0, size, LANES):
+        largest = maximum(absolute(_load_up_to(x, k, size)), largest)
+    most = max_lanes(largest)
+    factor, step = _ZERO, _NAN
+    if most <= _LARGEST:
+        # in float64, whose quotients no flag of the compiler makes approximate
+        factor = np.float32(min(np.float64(_MOST) / np.float64(most), np.float64(_LARGEST)))
+        step = most * _STEP
+    for k in range(0, size, LANES):
+        value = _load_up_to(x, k, size)
+        value = where_up_to(absolute(value), splat(_LARGEST), value, splat(_ZERO))
+        store_codes(codes, k, min(size - k, LANES), fence(value * splat(factor)))
+    store_scalar(scale, 0, step)
+
+
 class _Batch(NamedTuple):
     """New tokens and where they go; sizes and steps in elements."""
 
@@ -80,11 +126,16 @@ class _Batch(NamedTuple):
     size: Any  # channels of a head
     to_values: Any  # from a key to its value
     columns: Any  # of the cache
+    first_scale: Any  # place of the scale of the first key
+    to_value_scales: Any
 
 
 @body
-def _token(index, batch):
-    """One token: rotates its queries in place; writes keys, rotated, and values."""
+def _token(index, batch, scales):
+    """One token: rotates its queries in place; writes keys, rotated, and values.
+
+    scales: of the cache, if it holds codes, else None. Keys too are rotated in place, and then quantised.
+    """
     row = index // batch.n_new
     token = index - row * batch.n_new
     angle = row * batch.angle_step + token * batch.n_angles
@@ -98,29 +149,38 @@ def _token(index, batch):
         target = source
         first = 0  # channel from which on nothing turns
         if head >= n_heads + n_kv_heads:
-            target = shifted(values, (head - n_heads - n_kv_heads) * stride)
+            if scales is None:
+                target = pointer_as(shifted(values, (head - n_heads - n_kv_heads) * stride), source)
         else:
             first = n_rotary
-            if head >= n_heads:
-                target = shifted(keys, (head - n_heads) * stride)
+            if head >= n_heads and scales is None:
+                target = pointer_as(shifted(keys, (head - n_heads) * stride), source)
             if batch.kind == HALF:
                 rotate_half(source, cos, sin, n_rotary, target)
             elif batch.kind == INTERLEAVED:
                 rotate_pairs(source, cos, sin, n_rotary, target)
         if head >= n_heads:
-            copy_channels(source, first, size, target)
+            if scales is None:
+                copy_channels(source, first, size, target)
+            else:
+                place = batch.first_scale + row * n_kv_heads * batch.columns + token
+                codes, number = keys, head - n_heads
+                if number >= n_kv_heads:
+                    codes, number, place = values, number - n_kv_heads, place + batch.to_value_scales
+                scale = shifted(scales, place + number * batch.columns)
+                quantise(source, size, shifted(codes, number * stride), scale)
 
 
 @body
 def rotate_and_store_rows(
-    qkv, n_rows, n_new, cos, sin, n_angle_rows, n_rotary, kind, n_heads, record, part, first
+    qkv, held, n_rows, n_new, cos, sin, n_angle_rows, n_rotary, kind, n_heads, record, part, first
 ):
     """Rotates the queries of qkv in place; writes rotated keys, and values, of n_new tokens a row to
     columns from `first` on of a part of the `cache_record`, TRUNK or BRANCH.
 
-    Pointers to qkv [n_rows, n_new, (n_heads + 2 n_kv_heads) size], float32 or bfloat16 bits as the cache; to the record;
-    and to cos, sin float32 [n_angle_rows = 1 or n_rows, n_new, n_rotary], or n_rotary / 2 for INTERLEAVED; n_rotary 0
-    for NONE.
+    Pointers to qkv [n_rows, n_new, (n_heads + 2 n_kv_heads) size], float32 or bfloat16 bits; to the record; and to cos, sin
+    float32 [n_angle_rows = 1 or n_rows, n_new, n_rotary], or n_rotary / 2 for INTERLEAVED; n_rotary 0 for NONE. held: a
+    pointer like those to elements of the cache, the type of qkv, or codes, for which keys are rotated in place too.
     """
     n_kv_heads, size, columns = record[KV_HEADS], record[HEAD_DIM], record[part + COLUMNS]
     width = (n_heads + 2 * n_kv_heads) * size
@@ -130,7 +190,7 @@ def rotate_and_store_rows(
         qkv,
         cos,
         sin,
-        shifted(address_as(record[part + ADDRESS], qkv), first * size),
+        shifted(address_as(record[part + ADDRESS], held), first * size),
         width,
         n_new,
         n_angles,
@@ -142,17 +202,24 @@ def rotate_and_store_rows(
         size,
         record[part + ROWS] * n_kv_heads * columns * size,
         columns,
+        first,
+        record[part + ROWS] * n_kv_heads * columns,
     )
-    parallel_for(_token, threads_for(n_tokens, n_tokens * width, _PARALLEL_SIZE), n_tokens, (batch,))
+    scales = scales_at(record[part + SCALES], held)
+    parallel_for(_token, threads_for(n_tokens, n_tokens * width, _PARALLEL_SIZE), n_tokens, (batch, scales))
 
 
 @launch
 def rotate_and_store(
-    like, qkv, n_rows, n_new, cos, sin, n_angle_rows, n_rotary, kind, n_heads, record, part, first
+    like, held, qkv, n_rows, n_new, cos, sin, n_angle_rows, n_rotary, kind, n_heads, record, part, first
 ):
-    """`rotate_and_store_rows` of addresses of qkv, of the type of `like`, and of cos, sin; record: int64."""
+    """`rotate_and_store_rows` of addresses of qkv, of the type of `like`, and of cos, sin; record: int64.
+
+    held: an array of the element type of the cache.
+    """
     rotate_and_store_rows(
         address_as(qkv, pointer(like)),
+        pointer(held),
         n_rows,
         n_new,
         floats_at(cos),

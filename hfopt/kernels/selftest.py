@@ -136,7 +136,9 @@ def _rotate_and_store(dtype: type) -> float:
     angles = (_address(cos), _address(sin), 1, 24)
     record = cache_record.record_of(cache, cache)
     like: Array = np.empty(0, dtype)
-    rope.rotate_and_store(like, _address(qkv), 1, 4, *angles, rope.HALF, 2, record, cache_record.TRUNK, 2)
+    rope.rotate_and_store(
+        like, like, _address(qkv), 1, 4, *angles, rope.HALF, 2, record, cache_record.TRUNK, 2
+    )
     stored = max(_error(cache[0, 0, 0, 2:], expected[:, 2]), _error(cache[1, 0, 0, 2:], x[:, 3]))
     return max(_error(qkv[:, :48], expected[:, :2].reshape(4, 48)), stored)
 
@@ -156,7 +158,8 @@ def _attend_decode(dtype: type) -> float:
     table = np.array([[1, 0, 1, 0, 1], [0, 0, 1, 1, 1]], np.int32)
     out: Array = np.zeros((2, 48), dtype)
     cache = (cache_record.record_of(trunk, branch), 290, 4, np.zeros(2, np.int32), table, _NO_MASK)
-    attention.attend_decode(np.empty(0, dtype), _address(qkv), 2, *cache, 0.2, 2, _address(out))
+    like: Array = np.empty(0, dtype)
+    attention.attend_decode(like, like, _address(qkv), 2, *cache, 0.2, 2, _address(out))
     worst = 0.0
     for row in range(2):
         tokens = [_exact(branch[:, table[row, t], 0, t]) for t in range(4)]
@@ -173,9 +176,8 @@ def _attend_prefill(dtype: type) -> float:
     record = cache_record.record_of(trunk, no_branch)
     cache = (record, 75, 0, np.zeros(1, np.int32), np.zeros((1, 0), np.int32))
     mask = (attention_prefill.CAUSAL, _NO_MASK)
-    attention_prefill.attend_prefill(
-        np.empty(0, dtype), _address(qkv), 1, 70, *cache, *mask, 0.2, 1, _address(out)
-    )
+    like: Array = np.empty(0, dtype)
+    attention_prefill.attend_prefill(like, like, _address(qkv), 1, 70, *cache, *mask, 0.2, 1, _address(out))
     k, v = _exact(trunk[:, 0, 0, :75])
     return _error(out, _attended(_exact(qkv[:, :24]) * 0.2, k, v, np.tri(70, 75, 5, dtype=bool)))
 

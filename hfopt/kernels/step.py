@@ -86,14 +86,15 @@ class _Cache(NamedTuple):
 
 
 @body
-def _open(cache, layer, like):
+def _open(cache, layer, held):
+    """A layer of the cache; held: a pointer like those to its elements."""
     record = shifted(cache.records, layer * LENGTH)
     lengths = cache.trunk_len, cache.branch_len
-    return open_cache(like, record, *lengths, cache.trunk_row, cache.table, cache.table_row)
+    return open_cache(held, record, *lengths, cache.trunk_row, cache.table, cache.table_row)
 
 
 @body
-def _check(code, tables, ids, n_rows, cache, like):
+def _check(code, tables, ids, n_rows, cache, held):
     """0 if all rows exist that the tokens look up in tables, and rows of the batch in the cache."""
     # layers share the rows that they look up, so those with no fewer than an earlier one need no look
     n_trunk_rows = n_branch_rows = _MANY
@@ -104,7 +105,7 @@ def _check(code, tables, ids, n_rows, cache, like):
                 if index < 0 or index >= tables[code[i, TABLE], N_ROWS]:
                     return UNKNOWN_INDEX
         elif code[i, OP] == ATTEND:
-            opened = _open(cache, code[i, LAYER], like)
+            opened = _open(cache, code[i, LAYER], held)
             if opened.trunk.n_rows < n_trunk_rows or opened.branch.n_rows < n_branch_rows:
                 if not valid_rows(opened, n_rows):
                     return UNKNOWN_ROW
@@ -215,7 +216,7 @@ def _open_quantized(code, formats, i, residuals, n_residuals, out):
 
 
 @body
-def _walk(like, code, quantized, dequantized, scalars, step, cache, logits):
+def _walk(like, held, code, quantized, dequantized, scalars, step, cache, logits):
     """Runs all instructions. Numba leaves out what is only for arguments that are not None."""
     rows, n_rows, n_new, arena, tables = pointer(like), step.n_rows, step.n_new, step.arena, step.tables
     part, last = (BRANCH, cache.branch_len) if step.in_branch else (TRUNK, cache.trunk_len)
@@ -263,10 +264,10 @@ def _walk(like, code, quantized, dequantized, scalars, step, cache, logits):
             n_rotary, kind, n_heads = code[i, N_ROTARY], code[i, KIND], code[i, N_HEADS]
             qkv, first = address_as(x, rows), last - n_new
             rotate_and_store_rows(
-                qkv, n_rows, n_new, cos, sin, n_rows, n_rotary, kind, n_heads, record, part, first
+                qkv, held, n_rows, n_new, cos, sin, n_rows, n_rotary, kind, n_heads, record, part, first
             )
         elif op == ATTEND:
-            opened, n_heads = _open(cache, code[i, LAYER], rows), code[i, N_HEADS]
+            opened, n_heads = _open(cache, code[i, LAYER], held), code[i, N_HEADS]
             q, target, scale = address_as(x, rows), address_as(out, rows), np.float32(scalars[i])
             if n_new == 1:
                 q_row = (n_heads + 2 * opened.n_kv_heads) * opened.size
@@ -274,7 +275,7 @@ def _walk(like, code, quantized, dequantized, scalars, step, cache, logits):
                 attend_rows(opened, q, q_row, n_rows, n_heads, *hidden, scale, *room, target)
             else:
                 seen = Seen(step.kind, bytes_at(step.mask), n_new, cache.trunk_len + cache.branch_len)
-                plan = plan_tokens(opened, n_rows, n_new, n_heads, step.threads)
+                plan = plan_tokens(q, opened, n_rows, n_new, n_heads, step.threads)
                 attend_tokens(plan, opened, q, n_rows, n_heads, seen, scale, step.scratch, target)
         elif op == TAKE_LAST:
             if n_new > 1:
@@ -316,6 +317,7 @@ def _follow(ids, chosen, finished, pad, ends):
 @launch
 def run_step(
     like,
+    held,
     code,
     quantized,
     dequantized,
@@ -346,7 +348,8 @@ def run_step(
 
     Returns how many times, or -UNKNOWN_INDEX or -UNKNOWN_ROW if the first found that, nothing written.
 
-    Like an array of the element type, float32 or bfloat16 bits; code int64 [n, COLUMNS], scalars float64 [n]; quantized,
+    Like an array of the element type, float32 or bfloat16 bits, held one of that of the cache, the same, or int8 for codes,
+    for which code is compiled of its own; code int64 [n, COLUMNS], scalars float64 [n]; quantized,
     dequantized: int64 [n, FORMAT_COLUMNS], or None without such layers: their code is only compiled for programs that have
     some; address of the arena and of `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]; ids
     int64 [2, n_rows n_new]: tokens, positions; records int64 [layers, `cache_record`]; lengths the first time, in_branch,
@@ -356,7 +359,7 @@ def run_step(
     rows if the logits are wanted; behind it `pad` in rows that are finished, bool [n_rows]. The last time is one that
     chooses any of `ends`, int64 [n], for another row.
     """
-    rows = pointer(like)
+    cached = pointer(held)
     hidden = address_of(pointer(mask)) if mask.size > 0 else 0
     seen = kind, hidden, mask.shape[1]
     step = _Step(n_rows, n_new, arena, tables, ids, in_branch, *seen, scratch, threads)
@@ -371,10 +374,10 @@ def run_step(
             pointer(table),
             table.shape[1],
         )
-        wrong = _check(code, tables, ids, n_rows, cache, rows)
+        wrong = _check(code, tables, ids, n_rows, cache, cached)
         if wrong != 0:
             return k if k > 0 else -wrong
-        _walk(like, code, quantized, dequantized, scalars, step, cache, logits)
+        _walk(like, cached, code, quantized, dequantized, scalars, step, cache, logits)
         if chosen.shape[0] > 0:
             _argmax(like, logits, n_rows, n_logits, address_of(pointer(chosen)) + 8 * n_rows * k)
             if not _follow(ids, chosen[k], finished, pad, ends):

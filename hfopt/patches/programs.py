@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Made:
-    """What was made of a model while `watch` holds. is_proven: one step gave the bits that the modules give."""
+    """What was made of a model while `watch` holds. proven: kinds of cache with which a step gave the modules' bits."""
 
     watch: Watch
     program: Program | None
     reason: str | None
-    is_proven: bool = False
+    proven: set[str | None] = field(default_factory=set)
 
 
 class Programs:
@@ -111,18 +111,18 @@ class Programs:
                 reason = "autocast, a trace or hooks on all modules are on"
         return reason, None if made.program is None else made.program.listing
 
-    def is_proven(self, program: Program) -> bool:
-        """Whether a step of this program is known to give the bits that the modules give."""
+    def is_proven(self, program: Program, kv_cache: str | None = None) -> bool:
+        """Whether a step of this program over such a cache is known to give the bits that the modules give."""
         made = self._made
-        return made is not None and made.program is program and made.is_proven
+        return made is not None and made.program is program and kv_cache in made.proven
 
-    def conclude(self, program: Program, is_equal: bool) -> None:
+    def conclude(self, program: Program, is_equal: bool, kv_cache: str | None = None) -> None:
         """Takes the outcome of such a comparison."""
         made = self._made
         if made is None or made.program is not program:
             return
         if is_equal:
-            made.is_proven = True
+            made.proven.add(kv_cache)
         else:
             made.program, made.reason = None, "its step gave other logits than its modules"
             logger.warning("Decode steps go module by module: %s.", made.reason)
