@@ -8,7 +8,7 @@ from ._parallel import body
 from ._pointer import load, load_part, load_scalar, pointer_as, prefetch, shifted, store
 from ._simd import LANES
 from ._tile import transpose_block, units_ratio
-from ._vector import absolute, fma, splat, sum_lanes
+from ._vector import absolute, fma, max_lanes, maximum, splat, sum_lanes
 
 BLOCK = 32  # units of keys: one in float32, two in bfloat16; their scores stay in an L1 cache
 ROWS = 8  # keys, or channels of values, of a register tile: with 3 vectors 24 sums
@@ -35,6 +35,16 @@ def copy_row(source, size, factor, target, padded):
     for k in range(0, padded, LANES):
         value = load(source, k) if k + LANES <= size else load_part(source, k, max(size - k, 0))
         store(target, k, value * splat(factor))
+
+
+@body
+def absmax(x, size):
+    """Largest absolute value of a vector; NaN if there is one."""
+    largest = splat(_ZERO)
+    for k in range(0, size, LANES):
+        value = load(x, k) if k + LANES <= size else load_part(x, k, size - k)
+        largest = maximum(absolute(value), largest)
+    return max_lanes(largest)
 
 
 @body

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._attention_cache import key_of
-from ._attention_pack import copy_row
+from ._attention_pack import absmax, copy_row
 from ._attention_tile import weight_of, where_up_to
 from ._decode_blocks import MOST_KEYS, list_blocks, rows_alike, stack_factors
 from ._decode_tile import (
@@ -20,21 +20,39 @@ from ._decode_tile import (
     partner,
     score_tile,
     stack_addresses,
+    store_integers,
+    takes_integers,
     tile_columns,
     weigh_tile,
     where_keys,
 )
 from ._parallel import body, inlined
-from ._pointer import as_units, floats_at, load, load_scalar, pointer_as, shifted, store, store_scalar
+from ._pointer import (
+    as_units,
+    floats_at,
+    load,
+    load_part,
+    load_scalar,
+    pointer_as,
+    shifted,
+    store,
+    store_part,
+    store_scalar,
+)
 from ._simd import LANES
 from ._tile import stack_floats, units_ratio
-from ._vector import fma, lane, larger, splat
+from ._vector import absolute, fma, lane, larger, maximum, splat
 
 MAX, SUM, SEEN = range(3)  # behind the weighted values of a query and chunk
 _TILE = 4  # queries of a tile, if there are more than one
 TOGETHER = 8  # queries that are worked on together, in two tiles
 _BLOCKS = 2  # blocks of long values, of which one pass takes some columns, and which the L1 cache holds
 _NOTHING = np.float32(-np.inf)
+_LARGEST = np.finfo(np.float32).max
+_SHORT = np.float32(32767.0)
+_SUM = np.float32(2147483520.0)  # below 2^31
+_CODE = np.float32(127.0)
+_NAN = np.float32(np.nan)
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 
@@ -64,15 +82,15 @@ class _Blocks(NamedTuple):
     n: Any  # keys
     to_values: Any  # bytes from keys to what is read next
     to_next: Any  # and from values
-    factors: Any  # scales of the keys, and MOST_KEYS behind them of the values; None if they are no codes
 
 
 @body
-def weigh_scores(scores, n_vectors, width, n, scale, factors, weights):
+def weigh_scores(scores, n_vectors, width, n, scale, factors, like, weights):
     """weights = 2^(scale * scores - max) for n keys of a tile of queries; (maxima, sums), each in all lanes
     of its query.
 
-    factors: see `_Blocks`; keys' are applied to scores, and those of values to the weights, after these are summed up.
+    like: units of a weight; weights may be the scores. factors: see `attend_blocks`; keys' are applied to scores, and those
+    of values to the weights, after these are summed up.
     """
     top = splat(_NOTHING)
     for v in range(n_vectors):
@@ -92,7 +110,7 @@ def weigh_scores(scores, n_vectors, width, n, scale, factors, weights):
     shift = where_up_to(top, splat(_NOTHING), splat(_ZERO), top)
     total = splat(_ZERO)
     for v in range(n_vectors):
-        value = weight_of(load(scores, v * LANES) - shift, as_units(weights, weights))
+        value = weight_of(load(scores, v * LANES) - shift, like)
         total = total + value
         if factors is not None:
             value = value * load_key_factors(factors, MOST_KEYS + v * width, width)
@@ -105,11 +123,50 @@ def weigh_scores(scores, n_vectors, width, n, scale, factors, weights):
     return top, total
 
 
+@body
+def round_query(source, size, padded, out):
+    """out[padded] = source / factor as 16-bit integers, so large that no product with codes overflows; returns the factor.
+
+    NaN for a query that is not finite.
+    """
+    most = absmax(source, size)
+    limit = min(_SHORT, np.floor(_SUM / (_CODE * np.float32(size))))
+    is_finite = most <= _LARGEST
+    scale = splat(min(limit / most, _LARGEST) if is_finite else _ZERO)
+    for k in range(0, padded, LANES):
+        value = load(source, k) if k + LANES <= size else load_part(source, k, max(size - k, 0))
+        value = where_up_to(absolute(value), splat(_LARGEST), value, splat(_ZERO))
+        store_integers(out, k, value * scale)
+    return most / limit if is_finite else _NAN
+
+
+@body
+def round_weights(weights, n_vectors, width, out):
+    """out = weights / factors of a tile as 16-bit integers, in their order; the factors, each in all lanes of its query.
+
+    So small that the sum of a chunk's products with codes does not overflow. NaN for weights that hold NaN.
+    """
+    top = splat(_ZERO)
+    for v in range(n_vectors):
+        top = maximum(load(weights, v * LANES), top)
+    top = maximum(top, partner(top, 1))
+    top = maximum(top, partner(top, 2))
+    if width > 4:
+        top = maximum(top, partner(top, 4))
+        top = maximum(top, partner(top, 8))
+    # infinite for weights of 0, for which any number will do; the other way round for NaN
+    scale = splat(_SHORT) / top
+    scale = where_up_to(scale, splat(_LARGEST), scale, splat(_ZERO))
+    for v in range(n_vectors):
+        store_integers(out, v * LANES, load(weights, v * LANES) * scale)
+    return top * splat(_ONE / _SHORT)
+
+
 @inlined
-def weigh_values(weights, queries, like, values, n_blocks, units, ahead, out, out_row, n_valid):
+def weigh_values(weights, factors, queries, like, values, n_blocks, units, ahead, out, out_row, n_valid):
     """out[i, :] = sum over keys of weights[key, i] values[key, :] for the first n_valid queries of a tile.
 
-    like: a pointer to elements of the values.
+    like: a pointer to elements of the values; factors: see `weigh_tile`.
     """
     p = as_units(weights, weights)
     ratio = units_ratio(weights)
@@ -125,19 +182,19 @@ def weigh_values(weights, queries, like, values, n_blocks, units, ahead, out, ou
             left = (units - at) * ratio
             to = shifted(out, at * ratio)
             if queries == 1 and left >= columns:
-                weigh_tile(w, like, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 2)
+                weigh_tile(w, factors, like, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 2)
                 at += columns // ratio
             elif queries == 1 and left >= tile_columns(p, 1):
-                weigh_tile(w, like, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 1)
+                weigh_tile(w, factors, like, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 1)
                 at += tile_columns(p, 1) // ratio
             elif queries == 1:
-                weigh_tile(w, like, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 0)
+                weigh_tile(w, factors, like, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 0)
                 at += LANES
             elif left >= columns:
-                weigh_tile(w, like, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 1)
+                weigh_tile(w, factors, like, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 1)
                 at += columns // ratio
             else:
-                weigh_tile(w, like, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 0)
+                weigh_tile(w, factors, like, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 0)
                 at += LANES
 
 
@@ -150,10 +207,11 @@ def query_of(problem, kv_head, number):
 
 
 @inlined
-def attend_blocks(problem, blocks, query, n_queries, room, partial, row):
+def attend_blocks(problem, blocks, factors, query, n_queries, room, partial, row):
     """Unfinished softmax of n_queries <= 8 queries of a key head, from number `query` on, over some blocks.
 
-    partial: where the first one is left, and `row` floats behind it the next.
+    factors: scales of the keys, and MOST_KEYS behind them of the values; None if they are no codes. partial: where the first
+    one is left, and `row` floats behind it the next.
     """
     size, padded = problem.cache.size, problem.padded
     scores = stack_floats(8 * 256)
@@ -165,9 +223,18 @@ def attend_blocks(problem, blocks, query, n_queries, room, partial, row):
     width = LANES // queries
     units = padded // units_ratio(room)
     steps = units // width
+    n_blocks, n, like = blocks.n_blocks, blocks.n, blocks.like
+    query_factors, weight_factors = stack_floats(2 * 16), stack_floats(2 * 16)
     for i in range(n_queries):
         source = query_of(problem, blocks.kv_head, query + i)
-        if size != padded:
+        is_packed = False
+        if factors is not None:
+            is_packed = takes_integers(room, like)
+            if is_packed:
+                factor = splat(round_query(source, size, padded, filled))
+                store_part(query_factors, i * width, width, factor)
+                source = filled
+        if size != padded and not is_packed:
             copy_row(source, size, _ONE, filled, padded)
             source = filled
         target = as_units(shifted(packed, i // _TILE * _TILE * padded), packed)
@@ -177,20 +244,32 @@ def attend_blocks(problem, blocks, query, n_queries, room, partial, row):
             pack_query(source, steps, target, i % _TILE, 4)
 
     q = as_units(packed, packed)
-    n_blocks, n, like = blocks.n_blocks, blocks.n, blocks.like
     n_vectors = n_blocks * queries
     span = n_vectors * LANES
     if queries == 1:
-        score_tile(q, steps, like, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 1, 1)
+        score_tile(
+            q, query_factors, steps, like, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 1, 1
+        )
     elif tiles == 1:
-        score_tile(q, steps, like, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 4, 1)
+        score_tile(
+            q, query_factors, steps, like, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 4, 1
+        )
     else:
-        score_tile(q, steps, like, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 4, 2)
+        score_tile(
+            q, query_factors, steps, like, blocks.keys, n_blocks, units, blocks.to_values, scores, span, 4, 2
+        )
     for tile in range(tiles):
         first = tile * _TILE
         w = shifted(weights, tile * span)
-        here = shifted(scores, tile * span)
-        top, total = weigh_scores(here, n_vectors, width, n, problem.scale, blocks.factors, w)
+        here, like_weights = shifted(scores, tile * span), as_units(weights, weights)
+        is_rounded = False
+        if factors is not None:
+            is_rounded = takes_integers(room, like)
+        if is_rounded:
+            top, total = weigh_scores(here, n_vectors, width, n, problem.scale, factors, like_weights, here)
+            store(weight_factors, tile * LANES, round_weights(here, n_vectors, width, w))
+        else:
+            top, total = weigh_scores(here, n_vectors, width, n, problem.scale, factors, like_weights, w)
         for i in range(min(n_queries - first, _TILE)):
             stats = shifted(partial, (first + i) * row + padded)
             store_scalar(stats, MAX, lane(top, i * width))
@@ -199,7 +278,8 @@ def attend_blocks(problem, blocks, query, n_queries, room, partial, row):
         first = tile * _TILE
         w, here = shifted(weights, tile * span), shifted(partial, first * row)
         n_left, ahead = n_queries - first, blocks.to_next
-        weigh_values(w, queries, like, blocks.values, n_blocks, units, ahead, here, row, n_left)
+        own_factors, kind = shifted(weight_factors, tile * LANES), (queries, like)
+        weigh_values(w, own_factors, *kind, blocks.values, n_blocks, units, ahead, here, row, n_left)
 
 
 @inlined
@@ -249,7 +329,7 @@ def attend_chunk(problem, item, chunk, next_key, room):
         n_seen = list_blocks(problem, item, segment.scales, place, first, n, keys, values, held, factors)
         n_blocks = (n_seen + BLOCK - 1) // BLOCK
         kinds = item.kv_head, segment.keys
-        blocks = _Blocks(*kinds, keys, values, n_blocks, n_seen, to_values, to_next, factors)
+        blocks = _Blocks(*kinds, keys, values, n_blocks, n_seen, to_values, to_next)
         query, last = place * problem.group, (place + together) * problem.group
         while query < last:
             partial = (item.kv_head * problem.n_rows * problem.group + query) * row + item.slot * partial_size
@@ -261,9 +341,9 @@ def attend_chunk(problem, item, chunk, next_key, room):
                         shifted(partial, i * row + problem.padded), SEEN, _ONE if n_seen > 0 else _ZERO
                     )
                 if n_seen > 0:
-                    attend_blocks(problem, blocks, query, count, scratch, partial, row)
+                    attend_blocks(problem, blocks, factors, query, count, scratch, partial, row)
             elif n_seen > 0:
-                attend_blocks(problem, blocks, query, count, scratch, fresh, partial_size)
+                attend_blocks(problem, blocks, factors, query, count, scratch, fresh, partial_size)
                 for i in range(count):
                     source, target = shifted(fresh, i * partial_size), shifted(partial, i * row)
                     merge_partial(source, target, problem.padded, as_units(room, room))

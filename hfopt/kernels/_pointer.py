@@ -33,7 +33,7 @@ from ._simd import (
     splat_int,
 )
 
-_INTEGERS = 12582912.0  # 1.5 * 2^23: float32 of this size are integers
+INTEGERS = 12582912.0  # 1.5 * 2^23: float32 of this size are integers
 
 # ---- pointers ---------------------------------------------------------------------------------------------------------
 
@@ -232,7 +232,7 @@ def store_codes(typingctx, p, index, count, value):
     def codegen(context, builder, sig, args):
         where, index, count, value = args
         # the lowest bits of the sum are the integer
-        bits = builder.bitcast(builder.fadd(emit_fence(builder, value), splat_float(_INTEGERS)), I32X)
+        bits = builder.bitcast(builder.fadd(emit_fence(builder, value), splat_float(INTEGERS)), I32X)
         codes = builder.trunc(bits, I8X)
         target = builder.bitcast(builder.gep(where, [index]), I8X.as_pointer())
         mask = emit_lane_mask(builder, count, LANES)

@@ -52,9 +52,9 @@ def _literal_ints(*values) -> list[int]:
     return [value.literal_value for value in values]
 
 
-def _accumulators(builder, count):
-    zero = ir.Constant(F32X, None)
-    slots = [cgutils.alloca_once(builder, F32X) for _ in range(count)]
+def _accumulators(builder, count, vector=F32X):
+    zero = ir.Constant(vector, None)
+    slots = [cgutils.alloca_once(builder, vector) for _ in range(count)]
     for slot in slots:
         builder.store(zero, slot)
     return slots
@@ -184,6 +184,7 @@ def add_lanes(builder, vectors):
 
     Halves are folded together until one vector is left.
     """
+    add = builder.fadd if vectors[0].type == F32X else builder.add
     span = len(vectors) // 2
     while span:
         # lanes with bit `span` clear take the first vector of a pair, the others the second
@@ -192,7 +193,7 @@ def add_lanes(builder, vectors):
         lanes = [ir.Constant(ir.VectorType(I32, LANES), order) for order in (own, other)]
         half = len(vectors) // 2
         vectors = [
-            builder.fadd(*(builder.shuffle_vector(a, b, order) for order in lanes))
+            add(*(builder.shuffle_vector(a, b, order) for order in lanes))
             for a, b in zip(vectors[:half], vectors[half:], strict=True)
         ]
         span //= 2

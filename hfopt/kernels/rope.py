@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._attention_pack import absmax
 from ._attention_tile import where_up_to
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
@@ -22,7 +23,7 @@ from ._pointer import (
     store_scalar,
 )
 from ._simd import LANES
-from ._vector import absolute, doubled, fence, fma, max_lanes, maximum, rotated_pairs, splat
+from ._vector import absolute, doubled, fence, fma, rotated_pairs, splat
 from .cache_record import ADDRESS, COLUMNS, HEAD_DIM, KV_HEADS, ROWS, SCALES
 
 NONE, HALF, INTERLEAVED = range(3)
@@ -84,25 +85,16 @@ def rotate_pairs(x, cos, sin, n_rotary, out):
 
 
 @body
-def _load_up_to(x, k, size):
-    """16 of `size` elements from x + k on, zeros behind them."""
-    return load(x, k) if k + LANES <= size else load_part(x, k, size - k)
-
-
-@body
 def quantise(x, size, codes, scale):
     """`_cache_codes.quantised` of one vector; pointers to where its codes and its scale go."""
-    largest = splat(_ZERO)
-    for k in range(0, size, LANES):
-        largest = maximum(absolute(_load_up_to(x, k, size)), largest)
-    most = max_lanes(largest)
+    most = absmax(x, size)
     factor, step = _ZERO, _NAN
     if most <= _LARGEST:
         # in float64, whose quotients no flag of the compiler makes approximate
         factor = np.float32(min(np.float64(_MOST) / np.float64(most), np.float64(_LARGEST)))
         step = most * _STEP
     for k in range(0, size, LANES):
-        value = _load_up_to(x, k, size)
+        value = load(x, k) if k + LANES <= size else load_part(x, k, size - k)
         value = where_up_to(absolute(value), splat(_LARGEST), value, splat(_ZERO))
         store_codes(codes, k, min(size - k, LANES), fence(value * splat(factor)))
     store_scalar(scale, 0, step)
