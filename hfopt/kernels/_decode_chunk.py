@@ -16,6 +16,7 @@ from ._decode_tile import (
     BLOCK,
     address_of,
     load_key_factors,
+    pack_digits,
     pack_query,
     partner,
     score_tile,
@@ -240,6 +241,8 @@ def attend_blocks(problem, blocks, factors, query, n_queries, room, partial, row
         target = as_units(shifted(packed, i // _TILE * _TILE * padded), packed)
         if queries == 1:
             pack_query(source, steps, target, 0, 1)
+        elif is_packed:
+            pack_digits(source, steps, target, i % _TILE)
         else:
             pack_query(source, steps, target, i % _TILE, 4)
 
