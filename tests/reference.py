@@ -54,19 +54,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Te
 
 
 def gathered(appended: Appended, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values [rows, heads, tokens, size] that the rows of a cache read."""
+    """Keys and values [rows, heads, tokens, size] that the rows of a cache read; of codes in any dtype."""
+    trunk = _tensor(appended.trunk, appended.trunk_scales, dtype)
+    branch = _tensor(appended.branch, appended.branch_scales, dtype)
     rows = []
     for row, p in enumerate(appended.trunk_row):
-        tokens = [_tensor(appended.trunk[:, p, :, : appended.trunk_len], dtype)]
+        tokens = [trunk[:, p, :, : appended.trunk_len]]
         for t in range(appended.branch_len):
-            tokens.append(_tensor(appended.branch[:, appended.table[row, t], :, t : t + 1], dtype))
+            tokens.append(branch[:, appended.table[row, t], :, t : t + 1])
         rows.append(torch.cat(tokens, 2))
     keys, values = torch.stack(rows, 1)
     return keys, values
 
 
-def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(array.copy()).view(dtype)
+def _tensor(array: np.ndarray, scales: np.ndarray | None, dtype: torch.dtype) -> Tensor:
+    if scales is None:
+        return torch.from_numpy(array.copy()).view(dtype)
+    return torch.from_numpy(array.astype(np.float64) * scales[..., None]).to(dtype)
 
 
 # ---- errors ------------------------------------------------------------------------------------------------

@@ -17,76 +17,19 @@ from hfopt.kernels._decode_plan import scratch_bytes
 from hfopt.kernels._jit import launch
 from hfopt.kernels._pointer import address_as, pointer
 from tests import reference
-from tests.reference import DTYPES, Guarded, assert_as_exact_as_torch, assert_same_on_threads, bits
+from tests.attention_cases import (
+    by_bytes,
+    causal_mask,
+    check_attend,
+    flat,
+    queries_of,
+    random_cache,
+    random_qkv,
+)
+from tests.reference import DTYPES, Guarded, assert_same_on_threads, bits
 
 # (query heads, key heads, head_dim)
 HEADS = ((4, 2, 24), (4, 4, 64), (8, 1, 80), (7, 1, 40), (2, 2, 7), (6, 3, 128), (2, 1, 256), (18, 2, 32))
-
-
-def _cache(
-    dtype: torch.dtype,
-    n_rows: int,
-    n_trunk_rows: int,
-    n_kv_heads: int,
-    size: int,
-    lengths: tuple[int, int],
-    spare: int = 3,
-) -> Appended:
-    """A cache of random keys, values and rows, with unused columns behind them that hold NaN."""
-    trunk_len, branch_len = lengths
-    trunk = torch.randn(2, n_trunk_rows, n_kv_heads, trunk_len + spare, size).to(dtype)
-    branch = torch.randn(2, n_rows, n_kv_heads, branch_len + 2 if branch_len else 0, size).to(dtype)
-    trunk[:, :, :, trunk_len:] = torch.nan
-    branch[:, :, :, branch_len:] = torch.nan
-    rows = torch.randint(n_trunk_rows, (n_rows,), dtype=torch.int32)
-    table = torch.randint(n_rows, (n_rows, branch_len + 2), dtype=torch.int32)
-    return Appended(
-        bits(trunk), bits(branch), trunk_len, branch_len, branch_len > 0, 1, rows.numpy(), table.numpy()
-    )
-
-
-def _qkv(dtype: torch.dtype, n_rows: int, n_new: int, heads: tuple[int, int, int]) -> Tensor:
-    n_heads, n_kv_heads, size = heads
-    return torch.randn(n_rows, n_new, (n_heads + 2 * n_kv_heads) * size).to(dtype)
-
-
-def _causal(n_rows: int, n_new: int, n_keys: int) -> Tensor:
-    return torch.ones(n_rows, n_new, n_keys, dtype=torch.bool).tril(n_keys - n_new)
-
-
-def _bytes(seen: Tensor) -> Mask:
-    return Mask("bytes", seen.to(torch.uint8).numpy())
-
-
-def _queries(qkv: Tensor, heads: tuple[int, int, int]) -> Tensor:
-    n_heads, _, size = heads
-    return qkv[..., : n_heads * size].unflatten(-1, (n_heads, size)).transpose(1, 2)
-
-
-def _check(
-    qkv: Tensor,
-    cache: Appended,
-    mask: Mask,
-    seen: Tensor,
-    heads: tuple[int, int, int],
-    scale: float | None = None,
-) -> Tensor:
-    """Compares `attend` with float64 and with torch at the same dtype; returns its result."""
-    scale = heads[2] ** -0.5 if scale is None else scale
-    out = functional.attend(qkv, cache._replace(n_new=qkv.shape[1]), mask, scale, *heads)
-    keys, values = reference.gathered(cache, qkv.dtype)
-    # what nobody sees may be NaN, and torch cannot skip it
-    hidden = ~seen.any(1)[:, None, :, None]
-    keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
-    q = _queries(qkv, heads)
-    theirs = reference.attention(q, keys, values, seen, scale)
-    exact = reference.attention(q.double(), keys.double(), values.double(), seen, scale)
-    assert_as_exact_as_torch(out, _flat(theirs), _flat(exact))
-    return out
-
-
-def _flat(heads: Tensor) -> Tensor:
-    return heads.transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,15 +40,15 @@ def _flat(heads: Tensor) -> Tensor:
 def test_decode(
     dtype: torch.dtype, heads: tuple[int, int, int], n_rows: int, n_trunk_rows: int, lengths: tuple[int, int]
 ) -> None:
-    qkv = _qkv(dtype, n_rows, 1, heads)
-    cache = _cache(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
+    qkv = random_qkv(dtype, n_rows, 1, heads)
+    cache = random_cache(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
     everything = torch.ones(n_rows, 1, sum(lengths), dtype=torch.bool)
-    out = _check(qkv, cache, Mask("none"), everything, heads)
-    assert torch.equal(functional.attend(qkv, cache, _bytes(everything), heads[2] ** -0.5, *heads), out)
+    out = check_attend(qkv, cache, Mask("none"), everything, heads)
+    assert torch.equal(functional.attend(qkv, cache, by_bytes(everything), heads[2] ** -0.5, *heads), out)
 
     seen = torch.rand(n_rows, 1, sum(lengths)) < 0.7
     seen[0] = False
-    out = _check(qkv, cache, _bytes(seen), seen, heads)
+    out = check_attend(qkv, cache, by_bytes(seen), seen, heads)
     assert not out[0].any()
 
 
@@ -114,17 +57,19 @@ def test_decode(
 @pytest.mark.parametrize("group", (1, 3))
 def test_decode_with_any_scale(dtype: torch.dtype, scale: float, group: int) -> None:
     heads = (2 * group, 2, 24)
-    qkv = _qkv(dtype, 1, 1, heads)
-    cache = _cache(dtype, 1, 1, 2, 24, (90, 0))
-    _check(qkv, cache, Mask("none"), torch.ones(1, 1, 90, dtype=torch.bool), heads, scale)
+    qkv = random_qkv(dtype, 1, 1, heads)
+    cache = random_cache(dtype, 1, 1, 2, 24, (90, 0))
+    check_attend(qkv, cache, Mask("none"), torch.ones(1, 1, 90, dtype=torch.bool), heads, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", (31, 32, 33, 64, 65, 127, 128, 129, 160))
 def test_decode_of_every_width(dtype: torch.dtype, size: int) -> None:
     heads = (3, 1, size)
-    cache = _cache(dtype, 2, 1, 1, size, (70, 3))
-    _check(_qkv(dtype, 2, 1, heads), cache, Mask("none"), torch.ones(2, 1, 73, dtype=torch.bool), heads)
+    cache = random_cache(dtype, 2, 1, 1, size, (70, 3))
+    check_attend(
+        random_qkv(dtype, 2, 1, heads), cache, Mask("none"), torch.ones(2, 1, 73, dtype=torch.bool), heads
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -132,14 +77,14 @@ def test_decode_of_every_width(dtype: torch.dtype, size: int) -> None:
 def test_decode_around_blocks_and_chunks(dtype: torch.dtype, length: int) -> None:
     # a few heads and rows have chunks of 64 keys, 128 of them chunks of 256
     n_rows, heads = (1, (8, 4, 32)) if length < 255 else (4, (128, 64, 32))
-    cache = _cache(dtype, n_rows, n_rows, heads[1], 32, (length, 0))
+    cache = random_cache(dtype, n_rows, n_rows, heads[1], 32, (length, 0))
     everything = torch.ones(n_rows, 1, length, dtype=torch.bool)
-    qkv = _qkv(dtype, n_rows, 1, heads)
-    _check(qkv, cache, Mask("none"), everything, heads)
+    qkv = random_qkv(dtype, n_rows, 1, heads)
+    check_attend(qkv, cache, Mask("none"), everything, heads)
     for first in (1, length // 16 * 16, length - 1):  # left padding
         seen = everything.clone()
         seen[0, :, :first] = False
-        _check(qkv, cache, _bytes(seen), seen, heads)
+        check_attend(qkv, cache, by_bytes(seen), seen, heads)
 
 
 def _padded(n_rows: int, n_keys: int, chunk: int) -> Iterator[Tensor]:
@@ -164,11 +109,11 @@ def _padded(n_rows: int, n_keys: int, chunk: int) -> Iterator[Tensor]:
 def test_decode_around_spans(
     dtype: torch.dtype, n_rows: int, heads: tuple[int, int, int], lengths: tuple[int, int], chunk: int
 ) -> None:
-    qkv = _qkv(dtype, n_rows, 1, heads)
-    cache = _cache(dtype, n_rows, 2 if n_rows == 2 else 1, *heads[1:], lengths)
-    _check(qkv, cache, Mask("none"), torch.ones(n_rows, 1, sum(lengths), dtype=torch.bool), heads)
+    qkv = random_qkv(dtype, n_rows, 1, heads)
+    cache = random_cache(dtype, n_rows, 2 if n_rows == 2 else 1, *heads[1:], lengths)
+    check_attend(qkv, cache, Mask("none"), torch.ones(n_rows, 1, sum(lengths), dtype=torch.bool), heads)
     for seen in _padded(n_rows, sum(lengths), chunk):
-        out = _check(qkv, cache, _bytes(seen), seen, heads)
+        out = check_attend(qkv, cache, by_bytes(seen), seen, heads)
         assert not out[~seen.any(-1)].any()
 
 
@@ -181,18 +126,18 @@ def test_decode_of_a_span_that_is_not_finite(
 ) -> None:
     """In the first, a middle and the last chunk of a span; whole keys, so that all scores of the chunk are -inf or NaN."""
     heads = (64, 64, 24)
-    qkv = _qkv(dtype, 2, 1, heads).abs()
-    cache = _cache(dtype, 2, 2, *heads[1:], (770, 0))
+    qkv = random_qkv(dtype, 2, 1, heads).abs()
+    cache = random_cache(dtype, 2, 2, *heads[1:], (770, 0))
     first = token // 256 * 256
     stored = torch.from_numpy(cache.trunk).view(dtype)[0 if place == "keys" else 1, 0]
     stored[:, first : first + 256] = value
     seen = torch.ones(2, 1, 770, dtype=torch.bool)
     for shown in (seen, seen & (torch.arange(770) < first + 256), seen & (torch.arange(770) >= first)):
-        out = functional.attend(qkv, cache, _bytes(shown), 0.2, *heads)
+        out = functional.attend(qkv, cache, by_bytes(shown), 0.2, *heads)
         keys, values = reference.gathered(cache, dtype)
         hidden = ~shown.any(1)[:, None, :, None]
         keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
-        theirs = _flat(reference.attention(_queries(qkv, heads), keys, values, shown, 0.2))
+        theirs = flat(reference.attention(queries_of(qkv, heads), keys, values, shown, 0.2))
         assert torch.equal(out.isnan(), theirs.isnan())
         assert torch.equal(out.isinf(), theirs.isinf())
 
@@ -219,7 +164,7 @@ def test_scratch_does_not_grow_with_the_context(
     n_bytes = scratch_bytes(n_rows, *heads, 2, threads)
     memory = np.full(n_bytes + 2 * guard, 0xA5, np.uint8)
     first = -(-(memory.ctypes.data + guard) // 64) * 64 - memory.ctypes.data
-    qkv, out = _qkv(torch.bfloat16, n_rows, 1, heads), torch.empty(n_rows, n_heads * size)
+    qkv, out = random_qkv(torch.bfloat16, n_rows, 1, heads), torch.empty(n_rows, n_heads * size)
     for n_trunk_rows in {1, min(n_rows, 4)}:
         trunk = np.zeros((2, n_trunk_rows, n_kv_heads, 100_000 if n_rows < 64 else 20_000, size), np.uint16)
         branch = np.zeros((2, n_rows, n_kv_heads, branch_len, size), np.uint16)
@@ -238,15 +183,15 @@ def test_rows_of_one_prompt(dtype: torch.dtype, n_rows: int) -> None:
     """A row whose query heads fill a tile gets the same bits whether others share its pass over the keys or not."""
     for group in (1, 4):
         heads = (2 * group, 2, 32)
-        qkv = _qkv(dtype, n_rows, 1, heads)
-        cache = _cache(dtype, n_rows, 1, 2, 32, (90, 3))
+        qkv = random_qkv(dtype, n_rows, 1, heads)
+        cache = random_cache(dtype, n_rows, 1, 2, 32, (90, 3))
         everything = torch.ones(n_rows, 1, 93, dtype=torch.bool)
-        out = _check(qkv, cache, Mask("none"), everything, heads)
+        out = check_attend(qkv, cache, Mask("none"), everything, heads)
         alike, one_differs = everything.clone(), everything.clone()
         alike[:, :, :21] = False
         one_differs[-1, :, :21] = False
-        together = _check(qkv, cache, _bytes(alike), alike, heads)
-        apart = _check(qkv, cache, _bytes(one_differs), one_differs, heads)
+        together = check_attend(qkv, cache, by_bytes(alike), alike, heads)
+        apart = check_attend(qkv, cache, by_bytes(one_differs), one_differs, heads)
         if group == 4:
             assert torch.equal(apart[:-1], out[:-1])
             assert torch.equal(apart[-1], together[-1])
@@ -266,38 +211,38 @@ def test_prefill(
     n_new: int,
     lengths: tuple[int, int],
 ) -> None:
-    qkv = _qkv(dtype, n_rows, n_new, heads)
-    cache = _cache(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
-    causal = _causal(n_rows, n_new, sum(lengths))
-    out = _check(qkv, cache, Mask("causal"), causal, heads)
-    masked = functional.attend(qkv, cache._replace(n_new=n_new), _bytes(causal), heads[2] ** -0.5, *heads)
+    qkv = random_qkv(dtype, n_rows, n_new, heads)
+    cache = random_cache(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
+    causal = causal_mask(n_rows, n_new, sum(lengths))
+    out = check_attend(qkv, cache, Mask("causal"), causal, heads)
+    masked = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(causal), heads[2] ** -0.5, *heads)
     assert torch.equal(masked, out)
 
     padded = causal.clone()
     padded[0, :, : sum(lengths) // 2] = False  # left padding, and with it queries that see nothing
     holes = causal & (torch.rand(causal.shape) < 0.6)
     for seen in (padded, holes):
-        out = _check(qkv, cache, _bytes(seen), seen, heads)
+        out = check_attend(qkv, cache, by_bytes(seen), seen, heads)
         assert not out[~seen.any(-1)].any()
-    _check(qkv, cache, Mask("none"), torch.ones_like(causal), heads)
+    check_attend(qkv, cache, Mask("none"), torch.ones_like(causal), heads)
 
 
 def _check_prefill(dtype: torch.dtype, n_new: int, heads: tuple[int, int, int], cache: Appended) -> None:
     """Causal, the same by bytes, and with holes."""
     n_rows, n_keys = len(cache.trunk_row), cache.trunk_len + cache.branch_len
-    qkv = _qkv(dtype, n_rows, n_new, heads)
-    causal = _causal(n_rows, n_new, n_keys)
-    out = _check(qkv, cache, Mask("causal"), causal, heads)
-    masked = functional.attend(qkv, cache._replace(n_new=n_new), _bytes(causal), heads[2] ** -0.5, *heads)
+    qkv = random_qkv(dtype, n_rows, n_new, heads)
+    causal = causal_mask(n_rows, n_new, n_keys)
+    out = check_attend(qkv, cache, Mask("causal"), causal, heads)
+    masked = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(causal), heads[2] ** -0.5, *heads)
     assert torch.equal(masked, out)
     holes = causal & (torch.rand(causal.shape) < 0.6)
-    _check(qkv, cache, _bytes(holes), holes, heads)
+    check_attend(qkv, cache, by_bytes(holes), holes, heads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_new", (15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 145))
 def test_prefill_around_the_width_of_a_tile(dtype: torch.dtype, n_new: int) -> None:
-    _check_prefill(dtype, n_new, (8, 8, 24), _cache(dtype, 4, 2, 8, 24, (n_new, 0)))
+    _check_prefill(dtype, n_new, (8, 8, 24), random_cache(dtype, 4, 2, 8, 24, (n_new, 0)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -305,22 +250,22 @@ def test_prefill_around_the_width_of_a_tile(dtype: torch.dtype, n_new: int) -> N
 @pytest.mark.parametrize("spare", (0, 8))
 def test_prefill_around_the_size_of_a_block(dtype: torch.dtype, n_keys: int, spare: int) -> None:
     for n_branch in (0, 1, 5):
-        cache = _cache(dtype, 4, 2, 3, 24, (n_keys - n_branch, n_branch), spare)
+        cache = random_cache(dtype, 4, 2, 3, 24, (n_keys - n_branch, n_branch), spare)
         _check_prefill(dtype, min(n_keys, 29), (12, 3, 24), cache)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", (1, 2, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 127, 128, 129, 257))
 def test_prefill_of_any_head_dim(dtype: torch.dtype, size: int) -> None:
-    _check_prefill(dtype, 21, (6, 2, size), _cache(dtype, 4, 2, 2, size, (40, 0), 0))
+    _check_prefill(dtype, 21, (6, 2, size), random_cache(dtype, 4, 2, 2, size, (40, 0), 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_new", (2, 5, 50, 333))
 def test_bits_of_a_token_do_not_depend_on_the_others(dtype: torch.dtype, n_new: int) -> None:
     heads = (6, 3, 64)
-    qkv = _qkv(dtype, 1, 400, heads)
-    cache = _cache(dtype, 1, 1, 3, 64, (500, 0))
+    qkv = random_qkv(dtype, 1, 400, heads)
+    cache = random_cache(dtype, 1, 1, 3, 64, (500, 0))
     together = functional.attend(qkv, cache._replace(n_new=400), Mask("causal"), 0.125, *heads)
     last = qkv[:, -n_new:].contiguous()
     alone = functional.attend(last, cache._replace(n_new=n_new), Mask("causal"), 0.125, *heads)
@@ -331,18 +276,18 @@ def test_bits_of_a_token_do_not_depend_on_the_others(dtype: torch.dtype, n_new: 
 @pytest.mark.parametrize("scale", (0.0, -0.3, 30.0))
 def test_prefill_with_any_scale(dtype: torch.dtype, scale: float) -> None:
     heads = (4, 2, 24)
-    qkv = _qkv(dtype, 1, 40, heads)
-    cache = _cache(dtype, 1, 1, 2, 24, (90, 0))
-    _check(qkv, cache, Mask("causal"), _causal(1, 40, 90), heads, scale)
+    qkv = random_qkv(dtype, 1, 40, heads)
+    cache = random_cache(dtype, 1, 1, 2, 24, (90, 0))
+    check_attend(qkv, cache, Mask("causal"), causal_mask(1, 40, 90), heads, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefill_where_no_key_has_a_weight(dtype: torch.dtype) -> None:
     heads = (1, 1, 24)
-    qkv = _qkv(dtype, 1, 3, heads).abs()
-    cache = _cache(dtype, 1, 1, 1, 24, (5, 0))
+    qkv = random_qkv(dtype, 1, 3, heads).abs()
+    cache = random_cache(dtype, 1, 1, 1, 24, (5, 0))
     torch.from_numpy(cache.trunk).view(dtype)[0, ..., :5, :] = -torch.inf
-    for mask in (Mask("causal"), _bytes(_causal(1, 3, 5))):
+    for mask in (Mask("causal"), by_bytes(causal_mask(1, 3, 5))):
         assert functional.attend(qkv, cache._replace(n_new=3), mask, 0.2, *heads).isnan().all()
 
 
@@ -352,24 +297,24 @@ def test_prefill_where_no_key_has_a_weight(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
 def test_hidden_keys_and_values_do_not_leak(dtype: torch.dtype, size: int, n_new: int, value: float) -> None:
     heads = (4, 2, size)
-    qkv = _qkv(dtype, 2, n_new, heads)
-    cache = _cache(dtype, 2, 2, 2, size, (40, 31))
-    seen = _causal(2, n_new, 71)
+    qkv = random_qkv(dtype, 2, n_new, heads)
+    cache = random_cache(dtype, 2, 2, 2, size, (40, 31))
+    seen = causal_mask(2, n_new, 71)
     seen[:, :, :5] = False
     seen[:, :, 50] = False
-    expected = functional.attend(qkv, cache._replace(n_new=n_new), _bytes(seen), 0.2, *heads)
+    expected = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(seen), 0.2, *heads)
     torch.from_numpy(cache.trunk).view(dtype)[:, :, :, :5] = value
     torch.from_numpy(cache.branch).view(dtype)[:, :, :, 10] = value
     assert torch.equal(
-        functional.attend(qkv, cache._replace(n_new=n_new), _bytes(seen), 0.2, *heads), expected
+        functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(seen), 0.2, *heads), expected
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_later_values_do_not_leak_into_earlier_tokens(dtype: torch.dtype) -> None:
     heads = (4, 2, 24)
-    qkv = _qkv(dtype, 1, 70, heads)
-    cache = _cache(dtype, 1, 1, 2, 24, (70, 0))
+    qkv = random_qkv(dtype, 1, 70, heads)
+    cache = random_cache(dtype, 1, 1, 2, 24, (70, 0))
     expected = functional.attend(qkv, cache._replace(n_new=70), Mask("causal"), 0.2, *heads)
     torch.from_numpy(cache.trunk).view(dtype)[:, 0, :, 33] = torch.nan
     out = functional.attend(qkv, cache._replace(n_new=70), Mask("causal"), 0.2, *heads)
@@ -386,15 +331,15 @@ def test_values_that_are_seen_and_not_finite(
     dtype: torch.dtype, size: int, n_new: int, value: float, place: str
 ) -> None:
     heads = (4, 2, size)
-    qkv = _qkv(dtype, 2, n_new, heads)
-    cache = _cache(dtype, 2, 2, 2, size, (300, 0))
+    qkv = random_qkv(dtype, 2, n_new, heads)
+    cache = random_cache(dtype, 2, 2, 2, size, (300, 0))
     torch.from_numpy(cache.trunk).view(dtype)[0 if place == "keys" else 1, 0, 0, 7, 3] = value
-    seen = _causal(2, n_new, 300)
+    seen = causal_mask(2, n_new, 300)
     out = functional.attend(
         qkv, cache._replace(n_new=n_new), Mask("causal" if n_new > 1 else "none"), 0.2, *heads
     )
     keys, values = reference.gathered(cache, dtype)
-    theirs = _flat(reference.attention(_queries(qkv, heads), keys, values, seen, 0.2))
+    theirs = flat(reference.attention(queries_of(qkv, heads), keys, values, seen, 0.2))
     assert torch.equal(out.isnan(), theirs.isnan())
     assert torch.equal(out.isinf(), theirs.isinf())
 
@@ -405,11 +350,11 @@ def test_beams_over_many_steps_and_growth(dtype: torch.dtype) -> None:
     cache = IndirectCache(copies=3)
 
     def step(n_rows: int, n_new: int) -> None:
-        qkv = _qkv(dtype, n_rows, n_new, heads)
+        qkv = random_qkv(dtype, n_rows, n_new, heads)
         appended = cache.append(0, n_rows, n_new, 2, 24, dtype)
         functional.rotate_and_store(qkv, None, None, appended, *heads, "none")
-        seen = _causal(n_rows, n_new, appended.trunk_len + appended.branch_len)
-        _check(qkv, appended, functional.prepare_mask(None, n_rows, n_new, seen.shape[2]), seen, heads)
+        seen = causal_mask(n_rows, n_new, appended.trunk_len + appended.branch_len)
+        check_attend(qkv, appended, functional.prepare_mask(None, n_rows, n_new, seen.shape[2]), seen, heads)
         keys, values = reference.gathered(appended, dtype)
         assert torch.equal(cache.layers[0].keys, keys)
         assert torch.equal(cache.layers[0].values, values)
@@ -427,8 +372,8 @@ def test_beams_over_many_steps_and_growth(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("n_new", "lengths"), ((1, (2000, 40)), (130, (700, 0)), (700, (700, 0))))
 def test_bits_do_not_depend_on_threads(dtype: torch.dtype, n_new: int, lengths: tuple[int, int]) -> None:
     heads = (6, 3, 64)
-    qkv = _qkv(dtype, 2, n_new, heads)
-    cache = _cache(dtype, 2, 2, 3, 64, lengths)._replace(n_new=n_new)
+    qkv = random_qkv(dtype, 2, n_new, heads)
+    cache = random_cache(dtype, 2, 2, 3, 64, lengths)._replace(n_new=n_new)
     mask = Mask("causal" if n_new > 1 else "none")
     assert_same_on_threads(lambda: functional.attend(qkv, cache, mask, 0.125, *heads))
 
@@ -438,8 +383,8 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype, n_new: int, lengths: 
 @pytest.mark.parametrize("n_new", (1, 5))
 def test_nothing_is_written_outside(dtype: torch.dtype, heads: tuple[int, int, int], n_new: int) -> None:
     n_heads, n_kv_heads, size = heads
-    qkv = _qkv(dtype, 2, n_new, heads)
-    cache = _cache(dtype, 2, 2, n_kv_heads, size, (21, 5))
+    qkv = random_qkv(dtype, 2, n_new, heads)
+    cache = random_cache(dtype, 2, 2, n_kv_heads, size, (21, 5))
     record = cache_record.record_of(cache.trunk, cache.branch)
     parts = (record, 21, 5, cache.trunk_row, cache.table)
     out = Guarded(dtype, 2 * n_new, n_heads * size)
@@ -462,8 +407,8 @@ def test_nothing_is_written_outside(dtype: torch.dtype, heads: tuple[int, int, i
 @pytest.mark.parametrize("wrong", (-1, 2, 2**30))
 def test_rows_that_the_cache_has_not(n_new: int, wrong: int) -> None:
     heads = (4, 2, 24)
-    qkv = _qkv(torch.float32, 2, n_new, heads)
-    cache = _cache(torch.float32, 2, 2, 2, 24, (21, 5))._replace(n_new=n_new)
+    qkv = random_qkv(torch.float32, 2, n_new, heads)
+    cache = random_cache(torch.float32, 2, 2, 2, 24, (21, 5))._replace(n_new=n_new)
     for name in ("trunk_row", "table"):
         broken = getattr(cache, name).copy()
         broken.flat[1] = wrong
@@ -478,14 +423,14 @@ def test_prepare_mask_recognises_what_needs_no_bytes() -> None:
     assert functional.prepare_mask(None, 2, 1, 9).kind == "none"
     assert functional.prepare_mask(None, 2, 4, 9).kind == "causal"
     assert functional.prepare_mask(torch.ones(2, 1, 1, 9, dtype=torch.bool), 2, 1, 9).kind == "none"
-    causal = _causal(2, 4, 9)[:, None]
+    causal = causal_mask(2, 4, 9)[:, None]
     assert functional.prepare_mask(causal, 2, 4, 9).kind == "causal"
     assert functional.prepare_mask(causal[:1], 2, 4, 9).kind == "causal"
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64))
 def test_prepare_mask_reads_additive_masks(dtype: torch.dtype) -> None:
-    seen = _causal(2, 4, 9)
+    seen = causal_mask(2, 4, 9)
     seen[1, :, :3] = False
     lowest = torch.finfo(dtype).min
     for hidden in (lowest, -torch.inf):

@@ -1,0 +1,90 @@
+"""Caches, queries and masks for the tests of attention."""
+
+import torch
+from torch import Tensor
+
+from hfopt import functional
+from hfopt._cache_codes import quantised
+from hfopt.cache import Appended
+from hfopt.functional import Mask
+from tests import reference
+from tests.reference import assert_as_exact_as_torch, bits
+
+
+def random_cache(
+    dtype: torch.dtype,
+    n_rows: int,
+    n_trunk_rows: int,
+    n_kv_heads: int,
+    size: int,
+    lengths: tuple[int, int],
+    spare: int = 3,
+) -> Appended:
+    """A cache of random keys, values and rows, with unused columns behind them that hold NaN."""
+    trunk_len, branch_len = lengths
+    trunk = torch.randn(2, n_trunk_rows, n_kv_heads, trunk_len + spare, size).to(dtype)
+    branch = torch.randn(2, n_rows, n_kv_heads, branch_len + 2 if branch_len else 0, size).to(dtype)
+    trunk[:, :, :, trunk_len:] = torch.nan
+    branch[:, :, :, branch_len:] = torch.nan
+    rows = torch.randint(n_trunk_rows, (n_rows,), dtype=torch.int32)
+    table = torch.randint(n_rows, (n_rows, branch_len + 2), dtype=torch.int32)
+    return Appended(
+        bits(trunk), bits(branch), trunk_len, branch_len, branch_len > 0, 1, rows.numpy(), table.numpy()
+    )
+
+
+def coded(cache: Appended, dtype: torch.dtype) -> Appended:
+    """The same cache as codes."""
+    (trunk, trunk_scales), (branch, branch_scales) = (
+        [part.numpy() for part in quantised(torch.from_numpy(array).view(dtype))]
+        for array in (cache.trunk, cache.branch)
+    )
+    return cache._replace(trunk=trunk, branch=branch, trunk_scales=trunk_scales, branch_scales=branch_scales)
+
+
+def random_qkv(dtype: torch.dtype, n_rows: int, n_new: int, heads: tuple[int, int, int]) -> Tensor:
+    n_heads, n_kv_heads, size = heads
+    return torch.randn(n_rows, n_new, (n_heads + 2 * n_kv_heads) * size).to(dtype)
+
+
+def causal_mask(n_rows: int, n_new: int, n_keys: int) -> Tensor:
+    return torch.ones(n_rows, n_new, n_keys, dtype=torch.bool).tril(n_keys - n_new)
+
+
+def by_bytes(seen: Tensor) -> Mask:
+    return Mask("bytes", seen.to(torch.uint8).numpy())
+
+
+def queries_of(qkv: Tensor, heads: tuple[int, int, int]) -> Tensor:
+    n_heads, _, size = heads
+    return qkv[..., : n_heads * size].unflatten(-1, (n_heads, size)).transpose(1, 2)
+
+
+def flat(heads: Tensor) -> Tensor:
+    return heads.transpose(1, 2).flatten(2)
+
+
+def check_attend(
+    qkv: Tensor,
+    cache: Appended,
+    mask: Mask,
+    seen: Tensor,
+    heads: tuple[int, int, int],
+    scale: float | None = None,
+) -> Tensor:
+    """Compares `attend` with float64 and with torch at the same dtype; returns its result."""
+    scale = heads[2] ** -0.5 if scale is None else scale
+    out = functional.attend(qkv, cache._replace(n_new=qkv.shape[1]), mask, scale, *heads)
+    keys, values = reference.gathered(cache, qkv.dtype)
+    exactly = [part.double() for part in (keys, values)]
+    if cache.trunk_scales is not None:
+        exactly = list(reference.gathered(cache, torch.float64))
+    # what nobody sees may be NaN, and torch cannot skip it
+    hidden = ~seen.any(1)[:, None, :, None]
+    keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
+    exact_keys, exact_values = (part.masked_fill(hidden, 0) for part in exactly)
+    q = queries_of(qkv, heads)
+    theirs = reference.attention(q, keys, values, seen, scale)
+    exact = reference.attention(q.double(), exact_keys, exact_values, seen, scale)
+    assert_as_exact_as_torch(out, flat(theirs), flat(exact))
+    return out
