@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from hfopt._cache_codes import check_kv_cache
+from hfopt._cache_codes import KV_CACHES, check_kv_cache
 from hfopt._cache_layer import Appended, AppendedEverywhere, Buffers, IndirectLayer
 from hfopt._cache_rows import RowMap
 from hfopt.errors import InvalidInput
 
-__all__ = ["Appended", "AppendedEverywhere", "Buffers", "IndirectCache"]
+__all__ = ["KV_CACHES", "Appended", "AppendedEverywhere", "Buffers", "IndirectCache"]
 
 T = TypeVar("T")
 

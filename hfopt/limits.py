@@ -187,14 +187,21 @@ def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
     )
 
 
-def bytes_per_token_in_cache(model: PreTrainedModel) -> int:
-    """Bytes of one token's keys and values in all layers."""
+def bytes_per_token_in_cache(model: PreTrainedModel, kv_cache: str | None = None) -> int:
+    """Bytes of one token's keys and values in all layers; kv_cache: as in `IndirectCache`."""
     n_layers, _, n_kv_heads, head_dim = attention_shape(model)
-    return 2 * n_layers * n_kv_heads * head_dim * model.dtype.itemsize
+    # codes have a scale of 4 bytes for each vector
+    vector = head_dim * model.dtype.itemsize if kv_cache is None else head_dim + 4
+    return 2 * n_layers * n_kv_heads * vector
 
 
 def bytes_per_step(
-    model: PreTrainedModel, n_prompts: int, prompt_length: int, n_rows: int, n_new: int
+    model: PreTrainedModel,
+    n_prompts: int,
+    prompt_length: int,
+    n_rows: int,
+    n_new: int,
+    kv_cache: str | None = None,
 ) -> float:
     """Bytes that one decode step must read at least, on average over the steps for `n_new` tokens.
 
@@ -202,7 +209,7 @@ def bytes_per_step(
     """
     weights = sum(weight.nbytes for weight in read_weights(model))
     cached = n_prompts * prompt_length + n_rows * n_new / 2
-    return weights + cached * bytes_per_token_in_cache(model)
+    return weights + cached * bytes_per_token_in_cache(model, kv_cache)
 
 
 def step_operations(model: PreTrainedModel, n_rows: int, context: float) -> float:

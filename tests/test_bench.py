@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,29 @@ def test_rows_at_a_time_compare_with_one_row(pair: measure.Pair) -> None:
     assert bench_rows.line_of(figures)[3:5] == ["1.25 × (stock 2.00 ×)", "≤ 1.3 ×"]
 
 
+def test_a_cache_of_codes_compares_with_one_of_floats(pair: measure.Pair) -> None:
+    row = bench_rows.ROWS["decode-int4-16k-kv-int8"]
+    codes = bench_cases.Workload(16384, 4, filled=True, kv_cache="int8")
+    floats = bench_cases.Workload(16384, 4, filled=True)
+    assert row.workloads(10, 4) == [floats, codes]
+    cases = bench_cases.cases_of(pair.stock, row.workloads(10, 4))
+    assert [case.optimized for case in cases] == [False, True, True]
+    small: list[Any] = [
+        bench_cases.filled_cache(pair.stock, replace(each, prompt_tokens=70), True)
+        for each in (floats, codes)
+    ]
+    assert [cache.kv_cache for cache in small] == [None, "int8"]
+    samples = samples_of([sample(1.0, [0.2])], [sample(1.0, [0.1])], floats)
+    samples |= samples_of([sample(1.0, [0.2])], [sample(1.0, [0.08])], codes)
+    figures = bench_rows.figures_of(row, pair, samples, 10, 4, (1.0, 1.0))
+    assert (figures["stock"]["over_one"], figures["optimized"]["over_one"]) == pytest.approx((1.0, 0.8))
+    fewer = limits.bytes_per_token_in_cache(pair.stock) - limits.bytes_per_token_in_cache(pair.stock, "int8")
+    saved = bench_cases.bytes_of(pair.stock, codes, "next", False) - bench_cases.bytes_of(
+        pair.stock, codes, "next", True
+    )
+    assert fewer > 0 and saved == (16384 + 2) * fewer
+
+
 def test_rows_share_their_cases(model: LlamaForCausalLM) -> None:
     rows = [bench_rows.ROWS[name] for name in ("decode-bf16", "prefill-bf16", "beam-first", "beam-next")]
     cases = bench_cases.cases_of(model, [workload for row in rows for workload in row.workloads(10, 4)])
@@ -209,7 +233,7 @@ def test_cases_alternate_on_one_model_and_are_left_as_the_last_asks(
     model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(measure.hfopt, "optimize", lambda model: seen.append("optimize"))
+    monkeypatch.setattr(measure.hfopt, "optimize", lambda model, kv_cache: seen.append("optimize"))
     monkeypatch.setattr(measure.hfopt, "restore", lambda model: seen.append("restore"))
     monkeypatch.setattr(
         measure.limits, "BandwidthMeter", lambda: iter_meter([9.0, 9.0, 4.0, 2.0, 1.0, 1.0, 3.0])
@@ -294,7 +318,9 @@ def test_the_command_on_a_small_shape(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_the_rows_of_formats_on_a_small_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape, target = tmp_path / "config.json", tmp_path / "bench.json"
     shape.write_text(json.dumps(WIDE | {"model_type": "llama"}))
-    names = [name for name, row in bench_rows.ROWS.items() if row.quantization is not None]
+    names = [
+        name for name, row in bench_rows.ROWS.items() if row.quantization is not None and not row.kv_cache
+    ]
     assert len(names) == 8
     arguments = ["--shape", str(shape), "--quick", "--prompt-tokens", "40", "--rows", ",".join(names)]
     assert main(["bench", *arguments, "--json", str(target)]) == 0

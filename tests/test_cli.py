@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import hfopt
+from hfopt.cache import IndirectCache
 from hfopt.cli import doctor, main, models, run
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int8
@@ -161,6 +162,35 @@ def test_other_tokens_of_a_format_are_explained(
     arguments = ["-m", str(checkpoint), "--quantization", "int8", "--max-new-tokens", "2", "--num-iter", "2"]
     assert main(["run", *arguments, "--compare"]) == 0
     assert "Same tokens: no (weights in int8" in capsys.readouterr().out
+
+
+def test_a_cache_of_codes(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = ("--input-tokens", "9", "--max-new-tokens", "5", "--greedy")
+    arguments = ("--random-weights", config_file, "--dtype", "float32", "--kv-cache", "int8", *lengths)
+    figures = run_json(capsys, *arguments, "--compare")
+    reads = {
+        name: figures[name]["bandwidth_used"] * figures[name]["next_mean"] for name in ("stock", "optimized")
+    }
+    assert reads["optimized"] < reads["stock"]
+
+
+@pytest.mark.parametrize("quantization", [(), ("--quantization", "int8")])
+def test_the_cache_is_of_the_kind_that_is_asked_for(
+    quantization: tuple[str, ...], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    original = IndirectCache.__init__
+
+    def note(self: IndirectCache, *args: Any, **options: Any) -> None:
+        found.append(options.get("kv_cache"))
+        original(self, *args, **options)
+
+    monkeypatch.setattr(IndirectCache, "__init__", note)
+    arguments = ["-m", str(checkpoint), "--max-new-tokens", "2", "--num-iter", "2", *quantization]
+    for kind in ([], ["--kv-cache", "int8"]):
+        found.clear()
+        assert main(["run", *arguments, *kind]) == 0
+        assert ("int8" in found) == bool(kind)
 
 
 def test_json_holds_every_sample(

@@ -55,12 +55,13 @@ def prove(model: Model) -> None:
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("mode", MODES)
+# a rounding error of a key decides between two codes in samples of gptj
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, mode) for name in FAMILIES for mode in MODES if name != "gptj" or not MODES[mode]["do_sample"]],
+)
 def test_tokens_are_those_of_a_rounded_cache(name: str, mode: str) -> None:
     """Fifty steps behind prompts that are padded on the left."""
-    if (name, mode) in (("gptj", "sampling"), ("gptj", "several of a prompt")):
-        pytest.skip("a rounding error of a key decides between two codes there")
     model = FAMILIES[name]()
     stock = copy.deepcopy(model)
     ours = generated(coded(model), MODES[mode], max_new_tokens=50)

@@ -26,6 +26,7 @@ class Workload:
     filled: the prompts are not read. Random keys and values stand in the cache for all their tokens, and
     each timed step is a decode step behind them: its cost does not depend on the values. Reading 16 k
     tokens takes the stock model minutes, filling the cache milliseconds, which are not timed.
+    kv_cache: of the optimised model's filled cache, as in `IndirectCache`.
     """
 
     prompt_tokens: int
@@ -33,23 +34,22 @@ class Workload:
     n_rows: int = 1
     num_beams: int = 1
     filled: bool = False
+    kv_cache: str | None = None
 
 
 def case_name(optimized: bool, workload: Workload) -> str:
     """Name of the case that measures a workload."""
+    kind = f" as {workload.kv_cache}" if optimized and workload.kv_cache is not None else ""
     return (
         f"{'optimized' if optimized else 'stock'}, batch {workload.n_rows}, {workload.num_beams} beams, "
-        f"{workload.prompt_tokens} tokens{' filled in' if workload.filled else ''}"
+        f"{workload.prompt_tokens} tokens{' filled in' if workload.filled else ''}{kind}"
     )
 
 
 def cases_of(model: PreTrainedModel, workloads: Iterable[Workload]) -> list[Case]:
     """The cases of each workload, stock and optimised side by side."""
-    return [
-        _case(model, workload, optimized)
-        for workload in dict.fromkeys(workloads)
-        for optimized in (False, True)
-    ]
+    cases = (_case(model, workload, optimized) for workload in workloads for optimized in (False, True))
+    return list({case.name: case for case in cases}.values())
 
 
 def _case(model: PreTrainedModel, workload: Workload, optimized: bool) -> Case:
@@ -76,7 +76,9 @@ def filled_cache(model: PreTrainedModel, workload: Workload, optimized: bool) ->
         (2, workload.n_rows, n_kv_heads, workload.prompt_tokens, head_dim), generator=generator
     ).to(model.dtype)
     if optimized:
-        cache: DynamicCache = hfopt.IndirectCache(config, copies=workload.num_beams)
+        cache: DynamicCache = hfopt.IndirectCache(
+            config, copies=workload.num_beams, kv_cache=workload.kv_cache
+        )
     else:
         cache = DynamicCache(config=config)
         states = states.repeat_interleave(workload.num_beams, dim=1)
@@ -98,13 +100,14 @@ def seconds_of(samples: Sequence[Sample], part: Part) -> list[float]:
     return [sample.first if part == "first" else statistics.median(sample.next) for sample in samples]
 
 
-def bytes_of(model: PreTrainedModel, workload: Workload, part: Part) -> float:
+def bytes_of(model: PreTrainedModel, workload: Workload, part: Part, optimized: bool = True) -> float:
     """Bytes that must pass through memory at least: the weights, and the keys and values of all tokens."""
+    kv_cache = workload.kv_cache if optimized else None
     n_rows, prompt_tokens = workload.n_rows, workload.prompt_tokens
     if part == "first":
-        return limits.bytes_per_step(model, n_rows, prompt_tokens, n_rows, 0)
+        return limits.bytes_per_step(model, n_rows, prompt_tokens, n_rows, 0, kv_cache)
     n_copies = n_rows * workload.num_beams
-    return limits.bytes_per_step(model, n_rows, prompt_tokens, n_copies, workload.new_tokens)
+    return limits.bytes_per_step(model, n_rows, prompt_tokens, n_copies, workload.new_tokens, kv_cache)
 
 
 def operations_of(model: PreTrainedModel, workload: Workload, part: Part) -> float:
@@ -130,7 +133,7 @@ def compared(
         seconds = seconds_of(chosen, part)
         figures[who] = {"seconds": statistics.median(seconds)}
         if part == "next":
-            needed = bytes_of(model, workload, part)
+            needed = bytes_of(model, workload, part, bool(optimized))
             shares = [needed / (one.bandwidth * time) for one, time in zip(chosen, seconds, strict=True)]
             figures[who]["limit"] = statistics.median(shares)
         else:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,12 @@ from .measure import Pair, Sample, paired_ratio
 class Row:
     """One line of the table.
 
-    over_one: the figure is the time over that of greedy search of one row by the same model, at most `wanted`;
-    else it is the stock model's time over the optimised one's, at least `wanted`.
+    over_one: the figure is the time over that of greedy search of one row by the same model, or with kv_cache over that
+    with a cache of floats, at most `wanted`; else it is the stock model's time over the optimised one's, at least `wanted`.
     quantization: name of the format of the optimised model's weights; the stock model has the same weights in `dtype`.
     wanted_limit: the least share of the limit for the optimised model. wanted_seconds: its most time for a token.
     shape: "shape" or "small_shape", the flag that names it, or one of `SHAPES`; n_layers: in place of --layers.
-    prompt_tokens: where they are not those of all rows. filled: see `Workload`.
+    prompt_tokens: where they are not those of all rows. filled, kv_cache: see `Workload`.
     """
 
     title: str
@@ -40,6 +40,7 @@ class Row:
     n_layers: int | None = None
     prompt_tokens: int | None = None
     filled: bool = False
+    kv_cache: str | None = None
 
     def source(self, args: argparse.Namespace) -> tuple[str, int | None]:
         """Name of the shape and number of layers (None: all of them) for the flags of a run."""
@@ -48,7 +49,12 @@ class Row:
     def workload(self, prompt_tokens: int, new_tokens: int) -> Workload:
         """What is run for the row, where rows without a length of their own have `prompt_tokens`."""
         return Workload(
-            self.prompt_tokens or prompt_tokens, new_tokens, self.n_rows, self.num_beams, self.filled
+            self.prompt_tokens or prompt_tokens,
+            new_tokens,
+            self.n_rows,
+            self.num_beams,
+            self.filled,
+            self.kv_cache,
         )
 
     def workloads(self, prompt_tokens: int, new_tokens: int) -> list[Workload]:
@@ -143,6 +149,18 @@ ROWS: dict[str, Row] = {
         prompt_tokens=32,
     ),
     **_rows_in("int8", decode=4.0, of_limit=0.9, several=1.3, prefill=2.0),
+    "decode-int4-16k-kv-int8": Row(
+        "decode int4, context 16,384: 8-bit cache / bfloat16 cache",
+        "shape",
+        _BF16,
+        "next",
+        0.9,
+        over_one=True,
+        quantization="int4",
+        prompt_tokens=16384,
+        filled=True,
+        kv_cache="int8",
+    ),
     **_rows_in("int4", decode=7.0, of_limit=0.85, several=1.6, prefill=1.5),
 }
 
@@ -154,6 +172,9 @@ def formats_of(names: Iterable[str | None]) -> str:
 
 
 def _one(workload: Workload) -> Workload:
+    """What a row with `over_one` compares with."""
+    if workload.kv_cache is not None:
+        return replace(workload, kv_cache=None)
     return Workload(workload.prompt_tokens, workload.new_tokens, filled=workload.filled)
 
 

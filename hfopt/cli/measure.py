@@ -19,16 +19,20 @@ from hfopt import env, limits
 
 @dataclass(frozen=True)
 class Pair:
-    """The models of a comparison: one object in both, or two of the same weights where one's are quantised."""
+    """The models of a comparison: one object in both, or two of the same weights where one's are quantised.
+
+    kv_cache: as in `optimize`, of the one object.
+    """
 
     stock: PreTrainedModel
     optimized: PreTrainedModel
+    kv_cache: str | None = None
 
     def ready(self, optimized: bool) -> PreTrainedModel:
         """The stock or the optimised model; one object is made what is asked for."""
         if self.optimized is self.stock:
             if optimized:
-                hfopt.optimize(self.stock)
+                hfopt.optimize(self.stock, kv_cache=self.kv_cache)
             else:
                 hfopt.restore(self.stock)
         return self.optimized if optimized else self.stock

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import hfopt
 from hfopt import limits
+from hfopt.cache import KV_CACHES
 from hfopt.errors import InvalidInput
 from hfopt.quantization import FORMATS
 
@@ -61,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model-id", help="a folder or hub id (default: the embedded model)")
     add_model_arguments(parser)
     add_quantization(parser, "turn the weights of the optimised model into a format")
+    parser.add_argument(
+        "--kv-cache",
+        choices=[kind for kind in KV_CACHES if kind is not None],
+        help="cache keys and values of the optimised model as 8-bit codes (default: as they are)",
+    )
     parser.add_argument("--prompt", help="the text to continue")
     parser.add_argument(
         "--input-tokens", type=positive, metavar="N", help="a prompt of N tokens instead of --prompt"
@@ -120,7 +126,7 @@ def _load_pair(args: argparse.Namespace) -> tuple[Pair, PreTrainedTokenizerBase 
     """The stock model and the optimised one. Where that is quantised, the stock model is loaded for --compare alone."""
     if args.quantization is None:
         model, tokenizer = load_model(args)
-        return Pair(model, model), tokenizer
+        return Pair(model, model, args.kv_cache), tokenizer
     # first the one whose float weights are freed: both never are in memory as floats
     if args.random_weights is None:
         source = args.model_id or hfopt.embedded_model()
@@ -129,11 +135,12 @@ def _load_pair(args: argparse.Namespace) -> tuple[Pair, PreTrainedTokenizerBase 
             source,
             dtype=DTYPES[args.dtype],
             quantization=args.quantization,
+            kv_cache=args.kv_cache,
             trust_remote_code=args.trust_remote_code,
         )
     else:
         model, tokenizer = load_model(args)
-        optimized = hfopt.optimize(model, quantization=args.quantization)
+        optimized = hfopt.optimize(model, quantization=args.quantization, kv_cache=args.kv_cache)
     stock = load_model(args)[0] if args.compare else optimized
     return Pair(stock, optimized), tokenizer
 
@@ -157,8 +164,11 @@ def run(args: argparse.Namespace) -> int:
     n_rows, n_new = args.batch_size, args.max_new_tokens
     lengths = n_rows, inputs["input_ids"].shape[1], n_rows * options["num_beams"], n_new
     summaries = {
-        name: Summary.of(samples[name], n_rows, n_new, limits.bytes_per_step(model, *lengths))
-        for name, model in ((_STOCK, pair.stock), (_OPTIMIZED, pair.optimized))
+        name: Summary.of(samples[name], n_rows, n_new, limits.bytes_per_step(model, *lengths, kv_cache))
+        for name, model, kv_cache in (
+            (_STOCK, pair.stock, None),
+            (_OPTIMIZED, pair.optimized, args.kv_cache),
+        )
         if name in names
     }
     if args.json != "-":
@@ -236,6 +246,8 @@ def _print_summaries(
             say(f"2... tokens: {ratios['next']:.2f} times as fast")
         if ratios["same_tokens"]:
             say("Same tokens: yes")
+        elif args.kv_cache is not None and args.quantization is None:
+            say(f"Same tokens: no (keys and values in {args.kv_cache} are others)")
         elif args.quantization is not None:
             say(
                 f"Same tokens: no (weights in {args.quantization} are others; scripts/accuracy.py says how far)"
