@@ -22,6 +22,8 @@ CODES, NIBBLES, LEVELS = range(
 UNIT = 4 * LANES  # bytes
 # Rows of x in the largest tile: sums of integers and of floats that leave registers for the weights.
 TILE_ROWS = 12 if "avx512f" in _target.FEATURES else 4
+# Blocks of a strip for 1 or 2 rows, each of them a stream of memory, and for more
+FEW_BLOCKS, MORE_BLOCKS = (4 if "avx512f" in _target.FEATURES else 2), 2
 # What a unit's prefetch asks for comes this many bytes later; measured.
 _AHEAD = 4096
 
