@@ -25,7 +25,7 @@ from hfopt.quantizer import HfoptConfig, aligned, check_packed, linears_of
 logger = logging.getLogger(__name__)
 
 # Bytes of a float weight that are in memory at a time while it is converted or quantised
-SLICE = 1 << 27
+SLICE = 1 << 24
 # Tensors of old checkpoints that models compute for themselves now
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
 

