@@ -21,7 +21,7 @@ from hfopt import env, limits
 class Pair:
     """The models of a comparison: one object in both, or two of the same weights where one's are quantised.
 
-    kv_cache: as in `optimize`, of the one object.
+    kv_cache: as in `optimize`, of an object that is both.
     """
 
     stock: PreTrainedModel

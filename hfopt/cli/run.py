@@ -142,7 +142,7 @@ def _load_pair(args: argparse.Namespace) -> tuple[Pair, PreTrainedTokenizerBase 
         model, tokenizer = load_model(args)
         optimized = hfopt.optimize(model, quantization=args.quantization, kv_cache=args.kv_cache)
     stock = load_model(args)[0] if args.compare else optimized
-    return Pair(stock, optimized), tokenizer
+    return Pair(stock, optimized, args.kv_cache), tokenizer
 
 
 def run(args: argparse.Namespace) -> int:
