@@ -114,10 +114,10 @@ class ReadyStep:
         self.empty = self._part(0, 0)
 
     def _part(self, begin: int, end: int) -> partial:
-        like, code, quantized, dequantized, scalars, *rest = self._launch.args
+        like, held, code, quantized, dequantized, scalars, *rest = self._launch.args
         tables = (code, quantized, dequantized, scalars)  # a row for each instruction
         own = (None if table is None else table[begin:end] for table in tables)
-        return partial(self.kernel, like, *own, *rest)
+        return partial(self.kernel, like, held, *own, *rest)
 
 
 @dataclass(frozen=True)
