@@ -221,6 +221,20 @@ def test_calibrated_forms_stand_beside_the_others(
     assert calibrated["is_calibrated"] and not plain["is_calibrated"]
 
 
+def test_caches_of_codes_stand_beside_the_others(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--text", text, "--by-token", 0, "--quantization", "none", "--quantization", "int8"]
+    stock, *forms = accuracy_json(capsys, *arguments, "--kv-cache", "int8")
+    assert stock["kv_cache"] is None
+    assert [(form["quantization"], form["kv_cache"]) for form in forms] == [
+        (None, None),
+        ("int8", None),
+        (None, "int8"),
+        ("int8", "int8"),
+    ]
+    plain, cached = forms[0], forms[2]
+    assert plain["divergence"] < cached["divergence"] < 0.01
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

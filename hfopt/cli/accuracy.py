@@ -9,7 +9,7 @@ import gc
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hfopt.errors import InvalidInput
 from . import prompts
 from .accuracy_sums import Figures, Sums
 from .output import progress, say, show_table, write_json
-from .run import add_model_arguments, load_model
+from .run import add_kv_cache, add_model_arguments, load_model
 
 _WINDOW = 512
 _RANDOM_TOKENS = 513
@@ -34,17 +34,18 @@ _LIMIT = 1.5
 
 @dataclass(frozen=True)
 class Form:
-    """A way to hold and run the model. quantization, calibration: what `hfopt.optimize` takes."""
+    """A way to hold and run the model. quantization, calibration, kv_cache: what `hfopt.optimize` takes."""
 
     name: str
     is_optimized: bool = True
     quantization: Any = None
     calibration: list[str] | None = None
+    kv_cache: str | None = None
 
     @property
     def is_judged(self) -> bool:
         """Whether the limit holds for it."""
-        return self.is_optimized and self.quantization is None
+        return self.is_optimized and self.quantization is None and self.kv_cache is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="every format once more, with its weights rounded for a text that is none of the held-out ones",
     )
+    add_kv_cache(parser, "every optimised form once more, with keys and values")
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="figures as JSON to FILE, or instead of the text"
     )
@@ -158,7 +160,14 @@ def _forms(args: argparse.Namespace) -> list[Form]:
         forms.append(Form(text, quantization=quantization))
         if calibration is not None:
             forms.append(Form(f"{text}, calibrated", quantization=quantization, calibration=calibration))
-    return forms
+    if args.kv_cache is None:
+        return forms
+    cached = [
+        replace(form, name=f"{form.name}, cache {args.kv_cache}", kv_cache=args.kv_cache)
+        for form in forms
+        if form.is_optimized
+    ]
+    return forms + cached
 
 
 def heldout() -> str:
@@ -253,8 +262,9 @@ def _read_whole(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor
 @torch.no_grad()
 def _read(model: PreTrainedModel, form: Form, input_ids: torch.Tensor, by_token: bool) -> torch.Tensor:
     """The same, with a cache."""
-    kind = hfopt.IndirectCache if form.is_optimized else DynamicCache
-    cache = kind(config=model.config)
+    cache: DynamicCache = DynamicCache(config=model.config)
+    if form.is_optimized:
+        cache = hfopt.IndirectCache(config=model.config, kv_cache=form.kv_cache)
     steps = input_ids.split(1 if by_token else input_ids.shape[1], dim=1)
     return torch.cat([model(step, past_key_values=cache).logits[0] for step in steps])
 
@@ -306,6 +316,7 @@ def _figures(args: argparse.Namespace, lines: list[Line], worst: float | None) -
             {
                 "form": line.form.name,
                 "quantization": line.form.quantization,
+                "kv_cache": line.form.kv_cache,
                 "is_calibrated": line.form.calibration is not None,
                 "by_token": line.reading.by_token,
                 "tokens": line.reading.n_tokens,

@@ -57,16 +57,21 @@ def add_quantization(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def add_kv_cache(parser: argparse.ArgumentParser, what: str) -> None:
+    """The flag --kv-cache."""
+    parser.add_argument(
+        "--kv-cache",
+        choices=[kind for kind in KV_CACHES if kind is not None],
+        help=f"{what} as 8-bit codes (default: as they are)",
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `hfopt run`."""
     parser.add_argument("-m", "--model-id", help="a folder or hub id (default: the embedded model)")
     add_model_arguments(parser)
     add_quantization(parser, "turn the weights of the optimised model into a format")
-    parser.add_argument(
-        "--kv-cache",
-        choices=[kind for kind in KV_CACHES if kind is not None],
-        help="cache keys and values of the optimised model as 8-bit codes (default: as they are)",
-    )
+    add_kv_cache(parser, "cache keys and values of the optimised model")
     parser.add_argument("--prompt", help="the text to continue")
     parser.add_argument(
         "--input-tokens", type=positive, metavar="N", help="a prompt of N tokens instead of --prompt"
