@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hfopt._memory import forget_pages
 from hfopt.checkpoint import Stored, check_finite, check_header, open_files
 from hfopt.conversion import Matching
-from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedDevice
+from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedDevice, UnsupportedModel
 from hfopt.quantization import (
     Format,
     QuantizationConfig,
@@ -235,7 +235,12 @@ class HfoptQuantizer(HfQuantizer):
     quantization_config: HfoptConfig
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raise UnsupportedDevice unless everything is to be on the CPU."""
+        """Raise UnsupportedDevice unless everything is to be on the CPU, and UnsupportedModel with transformers 4."""
+        if ConversionOps is object:
+            raise UnsupportedModel(
+                "from_pretrained of transformers 4 would convert packed weights to the dtype of the model; "
+                "hfopt.load reads and quantises them with this release too"
+            )
         devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
         if any(str(device) not in ("None", "auto", "cpu") for device in devices):
             raise UnsupportedDevice(f"device_map={device_map!r}: quantised layers run on the CPU only")

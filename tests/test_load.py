@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import hfopt
+import hfopt.quantizer
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
@@ -254,6 +255,12 @@ def test_checkpoints_of_other_tools(tmp_path, write, bits, group, options):
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------
+
+
+def test_from_pretrained_of_transformers_4_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(hfopt.quantizer, "ConversionOps", object)
+    with pytest.raises(UnsupportedModel, match=r"from_pretrained of transformers 4 .* hfopt.load reads"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=hfopt.HfoptConfig())
 
 
 def test_arguments(folder):

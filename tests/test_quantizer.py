@@ -20,6 +20,9 @@ from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
 from tests.generation_cases import FAMILIES, Model, llama
 from tests.test_load import change_weights
 
+# with transformers 4 they are refused
+pytest.importorskip("transformers.core_model_loading")
+
 CONFIGS = {
     "int8": QuantizationConfig(Int8()),
     "int4": QuantizationConfig(Int4(group=32, symmetric=False), head="body"),
