@@ -441,11 +441,12 @@ def test_memory_at_the_peak(tmp_path):
     """The file is twice as large as the result, and what is above that does not grow with it.
 
     Pages of the file are let go of slice by slice (16 MB), a slice is packed into memory of its own first, and the
-    allocator keeps what temporaries of such sizes have freed: together 40 to 90 MB were measured.
+    allocator keeps what temporaries of such sizes have freed: together 40 to 90 MB were measured, and how much is kept
+    varies.
     """
     small = llama(dtype=torch.bfloat16).to(torch.bfloat16)
     small.save_pretrained(tmp_path / "small")
-    sizes = {"num_hidden_layers": 10, "hidden_size": 1024, "intermediate_size": 4096}
+    sizes = {"num_hidden_layers": 14, "hidden_size": 1024, "intermediate_size": 4096}
     config = LlamaConfig(**{**small.config.to_dict(), **sizes})
     with torch.device("meta"):
         large: Any = LlamaForCausalLM(config)
@@ -455,15 +456,17 @@ def test_memory_at_the_peak(tmp_path):
     large.save_pretrained(tmp_path / "float", max_shard_size="100MB")
     file_size = sum(file.stat().st_size for file in (tmp_path / "float").glob("*.safetensors"))
     size, growth = measured(tmp_path / "small", tmp_path / "float", quantization="int8")
-    assert size + (96 << 20) < file_size
-    assert growth < size + (96 << 20)
+    assert growth < size + (160 << 20) < file_size
 
 
 def test_memory_at_the_peak_of_calibration(tmp_path):
-    """Above the result by the products of inputs and the slice of a weight that are in memory at a time, few here."""
-    sizes = {"num_hidden_layers": 4, "hidden_size": 1024, "intermediate_size": 4096}
+    """Above the result by the products of inputs and the slices of a weight that are in memory at a time, few here.
+
+    With what temporaries leave in the allocator, 90 to 140 MB were measured, whatever the number of layers.
+    """
+    sizes = {"num_hidden_layers": 6, "hidden_size": 1024, "intermediate_size": 4096}
     llama().save_pretrained(tmp_path / "small")
     llama(**sizes).save_pretrained(tmp_path / "float")
     options = {"quantization": "int8", "calibration": [[1, 2, 3] * 100]}
     size, growth = measured(tmp_path / "small", tmp_path / "float", **options)
-    assert growth < size + (1 << 27) < (tmp_path / "float/model.safetensors").stat().st_size
+    assert growth < size + (3 << 26) < (tmp_path / "float/model.safetensors").stat().st_size
