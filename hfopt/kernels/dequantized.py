@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _tile
+from ._dequantized_tile import dequantize
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
 from ._pointer import address_as, as_units, floats_at, load, pointer, shifted
-from ._quantized_tile import UNIT, dequantize
+from ._quantized_tile import UNIT
 from ._simd import LANES
 from .linear import WEIGHT, columns_of, count_blocks, field_of, finish
 from .linear_tiles import TILE_COLUMNS, half_panel
