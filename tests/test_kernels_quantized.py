@@ -16,6 +16,7 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 from hfopt.functional.activation import ACTIVATIONS
 from hfopt.functional.quantized import Compute, QuantizedMatrix, QuantizedWeights, quantized_linear
+from hfopt.kernels import _target
 from hfopt.kernels.dequantized import dequantized_linear
 from hfopt.kernels.quantized import quantized_linear as quantized_kernel
 from tests.quantized_cases import FORMATS, NF4, Format, Matrix, expected, noise, quantized_x, weights_of
@@ -239,11 +240,23 @@ print("right", sums)
 """
 
 
+_AVX2 = "+avx,+avx2,+fma,+f16c,+bmi,+bmi2"
+_SKYLAKE = _AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd"
+
+
 @pytest.mark.parametrize(
     ("name", "features", "path"),
-    (("generic", None, "portable"), ("haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2", "AVX2")),
+    [
+        ("generic", "", "portable"),
+        ("haswell", _AVX2, "AVX2"),
+        # vpdpbusd of 32 bytes, in the encoding of AVX-512 instead of AVX-VNNI's
+        pytest.param("haswell", _AVX2 + ",+avx512vl,+avx512vnni", "AVX2", marks=pytest.mark.slow),
+        pytest.param("skylake-avx512", _SKYLAKE, "AVX-512", marks=pytest.mark.slow),
+    ],
 )
-def test_other_machines(name: str, features: str | None, path: str) -> None:
+def test_other_machines(name: str, features: str, path: str) -> None:
+    if features and not _target.FEATURES.issuperset(f.lstrip("+") for f in features.split(",")):
+        pytest.skip("this machine could not run them")
     environment = {**os.environ, "NUMBA_CPU_NAME": name, "HFOPT_CACHE_DIR": "off"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, [Path(__file__).parents[1]]))
     environment.pop("NUMBA_CPU_FEATURES", None)

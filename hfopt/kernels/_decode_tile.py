@@ -20,9 +20,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import _simd, _target
+from ._integer_dot import emit_dot_bytes, emit_dot_shorts
 from ._pointer import INTEGERS, _is_codes, emit_integers
-from ._quantized_tile import _dot as _dot_bytes
-from ._quantized_tile import _dot_shorts
 from ._simd import F32, F32X, I8, I16, I32, I32X, LANES
 from ._tile import (
     _INTP,
@@ -212,7 +211,7 @@ def _add_product(builder, slot, a, b):
         total = _simd.emit_call(builder, "llvm.x86.avx512.vpdpwssd.512", I32X, [total, a, b])
         builder.store(total, slot)
     else:
-        products = _dot_shorts(builder, *(builder.bitcast(x, _SHORTS) for x in (a, b)))
+        products = emit_dot_shorts(builder, *(builder.bitcast(x, _SHORTS) for x in (a, b)))
         builder.store(builder.add(total, products), slot)
 
 
@@ -228,7 +227,7 @@ def _emit_bias(builder, q, tile, n_turns):
     slot = cgutils.alloca_once_value(builder, ir.Constant(I32X, None))
     with cgutils.for_range(builder, n_turns) as loop:
         high, _ = _load_digits(builder, q, tile, n_turns, loop.index)
-        builder.store(_dot_bytes(builder, builder.load(slot), _SIGNS, high), slot)
+        builder.store(emit_dot_bytes(builder, builder.load(slot), _SIGNS, high), slot)
     builder.store(builder.sub(ir.Constant(I32X, None), builder.load(slot)), slot)
     return slot
 
@@ -318,8 +317,8 @@ def score_tile(
                     flipped = builder.xor(value, _SIGNS)
                     for t, (high, low) in enumerate(q_values):
                         slot, other = slots[t * together + j], lower[t * together + j]
-                        builder.store(_dot_bytes(builder, builder.load(slot), flipped, high), slot)
-                        builder.store(_dot_bytes(builder, builder.load(other), low, value), other)
+                        builder.store(emit_dot_bytes(builder, builder.load(slot), flipped, high), slot)
+                        builder.store(emit_dot_bytes(builder, builder.load(other), low, value), other)
             for slot, other in zip(slots, lower, strict=True):
                 total = builder.shl(builder.load(slot), _simd.splat_int(8))
                 builder.store(builder.add(total, builder.load(other)), slot)

@@ -12,79 +12,23 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import _simd, _target
-from ._simd import F32X, I8, I16, I32, I32X, LANES, float32x
+from ._integer_dot import UNIT, emit_dot_bytes, emit_look_up
+from ._simd import F32X, I8, I32, I32X, LANES, float32x
 from ._tile import _constant, _literal_ints, _outlined
 
 CODES, NIBBLES, LEVELS = range(
     3
 )  # bytes of 8-bit codes, of two 4-bit codes, of two 4-bit indices into levels
-UNIT = 4 * LANES  # bytes
 # Rows of x in the largest tile: sums of integers and of floats that leave registers for the weights.
 TILE_ROWS = 12 if "avx512f" in _target.FEATURES else 4
 # Blocks of a strip for 1 or 2 rows, each of them a stream of memory, and for more
 FEW_BLOCKS, MORE_BLOCKS = (4 if "avx512f" in _target.FEATURES else 2), 2
+
 _I8X = ir.VectorType(I8, LANES)
-_BYTES = ir.VectorType(I8, UNIT)
-_SHORTS = ir.VectorType(I16, 2 * LANES)
 
 
 def _splat_bytes(value: int) -> ir.Constant:
     return ir.Constant(I32X, [ir.Constant(I32, value * 0x01010101)] * LANES)
-
-
-# ---- products of 8-bit codes ------------------------------------------------------------------------------------------
-
-
-def _halves(builder, words, signed):
-    """The even and the odd bytes of each 16 bits, widened to 16 bits."""
-    shorts = builder.bitcast(words, _SHORTS)
-    eight = ir.Constant(_SHORTS, [ir.Constant(I16, 8)] * _SHORTS.count)
-    shift = builder.ashr if signed else builder.lshr
-    return shift(builder.shl(shorts, eight), eight), shift(shorts, eight)
-
-
-def _dot_shorts(builder, a, b):
-    """Lane j = a[2j] b[2j] + a[2j + 1] b[2j + 1]; LLVM knows the pattern (`pmaddwd`)."""
-    wide = ir.VectorType(I32, 2 * LANES)
-    product = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-    lanes = [
-        ir.Constant(ir.VectorType(I32, LANES), [ir.Constant(I32, 2 * j + odd) for j in range(LANES)])
-        for odd in (0, 1)
-    ]
-    undefined = ir.Constant(wide, ir.Undefined)
-    return builder.add(*(builder.shuffle_vector(product, undefined, order) for order in lanes))
-
-
-def _dot(builder, total, codes, x):
-    """total + the products of 4 unsigned codes with 4 signed ones in each lane."""
-    if _target.HAS_AVX512_VNNI:
-        # since LLVM 22 the operands are 64 bytes; it upgrades this older form when it parses it
-        return _simd.emit_call(builder, "llvm.x86.avx512.vpdpbusd.512", I32X, [total, codes, x])
-    for a, b in zip(_halves(builder, codes, False), _halves(builder, x, True), strict=True):
-        total = builder.add(total, _dot_shorts(builder, a, b))
-    return total
-
-
-def _look_up(builder, levels, indices):
-    """levels[i] for 64 indices below 16; levels are 16 bytes, repeated in each quarter."""
-    if "avx512bw" in _target.FEATURES:
-        operands = [builder.bitcast(value, _BYTES) for value in (levels, indices)]
-        return builder.bitcast(
-            _simd.emit_call(builder, "llvm.x86.avx512.pshuf.b.512", _BYTES, operands), I32X
-        )
-    # a tree of selects on the bits of the index, from pairs of levels to the one that is left
-    index = builder.bitcast(indices, _BYTES)
-    table = builder.bitcast(levels, _BYTES)
-    undefined = ir.Constant(_BYTES, ir.Undefined)
-    values = [
-        builder.shuffle_vector(table, undefined, ir.Constant(ir.VectorType(I32, UNIT), [k] * UNIT))
-        for k in range(LANES)
-    ]
-    for bit in range(4):
-        mask = ir.Constant(_BYTES, [ir.Constant(I8, 1 << bit)] * UNIT)
-        is_set = builder.icmp_unsigned("!=", builder.and_(index, mask), ir.Constant(_BYTES, None))
-        values = [builder.select(is_set, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
-    return builder.bitcast(values[0], I32X)
 
 
 def _unpack(builder, unit, kind, levels):
@@ -93,7 +37,7 @@ def _unpack(builder, unit, kind, levels):
         return [unit]
     mask = _splat_bytes(0x0F)
     parts = [builder.and_(unit, mask), builder.and_(builder.lshr(unit, _simd.splat_int(4)), mask)]
-    return parts if kind == NIBBLES else [_look_up(builder, levels, part) for part in parts]
+    return parts if kind == NIBBLES else [emit_look_up(builder, levels, part) for part in parts]
 
 
 # ---- memory by address ------------------------------------------------------------------------------------------------
@@ -231,7 +175,10 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
                     x_value = _splat_word(builder, x, word, I32)
                     for j in range(n_blocks):
                         slot = slots[chain][j * n_rows + i]
-                        builder.store(_dot(builder, builder.load(slot), codes[j][part], x_value), slot)
+                        total = emit_dot_bytes(
+                            builder, builder.load(slot), codes[j][part], x_value, kind_ == NIBBLES
+                        )
+                        builder.store(total, slot)
 
         with cgutils.for_range(builder, builder.sub(last, first)) as groups:
             group = builder.add(first, groups.index)

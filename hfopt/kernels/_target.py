@@ -22,7 +22,10 @@ def _target_features() -> frozenset[str]:
 FEATURES = _target_features()
 CPU_NAME: str = config.CPU_NAME or llvm.get_host_cpu_name()
 HAS_AVX512_BF16 = {"avx512f", "avx512bf16"} <= FEATURES
+HAS_AVX512_BW = {"avx512f", "avx512bw"} <= FEATURES
 HAS_AVX512_VNNI = {"avx512f", "avx512vnni"} <= FEATURES
+HAS_AVX2 = HAS_AVX512_BW or "avx2" in FEATURES
+HAS_AVX_VNNI = "avxvnni" in FEATURES or {"avx512vl", "avx512vnni"} <= FEATURES  # of 32 bytes
 
 if HAS_AVX512_BF16:
     PATH = "AVX-512 BF16"

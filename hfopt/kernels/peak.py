@@ -5,10 +5,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ._integer_dot import emit_dot_bytes
 from ._jit import launch
 from ._parallel import body, parallel_for, usable_threads
 from ._pointer import load, pointer, prefetch, shifted, store_scalar
-from ._quantized_tile import _dot as emit_dot
 from ._simd import I32X, INTP, LANES, emit_load, emit_splat
 from ._tile import _outlined, outer_tile
 from ._vector import splat, sum_lanes
@@ -87,7 +87,7 @@ def _integer_tile(typingctx, a, b, out):
                 x = emit_splat(builder, value, I32X)
                 for j, code in enumerate(codes):
                     slot = slots[i * len(codes) + j]
-                    builder.store(emit_dot(builder, builder.load(slot), code, x), slot)
+                    builder.store(emit_dot_bytes(builder, builder.load(slot), code, x), slot)
         for index, slot in enumerate(slots):
             there = builder.gep(out, [ir.Constant(INTP, index * LANES)])
             builder.store(builder.load(slot), builder.bitcast(there, I32X.as_pointer()), align=4)
