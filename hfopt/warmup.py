@@ -37,20 +37,27 @@ _CONFIGS = (
 _PROMPT = 24  # tokens: more rows than the kernels for a few rows take
 
 
-def warmup(quantization: str | Mapping[str, Any] | Format | QuantizationConfig | None = None) -> None:
+def warmup(
+    quantization: str | Mapping[str, Any] | Format | QuantizationConfig | None = None,
+    *,
+    kv_cache: str | None = None,
+) -> None:
     """Compile every kernel for float32 and bfloat16 into the kernel cache, or load it from there, and measure where torch's
     are faster (under two seconds).
 
-    quantization: as in `optimize`; the kernels of models in this format, or with this config, too.
+    quantization, kv_cache: as in `optimize`; the kernels of models in this format, or with this config, and of caches of
+    this kind, too.
     The first calls of `optimize` and `generate` on a machine do the same for the kernels that they meet.
     """
     from hfopt.functional import choice  # here, because `import hfopt` must not load Numba
 
+    dtypes = torch.float32, torch.bfloat16
     formats = (None,) if quantization is None else (None, quantization)
+    caches = (None,) if kv_cache is None else (None, kv_cache)
     with torch.random.fork_rng(devices=[]):
-        for config, dtype, format in itertools.product(_CONFIGS, (torch.float32, torch.bfloat16), formats):
+        for config, dtype, format, cache in itertools.product(_CONFIGS, dtypes, formats, caches):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
-            optimize(model, kernels="hfopt", quantization=format)
+            optimize(model, kernels="hfopt", quantization=format, kv_cache=cache)
             tokens = torch.arange(_PROMPT)[None]
             for num_beams in (1, 2):
                 model.generate(

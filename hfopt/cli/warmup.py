@@ -6,18 +6,19 @@ import hfopt
 from hfopt import env
 
 from .output import progress, say
-from .run import add_quantization
+from .run import add_kv_cache, add_quantization
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `hfopt warmup`."""
     add_quantization(parser, "the kernels of a format too")
+    add_kv_cache(parser, "the kernels of keys and values too,")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code."""
     with progress("Compiling the kernels"):
-        hfopt.warmup(quantization=args.quantization)
+        hfopt.warmup(args.quantization, kv_cache=args.kv_cache)
     folder, state = env.cache_folder()
     say(f"{folder or 'no cache folder'}: {state}")
     return 0

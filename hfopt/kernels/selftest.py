@@ -127,20 +127,46 @@ def _quantized(dtype: type, kernel: Any, bits: int, n_rows: int) -> float:
     return _error(out, expected) / float(np.abs(expected).max())
 
 
-def _rotate_and_store(dtype: type) -> float:
+def _codes(values: Array) -> tuple[Array, Array]:
+    """int8 codes and their scales of vectors along the last dimension."""
+    scales = np.abs(values).max(-1) / 127
+    return np.rint(values / scales[..., None]).astype(np.int8), scales.astype(np.float32)
+
+
+def _values(codes: Array, scales: Array) -> Array:
+    return codes * scales[..., None].astype(np.float64)
+
+
+def _rotate_and_store(dtype: type, is_coded: bool) -> float:
     qkv, cos, sin = _random(dtype, 4, 4 * 24), _random(np.float32, 1, 4, 24), _random(np.float32, 1, 4, 24)
-    cache: Array = np.zeros((2, 1, 1, 6, 24), dtype)
+    cache: Array = np.zeros((2, 1, 1, 6, 24), np.int8 if is_coded else dtype)
+    scales: Array = np.zeros((2, 1, 1, 6), np.float32)
     x = _exact(qkv).reshape(4, 4, 24)
     turned = np.concatenate((-x[..., 12:], x[..., :12]), -1)
     expected = x * cos[0, :, None] + turned * sin[0, :, None]
     angles = (_address(cos), _address(sin), 1, 24)
-    record = cache_record.record_of(cache, cache)
-    like: Array = np.empty(0, dtype)
+    record = cache_record.record_of(cache, cache, *(scales, scales) if is_coded else ())
     rope.rotate_and_store(
-        like, like, _address(qkv), 1, 4, *angles, rope.HALF, 2, record, cache_record.TRUNK, 2
+        np.empty(0, dtype),
+        np.empty(0, cache.dtype),
+        _address(qkv),
+        1,
+        4,
+        *angles,
+        rope.HALF,
+        2,
+        record,
+        cache_record.TRUNK,
+        2,
     )
-    stored = max(_error(cache[0, 0, 0, 2:], expected[:, 2]), _error(cache[1, 0, 0, 2:], x[:, 3]))
-    return max(_error(qkv[:, :48], expected[:, :2].reshape(4, 48)), stored)
+    found, stored = cache[:, 0, 0, 2:], np.stack((expected[:, 2], x[:, 3]))
+    rotated = _error(qkv[:, :48], expected[:, :2].reshape(4, 48))
+    if not is_coded:
+        return max(rotated, _error(found[0], stored[0]), _error(found[1], stored[1]))
+    # half a step off is right
+    steps = np.abs(stored).max(-1) / 127
+    off = np.abs(_values(found, scales[:, 0, 0, 2:]) - stored) - steps[..., None] / 2
+    return max(rotated, _error(scales[:, 0, 0, 2:], steps), float(np.maximum(off, 0).max()))
 
 
 def _attended(q: Array, k: Array, v: Array, seen: Array) -> Array:
@@ -149,36 +175,45 @@ def _attended(q: Array, k: Array, v: Array, seen: Array) -> Array:
     return weights / weights.sum(-1, keepdims=True) @ v
 
 
-def _attend_decode(dtype: type) -> float:
-    qkv, trunk, branch = (
-        _random(dtype, 2, 4 * 24),
-        _random(dtype, 2, 1, 1, 300, 24),
-        _random(dtype, 2, 2, 1, 5, 24),
-    )
+def _cache(
+    dtype: type, is_coded: bool, *shapes: tuple[int, ...]
+) -> tuple[list[Array], list[Array], list[Array]]:
+    """Random buffers [2, rows, 1, columns, 24], their scales if they are codes, and what they mean."""
+    buffers = [_random(dtype, *shape) for shape in shapes]
+    if not is_coded:
+        return buffers, [], [_exact(buffer) for buffer in buffers]
+    coded = [_codes(_exact(buffer)) for buffer in buffers]
+    return [codes for codes, _ in coded], [scales for _, scales in coded], [_values(*each) for each in coded]
+
+
+def _attend_decode(dtype: type, is_coded: bool) -> float:
+    qkv = _random(dtype, 2, 4 * 24)
+    buffers, scales, (trunk, branch) = _cache(dtype, is_coded, (2, 1, 1, 300, 24), (2, 2, 1, 5, 24))
     table = np.array([[1, 0, 1, 0, 1], [0, 0, 1, 1, 1]], np.int32)
     out: Array = np.zeros((2, 48), dtype)
-    cache = (cache_record.record_of(trunk, branch), 290, 4, np.zeros(2, np.int32), table, _NO_MASK)
-    like: Array = np.empty(0, dtype)
-    attention.attend_decode(like, like, _address(qkv), 2, *cache, 0.2, 2, _address(out))
+    record = cache_record.record_of(*buffers, *scales)
+    cache = (record, 290, 4, np.zeros(2, np.int32), table, _NO_MASK)
+    likes = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
+    attention.attend_decode(*likes, _address(qkv), 2, *cache, 0.2, 2, _address(out))
     worst = 0.0
     for row in range(2):
-        tokens = [_exact(branch[:, table[row, t], 0, t]) for t in range(4)]
-        k, v = np.concatenate((_exact(trunk[:, 0, 0, :290]), np.stack(tokens, 1)), 1)
+        tokens = [branch[:, table[row, t], 0, t] for t in range(4)]
+        k, v = np.concatenate((trunk[:, 0, 0, :290], np.stack(tokens, 1)), 1)
         q = _exact(qkv[row, :48]).reshape(2, 24) * 0.2
         worst = max(worst, _error(out[row].reshape(2, 24), _attended(q, k, v, np.ones(294, bool))))
     return worst
 
 
-def _attend_prefill(dtype: type) -> float:
-    qkv, trunk = _random(dtype, 70, 3 * 24), _random(dtype, 2, 1, 1, 80, 24)
+def _attend_prefill(dtype: type, is_coded: bool) -> float:
+    qkv = _random(dtype, 70, 3 * 24)
+    buffers, scales, (trunk, _) = _cache(dtype, is_coded, (2, 1, 1, 80, 24), (2, 1, 1, 0, 24))
     out: Array = np.zeros((70, 24), dtype)
-    no_branch: Array = np.zeros((2, 1, 1, 0, 24), dtype)
-    record = cache_record.record_of(trunk, no_branch)
+    record = cache_record.record_of(*buffers, *scales)
     cache = (record, 75, 0, np.zeros(1, np.int32), np.zeros((1, 0), np.int32))
     mask = (attention_prefill.CAUSAL, _NO_MASK)
-    like: Array = np.empty(0, dtype)
-    attention_prefill.attend_prefill(like, like, _address(qkv), 1, 70, *cache, *mask, 0.2, 1, _address(out))
-    k, v = _exact(trunk[:, 0, 0, :75])
+    likes = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
+    attention_prefill.attend_prefill(*likes, _address(qkv), 1, 70, *cache, *mask, 0.2, 1, _address(out))
+    k, v = trunk[:, 0, 0, :75]
     return _error(out, _attended(_exact(qkv[:, :24]) * 0.2, k, v, np.tri(70, 75, 5, dtype=bool)))
 
 
@@ -216,9 +251,15 @@ _CASES: tuple[tuple[str, Case], ...] = (
         )
         for bits, n_rows in ((8, 3), (4, 20))
     ),
-    ("rotate_and_store", _rotate_and_store),
-    ("attend_decode", _attend_decode),
-    ("attend_prefill", _attend_prefill),
+    *(
+        (f"{name}, cache of codes" if is_coded else name, functools.partial(case, is_coded=is_coded))
+        for name, case in (
+            ("rotate_and_store", _rotate_and_store),
+            ("attend_decode", _attend_decode),
+            ("attend_prefill", _attend_prefill),
+        )
+        for is_coded in (False, True)
+    ),
     ("argmax", _argmax),
     ("log_softmax_top_k", _log_softmax_top_k),
 )
