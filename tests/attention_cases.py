@@ -1,5 +1,8 @@
 """Caches, queries and masks for the tests of attention."""
 
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -40,6 +43,15 @@ def coded(cache: Appended, dtype: torch.dtype) -> Appended:
         for array in (cache.trunk, cache.branch)
     )
     return cache._replace(trunk=trunk, branch=branch, trunk_scales=trunk_scales, branch_scales=branch_scales)
+
+
+def coded_cache(dtype: torch.dtype, *sizes: Any, **options: Any) -> Appended:
+    """A `random_cache` of codes."""
+    return coded(random_cache(dtype, *sizes, **options), dtype)
+
+
+MakeCache: TypeAlias = Callable[..., Appended]
+CACHES: tuple[MakeCache, ...] = random_cache, coded_cache
 
 
 def random_qkv(dtype: torch.dtype, n_rows: int, n_new: int, heads: tuple[int, int, int]) -> Tensor:

@@ -30,8 +30,9 @@ from transformers import (
 from hfopt import _cache_layer, _linux, _memory
 from hfopt.cache import Appended, IndirectCache
 from hfopt.errors import CacheFull, InvalidInput
+from tests import cache_cases
+from tests.cache_cases import HEAD_DIM, N_HEADS, N_LAYERS, operate, random_states
 
-N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -54,29 +55,11 @@ def dynamic_cache(*args: Any, **kwargs: Any) -> Any:
     return DynamicCache(*args, **kwargs)
 
 
-def random_states(n_rows: int, n_new: int, dtype: torch.dtype = torch.float32, head_dim: int = HEAD_DIM):
-    return torch.randn(n_rows, N_HEADS, n_new, head_dim).to(dtype)
-
-
-class Pair:
+class Pair(cache_cases.Pair):
     """The same operations on both caches."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, config: LlamaConfig | None = None) -> None:
-        self.ours, self.theirs, self.dtype = IndirectCache(config), dynamic_cache(config=config), dtype
-
-    @property
-    def n_rows(self) -> int:
-        return self.theirs.layers[0].keys.shape[0]
-
-    def update(self, n_rows: int, n_new: int, layers: range = range(N_LAYERS)) -> None:
-        for layer_idx in layers:
-            keys, values = random_states(n_rows, n_new, self.dtype), random_states(n_rows, n_new, self.dtype)
-            for mine, his in zip(
-                self.ours.update(keys, values, layer_idx),
-                self.theirs.update(keys, values, layer_idx),
-                strict=True,
-            ):
-                assert torch.equal(mine, his)
+        super().__init__(IndirectCache(config), dynamic_cache(config=config), dtype)
 
     def append(self, n_rows: int, n_new: int) -> None:
         """As kernels do: into the arrays."""
@@ -84,21 +67,6 @@ class Pair:
             keys, values = random_states(n_rows, n_new, self.dtype), random_states(n_rows, n_new, self.dtype)
             self.theirs.update(keys, values, layer_idx)
             write(self.ours.append(layer_idx, n_rows, n_new, N_HEADS, HEAD_DIM, self.dtype), keys, values)
-
-    def both(self, method: str, argument) -> None:
-        getattr(self.ours, method)(argument)
-        getattr(self.theirs, method)(argument)
-
-    def check(self) -> None:
-        assert len(self.ours) == len(self.theirs)
-        for layer_idx, (mine, his) in enumerate(zip(self.ours.layers, self.theirs.layers, strict=True)):
-            assert self.ours.get_seq_length(layer_idx) == self.theirs.get_seq_length(layer_idx)
-            assert self.ours.get_mask_sizes(3, layer_idx) == self.theirs.get_mask_sizes(3, layer_idx)
-            assert mine.is_initialized == his.is_initialized
-            if his.keys is not None:
-                assert mine.dtype == his.dtype
-                assert torch.equal(mine.keys, his.keys)
-                assert torch.equal(mine.values, his.values)
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
@@ -147,29 +115,8 @@ def test_random_operations_give_what_dynamic_cache_gives(seed, dtype, with_confi
     pair = Pair(dtype, LlamaConfig(num_hidden_layers=N_LAYERS) if with_config else None)
     pair.update(chance.randint(1, 4), chance.randint(1, 70))
     for _ in range(25):
-        n_rows, length = pair.n_rows, pair.theirs.get_seq_length()
-        operation = chance.choice(
-            ["update", "append", "reorder", "reorder", "repeat", "select", "crop", "reset", "copy"]
-        )
-        if operation in ("update", "append"):
-            getattr(pair, operation)(n_rows, chance.choice([1, 1, 1, 2, 5, 40]))
-        elif operation == "reorder":
-            pair.both("reorder_cache", torch.tensor([chance.randrange(n_rows) for _ in range(n_rows)]))
-        elif operation == "repeat" and n_rows <= 4:
-            pair.both("batch_repeat_interleave", chance.randint(1, 3))
-        elif operation == "select":
-            chosen = [chance.randrange(-n_rows, n_rows) for _ in range(chance.randint(1, n_rows))]
-            pair.both("batch_select_indices", torch.tensor(chosen))
-        elif operation == "crop":
-            pair.both("crop", -chance.randint(0, min(length - 1, 12)))
-        elif operation == "reset" and chance.random() < 0.2:
-            pair.ours.reset()
-            pair.theirs.reset()
-            pair.check()
-            pair.update(chance.randint(1, 4), chance.randint(1, 10))
-        elif operation == "copy":
-            pair.ours = copy.deepcopy(pair.ours)
-        pair.check()
+        kinds = ["update", "append", "reorder", "reorder", "repeat", "select", "crop", "reset", "copy"]
+        operate(pair, chance, chance.choice(kinds))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

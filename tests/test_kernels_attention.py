@@ -18,6 +18,8 @@ from hfopt.kernels._jit import launch
 from hfopt.kernels._pointer import address_as, pointer
 from tests import reference
 from tests.attention_cases import (
+    CACHES,
+    MakeCache,
     by_bytes,
     causal_mask,
     check_attend,
@@ -29,19 +31,38 @@ from tests.attention_cases import (
 from tests.reference import DTYPES, Guarded, assert_same_on_threads, bits
 
 # (query heads, key heads, head_dim)
-HEADS = ((4, 2, 24), (4, 4, 64), (8, 1, 80), (7, 1, 40), (2, 2, 7), (6, 3, 128), (2, 1, 256), (18, 2, 32))
+HEADS = (
+    (4, 2, 24),
+    (4, 4, 64),
+    (8, 2, 64),
+    (8, 1, 80),
+    (7, 1, 40),
+    (2, 2, 7),
+    (6, 3, 128),
+    (4, 4, 16),
+    (8, 2, 16),
+    (2, 1, 256),
+    (3, 1, 256),
+    (18, 2, 32),
+)
 
 
+@pytest.mark.parametrize("make", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(
     ("n_rows", "n_trunk_rows", "lengths"), ((1, 1, (1, 0)), (3, 3, (300, 0)), (8, 2, (41, 270)))
 )
 def test_decode(
-    dtype: torch.dtype, heads: tuple[int, int, int], n_rows: int, n_trunk_rows: int, lengths: tuple[int, int]
+    make: MakeCache,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int],
+    n_rows: int,
+    n_trunk_rows: int,
+    lengths: tuple[int, int],
 ) -> None:
     qkv = random_qkv(dtype, n_rows, 1, heads)
-    cache = random_cache(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
+    cache = make(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
     everything = torch.ones(n_rows, 1, sum(lengths), dtype=torch.bool)
     out = check_attend(qkv, cache, Mask("none"), everything, heads)
     assert torch.equal(functional.attend(qkv, cache, by_bytes(everything), heads[2] ** -0.5, *heads), out)
@@ -52,13 +73,14 @@ def test_decode(
     assert not out[0].any()
 
 
+@pytest.mark.parametrize("make", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", (0.0, -0.3, 30.0))
 @pytest.mark.parametrize("group", (1, 3))
-def test_decode_with_any_scale(dtype: torch.dtype, scale: float, group: int) -> None:
+def test_decode_with_any_scale(make: MakeCache, dtype: torch.dtype, scale: float, group: int) -> None:
     heads = (2 * group, 2, 24)
     qkv = random_qkv(dtype, 1, 1, heads)
-    cache = random_cache(dtype, 1, 1, 2, 24, (90, 0))
+    cache = make(dtype, 1, 1, 2, 24, (90, 0))
     check_attend(qkv, cache, Mask("none"), torch.ones(1, 1, 90, dtype=torch.bool), heads, scale)
 
 
@@ -72,12 +94,23 @@ def test_decode_of_every_width(dtype: torch.dtype, size: int) -> None:
     )
 
 
+@pytest.mark.parametrize("make", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", (15, 16, 17, 63, 64, 65, 255, 256, 257))
-def test_decode_around_blocks_and_chunks(dtype: torch.dtype, length: int) -> None:
+@pytest.mark.parametrize(
+    ("n_rows", "heads", "length"),
     # a few heads and rows have chunks of 64 keys, 128 of them chunks of 256
-    n_rows, heads = (1, (8, 4, 32)) if length < 255 else (4, (128, 64, 32))
-    cache = random_cache(dtype, n_rows, n_rows, heads[1], 32, (length, 0))
+    [
+        (1, (*heads, 32), length)
+        for heads in ((16, 16), (8, 4), (12, 4))
+        for length in (15, 16, 17, 63, 64, 65)
+    ]
+    + [(4, (128, 64, 32), length) for length in (255, 256, 257)]
+    + [(1, (n_heads, 128, 32), length) for n_heads in (128, 384) for length in (1023, 1024, 1025)],
+)
+def test_decode_around_blocks_and_chunks(
+    make: MakeCache, dtype: torch.dtype, n_rows: int, heads: tuple[int, int, int], length: int
+) -> None:
+    cache = make(dtype, n_rows, n_rows, heads[1], 32, (length, 0))
     everything = torch.ones(n_rows, 1, length, dtype=torch.bool)
     qkv = random_qkv(dtype, n_rows, 1, heads)
     check_attend(qkv, cache, Mask("none"), everything, heads)
@@ -197,6 +230,7 @@ def test_rows_of_one_prompt(dtype: torch.dtype, n_rows: int) -> None:
             assert torch.equal(apart[-1], together[-1])
 
 
+@pytest.mark.parametrize("make", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(
@@ -204,6 +238,7 @@ def test_rows_of_one_prompt(dtype: torch.dtype, n_rows: int) -> None:
     ((1, 1, 5, (5, 0)), (2, 2, 150, (150, 0)), (2, 2, 13, (141, 0)), (4, 2, 3, (70, 9)), (4, 2, 70, (3, 71))),
 )
 def test_prefill(
+    make: MakeCache,
     dtype: torch.dtype,
     heads: tuple[int, int, int],
     n_rows: int,
@@ -212,7 +247,7 @@ def test_prefill(
     lengths: tuple[int, int],
 ) -> None:
     qkv = random_qkv(dtype, n_rows, n_new, heads)
-    cache = random_cache(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
+    cache = make(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
     causal = causal_mask(n_rows, n_new, sum(lengths))
     out = check_attend(qkv, cache, Mask("causal"), causal, heads)
     masked = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(causal), heads[2] ** -0.5, *heads)
@@ -260,12 +295,13 @@ def test_prefill_of_any_head_dim(dtype: torch.dtype, size: int) -> None:
     _check_prefill(dtype, 21, (6, 2, size), random_cache(dtype, 4, 2, 2, size, (40, 0), 0))
 
 
+@pytest.mark.parametrize("make", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_new", (2, 5, 50, 333))
-def test_bits_of_a_token_do_not_depend_on_the_others(dtype: torch.dtype, n_new: int) -> None:
+def test_bits_of_a_token_do_not_depend_on_the_others(make: MakeCache, dtype: torch.dtype, n_new: int) -> None:
     heads = (6, 3, 64)
     qkv = random_qkv(dtype, 1, 400, heads)
-    cache = random_cache(dtype, 1, 1, 3, 64, (500, 0))
+    cache = make(dtype, 1, 1, 3, 64, (500, 0))
     together = functional.attend(qkv, cache._replace(n_new=400), Mask("causal"), 0.125, *heads)
     last = qkv[:, -n_new:].contiguous()
     alone = functional.attend(last, cache._replace(n_new=n_new), Mask("causal"), 0.125, *heads)
@@ -368,35 +404,50 @@ def test_beams_over_many_steps_and_growth(dtype: torch.dtype) -> None:
     step(6, 1)
 
 
+@pytest.mark.parametrize("make", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n_new", "lengths"), ((1, (2000, 40)), (130, (700, 0)), (700, (700, 0))))
-def test_bits_do_not_depend_on_threads(dtype: torch.dtype, n_new: int, lengths: tuple[int, int]) -> None:
-    heads = (6, 3, 64)
-    qkv = random_qkv(dtype, 2, n_new, heads)
-    cache = random_cache(dtype, 2, 2, 3, 64, lengths)._replace(n_new=n_new)
+@pytest.mark.parametrize(
+    ("n_rows", "heads", "n_new", "lengths"),
+    [(2, (6, 3, 64), *case) for case in ((1, (2000, 40)), (130, (700, 0)), (700, (700, 0)))]
+    + [(3, (n_heads, 4, 64), n_new, (2100, 70)) for n_heads in (4, 16) for n_new in (1, 40)],
+)
+def test_bits_do_not_depend_on_threads(
+    make: MakeCache,
+    dtype: torch.dtype,
+    n_rows: int,
+    heads: tuple[int, int, int],
+    n_new: int,
+    lengths: tuple[int, int],
+) -> None:
+    qkv = random_qkv(dtype, n_rows, n_new, heads)
+    cache = make(dtype, n_rows, 2, *heads[1:], lengths)._replace(n_new=n_new)
     mask = Mask("causal" if n_new > 1 else "none")
     assert_same_on_threads(lambda: functional.attend(qkv, cache, mask, 0.125, *heads))
 
 
+@pytest.mark.parametrize("make", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", HEADS[:5])
+@pytest.mark.parametrize("heads", HEADS[:6])
 @pytest.mark.parametrize("n_new", (1, 5))
-def test_nothing_is_written_outside(dtype: torch.dtype, heads: tuple[int, int, int], n_new: int) -> None:
+def test_nothing_is_written_outside(
+    make: MakeCache, dtype: torch.dtype, heads: tuple[int, int, int], n_new: int
+) -> None:
     n_heads, n_kv_heads, size = heads
     qkv = random_qkv(dtype, 2, n_new, heads)
-    cache = random_cache(dtype, 2, 2, n_kv_heads, size, (21, 5))
-    record = cache_record.record_of(cache.trunk, cache.branch)
+    cache = make(dtype, 2, 2, n_kv_heads, size, (21, 5))
+    before = [part.tobytes() for part in (cache.trunk, cache.branch)]
+    record = cache_record.record_of(cache.trunk, cache.branch, cache.trunk_scales, cache.branch_scales)
     parts = (record, 21, 5, cache.trunk_row, cache.table)
     out = Guarded(dtype, 2 * n_new, n_heads * size)
-    like, address, no_mask = bits(qkv)[0, 0, :0], qkv.data_ptr(), np.zeros((0, 0, 0), np.uint8)
+    kinds, no_mask = (bits(qkv)[0, 0, :0], cache.trunk.ravel()[:0]), np.zeros((0, 0, 0), np.uint8)
+    given = *kinds, qkv.data_ptr(), 2
     if n_new == 1:
-        attention.attend_decode(like, like, address, 2, *parts, no_mask, 0.2, n_heads, out.array.ctypes.data)
+        attention.attend_decode(*given, *parts, no_mask, 0.2, n_heads, out.array.ctypes.data)
     else:
         mask = attention_prefill.CAUSAL, no_mask
-        attention_prefill.attend_prefill(
-            like, like, address, 2, n_new, *parts, *mask, 0.2, n_heads, out.array.ctypes.data
-        )
+        attention_prefill.attend_prefill(*given, n_new, *parts, *mask, 0.2, n_heads, out.array.ctypes.data)
     out.check()
+    assert [part.tobytes() for part in (cache.trunk, cache.branch)] == before
     expected = functional.attend(
         qkv, cache._replace(n_new=n_new), Mask("causal" if n_new > 1 else "none"), 0.2, *heads
     )

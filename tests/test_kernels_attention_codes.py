@@ -11,84 +11,11 @@ from hfopt._cache_codes import dequantised, quantised
 from hfopt.cache import Appended, IndirectCache
 from hfopt.errors import InvalidInput
 from hfopt.functional import Mask
-from hfopt.kernels import attention, attention_prefill, cache_record
 from tests import reference
-from tests.attention_cases import by_bytes, causal_mask, check_attend, coded, random_cache, random_qkv
-from tests.reference import DTYPES, Guarded, assert_same_on_threads, bits
+from tests.attention_cases import by_bytes, causal_mask, check_attend, coded, coded_cache, random_qkv
+from tests.reference import DTYPES, Guarded, bits
 
-# (query heads, key heads, head_dim)
-HEADS = (
-    (4, 2, 24),
-    (4, 4, 64),
-    (8, 2, 64),
-    (8, 1, 80),
-    (7, 1, 40),
-    (2, 2, 7),
-    (6, 3, 128),
-    (4, 4, 16),
-    (8, 2, 16),
-    (3, 1, 256),
-)
-
-
-def _codes(
-    dtype: torch.dtype, n_rows: int, n_trunk_rows: int, heads: tuple[int, int, int], lengths: tuple[int, int]
-) -> Appended:
-    return coded(random_cache(dtype, n_rows, n_trunk_rows, *heads[1:], lengths), dtype)
-
-
-# ---- decode and prefill ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize(
-    ("n_rows", "n_trunk_rows", "lengths"), ((1, 1, (1, 0)), (3, 3, (300, 0)), (8, 2, (41, 270)))
-)
-def test_decode(
-    dtype: torch.dtype, heads: tuple[int, int, int], n_rows: int, n_trunk_rows: int, lengths: tuple[int, int]
-) -> None:
-    qkv = random_qkv(dtype, n_rows, 1, heads)
-    cache = _codes(dtype, n_rows, n_trunk_rows, heads, lengths)
-    everything = torch.ones(n_rows, 1, sum(lengths), dtype=torch.bool)
-    out = check_attend(qkv, cache, Mask("none"), everything, heads)
-    assert torch.equal(functional.attend(qkv, cache, by_bytes(everything), heads[2] ** -0.5, *heads), out)
-
-    seen = torch.rand(n_rows, 1, sum(lengths)) < 0.7
-    seen[0] = False
-    out = check_attend(qkv, cache, by_bytes(seen), seen, heads)
-    assert not out[0].any()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", (0.0, -0.3, 30.0))
-@pytest.mark.parametrize("group", (1, 3))
-def test_decode_with_any_scale(dtype: torch.dtype, scale: float, group: int) -> None:
-    heads = (2 * group, 2, 24)
-    qkv = random_qkv(dtype, 1, 1, heads)
-    check_attend(
-        qkv,
-        _codes(dtype, 1, 1, heads, (90, 0)),
-        Mask("none"),
-        torch.ones(1, 1, 90, dtype=torch.bool),
-        heads,
-        scale,
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", (1, 3))
-@pytest.mark.parametrize("length", (15, 16, 17, 63, 64, 65, 1023, 1024, 1025))
-def test_decode_around_blocks_chunks_and_spans(dtype: torch.dtype, group: int, length: int) -> None:
-    heads = (group * 2, 2, 32) if length < 1000 else (group * 128, 128, 32)
-    cache = _codes(dtype, 1, 1, heads, (length, 0))
-    everything = torch.ones(1, 1, length, dtype=torch.bool)
-    qkv = random_qkv(dtype, 1, 1, heads)
-    check_attend(qkv, cache, Mask("none"), everything, heads)
-    for first in (1, length // 16 * 16, length - 1):  # left padding
-        seen = everything.clone()
-        seen[0, :, :first] = False
-        check_attend(qkv, cache, by_bytes(seen), seen, heads)
+# ---- what is read ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", (1, 4))
@@ -123,48 +50,12 @@ def test_a_key_with_a_small_value_takes_most_weight(group: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize(
-    ("n_rows", "n_trunk_rows", "n_new", "lengths"),
-    ((1, 1, 5, (5, 0)), (2, 2, 150, (150, 0)), (4, 2, 3, (70, 9)), (4, 2, 70, (3, 71))),
-)
-def test_prefill(
-    dtype: torch.dtype,
-    heads: tuple[int, int, int],
-    n_rows: int,
-    n_trunk_rows: int,
-    n_new: int,
-    lengths: tuple[int, int],
-) -> None:
-    qkv = random_qkv(dtype, n_rows, n_new, heads)
-    cache = _codes(dtype, n_rows, n_trunk_rows, heads, lengths)
-    causal = causal_mask(n_rows, n_new, sum(lengths))
-    out = check_attend(qkv, cache, Mask("causal"), causal, heads)
-    masked = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(causal), heads[2] ** -0.5, *heads)
-    assert torch.equal(masked, out)
-    holes = causal & (torch.rand(causal.shape) < 0.6)
-    check_attend(qkv, cache, by_bytes(holes), holes, heads)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_new", (2, 50, 333))
-def test_bits_of_a_token_do_not_depend_on_the_others(dtype: torch.dtype, n_new: int) -> None:
-    heads = (6, 3, 64)
-    qkv = random_qkv(dtype, 1, 400, heads)
-    cache = _codes(dtype, 1, 1, heads, (500, 0))
-    together = functional.attend(qkv, cache._replace(n_new=400), Mask("causal"), 0.125, *heads)
-    last = qkv[:, -n_new:].contiguous()
-    alone = functional.attend(last, cache._replace(n_new=n_new), Mask("causal"), 0.125, *heads)
-    assert torch.equal(together[:, -n_new:], alone)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_new", (5, 60))
 def test_attention_by_torch(dtype: torch.dtype, n_new: int) -> None:
     heads = (4, 2, 24)
     qkv, cache = (
         random_qkv(dtype, 4, n_new, heads),
-        _codes(dtype, 4, 2, heads, (50, 20))._replace(n_new=n_new),
+        coded_cache(dtype, 4, 2, *heads[1:], (50, 20))._replace(n_new=n_new),
     )
     keys, values = reference.gathered(cache, dtype)
     causal = causal_mask(4, n_new, 70)
@@ -176,22 +67,12 @@ def test_attention_by_torch(dtype: torch.dtype, n_new: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_new", (1, 40))
-@pytest.mark.parametrize("group", (1, 4))
-def test_bits_do_not_depend_on_threads(dtype: torch.dtype, n_new: int, group: int) -> None:
-    heads = (4 * group, 4, 64)
-    qkv, cache = random_qkv(dtype, 3, n_new, heads), _codes(dtype, 3, 2, heads, (2100, 70))
-    mask = Mask("causal" if n_new > 1 else "none")
-    assert_same_on_threads(lambda: functional.attend(qkv, cache._replace(n_new=n_new), mask, 0.1, *heads))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", ((8, 2, 64), (2, 2, 64), (4, 2, 24)))
 @pytest.mark.parametrize("n_new", (1, 9))
 @pytest.mark.parametrize("place", ("keys", "values"))
 def test_what_is_not_finite(dtype: torch.dtype, heads: tuple[int, int, int], n_new: int, place: str) -> None:
     """It is NaN for those who see it, and does not reach the others."""
-    qkv, cache = random_qkv(dtype, 2, n_new, heads), _codes(dtype, 2, 2, heads, (40, 31))
+    qkv, cache = random_qkv(dtype, 2, n_new, heads), coded_cache(dtype, 2, 2, *heads[1:], (40, 31))
     seen = causal_mask(2, n_new, 71)
     hidden = seen.clone()
     hidden[:, :, 7] = hidden[:, :, 50] = False
@@ -202,27 +83,6 @@ def test_what_is_not_finite(dtype: torch.dtype, heads: tuple[int, int, int], n_n
     out = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(hidden), 0.2, *heads)
     assert torch.equal(out, expected)
     assert functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(seen), 0.2, *heads).isnan().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", HEADS[:5])
-@pytest.mark.parametrize("n_new", (1, 5))
-def test_nothing_is_written_outside(dtype: torch.dtype, heads: tuple[int, int, int], n_new: int) -> None:
-    n_heads, _, size = heads
-    qkv, cache = random_qkv(dtype, 2, n_new, heads), _codes(dtype, 2, 2, heads, (21, 5))
-    record = cache_record.record_of(cache.trunk, cache.branch, cache.trunk_scales, cache.branch_scales)
-    before = [part.copy() for part in (cache.trunk, cache.branch)]
-    parts = (record, 21, 5, cache.trunk_row, cache.table)
-    out = Guarded(dtype, 2 * n_new, n_heads * size)
-    kinds, no_mask = (reference.like(dtype), np.empty(0, np.int8)), np.zeros((0, 0, 0), np.uint8)
-    given = (*kinds, qkv.data_ptr(), 2)
-    if n_new == 1:
-        attention.attend_decode(*given, *parts, no_mask, 0.2, n_heads, out.array.ctypes.data)
-    else:
-        mask = attention_prefill.CAUSAL, no_mask
-        attention_prefill.attend_prefill(*given, n_new, *parts, *mask, 0.2, n_heads, out.array.ctypes.data)
-    out.check()
-    assert all(np.array_equal(*pair) for pair in zip(before, (cache.trunk, cache.branch), strict=True))
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------
@@ -343,7 +203,10 @@ WRONG: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("n_new", (1, 5))
 def test_caches_that_do_not_fit(name: str, n_new: int) -> None:
     heads = (4, 2, 24)
-    qkv, cache = random_qkv(torch.float32, 2, n_new, heads), _codes(torch.float32, 2, 2, heads, (21, 5))
+    qkv, cache = (
+        random_qkv(torch.float32, 2, n_new, heads),
+        coded_cache(torch.float32, 2, 2, *heads[1:], (21, 5)),
+    )
     broken = cache._replace(n_new=n_new, **WRONG[name])
     for work in (
         lambda: functional.attend(qkv, broken, Mask("causal"), 0.2, *heads),

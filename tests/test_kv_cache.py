@@ -15,6 +15,7 @@ from hfopt import _cache_layer
 from hfopt._cache_codes import dequantised, quantised
 from hfopt.cache import IndirectCache
 from hfopt.errors import CacheFull, InvalidInput
+from tests.cache_cases import HEAD_DIM, N_HEADS, N_LAYERS, Pair, operate, random_states
 from tests.generation_cases import FAMILIES, Model, assert_same, gptj, llama, one_thread, prompts
 from tests.reference import DTYPES
 from tests.step_cases import (
@@ -28,8 +29,6 @@ from tests.step_cases import (
 __all__ = ["passes"]  # a fixture
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
-
-N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 24
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -282,40 +281,7 @@ def test_load(tmp_path: Any) -> None:
 
 
 def states(n_rows: int, n_new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    keys, values = torch.randn(2, n_rows, N_HEADS, n_new, HEAD_DIM).to(dtype)
-    return keys, values
-
-
-class Pair:
-    """The same operations on a cache of codes and on transformers', of keys and values that were codes once."""
-
-    def __init__(self, dtype: torch.dtype, config: LlamaConfig | None) -> None:
-        self.ours: Any = IndirectCache(config, kv_cache="int8")
-        self.theirs: Any = RoundedCache(config=config)
-        self.dtype = dtype
-
-    @property
-    def n_rows(self) -> int:
-        return self.theirs.layers[0].keys.shape[0]
-
-    def update(self, n_rows: int, n_new: int) -> None:
-        for layer_idx in range(N_LAYERS):
-            given = states(n_rows, n_new, self.dtype)
-            for mine, his in zip(
-                self.ours.update(*given, layer_idx), self.theirs.update(*given, layer_idx), strict=True
-            ):
-                assert torch.equal(mine, his)
-
-    def both(self, method: str, argument: Any) -> None:
-        getattr(self.ours, method)(argument)
-        getattr(self.theirs, method)(argument)
-
-    def check(self) -> None:
-        for mine, his in zip(self.ours.layers, self.theirs.layers, strict=True):
-            assert mine.get_seq_length() == his.get_seq_length()
-            assert mine.keys.dtype == his.keys.dtype
-            assert torch.equal(mine.keys, his.keys)
-            assert torch.equal(mine.values, his.values)
+    return random_states(n_rows, n_new, dtype), random_states(n_rows, n_new, dtype)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -324,33 +290,15 @@ class Pair:
 def test_random_operations(seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
     chance = random.Random(seed)
-    pair = Pair(dtype, LlamaConfig(num_hidden_layers=N_LAYERS) if seed % 2 else None)
+    config = LlamaConfig(num_hidden_layers=N_LAYERS) if seed % 2 else None
+    pair = Pair(IndirectCache(config, kv_cache="int8"), RoundedCache(config=config), dtype)
     pair.update(chance.randint(1, 4), chance.randint(1, 70))
     for _ in range(25):
-        n_rows, length = pair.n_rows, pair.theirs.get_seq_length()
-        operation = chance.choice(
-            ["update", "update", "reorder", "repeat", "select", "crop", "copy", "pickle"]
-        )
-        if operation == "update":
-            pair.update(n_rows, chance.choice([1, 1, 1, 2, 5, 70]))
-        elif operation == "reorder":
-            pair.both("reorder_cache", torch.tensor([chance.randrange(n_rows) for _ in range(n_rows)]))
-        elif operation == "repeat" and n_rows <= 4:
-            pair.both("batch_repeat_interleave", chance.randint(1, 3))
-        elif operation == "select":
-            chosen = [chance.randrange(-n_rows, n_rows) for _ in range(chance.randint(1, n_rows))]
-            pair.both("batch_select_indices", torch.tensor(chosen))
-        elif operation == "crop":
-            pair.both("crop", -chance.randint(0, min(length - 1, 12)))
-        elif operation == "copy":
-            pair.ours = copy.deepcopy(pair.ours)
-        elif operation == "pickle":
-            pair.ours = pickle.loads(pickle.dumps(pair.ours))
-        pair.check()
-    pair.ours.reset()
+        kinds = ["update", "update", "reorder", "repeat", "select", "crop", "copy", "pickle"]
+        operate(pair, chance, chance.choice(kinds))
+    pair.reset()
     assert pair.ours.get_seq_length() == 0 and pair.ours.kv_cache == "int8"
     assert all(layer.trunk_scales is None for layer in pair.ours.layers)
-    pair.theirs.reset()
     pair.update(3, 5)
     pair.check()
 

@@ -193,7 +193,7 @@ def _attend_decode(dtype: type, is_coded: bool) -> float:
     out: Array = np.zeros((2, 48), dtype)
     record = cache_record.record_of(*buffers, *scales)
     cache = (record, 290, 4, np.zeros(2, np.int32), table, _NO_MASK)
-    likes = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
+    likes: tuple[Array, Array] = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
     attention.attend_decode(*likes, _address(qkv), 2, *cache, 0.2, 2, _address(out))
     worst = 0.0
     for row in range(2):
@@ -211,7 +211,7 @@ def _attend_prefill(dtype: type, is_coded: bool) -> float:
     record = cache_record.record_of(*buffers, *scales)
     cache = (record, 75, 0, np.zeros(1, np.int32), np.zeros((1, 0), np.int32))
     mask = (attention_prefill.CAUSAL, _NO_MASK)
-    likes = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
+    likes: tuple[Array, Array] = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
     attention_prefill.attend_prefill(*likes, _address(qkv), 1, 70, *cache, *mask, 0.2, 1, _address(out))
     k, v = trunk[:, 0, 0, :75]
     return _error(out, _attended(_exact(qkv[:, :24]) * 0.2, k, v, np.tri(70, 75, 5, dtype=bool)))
