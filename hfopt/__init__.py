@@ -1,6 +1,7 @@
 """Faster generation on CPUs for the models of transformers: `hfopt.optimize(model)`."""
 
 from hfopt.cache import IndirectCache
+from hfopt.config import HfoptConfig
 from hfopt.embedded import embedded_model
 from hfopt.errors import (
     CacheFull,
@@ -15,7 +16,6 @@ from hfopt.errors import (
 from hfopt.generation import record_latency
 from hfopt.load import load
 from hfopt.optimize import optimize, restore
-from hfopt.quantizer import HfoptConfig
 from hfopt.report import Report, explain
 from hfopt.save import save
 from hfopt.warmup import warmup

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from hfopt._cache_codes import check_kv_cache
 from hfopt.calibration import Calibration, Calibrator
 from hfopt.checkpoint import FLOATS, Checkpoint
+from hfopt.config import HfoptConfig
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.optimize import optimize
 from hfopt.progress import progress
@@ -59,7 +60,7 @@ def load(
     Raises InvalidInput for arguments, UnsupportedModel for checkpoints that hfopt does not read, and CorruptCheckpoint
     where a file is damaged, tensors are missing, have another shape than the configuration says, or hold NaN or Inf.
     """
-    from hfopt.quantizer import HfoptConfig, declare
+    from hfopt.quantizer import declare
     from hfopt.weights import Weights
 
     source = os.fspath(path_or_id)

@@ -6,32 +6,24 @@ packed matrices under the names of the modules.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers import HfQuantizer, register_quantizer
 
 from hfopt._memory import forget_pages
-from hfopt.checkpoint import Stored, check_finite, check_header, open_files
+from hfopt.checkpoint import Stored, check_finite, open_files
+from hfopt.config import METHOD, HfoptConfig
 from hfopt.conversion import Matching
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedDevice, UnsupportedModel
-from hfopt.quantization import (
-    Format,
-    QuantizationConfig,
-    check_fits,
-    config_of,
-    layout_of,
-    misfit,
-    resolve,
-)
+from hfopt.packed_files import aligned, check_packed, padding, saved_tensors
+from hfopt.quantization import Format
 
 try:
     from transformers.core_model_loading import ConversionOps
@@ -40,148 +32,9 @@ except ImportError:  # transformers 4
 
 logger = logging.getLogger(__name__)
 
-METHOD = "hfopt"
+SUFFIX = ".safetensors"
 # What transformers sets on quantised models, but for `is_quantized`, with which float() and half() are refused
 _MARKS = ("hf_quantizer", "quantization_method")
-SUFFIX = ".safetensors"
-ALIGNMENT = 64  # bytes; what kernels ask of packed matrices
-# The dtypes of models under their names in safetensors, in the order in which a file holds them
-DTYPE_NAMES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
-@register_quantization_config(METHOD)
-class HfoptConfig(QuantizationConfigMixin):
-    """What `from_pretrained(..., quantization_config=HfoptConfig("int8"))` takes and `config.json` holds.
-
-    body: a format or its name. head, skip: as in `QuantizationConfig`. modules: formats of single linear layers by their
-    names, None for floats. ordered: the layers whose inputs are in an order of their own (`Packed.order`).
-    Unknown formats and fields raise InvalidInput.
-    """
-
-    def __init__(
-        self,
-        body: str | Mapping[str, Any] | Format = "int8",
-        *,
-        modules: Mapping[str, Any] | None = None,
-        ordered: Sequence[str] = (),
-        quant_method: str = METHOD,
-        **rest: Any,
-    ) -> None:
-        if quant_method != METHOD:
-            raise InvalidInput(f"quant_method={quant_method!r}: {METHOD!r} is what HfoptConfig is for")
-        self.quant_method: Any = METHOD
-        self.quantization = QuantizationConfig.from_dict({"body": resolve(body).to_dict(), **rest})
-        self.modules = {
-            path: None if format is None else resolve(format) for path, format in (modules or {}).items()
-        }
-        self.ordered = frozenset(ordered)
-
-    @classmethod
-    def of(cls, quantization: Any) -> HfoptConfig:
-        """From what `hfopt.load` and `hfopt.optimize` take."""
-        if isinstance(quantization, cls):
-            return quantization
-        config = cls()
-        config.quantization = config_of(quantization)
-        return config
-
-    def format_of(self, path: str, *, is_head: bool) -> Format | str:
-        """Of the linear layer at this path; or in words, why it is left."""
-        if path in self.modules:
-            return self.modules[path] or "modules names it, with None"
-        return self.quantization.format_of(path, is_head=is_head)
-
-    def formats_of(self, model: PreTrainedModel) -> dict[str, Format | str]:
-        """The same for all linear layers."""
-        head = model.get_output_embeddings()
-        return {
-            path: self.format_of(path, is_head=linear is head) for path, linear in linears_of(model).items()
-        }
-
-    def plan(
-        self, model: PreTrainedModel, done: Collection[str] = ()
-    ) -> tuple[dict[str, Format], dict[str, str]]:
-        """(formats of linear layers by their paths, why others are left as they are); but for those that are done.
-
-        Raises InvalidInput for a format that fits no layer.
-        """
-        head, decoder = model.get_output_embeddings(), set(model.base_model.modules())
-        formats: dict[str, Format] = {}
-        left: dict[str, str] = {}
-        misfits: dict[str, tuple[Format, str]] = {}
-        for path, linear in model.named_modules():
-            if not isinstance(linear, nn.Linear) or path in done:
-                continue
-            format = self.format_of(path, is_head=linear is head)
-            if linear is not head and linear not in decoder:
-                left[path] = "it is outside the decoder"
-            elif isinstance(format, str):
-                left[path] = format
-            elif type(linear) is not nn.Linear:
-                left[path] = f"it is a {type(linear).__name__}"
-            elif (reason := misfit(format, linear.in_features)) is not None:
-                left[path] = reason
-                misfits[path] = format, reason
-            else:
-                formats[path] = format
-        check_fits(formats.values(), misfits)
-        return formats, left
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "quant_method": METHOD,
-            **self.quantization.to_dict(),
-            "modules": {
-                path: None if format is None else format.to_dict() for path, format in self.modules.items()
-            },
-            "ordered": sorted(self.ordered),
-        }
-
-
-def _or_none(format: Format | str) -> Format | None:
-    return format if isinstance(format, Format) else None
-
-
-def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that may be quantised, by their paths."""
-    return {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy if kernels cannot read it where it is."""
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
-
-
-def check_packed(
-    source: str, path: str, linear: nn.Linear, format: Format, headers: Mapping[str, Stored]
-) -> None:
-    """Raises CorruptCheckpoint unless these tensors, by their names in a layer, are its matrix in this format."""
-    from hfopt.patches.quantized import PREFIX
-
-    if (reason := misfit(format, linear.in_features)) is not None:
-        raise CorruptCheckpoint(f"{source}: {path} is in {format} by its config.json, and {reason}")
-    ordered = PREFIX + "order" in headers
-    layout = layout_of(format, linear.out_features, linear.in_features, ordered=ordered)
-    if headers.keys() != {PREFIX + name for name in layout}:
-        wanted = sorted(PREFIX + name for name in layout)
-        raise CorruptCheckpoint(
-            f"{source}: {path} in {format} consists of {wanted}, and there are {sorted(headers)}"
-        )
-    for name, (shape, dtype) in layout.items():
-        header = headers[PREFIX + name]
-        check_header(source, f"{path}.{PREFIX}{name}", header, shape, DTYPE_NAMES[dtype])
 
 
 def declare(model: PreTrainedModel) -> None:
@@ -225,6 +78,10 @@ def describe(model: PreTrainedModel) -> HfoptConfig | None:
         if format != _or_none(config.format_of(path, is_head=model.get_submodule(path) is head))
     }
     return config
+
+
+def _or_none(format: Format | str) -> Format | None:
+    return format if isinstance(format, Format) else None
 
 
 @register_quantizer(METHOD)
@@ -328,7 +185,7 @@ class HfoptQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel, *args: Any) -> tuple[None, dict[str, str]]:
         """Metadata that make the header of a file so long that all of its tensors are aligned."""
         declare(model)
-        return None, {"padding": padding(_saved_tensors(model), {"format": "pt", "padding": ""})}
+        return None, {"padding": padding(saved_tensors(model), {"format": "pt", "padding": ""})}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Yes."""
@@ -368,38 +225,3 @@ class Quantize(ConversionOps):
             return {name: weight}
         forget_pages(weight.data_ptr(), weight.nbytes)
         return {}
-
-
-def _saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The tensors of a model as files hold them: of those that share memory, the one that others are tied to."""
-    tensors = model.state_dict()
-    names: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(tensor.data_ptr(), []).append(name)
-    tied = {*(getattr(model, "_tied_weights_keys", None) or ())}
-    for shared in names.values():
-        for name in tied.intersection(shared) if len(shared) > 1 else ():
-            del tensors[name]
-    return tensors
-
-
-def padding(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """What to put into the metadata of a safetensors file of these tensors for its data to begin on a 64-byte boundary.
-
-    A file begins with 8 bytes, then the header as JSON, filled up to a multiple of 8 bytes by spaces; the data follow
-    with the largest elements first (https://github.com/huggingface/safetensors#format).
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    order = list(DTYPE_NAMES)
-    position = 0
-    for name in sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name)):
-        tensor = tensors[name]
-        end = position + tensor.nbytes
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    size = 8 + len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return " " * (-size % ALIGNMENT)

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from hfopt.checkpoint import FLOATS, Checkpoint, check_finite, check_header
+from hfopt.config import HfoptConfig, linears_of
 from hfopt.conversion import Matching
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
+from hfopt.packed_files import aligned, check_packed
 from hfopt.patches.quantized import PREFIX, quantize_linear
 from hfopt.quantization import Format, InputStatistics, Packed, layout_of, packed_from
 from hfopt.quantization.checkpoints import read_linear
 from hfopt.quantization.layout import BLOCK
-from hfopt.quantizer import HfoptConfig, aligned, check_packed, linears_of
 
 logger = logging.getLogger(__name__)
 

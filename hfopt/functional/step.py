@@ -15,8 +15,9 @@ from hfopt.kernels.attention_prefill import BYTES
 
 from .attention import KINDS, Mask, check_lengths, checked_bytes
 from .checks import ELEMENTS, prepare_threads
-from .program import LINE, Program
+from .program import Program
 from .rotary import held_by, record_of_buffers
+from .writer import LINE
 
 if TYPE_CHECKING:
     from hfopt.cache import AppendedEverywhere, Buffers

@@ -1,0 +1,111 @@
+"""What `config.json` says of a quantised model, under `quantization_config`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hfopt.errors import InvalidInput
+from hfopt.quantization import Format, QuantizationConfig, check_fits, config_of, misfit, resolve
+
+METHOD = "hfopt"
+
+
+@register_quantization_config(METHOD)
+class HfoptConfig(QuantizationConfigMixin):
+    """What `from_pretrained(..., quantization_config=HfoptConfig("int8"))` takes and `config.json` holds.
+
+    body: a format or its name. head, skip: as in `QuantizationConfig`. modules: formats of single linear layers by their
+    names, None for floats. ordered: the layers whose inputs are in an order of their own (`Packed.order`).
+    Unknown formats and fields raise InvalidInput.
+    """
+
+    def __init__(
+        self,
+        body: str | Mapping[str, Any] | Format = "int8",
+        *,
+        modules: Mapping[str, Any] | None = None,
+        ordered: Sequence[str] = (),
+        quant_method: str = METHOD,
+        **rest: Any,
+    ) -> None:
+        if quant_method != METHOD:
+            raise InvalidInput(f"quant_method={quant_method!r}: {METHOD!r} is what HfoptConfig is for")
+        self.quant_method: Any = METHOD
+        self.quantization = QuantizationConfig.from_dict({"body": resolve(body).to_dict(), **rest})
+        self.modules = {
+            path: None if format is None else resolve(format) for path, format in (modules or {}).items()
+        }
+        self.ordered = frozenset(ordered)
+
+    @classmethod
+    def of(cls, quantization: Any) -> HfoptConfig:
+        """From what `hfopt.load` and `hfopt.optimize` take."""
+        if isinstance(quantization, cls):
+            return quantization
+        config = cls()
+        config.quantization = config_of(quantization)
+        return config
+
+    def format_of(self, path: str, *, is_head: bool) -> Format | str:
+        """Of the linear layer at this path; or in words, why it is left."""
+        if path in self.modules:
+            return self.modules[path] or "modules names it, with None"
+        return self.quantization.format_of(path, is_head=is_head)
+
+    def formats_of(self, model: PreTrainedModel) -> dict[str, Format | str]:
+        """The same for all linear layers."""
+        head = model.get_output_embeddings()
+        return {
+            path: self.format_of(path, is_head=linear is head) for path, linear in linears_of(model).items()
+        }
+
+    def plan(
+        self, model: PreTrainedModel, done: Collection[str] = ()
+    ) -> tuple[dict[str, Format], dict[str, str]]:
+        """(formats of linear layers by their paths, why others are left as they are); but for those that are done.
+
+        Raises InvalidInput for a format that fits no layer.
+        """
+        head, decoder = model.get_output_embeddings(), set(model.base_model.modules())
+        formats: dict[str, Format] = {}
+        left: dict[str, str] = {}
+        misfits: dict[str, tuple[Format, str]] = {}
+        for path, linear in model.named_modules():
+            if not isinstance(linear, nn.Linear) or path in done:
+                continue
+            format = self.format_of(path, is_head=linear is head)
+            if linear is not head and linear not in decoder:
+                left[path] = "it is outside the decoder"
+            elif isinstance(format, str):
+                left[path] = format
+            elif type(linear) is not nn.Linear:
+                left[path] = f"it is a {type(linear).__name__}"
+            elif (reason := misfit(format, linear.in_features)) is not None:
+                left[path] = reason
+                misfits[path] = format, reason
+            else:
+                formats[path] = format
+        check_fits(formats.values(), misfits)
+        return formats, left
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "quant_method": METHOD,
+            **self.quantization.to_dict(),
+            "modules": {
+                path: None if format is None else format.to_dict() for path, format in self.modules.items()
+            },
+            "ordered": sorted(self.ordered),
+        }
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that may be quantised, by their paths."""
+    return {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
