@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,14 @@ class HfoptConfig(QuantizationConfigMixin):
     ) -> None:
         if quant_method != METHOD:
             raise InvalidInput(f"quant_method={quant_method!r}: {METHOD!r} is what HfoptConfig is for")
+        if (
+            not isinstance(modules or {}, Mapping)
+            or isinstance(ordered, str)
+            or not isinstance(ordered, Iterable)
+        ):
+            raise InvalidInput(
+                f"modules={modules!r} and ordered={ordered!r} must be a dictionary and a list of names"
+            )
         self.quant_method: Any = METHOD
         self.quantization = QuantizationConfig.from_dict({"body": resolve(body).to_dict(), **rest})
         self.modules = {
@@ -72,6 +80,8 @@ class HfoptConfig(QuantizationConfigMixin):
 
         Raises InvalidInput for a format that fits no layer.
         """
+        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        self.quantization.warn_of_unused(linears)
         head, decoder = model.get_output_embeddings(), set(model.base_model.modules())
         formats: dict[str, Format] = {}
         left: dict[str, str] = {}

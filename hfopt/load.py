@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _MODEL = ("attn_implementation", "trust_remote_code")
 _DTYPES = (torch.float32, torch.bfloat16)
+# While a model is made empty, torch's default dtype and how modules take parameters are others, for all threads
+_BUILDING = threading.Lock()
 
 
 def load(
@@ -63,6 +66,8 @@ def load(
     from hfopt.quantizer import declare
     from hfopt.weights import Weights
 
+    if not isinstance(path_or_id, str | os.PathLike):
+        raise InvalidInput(f"path_or_id={path_or_id!r}: a folder or an id of the Hub is needed")
     source = os.fspath(path_or_id)
     if dtype is not None and dtype not in _DTYPES:
         raise InvalidInput(f"dtype = {dtype}: torch.float32, torch.bfloat16 or None is allowed")
@@ -103,8 +108,8 @@ def load(
 def _config(source: str, options: dict[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # of the file's values too, which may be any
+        reason = _reason(error)
         if os.path.isdir(source):
             raise CorruptCheckpoint(f"{source}: its config.json cannot be used ({reason})") from error
         raise InvalidInput(
@@ -112,13 +117,19 @@ def _config(source: str, options: dict[str, Any]) -> PretrainedConfig:
         ) from error
 
 
+def _reason(error: Exception) -> str:
+    """In one line."""
+    first, *others = str(error).strip().splitlines() or ["no message"]
+    more = f" {others[0].strip()}" if others and first.endswith(":") else ""
+    return f"{type(error).__name__}: {first}{more}"
+
+
 def _stored_quantization(source: str, config: PretrainedConfig) -> dict[str, Any]:
     """The quantization_config of a checkpoint, empty where there is none."""
     found = getattr(config, "quantization_config", None) or {}
     stored = dict(found) if isinstance(found, Mapping) else found.to_dict()
-    method = stored.get("quant_method")
-    if stored and method != "hfopt" and method not in READERS:
-        known = sorted(("hfopt", *READERS))
+    method, known = stored.get("quant_method"), sorted(("hfopt", *READERS))
+    if stored and method not in known:
         raise UnsupportedModel(
             f"{source}: quant_method={method!r} of its quantization_config is not among {known}"
         )
@@ -144,11 +155,12 @@ def _empty_model(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
-        with accelerate.init_empty_weights(include_buffers=False):
+        with _BUILDING, accelerate.init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    except (ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModel(f"{source} is no causal language model of transformers ({reason})") from error
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{source} is no causal language model of transformers ({_reason(error)})"
+        ) from error
     if dtype is torch.bfloat16:
         _keep_in_float32(model)
     model.tie_weights()  # moving a parameter to `meta` has parted it from the other names it had

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from hfopt.checkpoint import Stored, check_header
 from hfopt.errors import CorruptCheckpoint
 from hfopt.quantization import Format, layout_of, misfit
+from hfopt.quantization.layout import ALIGNMENT
 
-ALIGNMENT = 64  # bytes; what kernels ask of packed matrices
 # The dtypes of models under their names in safetensors, in the order in which a file holds them
 DTYPE_NAMES = {
     torch.int64: "I64",
@@ -28,11 +28,6 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy if kernels cannot read it where it is."""
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def check_packed(

@@ -22,8 +22,9 @@ from hfopt.checkpoint import Stored, check_finite, open_files
 from hfopt.config import METHOD, HfoptConfig
 from hfopt.conversion import Matching
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedDevice, UnsupportedModel
-from hfopt.packed_files import aligned, check_packed, padding, saved_tensors
+from hfopt.packed_files import check_packed, padding, saved_tensors
 from hfopt.quantization import Format
+from hfopt.quantization.layout import aligned
 
 try:
     from transformers.core_model_loading import ConversionOps

@@ -21,6 +21,8 @@ def save(model: PreTrainedModel, folder: str | os.PathLike[str], **kwargs: Any) 
     """
     if not isinstance(model, PreTrainedModel):
         raise InvalidInput(f"model is a {type(model).__name__}: a model of transformers is needed")
+    if not isinstance(folder, str | os.PathLike) or os.path.isfile(folder):
+        raise InvalidInput(f"folder={folder!r} is no folder, and none can be made there")
     declare(model)
     model.save_pretrained(folder, **kwargs)
     # a file that an earlier model has left would be taken for the weights of this one

@@ -17,11 +17,11 @@ from hfopt.checkpoint import FLOATS, Checkpoint, check_finite, check_header
 from hfopt.config import HfoptConfig, linears_of
 from hfopt.conversion import Matching
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
-from hfopt.packed_files import aligned, check_packed
+from hfopt.packed_files import check_packed
 from hfopt.patches.quantized import PREFIX, quantize_linear
 from hfopt.quantization import Format, InputStatistics, Packed, layout_of, packed_from
 from hfopt.quantization.checkpoints import read_linear
-from hfopt.quantization.layout import BLOCK
+from hfopt.quantization.layout import BLOCK, aligned
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,12 @@ class Weights:
         method = self.stored.get("quant_method")
         packers: dict[str, Callable[[], Packed]] = {}
         if method == "hfopt":
-            kinds = HfoptConfig(**self.stored).formats_of(self.model)
+            try:
+                kinds = HfoptConfig(**self.stored).formats_of(self.model)
+            except (InvalidInput, TypeError) as error:
+                raise self._corrupt(
+                    f"the quantization_config of its config.json cannot be used ({error})"
+                ) from error
             for path, parts in self.parts.items():
                 if any(part.startswith(PREFIX) for part in parts):
                     packers[path] = partial(self._read_written, path, self._checked(path, kinds[path]))

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 
 import hfopt
 import hfopt.quantizer
-from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
+from hfopt.errors import CorruptCheckpoint, HfoptError, InvalidInput, UnsupportedModel
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
 from tests.checkpoint_cases import Known, awq, compressed, gptq
@@ -137,6 +138,12 @@ def test_float16_weights_are_quantised_before_they_are_rounded(tmp_path):
     assert torch.equal(loaded.model.layers[0].mlp.up_proj.quantized_codes, packed.codes)
 
 
+def test_float64_weights_are_quantised(folder):
+    expected = hfopt.load(folder, quantization="int8")
+    change_weights(folder, lambda tensors: tensors.update({k: v.double() for k, v in tensors.items()}))
+    assert same_tensors(hfopt.load(folder, quantization="int8"), expected)
+
+
 def test_generation_config(folder):
     GenerationConfig(max_new_tokens=3, min_new_tokens=3, do_sample=False).save_pretrained(folder)
     model: Model = hfopt.load(folder)
@@ -180,6 +187,17 @@ def test_what_cannot_be_quantised_stays_with_a_reason(tmp_path):
         "0.mlp.up_proj", "0.mlp.down_proj", "1.mlp.down_proj")}  # fmt: skip
     hfopt.save(loaded, tmp_path / "packed")
     assert same_tensors(hfopt.load(tmp_path / "packed"), expected)
+
+
+def test_patterns_that_name_nothing_are_told(folder, caplog):
+    config = QuantizationConfig(Int8(), skip=("*.up_proj", "*.upproj"))
+    model = hfopt.load(folder, quantization=config)
+    assert [each.getMessage() for each in caplog.records] == [
+        "skip: '*.upproj' names no linear layer of the model"
+    ]
+    assert model.model.layers[0].mlp.up_proj.weight.requires_grad
+    hfopt.optimize(llama(), quantization=config)
+    assert len(caplog.records) == 2
 
 
 def test_large_matrices_are_quantised_in_slices(folder, monkeypatch):
@@ -274,6 +292,46 @@ def test_arguments(folder):
         hfopt.load(folder, quantization="int4")
     with pytest.raises(InvalidInput, match="path_or_id='no/model' is neither a folder nor an id"):
         hfopt.load("no/model")
+    wrong: Any
+    for wrong in (None, 3, b"model"):
+        with pytest.raises(InvalidInput, match=f"path_or_id={wrong!r}: a folder or an id"):
+            hfopt.load(wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"num_attention_heads": 0}, HfoptError, "ZeroDivisionError"),
+        ({"hidden_size": "large"}, HfoptError, "TypeError"),
+        ({"hidden_act": "no"}, UnsupportedModel, "no causal language model of transformers .*'no'"),
+        ({"dtype": "no"}, HfoptError, "config.json cannot be used .*'no'"),
+        ({"quantization_config": [1]}, CorruptCheckpoint, "config.json cannot be used .*list"),
+        ({"quantization_config": {"quant_method": ["gptq"]}}, UnsupportedModel, r"quant_method=\['gptq'\]"),
+        ({"quantization_config": {"quant_method": "hfopt", "modules": 3}}, CorruptCheckpoint, "modules=3"),
+        ({"quantization_config": {"quant_method": "hfopt", "ordered": 3}}, CorruptCheckpoint, "ordered=3"),
+        (
+            {"quantization_config": {"quant_method": "hfopt", "body": {"format": "int3"}}},
+            CorruptCheckpoint,
+            "quantization_config of its config.json .*'int3' is not known",
+        ),
+    ],
+    ids=str,
+)
+def test_configurations_that_make_no_sense(folder, fields, error, message):
+    change_config(folder, **fields)
+    with pytest.raises(error, match=f"{folder}.*{message}"):
+        hfopt.load(folder)
+
+
+def test_threads_that_load_at_once(folder):
+    """Making a model empty changes how modules take parameters, and the default dtype, for all threads."""
+    dtypes = [torch.float32, torch.bfloat16] * 4
+    with ThreadPoolExecutor(len(dtypes)) as pool:
+        models = list(pool.map(lambda dtype: hfopt.load(folder, dtype=dtype, quantization="int8"), dtypes))
+    assert [model.dtype for model in models] == dtypes
+    assert all(same_tensors(model, models[index % 2]) for index, model in enumerate(models))
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+    assert torch.get_default_dtype() is torch.float32
 
 
 def test_other_files_than_safetensors(folder):

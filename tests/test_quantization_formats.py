@@ -19,6 +19,7 @@ from hfopt.quantization import (
     Int4,
     Int8,
     Packed,
+    QuantizationConfig,
     from_dict,
     layout_of,
     packed_from,
@@ -341,6 +342,12 @@ def test_unknown_formats_are_refused(values, message):
         resolve(values)
 
 
+@pytest.mark.parametrize("skip", ["*.q_proj", 3, None, (3,)])
+def test_patterns_are_a_tuple(skip):
+    with pytest.raises(InvalidInput, match=r"skip=.* must be a tuple of patterns"):
+        QuantizationConfig(Int8(), skip=skip)
+
+
 @every_format
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(format, value):
@@ -354,9 +361,10 @@ def test_other_bad_weights_are_refused():
     for shape in ((64,), (2, 2, 64), (0, 64), (4, 0)):
         with pytest.raises(InvalidInput, match=r"weight must be a matrix \[out, in\]"):
             Int8().pack(torch.zeros(shape))
-    for dtype in (torch.float64, torch.int8):
-        with pytest.raises(InvalidInput, match="weight must be one of"):
-            Int8().pack(torch.zeros(4, 64, dtype=dtype))
+    with pytest.raises(InvalidInput, match="weight must be one of"):
+        Int8().pack(torch.zeros(4, 64, dtype=torch.int8))
+    with pytest.raises(InvalidInput, match="weight must be finite; row 2 is not"):
+        Int8().pack(torch.ones(4, 64, dtype=torch.float64).index_fill(0, torch.tensor([2]), 1e300))
     with pytest.raises(UnsupportedDevice, match="meta"):
         Int8().pack(torch.zeros(4, 64, device="meta"))
     for format in (Int8(group=64), Int4(group=64), NF4()):

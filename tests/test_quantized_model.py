@@ -493,6 +493,31 @@ def test_a_conversion_leaves_packed_weights_as_they_are() -> None:
     assert difference(logits(model), logits(expected)) < 0.2  # quantised from other roundings
 
 
+@pytest.mark.parametrize("part", ["scales", "row_scales"])
+def test_scales_that_are_not_finite_are_not_loaded(part: str) -> None:
+    model = hfopt.optimize(llama(), quantization=Int4(group=32))
+    before = logits(model)
+    name = f"model.layers.1.mlp.up_proj.quantized_{part}"
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for value in (float("nan"), float("inf")):
+        state[name].view(-1)[5] = value
+        with pytest.raises(RuntimeError, match=f"{name} holds NaN or Inf"):
+            model.load_state_dict(state)
+        assert torch.equal(logits(model), before)
+
+
+def test_tensors_that_lie_anywhere_are_loaded() -> None:
+    """assign=True takes them where they are, out of a file that was read for example."""
+    model, other = (hfopt.optimize(llama(), quantization="int8") for _ in range(2))
+    state = {
+        name: torch.cat([tensor.new_zeros(1), tensor.view(-1)])[1:].view(tensor.shape)
+        for name, tensor in model.state_dict().items()
+    }
+    other.load_state_dict(state, assign=True)
+    assert all(linear.packed.codes.data_ptr() % 64 == 0 for linear in quantized_linears(other).values())
+    assert torch.equal(logits(other), logits(model))
+
+
 def test_questions_of_transformers() -> None:
     model = hfopt.optimize(llama(), quantization="int8")
     assert model.dtype is torch.float32 and model.device.type == "cpu"

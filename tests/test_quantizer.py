@@ -156,6 +156,10 @@ def test_a_model_without_quantised_layers_is_saved_as_ever(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     with pytest.raises(InvalidInput, match="model is a Linear"):
         hfopt.save(torch.nn.Linear(1, 1), tmp_path)  # type: ignore[arg-type]
+    wrong: Any
+    for wrong in (None, tmp_path / "config.json"):
+        with pytest.raises(InvalidInput, match=r"folder=.* is no folder"):
+            hfopt.save(llama(), wrong)
 
 
 def test_a_file_that_an_earlier_model_left_is_not_taken_for_this_one(tmp_path):

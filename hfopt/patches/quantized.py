@@ -1,7 +1,7 @@
 """Linear layers without a float weight: packed matrices as buffers of the module, which stays the same object."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from hfopt.functional import QuantizedMatrix, QuantizedWeights
 from hfopt.patches.guards import is_plain_inference, is_readable
 from hfopt.patches.replacement import Record
 from hfopt.quantization import Format, Packed, layout_of
+from hfopt.quantization.layout import aligned
 
 PREFIX = "quantized_"  # of the names of the buffers
 _NAMES = ("codes", "row_scales", "scales", "zeros", "order")
@@ -66,7 +67,7 @@ class QuantizedLinear(nn.Linear):
                 return functional.quantized_linear(input.contiguous(), weights)
         return F.linear(input, self.weight.to(input.dtype), self.bias)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
         packed: dict[str, torch.Tensor] = {
             name: tensor for name, tensor in self._buffers.items() if name in BUFFERS and tensor is not None
         }
@@ -82,6 +83,18 @@ class QuantizedLinear(nn.Linear):
         if self.original is not None:
             self.original.data = fn(self.original.data)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        *_, errors = args
+        for name in BUFFERS:
+            tensor = state_dict.get(prefix + name)
+            # kernels would compute something finite from it
+            if isinstance(tensor, torch.Tensor) and not (tensor.is_meta or tensor.isfinite().all()):
+                errors.append(f"{prefix}{name} holds NaN or Inf")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, tensor in self._tensors().items():
+            self._buffers[PREFIX + name] = aligned(tensor)  # assign=True takes a tensor where it is
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, format={self.format}"

@@ -1,6 +1,7 @@
 """Which Linears of a model are quantised, and how."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -8,6 +9,8 @@ from typing import Any, Literal
 from hfopt.errors import InvalidInput
 from hfopt.quantization.format import Format, from_dict, resolve
 from hfopt.quantization.int8 import Int8
+
+logger = logging.getLogger(__name__)
 
 HEAD = Int8()
 _FIELDS = ("body", "head", "skip")
@@ -31,7 +34,8 @@ class QuantizationConfig:
             raise InvalidInput(f"body={self.body!r} must be a format, such as hfopt.quantization.Int8()")
         if not (self.head is None or self.head == "body" or isinstance(self.head, Format)):
             raise InvalidInput(f'head={self.head!r} must be a format, "body" or None')
-        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
+        is_several = isinstance(self.skip, Iterable) and not isinstance(self.skip, str)
+        if not is_several or not all(isinstance(pattern, str) for pattern in self.skip):
             raise InvalidInput(f"skip={self.skip!r} must be a tuple of patterns")
         object.__setattr__(self, "skip", tuple(self.skip))
 
@@ -43,6 +47,12 @@ class QuantizationConfig:
         if not is_head or self.head == "body":
             return self.body
         return "head is None" if self.head is None else self.head
+
+    def warn_of_unused(self, paths: Collection[str]) -> None:
+        """Logs the patterns of `skip` that name none of these Linears, which are all that a model has."""
+        for pattern in self.skip:
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                logger.warning("skip: %r names no linear layer of the model", pattern)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -27,7 +27,7 @@ from hfopt.quantization.packed import Packed, layout_of
 from hfopt.quantization.search import Candidate, divide, reciprocal, search
 
 COMPUTE = ("int8", "float")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Weights that are quantised at once. With fewer, calls cost more than arithmetic; with more, the caches are too small.
 SLICE = 1 << 19
 # The same where they are rounded one column after the other
@@ -91,7 +91,7 @@ class Format(ABC):
         """float32 values of uint8 codes, in units of the scale."""
 
     def pack(self, weight: torch.Tensor, inputs: InputStatistics | None = None) -> Packed:
-        """Quantise a matrix [out, in] of float32, bfloat16 or float16.
+        """Quantise a matrix [out, in] of float64, float32, bfloat16 or float16.
 
         inputs: what calibration has seen of the inputs, to make the error of the outputs small; None: that of the
         weights. A group that does not divide the inputs, NaN and Inf raise InvalidInput.

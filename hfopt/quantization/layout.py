@@ -13,6 +13,12 @@ import torch
 
 BLOCK = 16
 UNIT_BYTES = 64
+ALIGNMENT = 64  # bytes; what kernels ask of tensors
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy if kernels cannot read it where it is."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def ceil_div(a: int, b: int) -> int:
