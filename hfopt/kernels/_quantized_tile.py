@@ -4,6 +4,7 @@ A *unit* is 64 bytes of weight codes: of 16 output columns 4 inputs each, byte 4
 codes 8 inputs each, the low nibbles being the first 4. It meets words of x: 4 signed 8-bit codes in 32 bits.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
@@ -112,12 +113,15 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
     n_rows, n_blocks, kind_ = _literal_ints(rows, blocks, kind)
     signature = types.void(x, w, steps, part, sums, rows, blocks, kind)
     parts = 1 if kind_ == CODES else 2
-    tiles = [(j, i) for j in range(n_blocks) for i in range(n_rows)]
+    # two blocks of 4 rows have more sums than AVX2 has registers; codes that are widened are worth it nevertheless
+    widened = kind_ != NIBBLES and not _target.HAS_AVX_VNNI
+    together = n_blocks if n_rows <= 2 or "avx512f" in _target.FEATURES or widened else 1
+    tiles = [(j, i) for j in range(together) for i in range(n_rows)]
     # a chain of sums waits for itself: few rows need several
     n_chains = max(1, 4 // (len(tiles) * parts))
     asks = n_rows <= 8
 
-    def emit(builder, args):
+    def emit(first_block, builder, args):
         x, scales_x, offsets, *args = args
         (w, scales, zeros, levels), args = args[:4], args[4:]
         (near, far, next_, *others), args = args[:9], args[9:]
@@ -127,7 +131,7 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
         def places(start, near, far):
             """Addresses of the blocks."""
             each = [start, builder.add(start, near), builder.add(start, far)]
-            return [*each, builder.add(each[2], near)][:n_blocks]
+            return [*each, builder.add(each[2], near)][first_block : first_block + together]
 
         codes_at, scales_at, zeros_at = (
             places(w, near, far),
@@ -137,10 +141,11 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
         slots = [[cgutils.alloca_once(builder, I32X) for _ in tiles] for _ in range(n_chains)]
         places_of_sums = [
             builder.bitcast(
-                builder.gep(sums, [builder.add(builder.mul(sum_step, _constant(j)), _constant(i * LANES))]),
+                builder.gep(sums, [builder.add(builder.mul(sum_step, block), _constant(i * LANES))]),
                 F32X.as_pointer(),
             )
             for j, i in tiles
+            for block in [_constant(first_block + j)]
         ]
         # sums that have no registers stay in memory
         in_registers = len(tiles) <= 8
@@ -173,7 +178,7 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
                 for i in range(n_rows):
                     word = builder.add(words, _constant(part * n_rows + i))
                     x_value = _splat_word(builder, x, word, I32)
-                    for j in range(n_blocks):
+                    for j in range(together):
                         slot = slots[chain][j * n_rows + i]
                         total = emit_dot_bytes(
                             builder, builder.load(slot), codes[j][part], x_value, kind_ == NIBBLES
@@ -250,7 +255,9 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
 
     def codegen(context, builder, sig, args):
         values = _flatten(builder, args[:5])
-        _outlined(builder, f"hfopt.quantized_tile.{n_rows}.{n_blocks}.{kind_}", values, emit)
+        for block in range(0, n_blocks, together):
+            name = f"hfopt.quantized_tile.{n_rows}.{n_blocks}.{kind_}.{block}"
+            _outlined(builder, name, values, partial(emit, block))
         return context.get_dummy_value()
 
     return signature, codegen
