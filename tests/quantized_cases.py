@@ -108,9 +108,9 @@ def weights_of(matrices: list[Matrix], biases: list[Tensor | None], form: Format
 
 
 def quantized_x(x: Tensor, form: Format) -> Array:
-    """What the codes of x stand for: round(127 x / absmax) absmax / 127 in each row and group of at most 128 inputs."""
+    """What the codes of x stand for: round(127 x / absmax) absmax / 127 in each row and group of at most 256 inputs."""
     values = x.double().numpy()
-    group = form.group if form.group is not None and form.group <= 128 else 128
+    group = form.group if form.group is not None and form.group <= 256 else 256
     parts = []
     for start in range(0, values.shape[1], group):
         part = values[:, start : start + group]

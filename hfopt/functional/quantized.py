@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hfopt.errors import InvalidInput
 from hfopt.kernels.dequantized import dequantized_linear
-from hfopt.kernels.quantized import X_GROUP
 from hfopt.kernels.quantized import quantized_linear as quantized_kernel
 
 from .activation import CODES
@@ -108,7 +107,7 @@ class QuantizedWeights:
             bits: of a code, 8 or 4.
             group: inputs with a scale in common: a multiple of 32, above 128 only 256, 512, ...; None: whole rows.
             levels: 16 integers from -127 to 127 that 4-bit codes are indices into.
-            compute: "int8": rows of x are quantised to 8 bits, with a scale for each group of at most 128 inputs
+            compute: "int8": rows of x are quantised to 8 bits, with a scale for each group of at most 256 inputs
                 (absmax / 127), and products are summed as integers; a NaN or Inf in a row makes all of its results NaN.
                 "float": the weights are dequantised, to bfloat16 where x has that.
 
@@ -219,10 +218,9 @@ def _dtype_of(biases: Sequence[Tensor | None]) -> torch.dtype | None:
 def _check_group(group: int | None, in_features: int) -> None:
     if group is None:
         return
-    times = group // X_GROUP
     allowed = group > 0 and group % 32 == 0
-    if group > X_GROUP:
-        allowed = group % X_GROUP == 0 and times & (times - 1) == 0
+    if group > 128:
+        allowed = group & (group - 1) == 0
     if not allowed:
         raise InvalidInput(f"group is {group!r}: 32, 64, 96, 128, 256, 512 and so on, or None, is allowed")
     if in_features % group:

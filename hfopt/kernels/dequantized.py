@@ -98,7 +98,7 @@ def _finish_panel(layer, panel, sums, first_row, n_rows):
 @body
 def _multiply_panel(index, rows, layer, n_parts):
     """One panel for a part of the rows."""
-    sums = _tile.stack_floats(252 * 32)
+    sums = _tile.stack_floats(264 * 32)
     room = as_units(_tile.stack_floats(128 * 32), layer.out)
     panel, first_row = index // n_parts, index % n_parts * PART_ROWS
     last_row = min(first_row + PART_ROWS, rows.n_packed)

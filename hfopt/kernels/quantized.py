@@ -47,16 +47,10 @@ from .linear import WEIGHT, blocks_of, columns_of, count_blocks, field_of, finis
 SCALES, ZEROS, ROW_SCALES = range(3)
 _FIELDS = 3
 
-X_GROUP = 128  # inputs of x with a scale of their own, where the weights have no smaller groups
+X_GROUP = 256  # inputs of x with a scale of their own, where the weights have no smaller groups
 _PARALLEL_SIZE = 1 << 16  # elements of x, or products; below, more threads cost more than they save
-# Sums that stay on the stack of a thread: columns of all panels that are worked on together, for all rows of a part.
-_SUMS = 1 << 15
-_FEW_ROWS = 64  # up to here, a panel at a time: the weights are one stream from memory
-PART_ROWS = 252  # rows of a part; a literal below
-_TOGETHER = 8  # blocks that meet a tile of x while it is in the L1 cache
-_CHUNK = (
-    512  # inputs at a time where tiles of x and of weights are used several times: both stay in the L1 cache
-)
+PART_ROWS = 264  # most rows of a part: what they have of x stays in the L2 cache; a literal below
+_CHUNK = 1024  # inputs that all tiles of a part meet before the next ones
 
 
 class Quantized(NamedTuple):
@@ -93,10 +87,9 @@ class _Rows(NamedTuple):
 class _Work(NamedTuple):
     """How the work is dealt out."""
 
-    together: Any  # strips
     blocks: Any  # of a strip
-    n_strips: Any
     n_parts: Any  # of the rows
+    part_rows: Any  # of a part
     ahead: Any  # bytes by which codes are asked for in advance
 
 
@@ -162,7 +155,7 @@ def _quantize_row(row, x, size, zero, rows):
 
     A group that is not finite has NaN as its scale, one that is zero has 0.
     """
-    room = words_of(stack_floats(32))
+    room = words_of(stack_floats(64))
     first, n_together = tile_of(row, rows.n_packed)
     words = shifted(rows.words, first * rows.n_words + row - first)
     place = first * rows.n_groups + row - first
@@ -229,11 +222,8 @@ class _Strip(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """What a tile multiplies: x of its rows, and a strip of weights."""
+    """The strip of weights that tiles multiply."""
 
-    words: Any
-    scales_x: Any
-    offsets: Any
     w: Any  # addresses of codes, scales, zero points, levels
     steps: Any  # of codes, scales, zero points
     length: Any  # units of a group of x
@@ -246,10 +236,8 @@ def _dot_of(kind):
     """The body that multiplies a tile of rows with codes of a kind of `quantized_tile`; tiles are made for literals."""
 
     @body
-    def dot(o, rows, first, last, sums, sum_step):
-        x, steps = (o.words, o.scales_x, o.offsets), o.steps
-        part = (first, last, o.length, o.n_units, o.shift, o.ahead)
-        to = sums, sum_step
+    def dot(x, rows, o, part, to):
+        steps, part = o.steps, (*part, o.length, o.n_units, o.shift, o.ahead)
         if rows == 1:
             quantized_tile(x, o.w, steps, part, to, 1, FEW_BLOCKS, kind)
         elif rows == 2:
@@ -271,11 +259,6 @@ _dot_codes, _dot_nibbles, _dot_levels = (_dot_of(kind) for kind in range(3))
 def _panels_of(layer, blocks):
     """Panels of a strip."""
     return blocks // 2 if layer.gated else blocks
-
-
-@body
-def _halves(layer):
-    return 2 if layer.gated else 1
 
 
 @body
@@ -323,8 +306,8 @@ def _steps(layer, strip, one, other):
 
 
 @body
-def _multiply_tile(rows, row, n_together, layer, strip, first, last, ahead, sums, sum_step):
-    """sums += products of a tile of rows with a strip, for groups first to last of x."""
+def _operands(rows, layer, strip, ahead):
+    """What tiles multiply with a strip."""
     per_unit = 4 if layer.bits == 8 else 8
     n_units = (layer.size + per_unit - 1) // per_unit
     n_groups = 1 if layer.group == 0 else layer.size // layer.group
@@ -341,10 +324,7 @@ def _multiply_tile(rows, row, n_together, layer, strip, first, last, ahead, sums
         _steps(layer, strip, scale_bytes, scaling_of(layer, second, SCALES) - scales),
         _steps(layer, strip, zero_bytes, scaling_of(layer, second, ZEROS) - zeros),
     )
-    operands = _Operands(
-        shifted(rows.words, row * rows.n_words),
-        shifted(rows.scales, row * rows.n_groups),
-        shifted(rows.offsets, row * rows.n_groups),
+    return _Operands(
         (
             codes + block * code_bytes,
             scales + block * scale_bytes if scales != 0 else 0,
@@ -357,12 +337,22 @@ def _multiply_tile(rows, row, n_together, layer, strip, first, last, ahead, sums
         _shift(layer.group),
         ahead,
     )
+
+
+@body
+def _multiply_tile(rows, row, n_together, layer, operands, part, to):
+    """Adds the products of a tile of rows with a strip.
+
+    part: (first group of x, end). to: (pointer to the tile's sums, elements from a block to the next).
+    """
+    place = row * rows.n_groups
+    x = (shifted(rows.words, row * rows.n_words), shifted(rows.scales, place), shifted(rows.offsets, place))
     if layer.bits == 8:
-        _dot_codes(operands, n_together, first, last, sums, sum_step)
+        _dot_codes(x, n_together, operands, part, to)
     elif layer.levels == 0:
-        _dot_nibbles(operands, n_together, first, last, sums, sum_step)
+        _dot_nibbles(x, n_together, operands, part, to)
     else:
-        _dot_levels(operands, n_together, first, last, sums, sum_step)
+        _dot_levels(x, n_together, operands, part, to)
 
 
 @body
@@ -398,36 +388,35 @@ def _ask_for_rows(layer, strip):
 
 
 @body
-def _multiply_strips(index, rows, layer, work):
-    """Some strips of a part of the rows."""
-    sums = stack_floats(1 << 15)
-    first_row = index % work.n_parts * PART_ROWS
-    first_strip = index // work.n_parts * work.together
-    last_row = min(first_row + PART_ROWS, rows.n_packed)
-    last_strip = min(first_strip + work.together, work.n_strips)
+def _part_rows(n_packed):
+    """Rows of a part: whole tiles, and as many in each part."""
+    n_parts = (n_packed + PART_ROWS - 1) // PART_ROWS
+    return (n_packed + TILE_ROWS * n_parts - 1) // (TILE_ROWS * n_parts) * TILE_ROWS
+
+
+@body
+def _multiply_strip(index, rows, layer, work):
+    """A strip of a part of the rows."""
+    sums = stack_floats(264 * 32)
+    first_row = index % work.n_parts * work.part_rows
+    last_row = min(first_row + work.part_rows, rows.n_packed)
     n_rows = last_row - first_row
     sum_step = n_rows * LANES
-    strip_sums = work.blocks * sum_step
-    _clear(sums, (last_strip - first_strip) * strip_sums)
-    step = rows.n_groups
-    if n_rows > TILE_ROWS or work.together > 1:
-        step = max(1, _CHUNK // rows.group)
+    _clear(sums, work.blocks * sum_step)
+    strip = _find_strip(layer, index // work.n_parts, work.blocks)
+    if first_row == 0:
+        _ask_for_rows(layer, strip)
+    operands = _operands(rows, layer, strip, work.ahead)
+    step = rows.n_groups if n_rows <= TILE_ROWS else max(1, _CHUNK // rows.group)
     for group in range(0, rows.n_groups, step):
+        last = min(group + step, rows.n_groups)
         row = first_row
         while row < last_row:
             n_together = tile_rows(row, rows.n_packed)
-            for index in range(first_strip, last_strip):
-                strip = _find_strip(layer, index, work.blocks)
-                if group == 0 and row == 0:
-                    _ask_for_rows(layer, strip)
-                to = shifted(sums, (index - first_strip) * strip_sums + (row - first_row) * LANES)
-                last = min(group + step, rows.n_groups)
-                _multiply_tile(rows, row, n_together, layer, strip, group, last, work.ahead, to, sum_step)
+            to = shifted(sums, (row - first_row) * LANES), sum_step
+            _multiply_tile(rows, row, n_together, layer, operands, (group, last), to)
             row += n_together
-    for index in range(first_strip, last_strip):
-        strip = _find_strip(layer, index, work.blocks)
-        here = shifted(sums, (index - first_strip) * strip_sums)
-        _finish_strip(layer, strip, here, sum_step, first_row, min(n_rows, rows.n_rows - first_row))
+    _finish_strip(layer, strip, sums, sum_step, first_row, min(last_row, rows.n_rows) - first_row)
 
 
 @body
@@ -449,15 +438,13 @@ def multiply_quantized(x, n_rows, layer, scratch):
     parallel_for(_quantize_row, threads, n_packed, (x, size, zero_point(layer), rows))
 
     blocks, ahead = (FEW_BLOCKS, 1024) if n_rows <= 2 else (MORE_BLOCKS, 4096)  # measured
-    together = 1
-    n_blocks = count_blocks(layer) * _halves(layer)
-    if n_rows > _FEW_ROWS:
-        together = max(1, min(_TOGETHER, n_blocks // 16) // blocks)
     n_strips = count_strips(layer, blocks)
-    work = _Work(together, blocks, n_strips, (n_packed + PART_ROWS - 1) // PART_ROWS, ahead)
-    n_items = (n_strips + together - 1) // together * work.n_parts
-    threads = threads_for(n_items, n_rows * size * n_blocks, _PARALLEL_SIZE)
-    parallel_for(_multiply_strips, threads, n_items, (rows, layer, work))
+    part_rows = _part_rows(n_packed)
+    n_parts = (n_packed + part_rows - 1) // part_rows
+    work = _Work(blocks, n_parts, part_rows, ahead)
+    n_items = n_strips * n_parts
+    threads = threads_for(n_items, n_rows * size * n_strips * blocks, _PARALLEL_SIZE)
+    parallel_for(_multiply_strip, threads, n_items, (rows, layer, work))
 
 
 @body

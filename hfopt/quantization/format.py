@@ -41,7 +41,7 @@ class Format(ABC):
     """A weight format; see `Int8`, `Int4`, `NF4`.
 
     group: inputs that share a scale, or None for one scale per output row. compute: "int8" multiplies by inputs that
-    are quantised to 8 bits as well, for each row and group of at most 128 inputs; "float" multiplies dequantised
+    are quantised to 8 bits as well, for each row and group of at most 256 inputs; "float" multiplies dequantised
     weights by the inputs as they are. Values outside of what is allowed raise InvalidInput.
     """
 
