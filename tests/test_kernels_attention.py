@@ -23,6 +23,7 @@ from tests.attention_cases import (
     by_bytes,
     causal_mask,
     check_attend,
+    coded_cache,
     flat,
     queries_of,
     random_cache,
@@ -42,7 +43,6 @@ HEADS = (
     (4, 4, 16),
     (8, 2, 16),
     (2, 1, 256),
-    (3, 1, 256),
     (18, 2, 32),
 )
 
@@ -94,18 +94,22 @@ def test_decode_of_every_width(dtype: torch.dtype, size: int) -> None:
     )
 
 
-@pytest.mark.parametrize("make", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("n_rows", "heads", "length"),
+    ("make", "n_rows", "heads", "length"),
     # a few heads and rows have chunks of 64 keys, 128 of them chunks of 256
     [
-        (1, (*heads, 32), length)
-        for heads in ((16, 16), (8, 4), (12, 4))
-        for length in (15, 16, 17, 63, 64, 65)
-    ]
-    + [(4, (128, 64, 32), length) for length in (255, 256, 257)]
-    + [(1, (n_heads, 128, 32), length) for n_heads in (128, 384) for length in (1023, 1024, 1025)],
+        (make, n_rows, heads, length)
+        for make, n_rows, heads, lengths in (
+            (random_cache, 1, (8, 4, 32), (15, 16, 17, 63, 64, 65)),
+            (coded_cache, 1, (2, 2, 32), (15, 16, 17, 63, 64, 65)),
+            (coded_cache, 1, (6, 2, 32), (15, 16, 17, 63, 64, 65)),
+            (random_cache, 4, (128, 64, 32), (255, 256, 257)),
+            (coded_cache, 1, (128, 128, 32), (1023, 1024, 1025)),
+            (coded_cache, 1, (384, 128, 32), (1023, 1024, 1025)),
+        )
+        for length in lengths
+    ],
 )
 def test_decode_around_blocks_and_chunks(
     make: MakeCache, dtype: torch.dtype, n_rows: int, heads: tuple[int, int, int], length: int
