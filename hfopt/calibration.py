@@ -58,6 +58,7 @@ class Calibrator:
 
         None for a layer that no text has reached. What is packed between two steps takes part in the next ones.
         """
+        # a model that cannot read fails here, before anything is packed
         return self._measure(linears, self._sharing(linears))
 
     def _measure(

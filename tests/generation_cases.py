@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    GenerationMixin,
     GPTJConfig,
     GPTJForCausalLM,
     LlamaConfig,
@@ -28,6 +29,14 @@ class Doubled(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return 2 * self.inner(hidden_states)
+
+
+# Our loops of `generate`, decoder layers and programs are built on what transformers 5 has
+IS_WHOLE = hasattr(GenerationMixin, "_prefill")
+NOT_WHOLE = (
+    "with transformers 4, the loops of generate and the decoder layers are its own, and there are no programs"
+)
+needs_programs = pytest.mark.skipif(not IS_WHOLE, reason=NOT_WHOLE)
 
 
 @pytest.fixture
@@ -65,6 +74,14 @@ def opt(**changes: Any) -> Model:
     }
     norms = {"do_layer_norm_before": False, "max_position_embeddings": 96, "init_std": 0.3}
     return _random(OPTForCausalLM, OPTConfig, **{**sizes, **norms, **changes})
+
+
+def opt_with_plain_norms(**changes: Any) -> Model:
+    """Norms without weights."""
+    try:
+        return opt(layer_norm_elementwise_affine=False, **changes)
+    except AttributeError:
+        pytest.skip("transformers 4 cannot make this model")
 
 
 FAMILIES: dict[str, Callable[..., Model]] = {"llama": llama, "gptj": gptj, "opt": opt}

@@ -19,7 +19,11 @@ from hfopt.cache import IndirectCache
 from hfopt.generation import install, uninstall
 from tests.generation_cases import FAMILIES, VOCABULARY, Model, assert_same, llama, one_thread, prompts
 
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+pytestmark = [
+    pytest.mark.usefixtures(one_thread.__name__),
+    # of transformers 4, which gives None for them
+    pytest.mark.filterwarnings("ignore:`output_attentions=True` is not supported"),
+]
 
 EVERYTHING: dict[str, Any] = {
     "return_dict_in_generate": True,
@@ -106,7 +110,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "one token": {"max_new_tokens": 1},
     "one token, beams": {"max_new_tokens": 1, "num_beams": 3},
     "a least length": {"min_new_tokens": 10, "eos_token_id": list(range(0, VOCABULARY, 3))},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3, **prompts(1)},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3, "eos_token_id": 1, **prompts(1)},
     "classifier-free guidance": {"guidance_scale": 1.5},
 }
 

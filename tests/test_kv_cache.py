@@ -16,7 +16,16 @@ from hfopt._cache_codes import dequantised, quantised
 from hfopt.cache import IndirectCache
 from hfopt.errors import CacheFull, InvalidInput
 from tests.cache_cases import HEAD_DIM, N_HEADS, N_LAYERS, Pair, operate, random_states
-from tests.generation_cases import FAMILIES, Model, assert_same, gptj, llama, one_thread, prompts
+from tests.generation_cases import (
+    FAMILIES,
+    Model,
+    assert_same,
+    gptj,
+    llama,
+    needs_programs,
+    one_thread,
+    prompts,
+)
 from tests.reference import DTYPES
 from tests.step_cases import (
     MODES,
@@ -130,6 +139,7 @@ def test_bfloat16_is_as_near_as_the_stock_model(name: str) -> None:
     assert (mine - best).abs().mean() <= 1.5 * (his - best).abs().mean()
 
 
+@needs_programs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [*FAMILIES, "llama, heads of 24", "llama, a key head each"])
 def test_a_program_gives_the_bits_of_the_modules(name: str, dtype: torch.dtype, passes: list[int]) -> None:
@@ -141,6 +151,7 @@ def test_a_program_gives_the_bits_of_the_modules(name: str, dtype: torch.dtype, 
     assert hfopt.explain(model).by_module is None
 
 
+@needs_programs
 def test_a_program_is_proven_with_each_kind_of_cache(passes: list[int]) -> None:
     model = coded(llama())
     passes.clear()
@@ -153,6 +164,7 @@ def test_a_program_is_proven_with_each_kind_of_cache(passes: list[int]) -> None:
         assert len(passes) == n_calls
 
 
+@needs_programs
 def test_a_program_that_writes_other_scales_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = coded(llama())
     prove(model)
@@ -173,6 +185,7 @@ def test_a_program_that_writes_other_scales_is_refused(monkeypatch: pytest.Monke
     assert "other logits" in str(hfopt.explain(other).by_module)
 
 
+@needs_programs
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads(name: str, dtype: torch.dtype) -> None:

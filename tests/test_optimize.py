@@ -24,7 +24,18 @@ from transformers import (
 
 import hfopt
 from hfopt.patches.replacement import Replacement
-from tests.generation_cases import FAMILIES, VOCABULARY, gptj, llama, one_thread, opt, prompts
+from tests.generation_cases import (
+    FAMILIES,
+    IS_WHOLE,
+    VOCABULARY,
+    gptj,
+    llama,
+    needs_programs,
+    one_thread,
+    opt,
+    opt_with_plain_norms,
+    prompts,
+)
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -75,7 +86,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "opt, gelu": lambda: opt(activation_function="gelu"),
     "opt, silu, no biases": lambda: opt(activation_function="silu", enable_bias=False),
     "opt, an activation that kernels lack": lambda: opt(activation_function="relu6"),
-    "opt, norms without weights": lambda: opt(layer_norm_elementwise_affine=False),
+    "opt, norms without weights": opt_with_plain_norms,
     "opt, eager": lambda: opt(attn_implementation="eager"),
 }
 
@@ -142,11 +153,12 @@ def caches(model: PreTrainedModel) -> Iterator[tuple[dict[str, Any], bool]]:
 def test_logits_are_the_same(name: str, attended: list[int]) -> None:
     model = MODELS[name]()
     stock = copy.deepcopy(model)
-    assert hfopt.optimize(model, strict=True) is model
+    assert hfopt.optimize(model, strict=IS_WHOLE) is model
     for arguments, is_ours in caches(model):
         attended.clear()
         found = logits(model, **copy.deepcopy(arguments))
-        assert len(attended) == (model.config.num_hidden_layers if is_ours else 0)
+        if IS_WHOLE:
+            assert len(attended) == (model.config.num_hidden_layers if is_ours else 0)
         torch.testing.assert_close(found, logits(stock, **arguments), rtol=1e-4, atol=1e-4)
 
 
@@ -161,7 +173,8 @@ def test_every_step_of_generate_is_the_same(name: str, attended: list[int]) -> N
     found = model.generate(**arguments)
     # the first step goes both ways, the others by the program
     n_calls = 2 if hfopt.explain(model).by_module is None else 12
-    assert len(attended) == n_calls * model.config.num_hidden_layers
+    if IS_WHOLE:
+        assert len(attended) == n_calls * model.config.num_hidden_layers
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=2e-4)
 
@@ -175,11 +188,12 @@ def test_bfloat16_is_as_close_to_float32_as_before(name: str) -> None:
         parameter.data = rounded.data.float()
     reference = logits(exact, use_cache=False)
     before = (logits(model, use_cache=False) - reference).square().mean().sqrt()
-    hfopt.optimize(model, strict=True)
+    hfopt.optimize(model, strict=IS_WHOLE)
     after = (logits(model, use_cache=False) - reference).square().mean().sqrt()
     assert 0 < after <= 1.5 * before
 
 
+@needs_programs
 @pytest.mark.parametrize("family", PER_LAYER)
 def test_report_counts_what_was_swapped(family: str) -> None:
     model: Any = opt(word_embed_proj_dim=64) if family == "opt" else FAMILIES[family]()
@@ -288,7 +302,7 @@ def test_a_second_optimize_takes_what_has_become_known() -> None:
     assert not isinstance(mlp, Replacement) and isinstance(mlp.down_proj, Replacement)
     expected = logits(model)
     mlp.up_proj = plain
-    hfopt.optimize(model, strict=True)
+    hfopt.optimize(model, strict=IS_WHOLE)
     assert isinstance(mlp, Replacement)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
@@ -298,7 +312,7 @@ def test_dtype_converts_the_weights_and_no_table(dtype: torch.dtype) -> None:
     other = torch.float32 if dtype is torch.bfloat16 else torch.bfloat16
     model = llama(tie_word_embeddings=True).to(other)
     frequencies = model.model.rotary_emb.inv_freq
-    hfopt.optimize(model, dtype=dtype, strict=True)
+    hfopt.optimize(model, dtype=dtype, strict=IS_WHOLE)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.model.rotary_emb.inv_freq is frequencies
@@ -430,7 +444,8 @@ def test_other_models_get_what_is_known_and_nothing_else(name: str, dtype: torch
     model = AutoModelForCausalLM.from_config(config).eval().to(dtype)
     stock = copy.deepcopy(model)
     counts = hfopt.optimize(model).hfopt.counts
-    assert {kind: counts.get(kind) for kind in expected} == expected
+    known = {kind: number for kind, number in expected.items() if IS_WHOLE or kind != "layer"}
+    assert {kind: counts.get(kind) for kind in known} == known
     assert ("attention" in counts) == ("attention" in expected) and ("norm" in counts) == ("norm" in expected)
     tolerance = 1e-4 if dtype is torch.float32 else 0.1
     for arguments in ({"use_cache": False}, {"past_key_values": hfopt.IndirectCache()}):
@@ -448,7 +463,7 @@ def test_models_that_do_not_generate_are_optimized_too() -> None:
     inputs = prompts()
     with torch.no_grad():
         expected = model(**inputs, use_cache=False).logits
-        hfopt.optimize(model, strict=True)
+        hfopt.optimize(model, strict=IS_WHOLE)
         torch.testing.assert_close(model(**inputs, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
     assert "generate" not in vars(model)
     block: Any = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).eval()

@@ -19,7 +19,16 @@ from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.patches.decoder import build
 from hfopt.patches.quantized import BUFFERS, QuantizedLinear, empty_linear, quantize_linear
 from hfopt.quantization import NF4, Format, InputStatistics, Int4, Int8, Packed, QuantizationConfig
-from tests.generation_cases import FAMILIES, Doubled, Model, assert_same, llama, one_thread, prompts
+from tests.generation_cases import (
+    FAMILIES,
+    Doubled,
+    Model,
+    assert_same,
+    llama,
+    needs_programs,
+    one_thread,
+    prompts,
+)
 from tests.reference import DTYPES
 from tests.step_cases import MODES as STEP_MODES
 from tests.step_cases import assert_program_is_the_modules, passes, prove
@@ -41,7 +50,7 @@ MODES: dict[str, dict[str, Any]] = {
     "beams": {"do_sample": False, "num_beams": 4},
     "beam sampling": {"do_sample": True, "num_beams": 2},
     "several of a prompt": {"do_sample": True, "num_return_sequences": 3},
-    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 2},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 2, "eos_token_id": 1},
 }
 
 
@@ -109,6 +118,7 @@ def test_every_mode_of_generate(family: str, mode: str) -> None:
     assert_same(ours, reference.generate(**arguments))
 
 
+@needs_programs
 @pytest.mark.parametrize("left", ["v_proj", "gate_proj", "down_proj"])
 def test_projections_of_several_kinds_go_one_after_the_other(left: str) -> None:
     stock = llama()
@@ -242,6 +252,7 @@ def test_an_order_that_has_changed_is_the_next_request_s(passes: list[int]) -> N
         build(model)
 
 
+@needs_programs
 def test_the_listing_counts_packed_bytes() -> None:
     model = hfopt.optimize(llama(), quantization=QuantizationConfig(Int4(group=32), head="body"))
     program = hfopt.explain(model).program

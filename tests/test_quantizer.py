@@ -20,14 +20,17 @@ from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
 from tests.generation_cases import FAMILIES, Model, llama
 from tests.test_load import change_weights
 
-# with transformers 4 they are refused
-pytest.importorskip("transformers.core_model_loading")
-
 CONFIGS = {
     "int8": QuantizationConfig(Int8()),
     "int4": QuantizationConfig(Int4(group=32, symmetric=False), head="body"),
     "nf4": QuantizationConfig(NF4(group=32, compute="float"), head=None, skip=("*.1.*",)),
 }
+
+
+def from_pretrained(*args: Any, **kwargs: Any) -> Model:
+    """transformers' own, which refuses quantised models before its fifth release."""
+    pytest.importorskip("transformers.core_model_loading")
+    return AutoModelForCausalLM.from_pretrained(*args, **kwargs)
 
 
 def same_tensors(one: Model, other: Model) -> bool:
@@ -54,12 +57,12 @@ def test_from_pretrained_quantises_as_optimize_does_and_reads_what_was_saved(
     model.save_pretrained(tmp_path / "float")
     config = HfoptConfig.of(CONFIGS[quantization])
     expected = hfopt.optimize(model, quantization=CONFIGS[quantization])
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    loaded = from_pretrained(tmp_path / "float", quantization_config=config)
     assert same_tensors(loaded, expected)
     assert formats(loaded) == formats(expected) != {}
 
     loaded.save_pretrained(tmp_path / "packed")
-    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    again = from_pretrained(tmp_path / "packed")
     assert same_tensors(again, expected)
     assert formats(again) == formats(expected)
     again.tie_weights()
@@ -73,13 +76,11 @@ def test_from_pretrained_quantises_as_optimize_does_and_reads_what_was_saved(
 def test_layers_that_a_format_does_not_fit(tmp_path, caplog):
     model = llama(intermediate_size=80)
     model.save_pretrained(tmp_path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=HfoptConfig(Int4(group=32))
-    )
+    loaded = from_pretrained(tmp_path, quantization_config=HfoptConfig(Int4(group=32)))
     assert "2 linear layers are not quantised, model.layers.0.mlp.down_proj among them" in caplog.text
     assert same_tensors(loaded, hfopt.optimize(model, quantization=Int4(group=32)))
     with pytest.raises(InvalidInput, match=r"Int4.* fits no layer"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HfoptConfig("int4"))
+        from_pretrained(tmp_path, quantization_config=HfoptConfig("int4"))
 
 
 def test_config_json_says_what_is_quantised(tmp_path):
@@ -100,7 +101,7 @@ def test_files_are_aligned_so_that_weights_stay_in_their_pages(tmp_path):
     hfopt.save(hfopt.optimize(llama(), quantization="int8"), tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert all(file.get_tensor(name).data_ptr() % 64 == 0 for name in file.keys())  # noqa: SIM118
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
     starts_and_ends = [
         [int(number, 16) for number in line.split()[0].split("-")]
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -118,7 +119,7 @@ def test_weights_that_files_hold_unaligned_are_copied(tmp_path):
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         name = "model.layers.0.mlp.up_proj.quantized_codes"
         assert file.get_tensor(name).data_ptr() % 64
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
     assert all(buffer.data_ptr() % 64 == 0 for _, buffer in loaded.model.layers.named_buffers())
 
 
@@ -133,10 +134,10 @@ def test_header_ends_on_a_boundary_whatever_the_names(tmp_path):
 
 def test_copies_and_pickles_can_be_saved(tmp_path):
     hfopt.save(hfopt.optimize(llama(), quantization="int8"), tmp_path / "model")
-    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    loaded = from_pretrained(tmp_path / "model")
     for number, twin in enumerate((copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded)))):
         twin.save_pretrained(tmp_path / str(number))
-        assert same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / str(number)), loaded)
+        assert same_tensors(from_pretrained(tmp_path / str(number)), loaded)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,11 +145,11 @@ def test_save_pretrained_of_what_optimize_quantised_and_restore_brought_back(tmp
     model = FAMILIES[family]()
     hfopt.optimize(model, quantization="int8", keep_original=True)
     model.save_pretrained(tmp_path / "packed")
-    assert same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), model)
+    assert same_tensors(from_pretrained(tmp_path / "packed"), model)
     hfopt.restore(model).save_pretrained(tmp_path / "float")
     assert not hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer")
     assert "quantization_config" not in json.loads((tmp_path / "float" / "config.json").read_text())
-    assert same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "float"), model)
+    assert same_tensors(from_pretrained(tmp_path / "float"), model)
 
 
 def test_a_model_without_quantised_layers_is_saved_as_ever(tmp_path):
@@ -172,7 +173,7 @@ def test_a_file_that_an_earlier_model_left_is_not_taken_for_this_one(tmp_path):
 @pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}])
 def test_device_map(tmp_path, device_map):
     llama().save_pretrained(tmp_path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded = from_pretrained(
         tmp_path, quantization_config=HfoptConfig(), device_map=device_map, dtype=torch.bfloat16
     )
     assert loaded.dtype == torch.bfloat16
@@ -183,9 +184,7 @@ def test_refusals(tmp_path):
     llama().save_pretrained(tmp_path)
     for device_map in ("cuda", {"model": "cpu", "lm_head": "disk"}):
         with pytest.raises(UnsupportedDevice, match="device_map"):
-            AutoModelForCausalLM.from_pretrained(
-                tmp_path, quantization_config=HfoptConfig(), device_map=device_map
-            )
+            from_pretrained(tmp_path, quantization_config=HfoptConfig(), device_map=device_map)
     with pytest.raises(InvalidInput, match="'int5' is not known"):
         HfoptConfig("int5")
     with pytest.raises(InvalidInput, match="no options"):
@@ -203,7 +202,7 @@ def test_weights_that_are_not_finite(tmp_path, name, value):
     llama().save_pretrained(tmp_path)
     change_weights(tmp_path, lambda tensors: tensors[name].view(-1)[1:2].fill_(value))
     with pytest.raises(CorruptCheckpoint, match=rf"tensor '{name}'.*(NaN or Inf|must be finite; row 0)"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HfoptConfig())
+        from_pretrained(tmp_path, quantization_config=HfoptConfig())
 
 
 def test_weights_of_another_size(tmp_path):
@@ -212,7 +211,7 @@ def test_weights_of_another_size(tmp_path):
         tmp_path, lambda tensors: tensors.update({UP + "weight": tensors[UP + "weight"][1:].clone()})
     )
     with pytest.raises(CorruptCheckpoint, match=rf"'{UP}weight': packed is 95 × 64"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HfoptConfig())
+        from_pretrained(tmp_path, quantization_config=HfoptConfig())
 
 
 @pytest.mark.parametrize(
@@ -232,7 +231,7 @@ def test_saved_folders_that_were_damaged(tmp_path, change, match):
     hfopt.save(hfopt.optimize(llama(), quantization=Int8(group=32)), tmp_path)
     change_weights(tmp_path, change)
     with pytest.raises(CorruptCheckpoint, match=match):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
@@ -243,10 +242,10 @@ def test_shards_that_are_cut_short_or_lost(tmp_path, is_packed):
     shard = max(tmp_path.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CorruptCheckpoint, match=f"{shard.name} is cut short or damaged"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+        from_pretrained(tmp_path, **options)
     shard.unlink()
     with pytest.raises(CorruptCheckpoint, match=f"{shard.name} is cut short or damaged .*No such file"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+        from_pretrained(tmp_path, **options)
 
 
 def test_header_alignment_is_that_of_the_widest_elements_first(tmp_path):

@@ -11,7 +11,18 @@ import hfopt
 from hfopt.cache import IndirectCache
 from hfopt.generation import PROGRAMS
 from hfopt.kernels.linear import ROW_LIMIT
-from tests.generation_cases import FAMILIES, VOCABULARY, Model, gptj, llama, one_thread, opt, prompts
+from tests.generation_cases import (
+    FAMILIES,
+    VOCABULARY,
+    Model,
+    gptj,
+    llama,
+    needs_programs,
+    one_thread,
+    opt,
+    opt_with_plain_norms,
+    prompts,
+)
 from tests.reference import DTYPES
 from tests.step_cases import (
     ALL_OUTPUTS,
@@ -46,7 +57,7 @@ VARIANTS: dict[str, Callable[[], Model]] = {
     "opt, pre-norm": lambda: with_biases(opt(do_layer_norm_before=True)),
     "opt, pre-norm, no projections": lambda: opt(do_layer_norm_before=True, word_embed_proj_dim=64),
     "opt, post-norm, no projections": lambda: opt(word_embed_proj_dim=64),
-    "opt, no biases": lambda: opt(enable_bias=False, layer_norm_elementwise_affine=False),
+    "opt, no biases": lambda: opt_with_plain_norms(enable_bias=False),
 }
 
 
@@ -189,6 +200,7 @@ def test_static_rotations(name: str, dtype: torch.dtype, passes: list[int]) -> N
     assert_program_is_the_modules(model, passes, max_new_tokens=51, do_sample=False)
 
 
+@needs_programs
 @pytest.mark.parametrize("name", MOVING)
 def test_rotations_that_depend_on_the_length(name: str, passes: list[int]) -> None:
     model = with_rope(MOVING[name])
@@ -324,6 +336,7 @@ def test_layers_in_another_order() -> None:
         assert torch.equal(generated(model, max_new_tokens=10, do_sample=False).sequences, expected)
 
 
+@needs_programs
 def test_the_first_step_goes_both_ways(passes: list[int]) -> None:
     model = optimized(llama())
     assert PROGRAMS in model.__dict__

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from . import models
 from .bench_cases import Workload, cases_of, filled_cache, has_positions
 from .bench_rows import ROWS, formats_of
 from .kernel_case import launches_of
+from .launches import launches
 from .measure import Case
 from .output import progress, say, show_table, write_json
 
@@ -180,24 +180,15 @@ def _tokens(model: Any, case: Case, kernel: _jit.Launch) -> list[tuple[float, fl
 
     Tokens of one launch share its time.
     """
-    launches: list[tuple[float, float, int]] = []
-    original = _jit.Launch.__call__
-
-    def timed(self: _jit.Launch, *args: Any) -> Any:
-        begin = time.perf_counter()
-        result = original(self, *args)
-        launches.append((begin, time.perf_counter(), result if self is kernel else 0))
-        return result
-
     given = {} if case.cache is None else {"past_key_values": case.cache()}
-    with mock.patch.object(_jit.Launch, "__call__", timed):
+    with launches() as found:
         model.generate(**case.inputs, **case.options, **given)
-    ends = [index for index, (_, _, n_steps) in enumerate(launches) if n_steps]
+    ends = [index for index, each in enumerate(found) if each.kernel is kernel and each.result]
     tokens: list[tuple[float, float]] = []
     for first, last in itertools.pairwise(ends):
-        seconds = launches[last][1] - launches[first][1]
-        inside = sum(end - begin for begin, end, _ in launches[first + 1 : last + 1])
-        n_steps = launches[last][2]
+        seconds = found[last].end - found[first].end
+        inside = sum(each.end - each.begin for each in found[first + 1 : last + 1])
+        n_steps = found[last].result
         tokens += [(seconds / n_steps, (seconds - inside) / n_steps)] * n_steps
     return tokens
 

@@ -10,10 +10,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +20,7 @@ import hfopt
 from hfopt import env
 
 from . import models, prompts
+from .launches import launches
 from .measure import in_new_process
 from .output import progress, say
 
@@ -109,25 +108,6 @@ def _timed_optimize(model: PreTrainedModel) -> tuple[float, int]:
     return time.perf_counter() - begin, env.resident_memory() - memory
 
 
-@contextmanager
-def _timed_program() -> Iterator[list[float]]:
-    """Seconds of every call of a model's program in the block; the first one compiles it, or loads it from the cache."""
-    from hfopt.kernels import _jit
-
-    seconds: list[float] = []
-    original = _jit.Launch.__call__
-
-    def timed(self: _jit.Launch, *args: Any) -> Any:
-        begin = time.perf_counter()
-        result = original(self, *args)
-        if self.__name__ == "run_step":  # type: ignore[attr-defined]
-            seconds.append(time.perf_counter() - begin)
-        return result
-
-    with mock.patch.object(_jit.Launch, "__call__", timed):
-        yield seconds
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
@@ -144,10 +124,12 @@ def main() -> None:
         figures["optimize"], figures["optimize_memory"] = _timed_optimize(model)
         hfopt.restore(model)
         figures["optimize_again"], figures["optimize_again_memory"] = _timed_optimize(model)
-    begin = time.perf_counter()
-    with _timed_program() as seconds:
+    with launches() as found:
+        begin = time.perf_counter()
         model.generate(**inputs, do_sample=False, max_new_tokens=args.new_tokens)
-    figures["generate"] = time.perf_counter() - begin
+        figures["generate"] = time.perf_counter() - begin
+    # the first call of the program compiles it, or loads it from the cache
+    seconds = [each.end - each.begin for each in found if each.kernel.__name__ == "run_step"]
     figures["program"] = seconds[0] - min(seconds) if seconds else 0.0
     say(json.dumps(figures))
 

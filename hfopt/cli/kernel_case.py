@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from hfopt import limits
-from hfopt.kernels import _jit
+
+from .launches import launches
 
 
 class Call(NamedTuple):
@@ -130,16 +130,9 @@ def again(function: Callable[[], object], count: int) -> Call:
 
 def launches_of(function: Callable[[], Any]) -> tuple[Any, list[partial]]:
     """What the function returns, and the launches of kernels on the way, which can be made again."""
-    found = []
-    original = _jit.Launch.__call__
-
-    def record(self: _jit.Launch, *args: Any) -> Any:
-        found.append(partial(self, *args))
-        return original(self, *args)
-
-    with mock.patch.object(_jit.Launch, "__call__", record):
+    with launches() as found:
         result = function()
-    return result, found
+    return result, [partial(each.kernel, *each.arguments) for each in found]
 
 
 def launched(function: Callable[[], object]) -> Callable[[], None]:

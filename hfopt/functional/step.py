@@ -108,9 +108,12 @@ class StepScratch:
 
 
 class Ends(NamedTuple):
-    """What becomes of rows that end: `pad` follows in those that are finished, bool [n_rows]; `tokens` end the others."""
+    """What becomes of rows that end: `pad` follows in those that are finished, bool [n_rows]; `tokens` end the others.
 
-    finished: np.ndarray
+    finished: None where no row is.
+    """
+
+    finished: np.ndarray | None
     pad: int
     tokens: np.ndarray  # int64
 
@@ -225,7 +228,8 @@ def _run(
 ) -> int:
     program, ids, first = scratch.program, scratch.ids, appended.first
     n_rows, n_steps = scratch.n_rows, max(len(chosen), 1)
-    finished, pad, end_tokens = ends or (scratch.none_finished, 0, _NO_ENDS)
+    known, pad, end_tokens = ends or (None, 0, _NO_ENDS)
+    finished = scratch.none_finished if known is None else known
     if finished.dtype != np.bool_ or finished.shape != (n_rows,):
         raise InvalidInput(f"finished is {finished.dtype} {finished.shape}: bool {(n_rows,)} is needed")
     if end_tokens.dtype != np.int64 or end_tokens.ndim != 1:

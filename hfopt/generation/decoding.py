@@ -148,8 +148,6 @@ class Decoding:
         n_steps = max(1, min(most, _MOST_STEPS, 2 * self._n_steps, int(_CALL_SECONDS / self._seconds)))
         choosing = self._choosing
         assert choosing is not None
-        if finished is None:
-            finished = np.zeros(len(tokens), np.bool_)
         begin = time.perf_counter()
         chosen = self._run(
             program, tokens, n_steps, self._functional.Ends(finished, choosing.pad, choosing.ends)

@@ -25,6 +25,10 @@ def share_prompts(
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, IndirectCache) or cache.copies == 1:
         return None
+    tokens = _tokens(kwargs)
+    if tokens is not None and len(tokens) == cache.n_rows:
+        cache.copies = 1  # `forward` was called past the hooks: every row has keys of its own
+        return None
     thinned = None
     if not (args or module.training or torch.compiler.is_compiling()):
         thinned = _one_row_per_prompt(kwargs, cache)
@@ -42,8 +46,7 @@ def unshare_prompts(module: nn.Module, args: tuple, kwargs: dict[str, Any], outp
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, IndirectCache) or cache.copies == 1:
         return None
-    tokens = kwargs.get("input_ids")
-    n_prompts = len(tokens if tokens is not None else kwargs["inputs_embeds"])
+    n_prompts = len(_tokens(kwargs))
     if not isinstance(output, dict):
         return _repeat(output, n_prompts, cache.copies)
     for name, value in output.items():
@@ -51,9 +54,13 @@ def unshare_prompts(module: nn.Module, args: tuple, kwargs: dict[str, Any], outp
     return output
 
 
-def _one_row_per_prompt(kwargs: dict[str, Any], cache: IndirectCache) -> dict[str, Any] | None:
+def _tokens(kwargs: dict[str, Any]) -> Any:
     tokens = kwargs.get("input_ids")
-    tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
+    return tokens if tokens is not None else kwargs.get("inputs_embeds")
+
+
+def _one_row_per_prompt(kwargs: dict[str, Any], cache: IndirectCache) -> dict[str, Any] | None:
+    tokens = _tokens(kwargs)
     if tokens is None or len(tokens) % cache.copies:
         return None
     if tokens.shape[1] == 1 and cache.get_seq_length() > 0:
