@@ -298,6 +298,21 @@ def test_a_sliding_window_keeps_its_cache(small: Model) -> None:
     assert type(result.past_key_values) is DynamicCache
 
 
+@torch.no_grad()
+def test_rows_read_past_the_hooks_keep_their_own_keys(small: Model) -> None:
+    """transformers 4 reads a prompt in chunks by `forward` itself."""
+    ids, mask = (given.repeat_interleave(3, 0) for given in prompts().values())
+    install(small)
+    results = []
+    for cache in (IndirectCache(small.config, copies=3), DynamicCache(config=small.config)):
+        small.forward(ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache)
+        more = [small(input_ids=ids[:, first:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+                for first, end in ((4, 8), (8, 9))]  # fmt: skip
+        results.append(torch.cat(more, 1))
+    uninstall(small)
+    assert_same(*results)
+
+
 def test_batches_and_beams(small: Model) -> None:
     for n_rows, num_beams, length in itertools.product((1, 5), (2, 7), (1, 13)):
         compare(small, **prompts(n_rows, length), max_new_tokens=16, num_beams=num_beams, eos_token_id=ENDS)
