@@ -71,8 +71,9 @@ def operate(pair: Pair, chance: random.Random, operation: str) -> None:
     elif operation == "select":
         chosen = [chance.randrange(-n_rows, n_rows) for _ in range(chance.randint(1, n_rows))]
         pair.both("batch_select_indices", torch.tensor(chosen))
-    elif operation == "crop" and length > 1:  # transformers 4 takes 0 for a length
-        pair.both("crop", -chance.randint(1, min(length - 1, 12)))
+    elif operation == "crop":
+        if length > 1:  # transformers 4 takes 0 for a length
+            pair.both("crop", -chance.randint(1, min(length - 1, 12)))
     elif operation == "reset":
         if chance.random() < 0.2:
             pair.reset()
