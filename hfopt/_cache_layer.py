@@ -298,7 +298,12 @@ class IndirectLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See `IndirectCache.update`."""
+        """See `IndirectCache.update`.
+
+        Each call dequantises all codes, in memory of several times their size: a step costs as much again as reading a cache
+        of floats. Only attention that is not ours calls it (modules that were not swapped, or hand over to their
+        class, as for `output_attentions`); a copy that stayed would take the memory that codes are there to save.
+        """
         # While autograd records, writing in place would change what it has saved.
         layout = None if torch.is_grad_enabled() else _layout(key_states, value_states)
         if self.trunk is not None:
