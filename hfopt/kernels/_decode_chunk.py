@@ -15,6 +15,7 @@ from ._decode_blocks import MOST_KEYS, list_blocks, rows_alike, stack_factors
 from ._decode_tile import (
     BLOCK,
     address_of,
+    largest_weight,
     load_key_factors,
     pack_digits,
     pack_query,
@@ -30,11 +31,13 @@ from ._decode_tile import (
 from ._parallel import body, inlined
 from ._pointer import (
     as_units,
+    bytes_at,
     floats_at,
     load,
     load_part,
     load_scalar,
     pointer_as,
+    prefetch,
     shifted,
     store,
     store_part,
@@ -42,11 +45,12 @@ from ._pointer import (
 )
 from ._simd import LANES
 from ._tile import stack_floats, units_ratio
-from ._vector import absolute, fma, lane, larger, maximum, splat
+from ._vector import absolute, fma, lane, larger, splat
 
 MAX, SUM, SEEN = range(3)  # behind the weighted values of a query and chunk
 _TILE = 4  # queries of a tile, if there are more than one
 TOGETHER = 8  # queries that are worked on together, in two tiles
+_LINE = 64  # bytes of a cache line
 _BLOCKS = 2  # blocks of long values, of which one pass takes some columns, and which the L1 cache holds
 _NOTHING = np.float32(-np.inf)
 _LARGEST = np.finfo(np.float32).max
@@ -86,20 +90,29 @@ class _Blocks(NamedTuple):
 
 
 @body
-def weigh_scores(scores, n_vectors, width, n, scale, factors, like, weights):
-    """weights = 2^(scale * scores - max) for n keys of a tile of queries; (maxima, sums), each in all lanes
-    of its query.
+def weigh_scores(scores, n_vectors, width, n, scale, factors, like, weights, next_line):
+    """weights = 2^(scale * scores - max) for n keys of a tile of queries; maxima, sums, and largest weights, each in all
+    lanes of its query.
 
     like: units of a weight; weights may be the scores. factors: see `attend_blocks`; keys' are applied to scores, and those
-    of values to the weights, after these are summed up.
+    of values to the weights, after these are summed up; largest weights are found of these. next_line: address of what is
+    read next, asked for here, as nothing else is read.
     """
+    ahead = bytes_at(next_line)
     top = splat(_NOTHING)
-    for v in range(n_vectors):
+    n_whole = n // width
+    for v in range(n_whole):
         value = load(scores, v * LANES) * splat(scale)
         if factors is not None:
             value = value * load_key_factors(factors, v * width, width)
-        if n - v * width < width:
-            value = where_keys(n - v * width, width, value, splat(_NOTHING))
+            prefetch(ahead, v * _LINE)
+        store(scores, v * LANES, value)
+        top = larger(value, top)
+    for v in range(n_whole, n_vectors):
+        value = load(scores, v * LANES) * splat(scale)
+        if factors is not None:
+            value = value * load_key_factors(factors, v * width, width)
+        value = where_keys(n - v * width, width, value, splat(_NOTHING))
         store(scores, v * LANES, value)
         top = larger(value, top)
     top = larger(top, partner(top, 1))
@@ -109,19 +122,21 @@ def weigh_scores(scores, n_vectors, width, n, scale, factors, like, weights):
         top = larger(top, partner(top, 8))
     # all scores may be -inf: these weights have to be 0 beside those of other chunks
     shift = where_up_to(top, splat(_NOTHING), splat(_ZERO), top)
-    total = splat(_ZERO)
+    total, largest = splat(_ZERO), splat(_ZERO)
     for v in range(n_vectors):
         value = weight_of(load(scores, v * LANES) - shift, like)
         total = total + value
         if factors is not None:
             value = value * load_key_factors(factors, MOST_KEYS + v * width, width)
+            largest = largest_weight(value, largest)
+            prefetch(ahead, (n_vectors + v) * _LINE)
         store(weights, v * LANES, value)
     total = total + partner(total, 1)
     total = total + partner(total, 2)
     if width > 4:
         total = total + partner(total, 4)
         total = total + partner(total, 8)
-    return top, total
+    return top, total, largest
 
 
 @body
@@ -142,19 +157,16 @@ def round_query(source, size, padded, out):
 
 
 @body
-def round_weights(weights, n_vectors, width, out):
+def round_weights(weights, largest, n_vectors, width, out):
     """out = weights / factors of a tile as 16-bit integers, in their order; the factors, each in all lanes of its query.
 
     So small that the sum of a chunk's products with codes does not overflow. NaN for weights that hold NaN.
     """
-    top = splat(_ZERO)
-    for v in range(n_vectors):
-        top = maximum(load(weights, v * LANES), top)
-    top = maximum(top, partner(top, 1))
-    top = maximum(top, partner(top, 2))
+    top = largest_weight(largest, partner(largest, 1))
+    top = largest_weight(top, partner(top, 2))
     if width > 4:
-        top = maximum(top, partner(top, 4))
-        top = maximum(top, partner(top, 8))
+        top = largest_weight(top, partner(top, 4))
+        top = largest_weight(top, partner(top, 8))
     # infinite for weights of 0, for which any number will do; the other way round for NaN
     scale = splat(_SHORT) / top
     scale = where_up_to(scale, splat(_LARGEST), scale, splat(_ZERO))
@@ -268,11 +280,13 @@ def attend_blocks(problem, blocks, factors, query, n_queries, room, partial, row
         is_rounded = False
         if factors is not None:
             is_rounded = takes_integers(room, like)
+        following = blocks.values[0] + blocks.to_next
+        scoring = n_vectors, width, n, problem.scale, factors, like_weights
         if is_rounded:
-            top, total = weigh_scores(here, n_vectors, width, n, problem.scale, factors, like_weights, here)
-            store(weight_factors, tile * LANES, round_weights(here, n_vectors, width, w))
+            top, total, largest = weigh_scores(here, *scoring, here, following)
+            store(weight_factors, tile * LANES, round_weights(here, largest, n_vectors, width, w))
         else:
-            top, total = weigh_scores(here, n_vectors, width, n, problem.scale, factors, like_weights, w)
+            top, total, _ = weigh_scores(here, *scoring, w, following)
         for i in range(min(n_queries - first, _TILE)):
             stats = shifted(partial, (first + i) * row + padded)
             store_scalar(stats, MAX, lane(top, i * width))

@@ -133,6 +133,18 @@ def load_key_factors(typingctx, factors, first, width):
     return _simd.float32x(factors, types.intp, types.intp), codegen
 
 
+@intrinsic
+def largest_weight(typingctx, a, b):
+    """Larger of each lane, of numbers that are not negative; NaN if either is."""
+
+    def codegen(context, builder, sig, args):
+        # in the order of their bits, NaN is the largest, with and without a sign
+        a, b = (builder.bitcast(x, I32X) for x in args)
+        return builder.bitcast(builder.select(builder.icmp_unsigned(">", a, b), a, b), F32X)
+
+    return _simd.float32x(_simd.float32x, _simd.float32x), codegen
+
+
 @intrinsic(prefer_literal=True)
 def pack_query(typingctx, source, steps, target, place, queries):
     """Query number `place` of a packed tile: segment s goes to lanes place * width ... of target[s, 16]."""
