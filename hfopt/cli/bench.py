@@ -7,6 +7,7 @@ import torch
 
 from hfopt import env, limits
 from hfopt.errors import InvalidInput
+from hfopt.functional.quantized import terms_of
 from hfopt.quantization import config_of
 
 from . import bench_growth, first_use, load_cost, models
@@ -193,6 +194,7 @@ def _measure(
 def _peak_rates(dtype: torch.dtype, quantization: str | None) -> tuple[float, float]:
     """Operations a second at most, in the arithmetic of the stock model's matrices and of the optimised one's."""
     stock = limits.MultiplyAdd(dtype).measure()
-    if quantization is None or config_of(quantization).body.compute == "float":
+    if quantization is None:
         return stock, stock
-    return stock, limits.MultiplyAdd(torch.int8).measure()
+    terms = terms_of(config_of(quantization).body.compute, dtype)
+    return stock, limits.MultiplyAdd(torch.int8).measure() / terms

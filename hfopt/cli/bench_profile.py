@@ -114,8 +114,8 @@ class ReadyStep:
         self.empty = self._part(0, 0)
 
     def _part(self, begin: int, end: int) -> partial:
-        like, held, code, quantized, dequantized, scalars, *rest = self._launch.args
-        tables = (code, quantized, dequantized, scalars)  # a row for each instruction
+        like, held, code, quantized, scalars, *rest = self._launch.args
+        tables = (code, quantized, scalars)  # a row for each instruction
         own = (None if table is None else table[begin:end] for table in tables)
         return partial(self.kernel, like, held, *own, *rest)
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from hfopt.functional import QuantizedMatrix, QuantizedWeights, quantized_linear
+from hfopt.functional.quantized import terms_of
 from hfopt.quantization import FORMATS, Format, Packed, config_of
 
 from .kernel_case import PEAK, STREAM, Call, Case, Sizes, Target, each, peak, random, rounds_up, stream
@@ -46,8 +47,9 @@ def _record(packed: Packed) -> QuantizedWeights:
     )
 
 
-def _peak(format: Format) -> dict[str, Call]:
-    return peak(torch.int8 if format.compute == "int8" else _DTYPE)
+def _operations(format: Format, shape: tuple[int, int], n_rows: int) -> int:
+    """Of products of 8-bit integers."""
+    return 2 * n_rows * shape[0] * shape[1] * terms_of(format.compute, _DTYPE)
 
 
 def _few_rows(sizes: Sizes, format: Format, shape: tuple[int, int]) -> dict[str, Call]:
@@ -56,20 +58,20 @@ def _few_rows(sizes: Sizes, format: Format, shape: tuple[int, int]) -> dict[str,
     calls = stream([record.tensors[0] for record in records])  # type: ignore[misc]
     for n_rows in _FEW_ROWS:
         run = each(partial(quantized_linear, random(_DTYPE, n_rows, shape[1])), records)
-        operations = 2 * n_rows * shape[0] * shape[1]
+        operations = _operations(format, shape, n_rows)
         calls[_title(format.compute, n_rows)] = Call(run, len(records), packed.nbytes, operations)
-    return calls | _peak(format)
+    return calls | peak(torch.int8)
 
 
 def _many_rows(format: Format, shape: tuple[int, int], n_rows: int) -> dict[str, Call]:
     packed = _packed(format, shape)
     record, weight = _record(packed), format.unpack(packed).to(_DTYPE)
     x = random(_DTYPE, n_rows, shape[1])
-    operations = 2 * n_rows * shape[0] * shape[1]
+    operations = _operations(format, shape, n_rows)
     return {
         "torch": Call(lambda: F.linear(x, weight), n_operations=operations),
         "hfopt": Call(lambda: quantized_linear(x, record), n_operations=operations),
-    } | _peak(format)
+    } | peak(torch.int8)
 
 
 def _targets(format: Format) -> Iterator[Target]:

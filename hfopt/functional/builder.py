@@ -21,7 +21,7 @@ from .writer import Slot
 Index = Literal["tokens", "positions"]
 
 _INDICES = {"tokens": kernels.TOKENS, "positions": kernels.POSITIONS}
-_LINEARS = frozenset({kernels.LINEAR, kernels.QUANTIZED_LINEAR, kernels.DEQUANTIZED_LINEAR})
+_LINEARS = frozenset({kernels.LINEAR, kernels.QUANTIZED_LINEAR})
 
 
 class Builder(LinearWriter):

@@ -13,19 +13,20 @@ from hfopt.kernels import step as kernels
 from .activation import CODES
 from .linear import LinearWeights, Weights, width_of
 from .mixed import MixedWeights
-from .quantized import QuantizedWeights
+from .quantized import QuantizedWeights, terms_of
 from .writer import NO_FORMAT, Slot, Writer
 
-_QUANTIZED = {"int8": kernels.QUANTIZED_LINEAR, "float": kernels.DEQUANTIZED_LINEAR}
 
-
-def _linear_of(weights: LinearWeights | QuantizedWeights) -> tuple[int, Sequence[int], str]:
+def _linear_of(
+    weights: LinearWeights | QuantizedWeights, dtype: torch.dtype
+) -> tuple[int, Sequence[int], str]:
     """(operation, row of formats, what to add to the shapes)."""
     if isinstance(weights, LinearWeights):
         return kernels.LINEAR, NO_FORMAT, ""
     levels = 0 if weights.levels is None else weights.levels.data_ptr()
-    format = (weights.scaling.ctypes.data, weights.bits, weights.group, levels)
-    return _QUANTIZED[weights.compute], format, f", {weights.bits} bits"
+    terms = terms_of(weights.compute, dtype)
+    format = (weights.scaling.ctypes.data, weights.bits, weights.group, levels, terms)
+    return kernels.QUANTIZED_LINEAR, format, f", {weights.bits} bits"
 
 
 class LinearWriter(Writer):
@@ -99,7 +100,7 @@ class LinearWriter(Writer):
         order = weights.order if isinstance(weights, QuantizedWeights) else None
         if order is not None:
             x = self._permute(x, order)
-        op, format, note = _linear_of(weights)
+        op, format, note = _linear_of(weights, self.dtype)
         self._kept.append(weights)
         columns = {
             kernels.OP: op,

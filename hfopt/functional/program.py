@@ -76,13 +76,8 @@ class Program(NamedTuple):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it has quantised layers that quantise their inputs too."""
+        """Whether it has quantised layers."""
         return kernels.QUANTIZED_LINEAR in self.linears
-
-    @property
-    def is_dequantized(self) -> bool:
-        """Whether it has quantised layers that do not."""
-        return kernels.DEQUANTIZED_LINEAR in self.linears
 
     @property
     def has_floats(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
-from hfopt.kernels.dequantized import dequantized_linear
+from hfopt.kernels.quantized import MOST_TERMS
 from hfopt.kernels.quantized import quantized_linear as quantized_kernel
 
 from .activation import CODES
@@ -25,7 +25,7 @@ from .linear import Fingerprint, prepare_call
 
 Compute = Literal["int8", "float"]
 
-_KERNELS = {"int8": quantized_kernel, "float": dequantized_linear}
+_COMPUTE = ("float", "int8")
 _ROWS = 16  # of a block
 _UNIT = 64  # bytes
 _ALIGNMENT = 64  # bytes
@@ -109,15 +109,16 @@ class QuantizedWeights:
             levels: 16 integers from -127 to 127 that 4-bit codes are indices into.
             compute: "int8": rows of x are quantised to 8 bits, with a scale for each group of at most 256 inputs
                 (absmax / 127), and products are summed as integers; a NaN or Inf in a row makes all of its results NaN.
-                "float": the weights are dequantised, to bfloat16 where x has that.
+                "float": what that leaves of x is quantised again, once where x is bfloat16 and twice where it is float32, up
+                to 254^-2 or 254^-3 of the largest input of a group.
 
         Raises:
             InvalidInput: unless all tensors are contiguous, in CPU memory, aligned to 64 bytes, of the shapes and dtypes of
                 `QuantizedMatrix`, with finite scales, all matrices with zero points or none and in one order; biases of one
                 dtype.
         """
-        if compute not in _KERNELS:
-            raise InvalidInput(f"compute is {compute!r}: one of {sorted(_KERNELS)} is allowed")
+        if compute not in _COMPUTE:
+            raise InvalidInput(f"compute is {compute!r}: one of {list(_COMPUTE)} is allowed")
         if not matrices or len(biases) != len(matrices):
             raise InvalidInput(
                 f"matrices and biases have {len(matrices)} and {len(biases)} entries: as many are needed"
@@ -240,6 +241,11 @@ def _shift_levels(levels: Sequence[int] | None, bits: int, with_zeros: bool) -> 
     return torch.tensor([level + 128 for level in levels], dtype=torch.uint8)
 
 
+def terms_of(compute: str, dtype: torch.dtype) -> int:
+    """Rows of 8-bit codes that a row of x is the sum of."""
+    return 1 if compute == "int8" else MOST_TERMS[dtype.itemsize]
+
+
 def quantized_linear(
     hidden_states: Tensor,
     weights: QuantizedWeights,
@@ -266,15 +272,15 @@ def quantized_linear(
         InvalidInput: for any other dtype, shape, layout, device or name.
     """
     compute = compute or weights.compute
-    if compute not in _KERNELS:
-        raise InvalidInput(f"compute is {compute!r}: one of {sorted(_KERNELS)} is allowed")
+    if compute not in _COMPUTE:
+        raise InvalidInput(f"compute is {compute!r}: one of {list(_COMPUTE)} is allowed")
     if weights.order is not None:
         hidden_states = hidden_states.index_select(-1, weights.order)
     x, out, addresses, n_rows = prepare_call(hidden_states, weights, activation, gated, residuals)
     if n_rows == 0:
         return out
     prepare_threads()
-    _KERNELS[compute](
+    quantized_kernel(
         ELEMENTS[x.dtype],
         address_of("hidden_states", x),
         n_rows,
@@ -284,6 +290,7 @@ def quantized_linear(
         weights.bits,
         weights.group,
         0 if weights.levels is None else weights.levels.data_ptr(),
+        terms_of(compute, x.dtype),
         gated,
         CODES[activation],
         addresses,

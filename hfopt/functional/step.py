@@ -243,7 +243,6 @@ def _run(
         scratch.held,
         program.code,
         program.formats if program.is_quantized else None,
-        program.formats if program.is_dequantized else None,
         program.scalars,
         n_rows,
         scratch.n_new,

@@ -2,6 +2,9 @@
 
     y = epilogue(row_scale * sum over groups of scale_x scale_w (sum of code_x (code_w - zero)) + b)
 
+What 8 bits leave of a row of x can be quantised again, as a second and a third *term* of the row: with enough of them
+nothing counts that is left, and only the weights are quantised. They are rows like any others until their results are added.
+
 The weights of a *block*, 16 output columns, follow each other in memory: codes uint8 [blocks, units, 64] (`_quantized_tile`
 says what a unit is), scales float16 [blocks, groups, 16], zero points uint8 [blocks, groups, 16], and scales of whole rows
 float32 [blocks, 16]. Inputs are padded to whole units and columns to whole blocks.
@@ -41,13 +44,15 @@ from ._quantized_tile import (
 )
 from ._simd import LANES
 from ._tile import stack_floats, to_cache_line
-from ._vector import splat, sum_lanes
+from ._vector import fma, splat, sum_lanes
 from .linear import WEIGHT, blocks_of, columns_of, count_blocks, field_of, finish
 
 SCALES, ZEROS, ROW_SCALES = range(3)
 _FIELDS = 3
 
 X_GROUP = 256  # inputs of x with a scale of their own, where the weights have no smaller groups
+# Terms that keep what x has, by the bytes of its elements: each has 8 bits more of the largest input of a group.
+MOST_TERMS = {2: 2, 4: 3}
 _PARALLEL_SIZE = 1 << 16  # elements of x, or products; below, more threads cost more than they save
 PART_ROWS = 264  # most rows of a part: what they have of x stays in the L2 cache; a literal below
 _CHUNK = 1024  # inputs that all tiles of a part meet before the next ones
@@ -72,12 +77,13 @@ class Quantized(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """x as `_quantize_row` leaves it, tile of rows by tile of rows."""
+    """x as `_quantize_row` leaves it, tile of rows by tile of rows; each row of x is `terms` rows there."""
 
     words: Any  # pointer to int32 [tile, words, rows of the tile]
     scales: Any  # pointer to float32 [tile, groups, rows of the tile]
     offsets: Any  # pointer to int32 like scales
     n_rows: Any  # of x
+    terms: Any
     n_packed: Any  # rows there
     n_words: Any  # of a row
     n_groups: Any
@@ -131,8 +137,10 @@ def tile_of(row, n_packed):
 
 
 @body
-def _x_group(group):
-    return group if 0 < group <= X_GROUP else X_GROUP
+def _x_group(group, terms):
+    """Inputs of x with a scale of their own; fewer where they must be as exact as float32."""
+    most = X_GROUP if terms < 3 else X_GROUP // 2
+    return group if 0 < group <= most else most
 
 
 @body
@@ -150,64 +158,78 @@ def zero_point(layer):
 
 
 @body
-def _quantize_row(row, x, size, zero, rows):
-    """One row of x as signed 8-bit codes, q = round(127 x / absmax), and a scale and an offset for each group.
+def _quantize_group(source, start, count, zero, rows, row, group, rest):
+    """A group of inputs as codes, a scale and an offset in a packed row: `count` values from source[start], zeros behind.
 
-    A group that is not finite has NaN as its scale, one that is zero has 0.
+    Writes what is left of the values, source - scale code, to rest (pointer to float32); returns how many there are.
     """
     room = words_of(stack_floats(64))
     first, n_together = tile_of(row, rows.n_packed)
     words = shifted(rows.words, first * rows.n_words + row - first)
-    place = first * rows.n_groups + row - first
-    source = shifted(x, row * size)
+    place = (first * rows.n_groups + row - first) + group * n_together
+    whole = count // LANES * LANES
+    largest = splat(0.0)
+    for k in range(0, whole, LANES):
+        largest = larger_size(load(source, start + k), largest)
+    if whole < count:
+        largest = larger_size(load_part(source, start + whole, count - whole), largest)
+    most = largest_size(largest)
+    scale = most * np.float32(1 / 127)
+    # the quotient of vectors: that of numbers may be taken by a reciprocal
+    inverse = splat(127.0) / splat(most)
+    if not most < np.float32(np.inf):
+        scale, count, whole = np.float32(np.nan), 0, 0
+    elif most < np.float32(1e-36):
+        scale, count, whole = np.float32(0), 0, 0
+    # the codes of a row alone are written where they belong, unless that would touch what is behind them
+    in_place = n_together == 1 and whole == count
+    first_word = group * rows.group // 4
+    codes = shifted(words, first_word) if in_place else room
+    total = splat(0.0)
+    for k in range(0, count, LANES):
+        value = load(source, start + k) if k < whole else load_part(source, start + k, count - k)
+        code = store_codes(codes, k, value * inverse)
+        total = total + code
+        if rows.terms > 1:
+            store(rest, k, fma(splat(-scale), code, value))
+    last = (count + 3) // 4
+    if not in_place:
+        for k in range(last):
+            words[(first_word + k) * n_together] = codes[k]
+    for k in range(first_word + last, min(first_word + rows.group // 4, rows.n_words)):
+        words[k * n_together] = 0
+    store_scalar(rows.scales, place, scale)
+    rows.offsets[place] = -np.int64(sum_lanes(total)) * zero
+    return count
+
+
+@body
+def _quantize_row(row, x, size, zero, rows):
+    """One row of x as signed 8-bit codes, q = round(127 x / absmax), and a scale and an offset for each group.
+
+    A group that is not finite has NaN as its scale, one that is zero has 0. The next term is what is left of the first one.
+    """
+    rest = stack_floats(256)
+    first = row * rows.terms
+    terms = min(rows.terms, rows.n_packed - first)
     for group in range(rows.n_groups):
         start = group * rows.group
         count = min(rows.group, size - start) if row < rows.n_rows else 0
-        whole = count // LANES * LANES
-        largest = splat(0.0)
-        for k in range(0, whole, LANES):
-            largest = larger_size(load(source, start + k), largest)
-        if whole < count:
-            largest = larger_size(load_part(source, start + whole, count - whole), largest)
-        most = largest_size(largest)
-        scale = most * np.float32(1 / 127)
-        # the quotient of vectors: that of numbers may be taken by a reciprocal
-        inverse = splat(127.0) / splat(most)
-        if not most < np.float32(np.inf):
-            scale, inverse, count, whole = np.float32(np.nan), splat(0.0), 0, 0
-        elif most < np.float32(1e-36):
-            scale, inverse, count, whole = np.float32(0), splat(0.0), 0, 0
-        # the codes of a row alone are written where they belong, unless that would touch what is behind them
-        in_place = n_together == 1 and whole == count
-        codes = shifted(words, start // 4) if in_place else room
-        total = splat(0.0)
-        for k in range(0, whole, LANES):
-            total = total + store_codes(codes, k, load(source, start + k) * inverse)
-        if whole < count:
-            total = total + store_codes(
-                codes, whole, load_part(source, start + whole, count - whole) * inverse
-            )
-        last = (count + 3) // 4
-        first_word = start // 4
-        if not in_place:
-            for k in range(last):
-                words[(first_word + k) * n_together] = codes[k]
-        for k in range(first_word + last, min(first_word + rows.group // 4, rows.n_words)):
-            words[k * n_together] = 0
-        store_scalar(rows.scales, place + group * n_together, scale)
-        rows.offsets[place + group * n_together] = -np.int64(sum_lanes(total)) * zero
+        count = _quantize_group(x, row * size + start, count, zero, rows, first, group, rest)
+        for term in range(1, terms):
+            count = _quantize_group(rest, 0, count, zero, rows, first + term, group, rest)
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
 @body
-def _shift(group):
+def _shift(group, x_group):
     """log2 of the groups of x in one of the weights; 62 where those have none."""
     if group == 0:
         return 62
     shift = 0
-    while group > X_GROUP << shift:
+    while group > x_group << shift:
         shift += 1
     return shift
 
@@ -334,7 +356,7 @@ def _operands(rows, layer, strip, ahead):
         steps,
         rows.group // per_unit,
         n_units,
-        _shift(layer.group),
+        _shift(layer.group, rows.group),
         ahead,
     )
 
@@ -362,8 +384,18 @@ def _clear(sums, count):
 
 
 @body
-def _finish_strip(layer, strip, sums, sum_step, first_row, n_rows):
-    """Epilogue of the columns of a strip."""
+def _sum_terms(sums, row, terms):
+    """The sum of a row of x, the least term first."""
+    last = (row + 1) * terms - 1
+    total = load(sums, last * LANES)
+    for term in range(1, terms):
+        total = total + load(sums, (last - term) * LANES)
+    return total
+
+
+@body
+def _finish_strip(layer, strip, sums, sum_step, first_row, n_rows, terms):
+    """Epilogue of the columns of a strip, in rows of x."""
     matrix = 1 if layer.gated else strip.matrix
     for panel in range(strip.count):
         first = (strip.block + panel) * LANES
@@ -373,7 +405,8 @@ def _finish_strip(layer, strip, sums, sum_step, first_row, n_rows):
         scale = load(floats_at(scaling_of(layer, matrix, ROW_SCALES)), first)
         gate_scale = load(floats_at(scaling_of(layer, 0, ROW_SCALES)), first) if layer.gated else scale
         for row in range(n_rows):
-            value, gate = load(values, row * LANES) * scale, load(gates, row * LANES) * gate_scale
+            value = _sum_terms(values, row, terms) * scale
+            gate = _sum_terms(gates, row, terms) * gate_scale if layer.gated else value
             finish(layer, columns, first_row + row, value, gate)
 
 
@@ -389,9 +422,9 @@ def _ask_for_rows(layer, strip):
 
 @body
 def _part_rows(n_packed):
-    """Rows of a part: whole tiles, and as many in each part."""
+    """Rows of a part: whole tiles, all terms of their rows, and as many in each part."""
     n_parts = (n_packed + PART_ROWS - 1) // PART_ROWS
-    return (n_packed + TILE_ROWS * n_parts - 1) // (TILE_ROWS * n_parts) * TILE_ROWS
+    return (n_packed + 12 * n_parts - 1) // (12 * n_parts) * 12
 
 
 @body
@@ -416,34 +449,41 @@ def _multiply_strip(index, rows, layer, work):
             to = shifted(sums, (row - first_row) * LANES), sum_step
             _multiply_tile(rows, row, n_together, layer, operands, (group, last), to)
             row += n_together
-    _finish_strip(layer, strip, sums, sum_step, first_row, min(last_row, rows.n_rows) - first_row)
+    first, count = first_row // rows.terms, n_rows // rows.terms
+    _finish_strip(layer, strip, sums, sum_step, first, min(count, rows.n_rows - first), rows.terms)
 
 
 @body
-def quantized_scratch(n_rows, size, group):
+def quantized_scratch(n_rows, size, group, terms):
     """float32 of scratch that `multiply_quantized` needs."""
-    x_group = _x_group(group)
-    return packed_rows(n_rows) * (_words(size) + 2 * ((size + x_group - 1) // x_group)) + LANES
+    x_group = _x_group(group, terms)
+    return packed_rows(n_rows * terms) * (_words(size) + 2 * ((size + x_group - 1) // x_group)) + LANES
 
 
 @body
-def multiply_quantized(x, n_rows, layer, scratch):
-    """layer.out = epilogue(x W^T + b) for n_rows rows at x; scratch: pointer to `quantized_scratch` float32."""
-    size, n_packed, group = layer.size, packed_rows(n_rows), _x_group(layer.group)
+def multiply_quantized(x, n_rows, layer, terms, scratch):
+    """layer.out = epilogue(x W^T + b) for n_rows rows at x, each the sum of so many rows of codes.
+
+    scratch: pointer to `quantized_scratch` float32.
+    """
+    n_terms, size, group = n_rows * terms, layer.size, _x_group(layer.group, terms)
+    n_packed = packed_rows(n_terms)
     words, n_groups = shifted(scratch, to_cache_line(scratch)), (size + group - 1) // group
     scales = shifted(words, n_packed * _words(size))
     offsets = shifted(scales, n_packed * n_groups)
-    rows = _Rows(words_of(words), scales, words_of(offsets), n_rows, n_packed, _words(size), n_groups, group)
-    threads = threads_for(n_packed, n_rows * size, _PARALLEL_SIZE)
-    parallel_for(_quantize_row, threads, n_packed, (x, size, zero_point(layer), rows))
+    offsets = words_of(offsets)
+    rows = _Rows(words_of(words), scales, offsets, n_rows, terms, n_packed, _words(size), n_groups, group)
+    n_packings = (n_packed + terms - 1) // terms
+    threads = threads_for(n_packings, n_terms * size, _PARALLEL_SIZE)
+    parallel_for(_quantize_row, threads, n_packings, (x, size, zero_point(layer), rows))
 
-    blocks, ahead = (FEW_BLOCKS, 1024) if n_rows <= 2 else (MORE_BLOCKS, 4096)  # measured
+    blocks, ahead = (FEW_BLOCKS, 1024) if n_terms <= 2 else (MORE_BLOCKS, 4096)  # measured
     n_strips = count_strips(layer, blocks)
     part_rows = _part_rows(n_packed)
     n_parts = (n_packed + part_rows - 1) // part_rows
     work = _Work(blocks, n_parts, part_rows, ahead)
     n_items = n_strips * n_parts
-    threads = threads_for(n_items, n_rows * size * n_strips * blocks, _PARALLEL_SIZE)
+    threads = threads_for(n_items, n_terms * size * n_strips * blocks, _PARALLEL_SIZE)
     parallel_for(_multiply_strip, threads, n_items, (rows, layer, work))
 
 
@@ -469,16 +509,16 @@ def open_layer(size, table, scaling, bits, group, levels, gated, code, residuals
 
 @launch
 def quantized_linear(
-    like, x, n_rows, size, table, scaling, bits, group, levels, gated, code, residuals, out, width
+    like, x, n_rows, size, table, scaling, bits, group, levels, terms, gated, code, residuals, out, width
 ):
     """out = epilogue(x W^T + b) for quantised matrices.
 
     Arguments as in `linear.linear_rows`, the table having addresses of codes, and: scaling int64 [matrices, 3], addresses of
     scales or 0, zero points or 0, scales of rows; bits 8 or 4; group: inputs with a scale in common, or 0; levels: address
-    of 16 bytes that 4-bit codes are indices into, or 0.
+    of 16 bytes that 4-bit codes are indices into, or 0; terms: rows of codes that a row of x is the sum of, 1, 2 or 3.
     """
     x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
     layer = open_layer(size, table, scaling, bits, group, levels, gated, code, residuals, out, width)
-    room = np.empty(quantized_scratch(n_rows, size, group), np.float32)
-    multiply_quantized(x, n_rows, layer, pointer(room))
+    room = np.empty(quantized_scratch(n_rows, size, group, terms), np.float32)
+    multiply_quantized(x, n_rows, layer, terms, pointer(room))
     room[0] = 0  # the last use of the scratch: it must live until here

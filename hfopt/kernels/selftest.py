@@ -12,7 +12,6 @@ from . import (
     attention,
     attention_prefill,
     cache_record,
-    dequantized,
     linear,
     linear_tiles,
     norm,
@@ -97,7 +96,7 @@ def _aligned(array: Array) -> Array:
     return copy
 
 
-def _quantized(dtype: type, kernel: Any, bits: int, n_rows: int) -> float:
+def _quantized(dtype: type, whole: bool, bits: int, n_rows: int) -> float:
     """Three blocks of codes with zero points, in groups of 32 inputs; `kernels.quantized` says how they lie."""
     n_columns, size, group, per_unit = 48, 96, 32, 32 // bits
     rng = np.random.default_rng(bits)
@@ -114,11 +113,12 @@ def _quantized(dtype: type, kernel: Any, bits: int, n_rows: int) -> float:
     table = np.array([[_address(parts[0]), 0, n_columns, 0]], np.int64)
     scaling = np.array([[_address(part) for part in parts[1:]]], np.int64)
     out: Array = np.zeros((n_rows, n_columns), dtype)
-    meaning = (table, scaling, bits, group, 0)
+    terms = quantized.MOST_TERMS[x.itemsize] if whole else 1
+    meaning = (table, scaling, bits, group, 0, terms)
     rest = (False, activation.NONE, np.zeros(0, np.int64), _address(out), n_columns)
-    kernel(np.empty(0, dtype), _address(x), n_rows, size, *meaning, *rest)
+    quantized.quantized_linear(np.empty(0, dtype), _address(x), n_rows, size, *meaning, *rest)
     exact = _exact(x)
-    if kernel is quantized.quantized_linear:
+    if not whole:
         groups = exact.reshape(n_rows, -1, group)
         step = np.abs(groups).max(-1, keepdims=True) / 127
         exact = (np.rint(groups / step) * step).reshape(n_rows, size)
@@ -243,12 +243,9 @@ _CASES: tuple[tuple[str, Case], ...] = (
     *(
         (
             f"{name}, {bits} bits, {n_rows} rows",
-            functools.partial(_quantized, kernel=kernel, bits=bits, n_rows=n_rows),
+            functools.partial(_quantized, whole=whole, bits=bits, n_rows=n_rows),
         )
-        for name, kernel in (
-            ("quantized_linear", quantized.quantized_linear),
-            ("dequantized_linear", dequantized.dequantized_linear),
-        )
+        for name, whole in (("quantized_linear", False), ("quantized_linear, whole inputs", True))
         for bits, n_rows in ((8, 3), (4, 20))
     ),
     *(

@@ -29,7 +29,6 @@ from ._tile import units_ratio
 from .attention import attend_rows
 from .attention_prefill import Seen, attend_tokens, most_scratch, plan_tokens
 from .cache_record import BRANCH, LENGTH, TRUNK
-from .dequantized import dequantized_scratch, multiply_dequantized
 from .linear import ROW_LIMIT, Linear, multiply_rows, rows_scratch
 from .linear_tiles import multiply_tiles, tiles_scratch
 from .norm import add_row, layer_norm, rms_norm
@@ -38,10 +37,10 @@ from .rope import rotate_and_store_rows
 from .sampling import argmax
 
 LOOK_UP, ADD_LOOKED_UP, RMS_NORM, LAYER_NORM, LINEAR, ROTATE_AND_STORE, ATTEND, TAKE_LAST = range(8)
-QUANTIZED_LINEAR, DEQUANTIZED_LINEAR, PERMUTE, MULTIPLY = range(8, 12)
+QUANTIZED_LINEAR, PERMUTE, MULTIPLY = range(8, 11)
 NAMES = (
     "look up", "add looked up", "rms_norm", "layer_norm", "linear", "rotate and store", "attend", "take last",
-    "quantized linear", "dequantized linear", "permute", "multiply",
+    "quantized linear", "permute", "multiply",
 )  # fmt: skip
 OP, IN, OUT, SIZE = range(4)
 TABLE, BY = 4, 5  # LOOK_UP (SIZE in bytes) and ADD_LOOKED_UP: number of the table, and TOKENS or POSITIONS
@@ -53,9 +52,9 @@ MATRICES, N_MATRICES, WIDTH, GATED, CODE, RESIDUALS = range(
 LAYER, N_HEADS = 4, 5  # ATTEND, whose float is the scale, and ROTATE_AND_STORE
 COS, SIN, N_ROTARY, KIND = range(6, 10)  # ROTATE_AND_STORE: slots of float32, and as in `rope`
 COLUMNS = 12
-# of quantised layers, in a table of their own with a row for each instruction: as in `quantized.Quantized`
-SCALING, BITS, GROUP, LEVELS = range(4)
-FORMAT_COLUMNS = 4
+# of quantised layers, in a table of their own with a row for each instruction: as in `quantized.quantized_linear`
+SCALING, BITS, GROUP, LEVELS, TERMS = range(5)
+FORMAT_COLUMNS = 5
 # TAKE_LAST (SIZE in bytes) puts the last token of each row where the first ones are; those behind it are of one token a row
 # MULTIPLY: OUT *= IN
 
@@ -129,9 +128,7 @@ def scratch_bytes(like, code, formats, n_rows, n_new, n_kv_heads, head_dim, thre
             else:
                 most = max(most, tiles_scratch(rows, n, code[i, SIZE], threads))
         elif code[i, OP] == QUANTIZED_LINEAR:
-            most = max(most, 4 * quantized_scratch(n, code[i, SIZE], formats[i, GROUP]))
-        elif code[i, OP] == DEQUANTIZED_LINEAR:
-            most = max(most, 4 * dequantized_scratch(rows, n, code[i, SIZE]))
+            most = max(most, 4 * quantized_scratch(n, code[i, SIZE], formats[i, GROUP], formats[i, TERMS]))
         elif code[i, OP] == ATTEND:
             heads = code[i, N_HEADS], n_kv_heads, head_dim
             if n_new == 1:
@@ -216,7 +213,7 @@ def _open_quantized(code, formats, i, residuals, n_residuals, out):
 
 
 @body
-def _walk(like, held, code, quantized, dequantized, scalars, step, cache, logits):
+def _walk(like, held, code, quantized, scalars, step, cache, logits):
     """Runs all instructions. Numba leaves out what is only for arguments that are not None."""
     rows, n_rows, n_new, arena, tables = pointer(like), step.n_rows, step.n_new, step.arena, step.tables
     part, last = (BRANCH, cache.branch_len) if step.in_branch else (TRUNK, cache.trunk_len)
@@ -248,12 +245,8 @@ def _walk(like, held, code, quantized, dequantized, scalars, step, cache, logits
             if quantized is not None:
                 n_residuals = _gather_residuals(code, i, arena, n_tokens, residuals)
                 packed = _open_quantized(code, quantized, i, residuals, n_residuals, address_as(out, rows))
-                multiply_quantized(address_as(x, rows), n, packed, floats_at(step.scratch))
-        elif op == DEQUANTIZED_LINEAR:
-            if dequantized is not None:
-                n_residuals = _gather_residuals(code, i, arena, n_tokens, residuals)
-                packed = _open_quantized(code, dequantized, i, residuals, n_residuals, address_as(out, rows))
-                multiply_dequantized(address_as(x, rows), n, packed, floats_at(step.scratch))
+                terms, room = quantized[i, TERMS], floats_at(step.scratch)
+                multiply_quantized(address_as(x, rows), n, packed, terms, room)
         elif op == RMS_NORM:
             _rms_norm(like, x, n, size, 0, code[i, WEIGHT], scalars[i], 0, out)
         elif op == LAYER_NORM:
@@ -320,7 +313,6 @@ def run_step(
     held,
     code,
     quantized,
-    dequantized,
     scalars,
     n_rows,
     n_new,
@@ -349,15 +341,15 @@ def run_step(
     Returns how many times, or -UNKNOWN_INDEX or -UNKNOWN_ROW if the first found that, nothing written.
 
     Like an array of the element type, float32 or bfloat16 bits, held one of that of the cache, the same, or int8 for codes,
-    for which code is compiled of its own; code int64 [n, COLUMNS], scalars float64 [n]; quantized,
-    dequantized: int64 [n, FORMAT_COLUMNS], or None without such layers: their code is only compiled for programs that have
-    some; address of the arena and of `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]; ids
-    int64 [2, n_rows n_new]: tokens, positions; records int64 [layers, `cache_record`]; lengths the first time, in_branch,
-    trunk_row and table as in `cache.Appended`; kind as in `attention_prefill`, of mask, uint8 [n_rows, n_new keys]: empty if
-    order alone hides keys; of one new token with the keys of the last time, or more; address of logits [n_rows, n_logits],
-    of the element type, those of the last tokens. chosen int64 [n_steps, n_rows]: their `sampling.argmax` each time, or no
-    rows if the logits are wanted; behind it `pad` in rows that are finished, bool [n_rows]. The last time is one that
-    chooses any of `ends`, int64 [n], for another row.
+    for which code is compiled of its own; code int64 [n, COLUMNS], scalars float64 [n]; quantized int64 [n, FORMAT_COLUMNS],
+    or None without such layers: their code is only compiled for programs that have some; address of the arena and of
+    `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]; ids int64 [2, n_rows n_new]: tokens,
+    positions; records int64 [layers, `cache_record`]; lengths the first time, in_branch, trunk_row and table as in
+    `cache.Appended`; kind as in `attention_prefill`, of mask, uint8 [n_rows, n_new keys]: empty if order alone hides keys;
+    of one new token with the keys of the last time, or more; address of logits [n_rows, n_logits], of the element type,
+    those of the last tokens. chosen int64 [n_steps, n_rows]: their `sampling.argmax` each time, or no rows if the logits are
+    wanted; behind it `pad` in rows that are finished, bool [n_rows]. The last time is one that chooses any of `ends`, int64
+    [n], for another row.
     """
     cached = pointer(held)
     hidden = address_of(pointer(mask)) if mask.size > 0 else 0
@@ -377,7 +369,7 @@ def run_step(
         wrong = _check(code, tables, ids, n_rows, cache, cached)
         if wrong != 0:
             return k if k > 0 else -wrong
-        _walk(like, cached, code, quantized, dequantized, scalars, step, cache, logits)
+        _walk(like, cached, code, quantized, scalars, step, cache, logits)
         if chosen.shape[0] > 0:
             _argmax(like, logits, n_rows, n_logits, address_of(pointer(chosen)) + 8 * n_rows * k)
             if not _follow(ids, chosen[k], finished, pad, ends):

@@ -41,8 +41,8 @@ class Format(ABC):
     """A weight format; see `Int8`, `Int4`, `NF4`.
 
     group: inputs that share a scale, or None for one scale per output row. compute: "int8" multiplies by inputs that
-    are quantised to 8 bits as well, for each row and group of at most 256 inputs; "float" multiplies dequantised
-    weights by the inputs as they are. Values outside of what is allowed raise InvalidInput.
+    are quantised to 8 bits as well, for each row and group of at most 256 inputs; "float" by inputs of 16 bits where they
+    are bfloat16, and of 24 where they are float32. Values outside of what is allowed raise InvalidInput.
     """
 
     name: ClassVar[str]
