@@ -1,14 +1,19 @@
 """Two caches that are given the same, and operations on both."""
 
 import copy
+import inspect
 import pickle
 import random
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 24
+# for whose mask sizes are asked: three new tokens, or with transformers 4 their positions
+_IS_BY_POSITION = "cache_position" in inspect.signature(DynamicLayer.get_mask_sizes).parameters
+ASKED: Any = torch.arange(3) if _IS_BY_POSITION else 3
 
 
 def random_states(
@@ -49,7 +54,7 @@ class Pair:
         assert len(self.ours) == len(self.theirs)
         for layer_idx, (mine, his) in enumerate(zip(self.ours.layers, self.theirs.layers, strict=True)):
             assert self.ours.get_seq_length(layer_idx) == self.theirs.get_seq_length(layer_idx)
-            assert self.ours.get_mask_sizes(3, layer_idx) == self.theirs.get_mask_sizes(3, layer_idx)
+            assert self.ours.get_mask_sizes(ASKED, layer_idx) == self.theirs.get_mask_sizes(ASKED, layer_idx)
             assert mine.is_initialized == his.is_initialized
             if his.keys is not None:
                 assert mine.dtype == his.dtype
