@@ -11,9 +11,11 @@ from numba.extending import intrinsic
 
 from ._attention_cache import key_of, scale_of
 from ._attention_pack import copy_row
-from ._decode_tile import BLOCK, address_of, seen_keys, set_address
+from ._decode_elements import BLOCK
+from ._decode_lanes import seen_keys, set_address
 from ._parallel import body, inlined
 from ._pointer import (
+    address_of,
     as_units,
     bytes_at,
     copy_codes,

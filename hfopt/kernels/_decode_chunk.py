@@ -12,24 +12,22 @@ from ._attention_cache import key_of
 from ._attention_pack import absmax, copy_row
 from ._attention_tile import weight_of, where_up_to
 from ._decode_blocks import MOST_KEYS, list_blocks, rows_alike, stack_factors
-from ._decode_tile import (
-    BLOCK,
-    address_of,
+from ._decode_elements import BLOCK, takes_integers
+from ._decode_lanes import (
     largest_weight,
     load_key_factors,
     pack_digits,
     pack_query,
     partner,
-    score_tile,
     stack_addresses,
     store_integers,
-    takes_integers,
-    tile_columns,
-    weigh_tile,
     where_keys,
 )
+from ._decode_scores import score_tile
+from ._decode_values import tile_columns, weigh_tile
 from ._parallel import body, inlined
 from ._pointer import (
+    address_of,
     as_units,
     bytes_at,
     floats_at,

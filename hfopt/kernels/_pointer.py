@@ -50,6 +50,16 @@ def pointer(typingctx, array):
 
 
 @intrinsic
+def address_of(typingctx, p):
+    """The address as a number."""
+
+    def codegen(context, builder, sig, args):
+        return builder.ptrtoint(args[0], INTP)
+
+    return types.int64(p), codegen
+
+
+@intrinsic
 def address_as(typingctx, address, like):
     """Integer address as a pointer of the type of `like`."""
 

@@ -17,11 +17,11 @@ from ._attention_cache import Cache, key_of, open_cache, valid_rows
 from ._attention_tile import weight_of
 from ._decode_chunk import MAX, SEEN, SUM, Item, attend_chunk
 from ._decode_plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_trunk_row
-from ._decode_tile import address_of
 from ._jit import launch
 from ._parallel import arrive, arrived, body, inlined, next_index, next_share, parallel_for, usable_threads
 from ._pointer import (
     address_as,
+    address_of,
     as_units,
     floats_at,
     integers_at,

@@ -32,11 +32,11 @@ from ._attention_softmax import (
     weigh_keys,
 )
 from ._attention_tile import where_bytes
-from ._decode_tile import address_of
 from ._jit import launch
 from ._parallel import body, next_index, parallel_for, threads_for, usable_threads
 from ._pointer import (
     address_as,
+    address_of,
     as_units,
     floats_at,
     integers_at,

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _tile
-from ._decode_tile import address_of
 from ._jit import launch
 from ._parallel import body, next_share, parallel_for, usable_threads
-from ._pointer import address_as, as_units, floats_at, integers_at, load, pointer, shifted
+from ._pointer import address_as, address_of, as_units, floats_at, integers_at, load, pointer, shifted
 from ._simd import LANES
 from .linear import SIZE, Linear, columns_of, count_blocks, field_of, find_block, finish, weight_rows
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from ._attention_cache import open_cache, valid_rows
 from ._decode_plan import layout_of
-from ._decode_tile import address_of
 from ._jit import launch
 from ._parallel import body, parallel_for, threads_for
 from ._pointer import (
     address_as,
+    address_of,
     bytes_at,
     floats_at,
     integers_at,
