@@ -24,6 +24,7 @@ from ._pointer import (
     shifted,
     store_part,
 )
+from ._quantized_strip import Quantized
 from ._simd import LANES
 from ._tile import units_ratio
 from .attention import attend_rows
@@ -32,7 +33,7 @@ from .cache_record import BRANCH, LENGTH, TRUNK
 from .linear import ROW_LIMIT, Linear, multiply_rows, rows_scratch
 from .linear_tiles import multiply_tiles, tiles_scratch
 from .norm import add_row, layer_norm, rms_norm
-from .quantized import Quantized, multiply_quantized, quantized_scratch
+from .quantized import multiply_quantized, quantized_scratch
 from .rope import rotate_and_store_rows
 from .sampling import argmax
 
