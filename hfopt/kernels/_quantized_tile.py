@@ -119,7 +119,6 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
     tiles = [(j, i) for j in range(together) for i in range(n_rows)]
     # a chain of sums waits for itself: few rows need several
     n_chains = max(1, 4 // (len(tiles) * parts))
-    asks = n_rows <= 8
 
     def emit(first_block, builder, args):
         x, scales_x, offsets, *args = args
@@ -167,12 +166,11 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
             place = builder.mul(unit, _constant(UNIT))
             words = builder.mul(unit, _constant(parts * n_rows))
             units = [_load_at(builder, each, place, I32X) for each in codes_at]
-            if asks:
-                later = builder.add(place, ahead)
-                behind = builder.icmp_signed(">=", later, end)
-                later = builder.add(later, builder.select(behind, jump, none))
-                for each in codes_at:
-                    _prefetch_at(builder, each, later)
+            later = builder.add(place, ahead)
+            behind = builder.icmp_signed(">=", later, end)
+            later = builder.add(later, builder.select(behind, jump, none))
+            for each in codes_at:
+                _prefetch_at(builder, each, later)
             codes = [_unpack(builder, each, kind_, table) for each in units]
             for part in range(parts):
                 for i in range(n_rows):
@@ -201,8 +199,7 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
                     values = []
                     for each in zeros_at:
                         values.append(_load_bytes(builder, each, of_w))
-                        if asks:
-                            _prefetch_at(builder, each, builder.add(of_w, others[5]))
+                        _prefetch_at(builder, each, builder.add(of_w, others[5]))
                     for (j, i), slot in zip(tiles, slots[0], strict=True):
                         builder.store(builder.mul(offset_of(i), values[j]), slot)
                 with constant:
@@ -244,9 +241,8 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
             with builder.if_else(has_scales) as (grouped, by_row):
                 with grouped:
                     offset = builder.shl(of_w, _constant(1))
-                    if asks:
-                        for each in scales_at:
-                            _prefetch_at(builder, each, builder.add(offset, others[2]))
+                    for each in scales_at:
+                        _prefetch_at(builder, each, builder.add(offset, others[2]))
                     add_scaled([_load_halves(builder, each, offset) for each in scales_at])
                 with by_row:
                     add_scaled(None)
