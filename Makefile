@@ -31,7 +31,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
 slow: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
