@@ -80,8 +80,7 @@ class HfoptConfig(QuantizationConfigMixin):
 
         Raises InvalidInput for a format that fits no layer.
         """
-        linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-        self.quantization.warn_of_unused(linears)
+        self.quantization.warn_of_unused(model)
         head, decoder = model.get_output_embeddings(), set(model.base_model.modules())
         formats: dict[str, Format] = {}
         left: dict[str, str] = {}

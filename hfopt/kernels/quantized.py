@@ -40,6 +40,7 @@ from ._vector import splat
 MOST_TERMS = {2: 2, 4: 3}
 _PARALLEL_SIZE = 1 << 16  # elements of x, or products; below, more threads cost more than they save
 PART_ROWS = 264  # most rows of a part: what they have of x stays in the L2 cache; a literal below
+_WHOLE = 12  # rows that are whole tiles of every target, and whole rows of x with 1, 2 or 3 terms
 _CHUNK = 1024  # inputs that all tiles of a part meet before the next ones
 
 
@@ -62,7 +63,7 @@ def _clear(sums, count):
 def _part_rows(n_packed):
     """Rows of a part: whole tiles, all terms of their rows, and as many in each part."""
     n_parts = (n_packed + PART_ROWS - 1) // PART_ROWS
-    return (n_packed + 12 * n_parts - 1) // (12 * n_parts) * 12
+    return (n_packed + _WHOLE * n_parts - 1) // (_WHOLE * n_parts) * _WHOLE
 
 
 @body

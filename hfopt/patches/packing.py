@@ -39,9 +39,7 @@ class Packing:
 
     def __init__(self, model: nn.Module, config: QuantizationConfig) -> None:
         self.left: dict[str, str] = {}
-        config.warn_of_unused(
-            [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-        )
+        config.warn_of_unused(model)
         self._model = model
         self._planned: dict[str, tuple[Any, Format]] = {}
         self._misfits: dict[str, tuple[Format, str]] = {}

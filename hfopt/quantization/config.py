@@ -1,10 +1,12 @@
 """Which Linears of a model are quantised, and how."""
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
+
+from torch import nn
 
 from hfopt.errors import InvalidInput
 from hfopt.quantization.format import Format, from_dict, resolve
@@ -48,8 +50,9 @@ class QuantizationConfig:
             return self.body
         return "head is None" if self.head is None else self.head
 
-    def warn_of_unused(self, paths: Collection[str]) -> None:
-        """Logs the patterns of `skip` that name none of these Linears, which are all that a model has."""
+    def warn_of_unused(self, model: nn.Module) -> None:
+        """Logs the patterns of `skip` that name none of a model's Linears."""
+        paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         for pattern in self.skip:
             if not any(fnmatchcase(path, pattern) for path in paths):
                 logger.warning("skip: %r names no linear layer of the model", pattern)
