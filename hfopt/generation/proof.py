@@ -158,7 +158,7 @@ def _outcome(case: Case, call: Any) -> Any:
         raise
     except Exception as error:  # noqa: BLE001  (what it raises is the outcome)
         return error
-    return result, torch.rand(1)
+    return result, {"the next random number": torch.rand(1)}
 
 
 def difference(stock: Any, ours: Any, what: str = "the result") -> str | None:

@@ -78,14 +78,16 @@ def sorts_samples() -> bool:
 
 @functools.cache
 def names_read(function: Callable[..., Any]) -> frozenset[str]:
-    """Names of globals and attributes in a function's own code, without what decorators put around it."""
+    """Names of globals and attributes in a function's code, and in that of its decorators."""
     return frozenset(name for code in _codes(function) for name in code.co_names)
 
 
 def _codes(function: Callable[..., Any]) -> Iterator[types.CodeType]:
-    while (inner := getattr(function, "__wrapped__", None)) is not None:
-        function = inner
-    todo = [function.__code__] if isinstance(function, types.FunctionType) else []
+    todo = []
+    layer: Any = function
+    while layer is not None:
+        todo += [layer.__code__] if isinstance(layer, types.FunctionType) else []
+        layer = getattr(layer, "__wrapped__", None)
     while todo:
         code = todo.pop()
         yield code
