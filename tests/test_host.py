@@ -14,8 +14,10 @@ from packaging.requirements import Requirement
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, LlamaForCausalLM, OPTForCausalLM
 
+import hfopt
 from hfopt import host
 from hfopt.host import release
+from tests.generation_cases import llama, prompts
 
 ROOT = Path(__file__).parents[1]
 # names that releases of transformers have, or had, for the cache
@@ -97,6 +99,30 @@ def double(self: Any, states, one: Cache | None = None, other: Cache | None = No
 )
 def test_the_cache_among_arguments(forward: Any, name: str | None) -> None:
     assert host.cache_argument(forward) == name
+
+
+@pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_a_user_may_go_on_with_an_old_name_where_transformers_takes_it(name: str) -> None:
+    ids = prompts(1)["input_ids"]
+    outcomes: list[Any] = []
+    for model in (llama(), hfopt.optimize(llama())):
+        for num_beams in (1, 3):
+            given: dict[str, Any] = {name: DynamicCache()}
+            try:
+                outcomes.append(
+                    model.generate(ids, max_new_tokens=5, do_sample=False, num_beams=num_beams, **given)
+                )
+            except ValueError as error:
+                outcomes.append(str(error))
+        cache = DynamicCache()
+        with torch.no_grad():
+            output = model(ids, use_cache=True, **{name: cache})
+        outcomes.append((cache.get_seq_length(), host.cache_in(output.values()) is cache))
+    for theirs, ours in zip(outcomes[:3], outcomes[3:], strict=True):
+        assert torch.equal(theirs, ours) if isinstance(theirs, Tensor) else theirs == ours
+    if name == host.REQUEST_CACHE:
+        assert isinstance(outcomes[0], Tensor) and outcomes[2] == (9, True)
 
 
 # ---- roles -------------------------------------------------------------------------------------------------
