@@ -13,7 +13,7 @@ import ctypes
 import re
 from pathlib import Path
 
-import llvmlite.binding as llvm
+from ._compiler import add_symbol
 
 PARALLEL, TEAM, LIMIT = "hfopt_omp_parallel", "hfopt_omp_team", "hfopt_omp_limit"
 
@@ -47,7 +47,7 @@ def _register() -> str | None:
         except (OSError, AttributeError):
             continue
         for name, address in addresses.items():
-            llvm.add_symbol(name, address)
+            add_symbol(name, address)
         return path
     return None
 
