@@ -7,7 +7,7 @@
     ├── CacheFull (MemoryError)     the keys and values of a request do not fit into memory
     ├── CorruptCheckpoint           a checkpoint folder that cannot be read
     ├── ForkedProcess               a kernel was called in a child of `fork`, where its threads do not exist
-    └── KernelError                 a kernel could not be compiled or run on this machine
+    └── KernelError                 the kernels cannot be compiled or run on this machine
 
 Messages name the argument, the value that was given and what is allowed.
 """
@@ -42,4 +42,9 @@ class ForkedProcess(HfoptError, RuntimeError):
 
 
 class KernelError(HfoptError, RuntimeError):
-    """A kernel could not be compiled or run on this machine."""
+    """A kernel could not be compiled or run on this machine.
+
+    All of them are refused, at `optimize` or the first other use, where Numba is another release than those that they are
+    written for (the message names both): they reach into its compiler, which changes. `import hfopt` works there, and
+    `hfopt doctor` says the same.
+    """

@@ -1,13 +1,141 @@
-"""Numba: which files know its insides."""
+"""Numba: what a machine with another release is told, and which files know its insides."""
 
 import ast
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hfopt import _numba
+
 ROOT = Path(__file__).parents[1]
+
+# ---- another release --------------------------------------------------------------------------------------------------
+
+_PROGRAM = """
+import contextlib, io, json, sys
+import hfopt
+from hfopt.cli import main
+from transformers import LlamaConfig, LlamaForCausalLM
+
+model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                     num_attention_heads=2, num_key_value_heads=2))
+classes = [type(module) for module in model.modules()]
+
+def error_of(work):
+    try:
+        work()
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+def functional():
+    import hfopt.functional
+
+def command(name):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([name])
+    return [code, out.getvalue(), err.getvalue()]
+
+print(json.dumps({
+    "optimize": error_of(lambda: hfopt.optimize(model)),
+    "again": error_of(lambda: hfopt.optimize(model)),
+    "explain": error_of(lambda: hfopt.explain(model)),
+    "functional": error_of(functional),
+    "doctor": command("doctor"),
+    "warmup": command("warmup"),
+    "untouched": classes == [type(module) for module in model.modules()],
+    "numba": "numba" in sys.modules,
+}))
+"""
+
+
+def _with_numba(folder: Path, version: str, source: str) -> dict[str, Any]:
+    """What hfopt does in a process whose Numba is of this version and consists of this source."""
+    information = folder / f"numba-{version}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: numba\nVersion: {version}\n")
+    (folder / "numba.py").write_text(source)
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _check(found: dict[str, Any], *words: str) -> None:
+    """Each way to the kernels raises a KernelError with these words, and doctor gives them as advice."""
+    for work in ("optimize", "again", "explain", "functional"):
+        name, message = found[work]
+        assert name == "KernelError"
+        assert all(word in message for word in words)
+    code, output, errors = found["doctor"]
+    assert code == 1 and errors == ""
+    (advice,) = [line for line in output.splitlines() if line.startswith("- ") and "numba" in line]
+    assert all(word in advice for word in words)
+    assert "Cores" in output and "Versions" in output
+    code, _, errors = found["warmup"]
+    assert code == 2 and "\n" not in errors.strip() and all(word in errors for word in words)
+    assert found["untouched"]
+
+
+def test_another_release_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    found = _with_numba(tmp_path, "0.70.1", "raise SystemError('_internal')")
+    _check(found, "numba 0.70.1 is installed", f"numba{_numba.RANGE}", "pip install")
+    assert not found["numba"]
+
+
+def test_a_release_that_does_not_load_is_a_clear_error(tmp_path: Path) -> None:
+    found = _with_numba(
+        tmp_path,
+        metadata.version("numba"),
+        "raise ImportError('Numba needs NumPy 2.4 or less. Got NumPy 2.9.')",
+    )
+    _check(found, "numba, which compiles the kernels, cannot be loaded", "needs NumPy 2.4 or less")
+
+
+def _obstacle_of(version: str) -> str | None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "version", lambda name: version)
+        return _numba.obstacle()
+
+
+@pytest.mark.parametrize("version", ["0.68.0", "0.68.12", "0.68.2.dev0", "0.68.1+local"])
+def test_releases_in_the_range(version: str) -> None:
+    assert _obstacle_of(version) is None
+
+
+@pytest.mark.parametrize("version", ["0.61.2", "0.67.1", "0.68.0rc1", "0.69.0rc1", "0.69.0", "1.0"])
+def test_releases_out_of_the_range(version: str) -> None:
+    obstacle = _obstacle_of(version)
+    assert obstacle is not None and f"numba {version} is installed" in obstacle and _numba.RANGE in obstacle
+
+
+def test_no_numba_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    obstacle = _numba.obstacle()
+    assert obstacle is not None and "numba is not installed" in obstacle and _numba.RANGE in obstacle
+
+
+def test_the_range_is_that_of_the_package() -> None:
+    assert f'"numba{_numba.RANGE}"' in (ROOT / "pyproject.toml").read_text()
+
+
+# ---- insides ----------------------------------------------------------------------------------------------------------
 
 KERNELS = ROOT / "hfopt" / "kernels"  # nothing else imports Numba: see test_imports
 INSIDERS = {"_compiler.py", "_kernel_cache.py"}
