@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import numba
 
-from ..errors import ForkedProcess, KernelError
-from . import _compiler, _openmp
+from ..errors import KernelError
+from . import _compiler, _fork, _openmp
 from ._kernel_cache import cache_folder, keep
 
 logger = logging.getLogger(__name__)
@@ -39,23 +39,20 @@ _compiler.tell_compilations(_tell_listeners)
 
 # ---- threads ----------------------------------------------------------------------------------------------------------
 
-_ran = False
-_forked = False
 _workqueue_lock = threading.RLock()
 _layer: str | None = "torch's OpenMP" if _openmp.RUNTIME else None
 _threads = threading.local()
 
 
-def _mark_forked() -> None:
-    # the workers of OpenMP stay behind in the parent, and a team waits for them for ever; other layers start anew
-    global _forked
-    _forked = _ran and _layer in ("omp", "torch's OpenMP")
+def _start_anew() -> None:
+    global _workqueue_lock
+    _workqueue_lock = threading.RLock()  # another thread of the parent may have held the old one
     for kernel in _launches.values():
         kernel.run = kernel.run_first
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_mark_forked)
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def threading_layer() -> str | None:
@@ -79,6 +76,7 @@ class Launch:
         self._dispatcher = numba.njit(**OPTIONS)(py_func)
         # a decode step has hundreds of calls: what the first one has settled is not asked again
         self.run: Callable = self.run_first
+        self._is_ready = False
         _launches[py_func] = self
         functools.update_wrapper(self, py_func)
 
@@ -103,15 +101,14 @@ class Launch:
             ) from error
 
     def run_first(self, *args):
-        """The first call in a process."""
-        global _ran
-        if _forked:
-            raise ForkedProcess(
-                "This process was forked after hfopt had run kernels, so the kernels' threads do not exist here. "
-                "Start workers with the 'spawn' method, or fork before the first call of hfopt.optimize."
-            )
-        _ran = True
-        self._enable_cache()
+        """The first call in a process; every call in one that is cut off from threads of its pool."""
+        if not self._is_ready:
+            self._enable_cache()
+            self._is_ready = True
+        if _fork.is_cut_off():
+            _fork.check_threads()
+            return self._dispatcher(*args)
+        _fork.note_run()
         self.run = self._dispatcher if _openmp.RUNTIME else self._run_alone
         return self.run(*args)
 

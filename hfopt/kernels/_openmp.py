@@ -12,6 +12,7 @@ The entry points are those of GNU libgomp, which the OpenMP libraries of LLVM an
 import ctypes
 import re
 from pathlib import Path
+from typing import Any
 
 from ._compiler import add_symbol
 
@@ -35,8 +36,8 @@ def _loaded_runtimes() -> list[str]:
     return sorted(paths, key=lambda path: ("/torch/" not in path, path))
 
 
-def _register() -> str | None:
-    """Makes the entry points known to compiled code; the path of the runtime, or None if there is none."""
+def _register() -> tuple[str, ctypes.CDLL] | tuple[None, None]:
+    """Makes the entry points known to compiled code; the path of the runtime and the runtime, if there is one."""
     for path in _loaded_runtimes():
         try:
             library = ctypes.CDLL(path)
@@ -48,8 +49,25 @@ def _register() -> str | None:
             continue
         for name, address in addresses.items():
             add_symbol(name, address)
-        return path
-    return None
+        return path, library
+    return None, None
 
 
-RUNTIME = _register()
+_library: Any
+RUNTIME, _library = _register()
+
+
+def max_threads() -> int:
+    """Threads of the next team of the calling thread."""
+    return _library.omp_get_max_threads()
+
+
+def sees_forks() -> bool:
+    """Whether the runtime starts anew in a child of `fork` by itself, as LLVM's and Intel's do."""
+    return hasattr(_library, "__kmpc_fork_call")
+
+
+def release_threads() -> bool:
+    """End the idle threads of the calling thread's pool; its next team gets new ones. Whether that could be done."""
+    hard = 2  # omp_pause_hard
+    return hasattr(_library, "omp_pause_resource_all") and _library.omp_pause_resource_all(hard) == 0
