@@ -13,6 +13,7 @@ from importlib import metadata
 import torch
 
 from hfopt import _linux
+from hfopt.errors import KernelError
 
 _OPENMP = re.compile(r"/lib(?:gomp|iomp5|omp)[^/]*\.so[^/]*$")
 
@@ -145,6 +146,15 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def kernel_obstacle() -> str | None:
+    """Why no kernel can be loaded here, such as another release of Numba, and what helps; None if they can."""
+    try:
+        import hfopt.kernels  # noqa: F401
+    except KernelError as error:
+        return str(error)
+    return None
 
 
 def cache_folder() -> tuple[str | None, str]:

@@ -6,8 +6,8 @@
     ├── InvalidInput (ValueError)   an argument of the caller is outside what is allowed
     ├── CacheFull (MemoryError)     the keys and values of a request do not fit into memory
     ├── CorruptCheckpoint           a checkpoint folder that cannot be read
-    ├── ForkedProcess               a kernel was called in a child of `fork`, where its threads do not exist
-    ├── KernelError                 a kernel could not be compiled or run on this machine
+    ├── ForkedProcess               a kernel needs threads that do not exist in a child of `fork`
+    ├── KernelError                 the kernels cannot be compiled or run on this machine
     └── HostError                   the installed transformers did what hfopt is not built for, in the middle of a request
 
 Messages name the argument, the value that was given and what is allowed.
@@ -39,11 +39,20 @@ class CorruptCheckpoint(HfoptError):
 
 
 class ForkedProcess(HfoptError, RuntimeError):
-    """A kernel was called in a forked child, where the threads of its pool do not exist."""
+    """A kernel needed threads that a forked child lacks, and its OpenMP runtime cannot start new ones.
+
+    With one thread kernels run there as well, and the message says what else helps. It takes a libgomp from before GCC 9,
+    or a server that forks without telling Python first; otherwise children have threads of their own.
+    """
 
 
 class KernelError(HfoptError, RuntimeError):
-    """A kernel could not be compiled or run on this machine."""
+    """A kernel could not be compiled or run on this machine.
+
+    All of them are refused, at `optimize` or the first other use, where Numba is another release than those that they are
+    written for (the message names both): they reach into its compiler, which changes. `import hfopt` works there, and
+    `hfopt doctor` says the same.
+    """
 
 
 class HostError(HfoptError, RuntimeError):

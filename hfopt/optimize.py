@@ -60,8 +60,8 @@ def optimize(
             tensors). Longer ones than 512 tokens are cut into pieces.
 
     Without `quantization` no weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
-    Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory) and UnsupportedModel; no class has
-    changed then.
+    Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory), UnsupportedModel and KernelError (another Numba
+    than the kernels are written for); no class has changed then.
     """
     memory = env.resident_memory()
     with _collections_paused():

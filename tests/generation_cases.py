@@ -16,6 +16,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from hfopt import host
+
 VOCABULARY = 211
 Model: TypeAlias = Any  # transformers leaves the methods of GenerationMixin untyped
 
@@ -29,6 +31,15 @@ class Doubled(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return 2 * self.inner(hidden_states)
+
+
+# Name of the cache among the arguments of `generate` and of these models
+CACHE: str = str(host.REQUEST_CACHE)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in the output of a model, or of `generate`."""
+    return host.cache_in(output.values())
 
 
 # Our loops of `generate`, decoder layers and programs are built on what transformers 5 has

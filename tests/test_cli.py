@@ -530,15 +530,14 @@ def test_doctor_tests_the_kernels_and_names_the_machine(capsys: pytest.CaptureFi
 def test_doctor_says_what_a_launch_costs_and_how_threads_wait(
     settings: dict[str, str],
     words: str,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    doctor._show_machine(bandwidth=5e10, launch=1.44e-6, rested_launch=84.4e-6)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Thread pool")]
+    rows = dict(doctor._kernels(bandwidth=5e10, launch=1.44e-6, rested_launch=84.4e-6))
+    line = rows["Thread pool"]
     assert "1.4 µs" in line
     assert "after a rest 84 µs" in line
     assert words in line

@@ -188,13 +188,14 @@ class Copying(LlamaForCausalLM):
     times = 1
 
     @functools.wraps(LlamaForCausalLM.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         output = super().forward(*args, **kwargs)
         name, cache = host.cache_given(output) or ("", None)
         self.times -= 1
         if cache is not None and self.times == 0:
             other = DynamicCache()
-            for index, layer in enumerate(cache.layers):
+            layers: Any = cache.layers
+            for index, layer in enumerate(layers):
                 other.update(layer.keys, layer.values, index)
             output[name] = other
         return output

@@ -1,4 +1,4 @@
-"""The folder of compiled kernels, and kernels in forked processes."""
+"""The folder of compiled kernels."""
 
 import json
 import os
@@ -104,24 +104,3 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 def test_off() -> None:
     run = _run("off")
     assert run["right"] and run["folder"] is None and run["compiled"] == ["rms_norm"]
-
-
-_FORK = """
-import os, sys, torch
-from hfopt import errors, functional
-x, weight = torch.randn(2, 64), torch.rand(64)
-functional.rms_norm(x, weight, 1e-5)
-child = os.fork()
-if child == 0:
-    try:
-        functional.rms_norm(x, weight, 1e-5)
-    except errors.ForkedProcess as error:
-        os._exit(7 if "spawn" in str(error) else 8)
-    os._exit(9)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-def test_a_forked_child_gets_a_clear_error() -> None:
-    done = subprocess.run([sys.executable, "-c", _FORK], cwd=Path(__file__).parents[1], timeout=120)
-    assert done.returncode == 7

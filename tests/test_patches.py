@@ -101,14 +101,14 @@ def test_an_exchanged_activation_is_noticed() -> None:
 
 class SoftCapped(LlamaAttention):
     @functools.wraps(LlamaAttention.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, **kwargs):  # type: ignore[override]
         output, weights = super().forward(*args, **kwargs)
         return 2.0 * torch.tanh(output / 2.0), weights
 
 
 class ScaledQuery(LlamaAttention):
     @functools.wraps(LlamaAttention.forward)
-    def forward(self, *args, position_embeddings, **kwargs):
+    def forward(self, *args, position_embeddings, **kwargs):  # type: ignore[override]
         cos, sin = position_embeddings
         return super().forward(*args, position_embeddings=(cos * 1.01, sin), **kwargs)
 
@@ -132,7 +132,7 @@ class OtherEps(LlamaRMSNorm):
 
 class Scaled(LlamaDecoderLayer):
     @functools.wraps(LlamaDecoderLayer.forward)
-    def forward(self, hidden_states, **kwargs):
+    def forward(self, hidden_states, **kwargs):  # type: ignore[override]
         attended = self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
         hidden_states = hidden_states + 0.9 * attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -173,7 +173,7 @@ def test_small_differences_are_seen_in_float32(kind: type[nn.Module], path: str)
 
 def test_a_forward_with_other_arguments_is_kept() -> None:
     class Renamed(LlamaAttention):
-        def forward(self, hidden_states, position_embeddings, mask=None, kept: Cache | None = None, **kwargs):  # type: ignore[override]
+        def forward(self, hidden_states, position_embeddings, mask=None, kept: Cache | None = None, **kwargs):
             return super().forward(hidden_states, position_embeddings, mask, kept)
 
     model = llama()

@@ -7,7 +7,6 @@ import torch
 
 from hfopt import env, limits
 from hfopt.errors import InvalidInput
-from hfopt.functional.quantized import terms_of
 from hfopt.quantization import config_of
 
 from . import bench_growth, first_use, load_cost, models
@@ -196,5 +195,7 @@ def _peak_rates(dtype: torch.dtype, quantization: str | None) -> tuple[float, fl
     stock = limits.MultiplyAdd(dtype).measure()
     if quantization is None:
         return stock, stock
+    from hfopt.functional.quantized import terms_of  # here, because it loads Numba
+
     terms = terms_of(config_of(quantization).body.compute, dtype)
     return stock, limits.MultiplyAdd(torch.int8).measure() / terms

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from packaging.version import Version
 
@@ -10,8 +10,7 @@ from hfopt import env, generation, host, limits
 
 from .output import progress, say, show_table
 
-# 0.63 mended cached callers of parallel functions
-_OLDEST = {"numba": "0.66", "transformers": host.OLDEST}
+_OLDEST = {"transformers": host.OLDEST}
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -21,7 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; 1 if a kernel fails its self-test."""
+    """Run the command; 1 if the kernels cannot be loaded, or one fails its self-test."""
+    obstacle = env.kernel_obstacle()
+    if obstacle is not None:
+        _show(_machine())
+        _give([obstacle, *_advice(os.getloadavg()[0])])
+        return 1
     # here, because these load Numba, which no other command needs at once
     from hfopt.functional import choice
     from hfopt.kernels import selftest
@@ -32,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     with progress("Measuring the memory bandwidth and the thread pool"):
         bandwidth = limits.BandwidthMeter().measure()
         pool = limits.launch_cost()
-    _show_machine(bandwidth, *pool)
+    _show([*_machine(), *_kernels(bandwidth, *pool)])
     show_table(
         ["kernel", "result", "detail"],
         [[name, "ok" if passed else "FAILED", detail] for name, passed, detail in results],
@@ -52,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             for mode in generation.MODES
         ],
     )
-    advice = list(_advice(load))
+    advice = [*_advice(load), *_kernel_advice()]
     if refused:
         advice.append(
             f"{generation.in_words(refused)} Tokens are right, and slower: a newer hfopt may know this release."
@@ -64,30 +68,44 @@ def run(args: argparse.Namespace) -> int:
             "NUMBA_CPU_NAME=generic compiles portable ones."
         )
     say("")
-    for line in advice or ["No problem found."]:
-        say(f"- {line}")
+    _give(advice)
     return 1 if failed else 0
 
 
-def _show_machine(bandwidth: float, launch: float, rested_launch: float) -> None:
+def _give(advice: Sequence[str]) -> None:
+    for line in advice or ["No problem found."]:
+        say(f"- {line}")
+
+
+def _machine() -> list[list[str]]:
+    """What is known without the kernels."""
     cores = env.usable_cores()
-    folder, state = env.cache_folder()
-    rows = [
-        ["CPU", f"{env.cpu_model()} (kernels for {env.target_cpu()})"],
-        ["CPU path", env.cpu_path()],
-        ["Features", _known_features()],
+    return [
+        ["CPU", env.cpu_model()],
         ["Cores", f"{cores.usable}: {cores.reason}"],
         ["Threads", str(env.threads())],
+        ["OpenMP runtimes", "\n".join(env.openmp_copies()) or "none"],
+        ["Versions", ", ".join(f"{name} {version}" for name, version in env.versions().items())],
+    ]
+
+
+def _kernels(bandwidth: float, launch: float, rested_launch: float) -> list[list[str]]:
+    folder, state = env.cache_folder()
+    return [
+        ["Kernels for", env.target_cpu()],
+        ["CPU path", env.cpu_path()],
+        ["Features", _known_features()],
         ["Threading layer", env.threading_layer()],
         [
             "Thread pool",
             f"an empty launch takes {launch * 1e6:.1f} µs, after a rest {rested_launch * 1e6:.0f} µs; {_waiting()}",
         ],
-        ["OpenMP runtimes", "\n".join(env.openmp_copies()) or "none"],
         ["Kernel cache", f"{folder or 'none'}: {state}"],
         ["Memory bandwidth", f"{bandwidth / 1e9:.1f} GB/s"],
-        ["Versions", ", ".join(f"{name} {version}" for name, version in env.versions().items())],
     ]
+
+
+def _show(rows: list[list[str]]) -> None:
     for name, value in rows:
         say(f"{name:<18}" + value.replace("\n", "\n" + " " * 18))
     say("")
@@ -118,19 +136,22 @@ def _advice(load: float) -> Iterator[str]:
             f"Other work keeps the cores busy (load {load:.1f}), and spinning threads then cost much: "
             "stop it, or set OMP_WAIT_POLICY=PASSIVE."
         )
-    if env.threading_layer() == "workqueue":
-        yield "Numba found no OpenMP, and its own thread pool is slow: install libgomp (with gcc), or tbb."
     if len(env.openmp_copies()) > 1 and "OMP_WAIT_POLICY" not in os.environ and threads > 1:
         yield (
             "torch and numba have an OpenMP runtime each; that is usual and harmless on quiet machines. "
             "If steps take unevenly long, set OMP_WAIT_POLICY=PASSIVE."
         )
+    for package, oldest in _OLDEST.items():
+        version = env.versions()[package]
+        if version != "not installed" and Version(version) < Version(oldest):
+            yield f"{package} {version} is older than {oldest}, the oldest that works: upgrade it."
+
+
+def _kernel_advice() -> Iterator[str]:
+    if env.threading_layer() == "workqueue":
+        yield "Numba found no OpenMP, and its own thread pool is slow: install libgomp (with gcc), or tbb."
     folder, state = env.cache_folder()
     if folder is None:
         yield f"Every process compiles all kernels ({state}): set HFOPT_CACHE_DIR to a folder of your own."
     if env.cpu_path() == "portable":
         yield "No AVX2 or AVX-512: kernels run in their portable form, which may be no faster than torch."
-    for package, oldest in _OLDEST.items():
-        version = env.versions()[package]
-        if version != "not installed" and Version(version) < Version(oldest):
-            yield f"{package} {version} is older than {oldest}, the oldest that works: upgrade it."

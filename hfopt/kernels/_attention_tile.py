@@ -2,10 +2,9 @@
 
 import llvmlite.ir as ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import _simd
+from . import _compiler, _simd
 from ._simd import F32X, I32, I32X, LANES
 from ._tile import _accumulators, _add_into, _constant, _is_pairs, _literal_ints, _outlined
 
@@ -39,7 +38,7 @@ def multiply_tile(typingctx, a, a_row, a_step, b, size, out, n_rows, n_vectors, 
         vector = I32X if pairs else F32X
         sums = _accumulators(builder, rows * vectors)
         a_rows = [builder.gep(a, [builder.mul(a_row, _constant(i))]) for i in range(rows)]
-        with cgutils.for_range(builder, size) as loop:
+        with _compiler.for_range(builder, size) as loop:
             b_row = builder.gep(b, [builder.mul(loop.index, _constant(vectors * LANES))])
             b_values = [
                 _simd.emit_load(builder, b_row, _constant(c * LANES), vector, 4) for c in range(vectors)

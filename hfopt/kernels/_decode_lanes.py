@@ -2,10 +2,9 @@
 
 import llvmlite.ir as ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import _simd
+from . import _compiler, _simd
 from ._pointer import INTEGERS
 from ._simd import F32, F32X, I8, I16, I32, I32X, LANES
 from ._tile import _INTP, _constant, _literal_ints, _stack_block
@@ -84,7 +83,7 @@ def load_key_factors(typingctx, factors, first, width):
         spread = ir.Constant(ir.VectorType(I32, LANES), [k % 4 for k in range(LANES)])
         few = _simd.emit_load(builder, factors, first, ir.VectorType(F32, 4), 4)
         few = builder.shuffle_vector(few, few, spread)
-        result = cgutils.alloca_once_value(builder, few)
+        result = _compiler.alloca_once_value(builder, few)
         with builder.if_then(builder.icmp_signed("==", width, _constant(LANES))):
             builder.store(_simd.emit_load(builder, factors, first, F32X, 4), result)
         return builder.load(result)
@@ -115,7 +114,7 @@ def pack_query(typingctx, source, steps, target, place, queries):
         source = builder.bitcast(source, I32.as_pointer())
         target = builder.bitcast(target, I32.as_pointer())
         first = builder.mul(place, _constant(segment.count))
-        with cgutils.for_range(builder, steps) as loop:
+        with _compiler.for_range(builder, steps) as loop:
             here = builder.mul(loop.index, _constant(segment.count))
             value = _simd.emit_load(builder, source, here, segment, 2)
             there = builder.add(builder.mul(loop.index, _constant(LANES)), first)
@@ -136,7 +135,7 @@ def pack_digits(typingctx, source, steps, target, place):
         source, steps, target, place = args
         target = builder.bitcast(target, I8.as_pointer())
         first = builder.mul(place, _constant(LANES))
-        with cgutils.for_range(builder, builder.lshr(steps, _constant(1))) as loop:
+        with _compiler.for_range(builder, builder.lshr(steps, _constant(1))) as loop:
             value = _simd.emit_load(builder, source, builder.mul(loop.index, _constant(LANES)), channels, 2)
             upper = builder.lshr(value, ir.Constant(channels, [8] * LANES))
             for digit, at in ((upper, 0), (value, 4 * LANES)):

@@ -2,10 +2,9 @@
 
 import llvmlite.ir as ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import _simd
+from . import _compiler, _simd
 from ._decode_elements import BLOCK, _add_product, _emit_ahead, _emit_block, _emit_codes, _kind
 from ._decode_lanes import address_list
 from ._integer_dot import emit_dot_bytes
@@ -32,8 +31,8 @@ def _load_digits(builder, q, tile, n_turns, turn):
 
 def _emit_bias(builder, q, tile, n_turns):
     """Slot of the sums of upper digits times -128, which takes back that codes are made unsigned by adding 128."""
-    slot = cgutils.alloca_once_value(builder, ir.Constant(I32X, None))
-    with cgutils.for_range(builder, n_turns) as loop:
+    slot = _compiler.alloca_once_value(builder, ir.Constant(I32X, None))
+    with _compiler.for_range(builder, n_turns) as loop:
         high, _ = _load_digits(builder, q, tile, n_turns, loop.index)
         builder.store(emit_dot_bytes(builder, builder.load(slot), _SIGNS, high), slot)
     builder.store(builder.sub(ir.Constant(I32X, None), builder.load(slot)), slot)
@@ -87,7 +86,7 @@ def score_tile(
                 _emit_ahead(builder, part, builder.mul(place, _constant(of_line)), ahead)
 
         def add_digits(part, rows):
-            with cgutils.for_range(builder, n_turns) as loop:
+            with _compiler.for_range(builder, n_turns) as loop:
                 q_values = [_load_digits(builder, q, t, n_turns, loop.index) for t in range(tiles)]
                 ask(part, loop.index, together // 4, 64)
                 place = builder.mul(loop.index, _constant(LANES))
@@ -107,7 +106,7 @@ def score_tile(
         def add_elements(part, rows):
             segment = ir.VectorType(unit, width)
             spread = ir.Constant(ir.VectorType(I32, LANES), [k % width for k in range(LANES)])
-            with cgutils.for_range(builder, steps) as loop:
+            with _compiler.for_range(builder, steps) as loop:
                 q_values = [load_query(t, loop.index) for t in range(tiles)]
                 ask(part, loop.index, together * width // LANES, LANES)
                 place = builder.mul(loop.index, _constant(width))
@@ -119,7 +118,7 @@ def score_tile(
 
         def add_codes(part, rows):
             # as many segments at a time as a vector of units has
-            with cgutils.for_range(builder, builder.udiv(steps, _constant(queries))) as loop:
+            with _compiler.for_range(builder, builder.udiv(steps, _constant(queries))) as loop:
                 first = builder.mul(loop.index, _constant(queries))
                 places = [builder.add(first, _constant(s)) for s in range(queries)]
                 q_values = [[load_query(t, place) for place in places] for t in range(tiles)]
@@ -134,9 +133,9 @@ def score_tile(
                         for t in range(tiles):
                             _add_product(builder, slots[t * together + j], q_values[t][s], value)
 
-        with cgutils.for_range(builder, n_blocks) as blocks:
+        with _compiler.for_range(builder, n_blocks) as blocks:
             block = _emit_block(builder, keys, blocks.index, I8 if codes else unit)
-            with cgutils.for_range(builder, _constant(BLOCK // together)) as parts:
+            with _compiler.for_range(builder, _constant(BLOCK // together)) as parts:
                 first = builder.mul(parts.index, _constant(together))
                 part = builder.gep(block, [builder.mul(first, stride)])
                 rows = [builder.gep(part, [builder.mul(stride, _constant(j))]) for j in range(together)]

@@ -4,10 +4,9 @@ import functools
 
 import llvmlite.ir as ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import _simd
+from . import _compiler, _simd
 from ._decode_elements import BLOCK, _add_product, _emit_ahead, _emit_block, _emit_codes, _kind
 from ._decode_lanes import address_list
 from ._pointer import _is_codes
@@ -133,9 +132,9 @@ def weigh_tile(
                 for c, value in enumerate(columns):
                     _add_product(builder, slots[first_slot + c], weight, value)
 
-        with cgutils.for_range(builder, n_blocks) as blocks:
+        with _compiler.for_range(builder, n_blocks) as blocks:
             block = _emit_block(builder, values, blocks.index, I8 if codes else unit)
-            with cgutils.for_range(builder, _constant(BLOCK // 4)) as fours:
+            with _compiler.for_range(builder, _constant(BLOCK // 4)) as fours:
                 first = builder.mul(fours.index, _constant(4))
                 # 4 keys of the group of `width` to which they belong
                 within = builder.and_(first, _constant(width - 1))

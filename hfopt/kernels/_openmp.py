@@ -12,8 +12,9 @@ The entry points are those of GNU libgomp, which the OpenMP libraries of LLVM an
 import ctypes
 import re
 from pathlib import Path
+from typing import Any
 
-import llvmlite.binding as llvm
+from ._compiler import add_symbol
 
 PARALLEL, TEAM, LIMIT = "hfopt_omp_parallel", "hfopt_omp_team", "hfopt_omp_limit"
 
@@ -35,8 +36,8 @@ def _loaded_runtimes() -> list[str]:
     return sorted(paths, key=lambda path: ("/torch/" not in path, path))
 
 
-def _register() -> str | None:
-    """Makes the entry points known to compiled code; the path of the runtime, or None if there is none."""
+def _register() -> tuple[str, ctypes.CDLL] | tuple[None, None]:
+    """Makes the entry points known to compiled code; the path of the runtime and the runtime, if there is one."""
     for path in _loaded_runtimes():
         try:
             library = ctypes.CDLL(path)
@@ -47,9 +48,26 @@ def _register() -> str | None:
         except (OSError, AttributeError):
             continue
         for name, address in addresses.items():
-            llvm.add_symbol(name, address)
-        return path
-    return None
+            add_symbol(name, address)
+        return path, library
+    return None, None
 
 
-RUNTIME = _register()
+_library: Any
+RUNTIME, _library = _register()
+
+
+def max_threads() -> int:
+    """Threads of the next team of the calling thread."""
+    return _library.omp_get_max_threads()
+
+
+def sees_forks() -> bool:
+    """Whether the runtime starts anew in a child of `fork` by itself, as LLVM's and Intel's do."""
+    return hasattr(_library, "__kmpc_fork_call")
+
+
+def release_threads() -> bool:
+    """End the idle threads of the calling thread's pool; its next team gets new ones. Whether that could be done."""
+    hard = 2  # omp_pause_hard
+    return hasattr(_library, "omp_pause_resource_all") and _library.omp_pause_resource_all(hard) == 0

@@ -9,76 +9,25 @@ those of `_openmp`, or of Numba's threading layer without it.
 from collections.abc import Callable
 
 import llvmlite.ir as ir
-import numba
 from numba import types
-from numba.core import cgutils
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
-from . import _jit, _openmp
+from . import _compiler, _jit, _openmp
+from ._compiler import emit_call
 
 _INTP = ir.IntType(64)
 _I32 = ir.IntType(32)
 _BYTES = ir.IntType(8).as_pointer()
 
 
-class _NoEnvironment:
-    """Stands for the code generator where Numba would tell machine code the address of its environment."""
-
-    @staticmethod
-    def set_env(name, env):
-        pass
-
-
-class _LinkedLibrary(JITCodeLibrary):
-    """Code that is linked into other code and neither optimised nor run by itself."""
-
-    def _optimize_final_module(self):
-        pass
-
-    def _finalize_final_module(self):
-        self._finalize_dynamic_globals()
-        self._finalized = True
-
-    def get_pointer_to_function(self, name):
-        self._ensure_finalized()
-        return 0
-
-    @property
-    def codegen(self):
-        return _NoEnvironment
-
-
-class _BodyCompiler(Compiler):
-    def __init__(self, typingctx, targetctx, library, args, return_type, flags, locals):
-        library = _LinkedLibrary(targetctx.codegen(), "body")
-        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
-
-
-def _linked(py_func: Callable, **options: bool):
-    return numba.njit(
-        pipeline_class=_BodyCompiler,
-        no_cpython_wrapper=True,
-        no_cfunc_wrapper=True,
-        **_jit.OPTIONS,
-        **options,
-    )(py_func)
-
-
 def body(py_func: Callable):
     """Decorator of a function on one tile of work, for launches and other bodies to call (not for Python)."""
-    return _linked(py_func)
+    return _compiler.linked(py_func, inline=False, **_jit.OPTIONS)
 
 
 def inlined(py_func: Callable):
     """The same for what is called in one place, with records of which a call would hand over every number."""
-    return _linked(py_func, forceinline=True)
-
-
-def _call(builder, name, result, args):
-    function_type = ir.FunctionType(result, [a.type for a in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
+    return _compiler.linked(py_func, inline=True, **_jit.OPTIONS)
 
 
 @intrinsic
@@ -87,8 +36,8 @@ def usable_threads(typingctx):
 
     def codegen(context, builder, sig, args):
         # Numba's own function of this name holds a pointer, which keeps its callers out of the disk cache
-        name = _openmp.LIMIT if _openmp.RUNTIME else "get_num_threads"
-        return builder.sext(_call(builder, name, _I32, args), _INTP)
+        name = _openmp.LIMIT if _openmp.RUNTIME else _compiler.NUMBA_THREADS
+        return builder.sext(emit_call(builder, name, _I32, args), _INTP)
 
     return types.intp(), codegen
 
@@ -107,10 +56,9 @@ def _range_function(context, builder, compiled, argument_types, record_type):
     data, first, count = function.args
     record = inner.load(inner.bitcast(data, record_type.as_pointer()))
     values = [inner.extract_value(record, i) for i in range(len(record_type.elements))]
-    task = context.declare_function(builder.module, compiled.fndesc)
-    with cgutils.for_range(inner, count) as loop:
+    with _compiler.for_range(inner, count) as loop:
         index = inner.add(first, loop.index)
-        context.call_conv.call_function(inner, task, types.none, argument_types, [index, *values])
+        _compiler.call_body(context, inner, compiled, argument_types, [index, *values])
     inner.ret_void()
     return function
 
@@ -153,10 +101,10 @@ def _emit_openmp_loop(builder, name, run, record_type, record, n_threads, n):
     task.linkage = "internal"
     inner = ir.IRBuilder(task.append_basic_block("entry"))
     shared = inner.bitcast(task.args[0], whole.as_pointer())
-    counter = cgutils.gep_inbounds(inner, shared, 0, 0)
-    total = inner.load(cgutils.gep_inbounds(inner, shared, 0, 1))
-    arguments = inner.bitcast(cgutils.gep_inbounds(inner, shared, 0, 2), _BYTES)
-    team = inner.sext(_call(inner, _openmp.TEAM, _I32, []), _INTP)
+    counter = _compiler.gep_inbounds(inner, shared, 0, 0)
+    total = inner.load(_compiler.gep_inbounds(inner, shared, 0, 1))
+    arguments = inner.bitcast(_compiler.gep_inbounds(inner, shared, 0, 2), _BYTES)
+    team = inner.sext(emit_call(inner, _openmp.TEAM, _I32, []), _INTP)
     take, work, done = (inner.append_basic_block(label) for label in ("take", "work", "done"))
     inner.branch(take)
     inner.position_at_end(take)
@@ -171,9 +119,9 @@ def _emit_openmp_loop(builder, name, run, record_type, record, n_threads, n):
     values = builder.insert_value(ir.Constant(whole, ir.Undefined), ir.Constant(_INTP, 0), 0)
     values = builder.insert_value(values, n, 1)
     values = builder.insert_value(values, record, 2)
-    data = builder.bitcast(cgutils.alloca_once_value(builder, values), _BYTES)
+    data = builder.bitcast(_compiler.alloca_once_value(builder, values), _BYTES)
     threads = builder.trunc(n_threads, _I32)
-    _call(
+    emit_call(
         builder,
         _openmp.PARALLEL,
         ir.VoidType(),
@@ -181,39 +129,16 @@ def _emit_openmp_loop(builder, name, run, record_type, record, n_threads, n):
     )
 
 
-def _emit_numba_loop(builder, name, run, record, n_threads, n):
-    """The same by Numba's threading layer, which shares out the elements of "arrays"."""
-    words = _INTP.as_pointer()
-    function_type = ir.FunctionType(ir.VoidType(), [_BYTES.as_pointer(), words, words, _BYTES])
-    task = ir.Function(builder.module, function_type, name)
-    task.linkage = "internal"
-    inner = ir.IRBuilder(task.append_basic_block("entry"))
-    positions, counts, _, arguments = task.args
-    inner.call(run, [arguments, inner.ptrtoint(inner.load(positions), _INTP), inner.load(counts)])
-    inner.ret_void()
-
-    data = builder.bitcast(cgutils.alloca_once_value(builder, record), _BYTES)
-    # the one "array" starts at address 0 and has steps of 1: a share's address is its first index
-    position = cgutils.alloca_once_value(builder, ir.Constant(_BYTES, None))
-    step = cgutils.alloca_once_value(builder, ir.Constant(_INTP, 1))
-    count = cgutils.alloca_once_value(builder, n)
-    task_address, threads = builder.bitcast(task, _BYTES), builder.trunc(n_threads, _I32)
-    nothing, one = ir.Constant(_INTP, 0), ir.Constant(_INTP, 1)
-    arguments = [task_address, position, count, step, data, nothing, one, threads]
-    _call(builder, "numba_parallel_for", ir.VoidType(), arguments)
-
-
 @intrinsic
 def parallel_for(typingctx, task, n_threads, n, arguments):
     """task(i, *arguments) for i < n, in order on one thread, in shares on n_threads; a task returns nothing."""
     argument_types = (types.intp, *arguments)
-    task.get_call_type(typingctx, argument_types, {})
+    _compiler.infer_body(typingctx, task, argument_types)
 
     def codegen(context, builder, sig, args):
         _, n_threads, n, packed = args
-        compiled = task.dispatcher.get_compile_result(types.none(*argument_types))
-        context.add_linking_libs([compiled.library])
-        values = cgutils.unpack_tuple(builder, packed, len(arguments))
+        compiled = _compiler.link_body(context, task, argument_types)
+        values = _compiler.unpack_tuple(builder, packed, len(arguments))
         record_type = ir.LiteralStructType([value.type for value in values])
         record = ir.Constant(record_type, ir.Undefined)
         for place, value in enumerate(values):
@@ -226,9 +151,9 @@ def parallel_for(typingctx, task, n_threads, n, arguments):
                 if _openmp.RUNTIME:
                     _emit_openmp_loop(builder, name, run, record_type, record, n_threads, n)
                 else:
-                    _emit_numba_loop(builder, name, run, record, n_threads, n)
+                    _compiler.emit_numba_loop(builder, name, run, record, n_threads, n)
             with alone:
-                data = builder.bitcast(cgutils.alloca_once_value(builder, record), _BYTES)
+                data = builder.bitcast(_compiler.alloca_once_value(builder, record), _BYTES)
                 builder.call(run, [data, ir.Constant(_INTP, 0), n])
         return context.get_dummy_value()
 

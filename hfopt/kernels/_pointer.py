@@ -10,7 +10,7 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from . import _target
+from . import _compiler, _target
 from ._simd import (
     BF16X,
     F32,
@@ -44,7 +44,7 @@ def pointer(typingctx, array):
     result = types.CPointer(array.dtype)
 
     def codegen(context, builder, sig, args):
-        return context.make_array(sig.args[0])(context, builder, args[0]).data
+        return _compiler.array_data(context, builder, sig.args[0], args[0])
 
     return result(array), codegen
 

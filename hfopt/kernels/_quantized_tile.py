@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import _simd, _target
+from . import _compiler, _simd, _target
 from ._integer_dot import UNIT, emit_dot_bytes, emit_look_up
 from ._simd import F32X, I8, I32, I32X, LANES, float32x
 from ._tile import _constant, _literal_ints, _outlined
@@ -137,7 +136,7 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
             places(scales, *others[:2]),
             places(zeros, *others[3:5]),
         )
-        slots = [[cgutils.alloca_once(builder, I32X) for _ in tiles] for _ in range(n_chains)]
+        slots = [[_compiler.alloca_once(builder, I32X) for _ in tiles] for _ in range(n_chains)]
         places_of_sums = [
             builder.bitcast(
                 builder.gep(sums, [builder.add(builder.mul(sum_step, block), _constant(i * LANES))]),
@@ -148,7 +147,7 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
         ]
         # sums that have no registers stay in memory
         in_registers = len(tiles) <= 8
-        floats = [cgutils.alloca_once(builder, F32X) for _ in tiles] if in_registers else places_of_sums
+        floats = [_compiler.alloca_once(builder, F32X) for _ in tiles] if in_registers else places_of_sums
 
         def move(sources, targets):
             if in_registers:
@@ -183,7 +182,7 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
                         )
                         builder.store(total, slot)
 
-        with cgutils.for_range(builder, builder.sub(last, first)) as groups:
+        with _compiler.for_range(builder, builder.sub(last, first)) as groups:
             group = builder.add(first, groups.index)
             start = builder.mul(group, length)
             left = builder.sub(n_units, start)
@@ -210,13 +209,13 @@ def quantized_tile(typingctx, x, w, steps, part, sums, rows, blocks, kind):
                     builder.store(ir.Constant(I32X, None), slot)
 
             whole = builder.udiv(count, _constant(n_chains))
-            with cgutils.for_range(builder, whole) as units:
+            with _compiler.for_range(builder, whole) as units:
                 unit = builder.add(start, builder.mul(units.index, _constant(n_chains)))
                 for chain in range(n_chains):
                     add_unit(builder.add(unit, _constant(chain)), chain)
             done = builder.mul(whole, _constant(n_chains))
             if n_chains > 1:
-                with cgutils.for_range(builder, builder.sub(count, done)) as units:
+                with _compiler.for_range(builder, builder.sub(count, done)) as units:
                     add_unit(builder.add(start, builder.add(done, units.index)), 0)
 
             totals = []
@@ -264,7 +263,7 @@ def _flatten(builder, values):
     flat = []
     for value in values:
         if isinstance(value.type, (ir.LiteralStructType, ir.ArrayType)):
-            flat += _flatten(builder, cgutils.unpack_tuple(builder, value))
+            flat += _flatten(builder, _compiler.unpack_tuple(builder, value))
         else:
             flat.append(value)
     return flat

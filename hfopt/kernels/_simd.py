@@ -10,11 +10,10 @@ What kernels call is in `_vector` (arithmetic), `_functions` (exp and the like) 
 import operator
 
 import llvmlite.ir as ir
-from llvmlite.ir.types import _BaseFloatType
 from numba import types
-from numba.core import cgutils
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import lower_builtin, models, register_model
+from numba.extending import models, register_model
+
+from ._compiler import BFLOAT, define_operator, emit_call
 
 LANES = 16
 
@@ -29,19 +28,8 @@ I16X = ir.VectorType(I16, LANES)
 I8X = ir.VectorType(I8, LANES)
 
 
-class _BFloatType(_BaseFloatType):
-    """LLVM's `bfloat`, which llvmlite lacks; no constant of it is ever made."""
-
-    null = "0.0"
-    intrinsic_name = "bf16"
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-
-_BFloatType._create_instance()
-BF16X = ir.VectorType(_BFloatType(), LANES)
-BF16X2 = ir.VectorType(_BFloatType(), 2 * LANES)
+BF16X = ir.VectorType(BFLOAT, LANES)
+BF16X2 = ir.VectorType(BFLOAT, 2 * LANES)
 
 
 class Vector(types.Type):
@@ -60,26 +48,13 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, F32X)
 
 
-def _binary_operator(op, method):
-    @infer_global(op)
-    class _Template(AbstractTemplate):
-        def generic(self, args, kws):
-            if args == (float32x, float32x):
-                return signature(float32x, float32x, float32x)
-            return None
-
-    @lower_builtin(op, float32x, float32x)
-    def lower(context, builder, sig, args):
-        return getattr(builder, method)(*args)
-
-
 for _op, _method in (
     (operator.add, "fadd"),
     (operator.sub, "fsub"),
     (operator.mul, "fmul"),
     (operator.truediv, "fdiv"),
 ):
-    _binary_operator(_op, _method)
+    define_operator(_op, float32x, _method)
 
 
 # ---- emitters: what the intrinsics and the register tiles are made of -------------------------------------------------
@@ -98,11 +73,6 @@ def emit_splat(builder, scalar, vector_type):
     one = builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
     lanes = ir.Constant(ir.VectorType(I32, vector_type.count), [0] * vector_type.count)
     return builder.shuffle_vector(one, undefined, lanes)
-
-
-def emit_call(builder, name, result, args, **flags):
-    function_type = ir.FunctionType(result, [a.type for a in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args, **flags)
 
 
 def emit_fma(builder, a, b, c):

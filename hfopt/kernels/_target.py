@@ -4,10 +4,11 @@ An LLVM intrinsic for an instruction that the *compilation target* lacks makes L
 read from Numba's target settings (`NUMBA_CPU_NAME`, `NUMBA_CPU_FEATURES`), and from the host only where those are unset.
 """
 
-import llvmlite.binding as llvm
-from numba.core import config
+from numba import config
 
-LLVM_VERSION: tuple[int, ...] = tuple(llvm.llvm_version_info)
+from ._compiler import get_host_cpu_features, get_host_cpu_name, llvm_version_info
+
+LLVM_VERSION: tuple[int, ...] = tuple(llvm_version_info)
 
 
 def _target_features() -> frozenset[str]:
@@ -16,11 +17,11 @@ def _target_features() -> frozenset[str]:
         return frozenset(name.strip()[1:] for name in listed if name.strip().startswith("+"))
     if config.CPU_NAME not in (None, "", "host"):
         return frozenset()
-    return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
+    return frozenset(name for name, present in get_host_cpu_features().items() if present)
 
 
 FEATURES = _target_features()
-CPU_NAME: str = config.CPU_NAME or llvm.get_host_cpu_name()
+CPU_NAME: str = config.CPU_NAME or get_host_cpu_name()
 HAS_AVX512_BF16 = {"avx512f", "avx512bf16"} <= FEATURES
 HAS_AVX512_BW = {"avx512f", "avx512bw"} <= FEATURES
 HAS_AVX512_VNNI = {"avx512f", "avx512vnni"} <= FEATURES

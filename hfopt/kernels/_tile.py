@@ -5,12 +5,10 @@
 """
 
 import llvmlite.ir as ir
-from numba import types
-from numba.core import cgutils
-from numba.core.errors import RequireLiteralValue
+from numba import errors, types
 from numba.extending import intrinsic
 
-from . import _simd, _target
+from . import _compiler, _simd, _target
 from ._simd import BF16X2, F32, F32X, I16, I32, I32X, LANES
 
 _INTP = ir.IntType(64)
@@ -48,13 +46,13 @@ def _dot(builder, total, a, b):
 def _literal_ints(*values) -> list[int]:
     for value in values:
         if not isinstance(value, types.IntegerLiteral):
-            raise RequireLiteralValue("tile sizes are literals")
+            raise errors.RequireLiteralValue("tile sizes are literals")
     return [value.literal_value for value in values]
 
 
 def _accumulators(builder, count, vector=F32X):
     zero = ir.Constant(vector, None)
-    slots = [cgutils.alloca_once(builder, vector) for _ in range(count)]
+    slots = [_compiler.alloca_once(builder, vector) for _ in range(count)]
     for slot in slots:
         builder.store(zero, slot)
     return slots
@@ -138,7 +136,7 @@ def dot_tile(
                 add_chunk(chunk, whole)
 
         # two cache lines of a row at a time are neighbours in memory
-        with cgutils.for_range(builder, builder.lshr(chunks, _constant(1))) as loop:
+        with _compiler.for_range(builder, builder.lshr(chunks, _constant(1))) as loop:
             add_chunks(builder.shl(loop.index, _constant(1)), 2)
         with builder.if_then(builder.trunc(chunks, ir.IntType(1))):
             add_chunks(builder.sub(chunks, _constant(1)), 1)
@@ -210,7 +208,7 @@ def sum_rows(typingctx, p):
         builder.store(add_lanes(builder, rows), target)
 
     def codegen(context, builder, sig, args):
-        result = cgutils.alloca_once(builder, F32X)
+        result = _compiler.alloca_once(builder, F32X)
         _outlined(builder, "hfopt.sum_rows", [args[0], result], emit)
         return builder.load(result)
 
@@ -249,13 +247,13 @@ def outer_tile(typingctx, a, b, size, out, n_rows, n_vectors, accumulate):
                     _add_into(builder, slots[i * vectors + j], a_value, b_value)
 
         rounds = builder.udiv(builder.add(size, _constant(_SUM_DEPTH - 1)), depth)
-        with cgutils.for_range(builder, rounds) as blocks:
+        with _compiler.for_range(builder, rounds) as blocks:
             first = builder.mul(blocks.index, depth)
             left = builder.sub(size, first)
             count = builder.select(builder.icmp_signed("<", left, depth), left, depth)
             for slot in slots:
                 builder.store(ir.Constant(F32X, None), slot)
-            with cgutils.for_range(builder, count) as loop:
+            with _compiler.for_range(builder, count) as loop:
                 add_unit(builder.add(first, loop.index))
             fresh = builder.and_(builder.icmp_signed("==", first, zero), builder.not_(accumulated))
             with builder.if_else(fresh) as (is_fresh, is_more):

@@ -2,9 +2,9 @@
 
 import llvmlite.ir as ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from . import _compiler
 from ._integer_dot import emit_dot_bytes
 from ._jit import launch
 from ._parallel import body, parallel_for, usable_threads
@@ -72,14 +72,14 @@ def _integer_tile(typingctx, a, b, out):
 
     def emit(builder, args):
         a, b, out = args
-        slots = [cgutils.alloca_once(builder, I32X) for _ in range(ROWS * COLUMNS // LANES)]
+        slots = [_compiler.alloca_once(builder, I32X) for _ in range(ROWS * COLUMNS // LANES)]
         for slot in slots:
             builder.store(ir.Constant(I32X, None), slot)
 
         def place(row, width, column):
             return builder.add(builder.mul(row, ir.Constant(INTP, width)), ir.Constant(INTP, column))
 
-        with cgutils.for_range(builder, ir.Constant(INTP, DEPTH)) as loop:
+        with _compiler.for_range(builder, ir.Constant(INTP, DEPTH)) as loop:
             columns = range(0, COLUMNS, LANES)
             codes = [emit_load(builder, b, place(loop.index, COLUMNS, j), I32X, 4) for j in columns]
             for i in range(ROWS):
