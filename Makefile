@@ -5,11 +5,18 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROMPT ?= Read up to
 
-.PHONY: help setup demo test slow lint bench clean
+# Releases of transformers, besides the newest one, that the host suite runs on; the last of 4.x is the oldest that works.
+HOSTS ?= 5.23.0 4.57.6
+# What depends on the release: names and roles, loops, modes of generate, families, releases that do not exist yet.
+HOST_TESTS := tests/test_host.py tests/test_generation_proof.py tests/test_generation_modes.py tests/test_step.py \
+	tests/test_optimize.py tests/test_tomorrow.py
+
+.PHONY: help setup demo test slow hosts lint bench clean
 
 help:
 	@echo "make demo   the embedded model, stock and optimised in one run"
 	@echo "make test   the tests (make slow: the long ones too)"
+	@echo "make hosts  the host suite on other releases of transformers (HOSTS='5.23.0 4.57.6')"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the table of the README, measured on this machine"
 
@@ -28,10 +35,26 @@ demo: $(STAMP)
 	$(BIN)/python scripts/run.py --compare --greedy --dtype float32 --prompt "$(PROMPT)"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=40
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# An environment of its own, which takes all but transformers (and what that release needs otherwise) from the first one.
+$(VENV)/hosts/%/.installed: $(STAMP)
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
+	$(@D)/bin/python -m pip install --quiet transformers==$*
+	@touch $@
+
+.PRECIOUS: $(VENV)/hosts/%/.installed
+
+host-%: $(VENV)/hosts/%/.installed
+	$(VENV)/hosts/$*/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(VENV)/hosts/$*/bin/python -m pytest -m "not slow" $(HOST_TESTS)
+
+hosts: $(HOSTS:%=host-%)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Faster generation on CPUs for the models of transformers: `hfopt.optimize(model)`."""
 
+import hfopt.host  # noqa: F401  (first: it says so if the installed transformers is too old)  # isort: split
 from hfopt.cache import IndirectCache
 from hfopt.config import HfoptConfig
 from hfopt.embedded import embedded_model
@@ -8,6 +9,7 @@ from hfopt.errors import (
     CorruptCheckpoint,
     ForkedProcess,
     HfoptError,
+    HostError,
     InvalidInput,
     KernelError,
     UnsupportedDevice,
@@ -28,6 +30,7 @@ __all__ = [
     "ForkedProcess",
     "HfoptConfig",
     "HfoptError",
+    "HostError",
     "IndirectCache",
     "InvalidInput",
     "KernelError",

@@ -7,7 +7,8 @@
     ├── CacheFull (MemoryError)     the keys and values of a request do not fit into memory
     ├── CorruptCheckpoint           a checkpoint folder that cannot be read
     ├── ForkedProcess               a kernel was called in a child of `fork`, where its threads do not exist
-    └── KernelError                 a kernel could not be compiled or run on this machine
+    ├── KernelError                 a kernel could not be compiled or run on this machine
+    └── HostError                   the installed transformers did what hfopt is not built for, in the middle of a request
 
 Messages name the argument, the value that was given and what is allowed.
 """
@@ -43,3 +44,7 @@ class ForkedProcess(HfoptError, RuntimeError):
 
 class KernelError(HfoptError, RuntimeError):
     """A kernel could not be compiled or run on this machine."""
+
+
+class HostError(HfoptError, RuntimeError):
+    """In the middle of a request, the installed transformers did something that hfopt is not built for."""

@@ -46,7 +46,7 @@ def optimize(
     Args:
         model: a causal language model of transformers. Of other modules, known parts are swapped.
         dtype: converts the weights first (float32 or bfloat16); None leaves them as they are.
-        strict: raise UnsupportedModel unless every part of the decoder could be swapped.
+        strict: raise UnsupportedModel unless every part of the decoder could be swapped and all loops are hfopt's.
         kernels: whose kernels compute linear layers, and attention of several new tokens. "auto" takes torch's where a
             timing on this machine has shown them to be faster; with "hfopt" results have the same bits at any number of
             threads. Everything else, quantised layers too, always runs in hfopt's.
@@ -86,9 +86,12 @@ def optimize(
         walk = Walk(model)
         with compile_progress():
             walk.apply()
+            refused = {} if generator is None else generation.refusals()
     try:
         if strict:
             _check_complete(walk)
+            if refused:
+                raise UnsupportedModel(f"strict: {generation.in_words(refused)}")
         if generator is not None:
             generation.install(generator, Programs(kernels), kv_cache)
         batches: Iterable[Mapping[str, InputStatistics | None]] = ()

@@ -30,7 +30,8 @@ class Report:
     memory_before, memory_after: resident memory of the process around `optimize`, in bytes. is_applied: False
     for what `optimize` would do. by_module: why decode steps go module by module; None if one is a single call, of the
     instructions in program.
-    idle: swapped modules that cannot run in kernels as they are now, and why. kernels: the argument of `optimize`.
+    loops: modes of `generate` that are left to transformers' own loops and caches, and what differed. idle: swapped modules
+    that cannot run in kernels as they are now, and why. kernels: the argument of `optimize`.
     choices: what "auto" takes for this model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and
     values are cached as floats all the same, or None. quantized: Linears with packed weights. left: those that
     `quantization` left as they are, and why.
@@ -43,6 +44,7 @@ class Report:
     kept: tuple[Kept, ...]
     by_module: str | None
     program: Listing | None
+    loops: dict[str, str]
     idle: dict[str, str]
     cpu_path: str
     threads: int
@@ -76,6 +78,7 @@ class Report:
             kept=tuple(walk.kept()),
             by_module=by_module,
             program=program,
+            loops={} if generator is None else dict(generation.refusals()),
             idle=walk.idle(),
             cpu_path=env.cpu_path(),
             threads=env.threads(),
@@ -112,6 +115,8 @@ class Report:
         lines.append(
             f"a decode step {'is one call' if self.by_module is None else f'goes module by module: {self.by_module}'}"
         )
+        if self.loops:
+            lines.append(str(generation.in_words(self.loops)))
         if self.kv_cache is not None:
             stored = (
                 f"not as {self.kv_cache}: {self.float_cache}" if self.float_cache else f"as {self.kv_cache}"

@@ -57,7 +57,7 @@ class Pair:
             assert self.ours.get_mask_sizes(ASKED, layer_idx) == self.theirs.get_mask_sizes(ASKED, layer_idx)
             assert mine.is_initialized == his.is_initialized
             if his.keys is not None:
-                assert mine.dtype == his.dtype
+                assert mine.dtype == his.keys.dtype
                 assert mine.keys.dtype == his.keys.dtype
                 assert torch.equal(mine.keys, his.keys)
                 assert torch.equal(mine.values, his.values)

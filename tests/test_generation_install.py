@@ -23,7 +23,7 @@ from transformers import (
 from transformers.generation import BaseStreamer
 
 from hfopt.cache import IndirectCache
-from hfopt.generation import install, record_latency, uninstall
+from hfopt.generation import install, plan, record_latency, uninstall
 from tests.generation_cases import VOCABULARY, Model, assert_same, gptj, llama, one_thread, prompts
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
@@ -76,6 +76,7 @@ def test_our_loop_runs(model: Model, mode: str, monkeypatch: pytest.MonkeyPatch)
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("transformers' own loop")
 
+    monkeypatch.setattr(plan, "refusals", dict)  # which would see that the loops are others now
     for name in ("_sample", "_beam_search"):  # `generate` reads their signatures
         monkeypatch.setattr(GenerationMixin, name, functools.wraps(getattr(GenerationMixin, name))(refuse))
     tokens_of(model, **MODES[mode])

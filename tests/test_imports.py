@@ -12,6 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "hfopt"
 # Part of the package (a module or a folder) -> the parts that it may import. A new part needs a line here.
 ALLOWED = {
     "errors": set(),
+    "host": set(),
+    "private_file": {"kernels._jit"},
     "_linux": set(),
     "_memory": {"_linux"},
     "shapes": set(),
@@ -24,11 +26,11 @@ ALLOWED = {
     "_cache_codes": {"errors"},
     "_cache_layer": {"errors", "kernels", "_cache_codes", "_cache_rows", "_memory"},
     "cache": {"errors", "kernels", "_cache_codes", "_cache_rows", "_cache_layer"},
-    "functional": {"errors", "kernels", "_cache_codes", "cache", "env", "_memory"},
+    "functional": {"errors", "kernels", "_cache_codes", "cache", "env", "_memory", "private_file"},
     "modules": {"errors", "functional", "cache"},
-    "patches": {"errors", "functional", "cache", "modules", "quantization"},
+    "patches": {"errors", "host", "functional", "cache", "modules", "quantization"},
     "progress": {"kernels"},
-    "generation": {"errors", "functional", "cache", "progress"},
+    "generation": {"errors", "host", "functional", "cache", "private_file", "progress"},
     "report": {"errors", "env", "functional", "patches", "generation", "progress"},
     "calibration": {"errors", "quantization", "progress"},
     "optimize": {
@@ -75,6 +77,7 @@ ALLOWED = {
     "save": {"errors", "quantizer"},
     "__init__": {
         "errors",
+        "host",
         "cache",
         "config",
         "embedded",
@@ -90,6 +93,7 @@ ALLOWED = {
     "cli": {
         "__init__",
         "errors",
+        "host",
         "env",
         "limits",
         "shapes",

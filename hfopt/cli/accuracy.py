@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import hfopt
+from hfopt import host
 from hfopt.errors import InvalidInput
 
 from . import prompts
@@ -266,7 +267,8 @@ def _read(model: PreTrainedModel, form: Form, input_ids: torch.Tensor, by_token:
     if form.is_optimized:
         cache = hfopt.IndirectCache(config=model.config, kv_cache=form.kv_cache)
     steps = input_ids.split(1 if by_token else input_ids.shape[1], dim=1)
-    return torch.cat([model(step, past_key_values=cache).logits[0] for step in steps])
+    given: dict[str, Any] = {str(host.cache_argument(type(model).forward)): cache}
+    return torch.cat([model(step, **given).logits[0] for step in steps])
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------

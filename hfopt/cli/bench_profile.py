@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 import hfopt
-from hfopt import env, limits
+from hfopt import env, host, limits
 from hfopt.errors import InvalidInput
 from hfopt.functional import Instruction, StepScratch, step
 from hfopt.generation import PROGRAMS
@@ -180,7 +180,7 @@ def _tokens(model: Any, case: Case, kernel: _jit.Launch) -> list[tuple[float, fl
 
     Tokens of one launch share its time.
     """
-    given = {} if case.cache is None else {"past_key_values": case.cache()}
+    given = {} if case.cache is None else {str(host.REQUEST_CACHE): case.cache()}
     with launches() as found:
         model.generate(**case.inputs, **case.options, **given)
     ends = [index for index, each in enumerate(found) if each.kernel is kernel and each.result]

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from packaging.version import Version
 
-from hfopt import env, limits
+from hfopt import env, generation, host, limits
 
 from .output import progress, say, show_table
 
 # 0.63 mended cached callers of parallel functions
-_OLDEST = {"numba": "0.66", "transformers": "4.57"}
+_OLDEST = {"numba": "0.66", "transformers": host.OLDEST}
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -42,7 +42,21 @@ def run(args: argparse.Namespace) -> int:
         [f'kernels="auto" with {env.threads()} threads', "takes", "torch's time / hfopt's"],
         [[each.label, *each.outcome] for each in choice.choices()],
     )
+    with progress("Holding the loops of generate against transformers' own"):
+        refused = generation.prove()
+    say("")
+    show_table(
+        [f"generate of transformers {host.installed()}", "runs in", "what differed"],
+        [
+            [mode, "transformers' loop" if mode in refused else "hfopt's loop", refused.get(mode, "")]
+            for mode in generation.MODES
+        ],
+    )
     advice = list(_advice(load))
+    if refused:
+        advice.append(
+            f"{generation.in_words(refused)} Tokens are right, and slower: a newer hfopt may know this release."
+        )
     failed = [name for name, passed, _ in results if not passed]
     if failed:
         advice.append(

@@ -2,20 +2,14 @@
 
 import functools
 import hashlib
-import json
-import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hfopt import env
-from hfopt.kernels import _jit
+from hfopt import env, private_file
 
-logger = logging.getLogger(__name__)
-
+_ENTRIES = "ratios"
 _LARGEST = 1e6  # ratio that a file may hold
 
 
@@ -36,27 +30,13 @@ def _identity(n_threads: int) -> dict[str, Any]:
 
 
 def path(n_threads: int) -> Path | None:
-    """The file for this machine and number of threads; None without a kernel cache, whose folder is private."""
-    folder, _ = _jit.cache_folder()
-    if folder is None:
-        return None
-    digest = hashlib.sha256(json.dumps(_identity(n_threads)).encode()).hexdigest()
-    return folder / f"choices-{digest[:20]}.json"
+    """The file for this machine and number of threads; None without a kernel cache."""
+    return private_file.path("choices", _identity(n_threads))
 
 
 def read(n_threads: int) -> dict[str, float]:
     """torch's time / ours by label, as far as there is a file with sound entries."""
-    file = path(n_threads)
-    if file is None or not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text())
-        if content["identity"] != _identity(n_threads):
-            raise ValueError("it is another machine's")
-        entries = dict(content["ratios"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        logger.warning("%s is damaged (%s): what it held is measured again.", file, error)
-        return {}
+    entries = private_file.read(path(n_threads), _identity(n_threads), _ENTRIES) or {}
     return {
         label: float(ratio)
         for label, ratio in entries.items()
@@ -66,18 +46,5 @@ def read(n_threads: int) -> dict[str, float]:
 
 def add(n_threads: int, label: str, ratio: float) -> None:
     """Keep a ratio. Of two processes that do so at once, one entry may be lost: it is measured again."""
-    file = path(n_threads)
-    if file is None:
-        return
-    content = {"identity": _identity(n_threads), "ratios": {**read(n_threads), label: ratio}}
-    try:
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix="choices-", suffix=".tmp")
-        try:
-            with open(handle, "w") as target:
-                json.dump(content, target, indent=2)
-            os.replace(name, file)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        logger.warning("The choice of kernels could not be kept: %s", error)
+    entries = {**read(n_threads), label: ratio}
+    private_file.write(path(n_threads), _identity(n_threads), _ENTRIES, entries)

@@ -4,18 +4,23 @@ from .decoding import PROGRAMS, obstacle
 from .generate import cache_obstacle, generate, generator_of, install, kv_cache_of, prepare_cache, uninstall
 from .latency import Latency, record_latency
 from .prompt import share_prompts, unshare_prompts
+from .proof import MODES, in_words, prove, refusals
 
 __all__ = [
+    "MODES",
     "PROGRAMS",
     "Latency",
     "cache_obstacle",
     "generate",
     "generator_of",
+    "in_words",
     "install",
     "kv_cache_of",
     "obstacle",
     "prepare_cache",
+    "prove",
     "record_latency",
+    "refusals",
     "share_prompts",
     "uninstall",
     "unshare_prompts",

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerateBeamDecoderOnlyOutput
 
-from ._types import Ids, Model
+from .. import host
+from ._types import Ids, Model, Outputs
 from .choice import continuations, select
 from .sequences import Sequences
 from .step import Steps
@@ -28,7 +28,7 @@ def beam_search(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     **model_kwargs: Any,
-) -> GenerateBeamDecoderOnlyOutput | Tensor:
+) -> Outputs:
     """`GenerationMixin._beam_search` for decoder-only models: same results, same random numbers.
 
     `input_ids` int64 [n_prompts * num_beams, prompt length]; the other arguments as there.
@@ -92,7 +92,8 @@ def beam_search(
     best: Ids = torch.cat([prompts, new_tokens], dim=-1)
     if not wants:
         return best
-    return GenerateBeamDecoderOnlyOutput(
+    return host.beam_output(
+        steps.cache,
         sequences=best,
         sequences_scores=sequences_scores if scores is not None else None,
         scores=scores,
@@ -100,7 +101,6 @@ def beam_search(
         beam_indices=beam_indices,
         attentions=attentions,
         hidden_states=hidden_states,
-        past_key_values=steps.cache,
     )
 
 

@@ -6,6 +6,8 @@ The kernels are imported at the first call, because `import hfopt` must not load
 import torch
 from torch import Tensor
 
+from .. import host
+
 
 def _is_readable(logits: Tensor) -> bool:
     return logits.is_cpu and logits.dtype in (torch.float32, torch.bfloat16) and logits.stride(-1) == 1
@@ -46,4 +48,8 @@ def select(
     if not do_sample:
         return torch.topk(total, n_candidates)
     top = torch.multinomial(torch.softmax(total, dim=-1), num_samples=n_candidates)
-    return total.gather(1, top), top
+    scores = total.gather(1, top)
+    if not host.sorts_samples():
+        return scores, top
+    scores, order = scores.sort(dim=-1, descending=True)
+    return scores, top.gather(1, order)

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import host
 from ..cache import IndirectCache
 from ..errors import InvalidInput
 from ._types import Model
 from .prompt import share_prompts, unshare_prompts
+from .proof import refusals
 
 if TYPE_CHECKING:
     from ..functional import Program, StepScratch
@@ -29,6 +31,8 @@ _MOST_STEPS = 32
 
 def obstacle(model: Model) -> str | None:
     """In words, why requests of this model take no steps from a program, whatever its modules are."""
+    if not any(words not in refusals() for words in host.MODES.values()):
+        return "transformers' own loops run"
     if has_hooks(model):
         return "the model has hooks"
     name = wanted(model)

@@ -7,34 +7,28 @@ pickled one can be read.
 """
 
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import GenerationMode
 
+from .. import host
 from ..cache import IndirectCache
 from ..progress import compile_progress
 from ._types import Model
-from .beam import beam_search
 from .binding import Bound
 from .decoding import PROGRAMS
-from .inputs import check_counts, check_inputs
+from .inputs import check_inputs
+from .plan import our_cache, plan_of, takes_our_cache, their_plan
 from .prompt import share_prompts, unshare_prompts
-from .sample import sample
+from .restart import Resumed, Rollback, Unfit
+
+logger = logging.getLogger(__name__)
 
 _KV_CACHE = "_hfopt_kv_cache"  # attribute of an optimized model
-
-# mode -> transformers' loop, and ours
-_LOOPS: dict[GenerationMode, tuple[str, Callable]] = {
-    GenerationMode.GREEDY_SEARCH: ("_sample", sample),
-    GenerationMode.SAMPLE: ("_sample", sample),
-    GenerationMode.BEAM_SEARCH: ("_beam_search", beam_search),
-    GenerationMode.BEAM_SAMPLE: ("_beam_search", beam_search),
-}
 
 
 def generator_of(model: nn.Module) -> Model | None:
@@ -52,7 +46,8 @@ def install(model: Model, programs: Any = None, kv_cache: str | None = None) -> 
     """
     uninstall(model)
     for name, function in _BOUND.items():
-        if name not in model.__dict__ and getattr(type(model), name, None) is getattr(GenerationMixin, name):
+        theirs = getattr(GenerationMixin, name, None)
+        if theirs is not None and name not in model.__dict__ and getattr(type(model), name, None) is theirs:
             setattr(model, name, Bound(function, model, name))
     if programs is not None:
         model.__dict__[PROGRAMS] = programs
@@ -88,111 +83,85 @@ def kv_cache_of(model: Model) -> str | None:
 
 def cache_obstacle(model: Model) -> str | None:
     """In words, why requests of this model get transformers' own cache; None if they get ours."""
-    if not isinstance(model.__dict__.get("_prepare_cache_for_generation"), Bound):
+    if not isinstance(model.__dict__.get(host.PREPARE_CACHE), Bound):
         return "its class prepares caches of its own"
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+    if not _is_plain(DynamicCache(config=model.config.get_text_config(decoder=True))):
         return "not all of its layers have full attention"
     return None
 
 
-def generate(
-    model: Model,
-    inputs: Any = None,
-    generation_config: GenerationConfig | None = None,
-    logits_processor: Any = None,
-    stopping_criteria: Any = None,
-    prefix_allowed_tokens_fn: Any = None,
-    synced_gpus: bool | None = None,
-    assistant_model: Any = None,
-    streamer: Any = None,
-    negative_prompt_ids: Any = None,
-    negative_prompt_attention_mask: Any = None,
-    custom_generate: Any = None,
-    **kwargs: Any,
-) -> Any:
-    """`GenerationMixin.generate`: same arguments, same results.
+def generate(model: Model, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of transformers: same arguments, same results.
 
     Greedy search, sampling, beam search and beam sampling run in our loops, all else in transformers' own.
 
-    Raises InvalidInput for a prompt that the model cannot read.
+    Raises InvalidInput for a prompt that the model cannot read, and HostError if transformers does what hfopt is not built
+    for when some tokens have been given out.
     """
+    if args:
+        kwargs = host.generate_arguments(model, args, kwargs)
+    generation_config = kwargs.get("generation_config")
     # an assistant is called for a few tokens at a time, with prompts that have been looked at
     assists = generation_config is not None and generation_config.is_assistant
-    if custom_generate is None and not assists and kwargs.get("cache_implementation") != "paged":
-        check_inputs(model, inputs, kwargs)
-        custom_generate = _loop(model, generation_config, synced_gpus, assistant_model, streamer, kwargs)
+    if kwargs.get("custom_generate") is not None or assists or kwargs.get("cache_implementation") == "paged":
+        plan = their_plan()
+    else:
+        check_inputs(model, kwargs)
+        plan = plan_of(model, kwargs)
     with compile_progress():
-        return type(model).generate(
-            model,
-            inputs,
-            generation_config,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            synced_gpus=synced_gpus,
-            assistant_model=assistant_model,
-            streamer=streamer,
-            negative_prompt_ids=negative_prompt_ids,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            custom_generate=custom_generate,
-            **kwargs,
-        )
+        if plan.loop is None:
+            with our_cache(plan.takes_our_cache):
+                return type(model).generate(model, **kwargs)
+        return run(plan.loop, model, kwargs)
 
 
-def prepare_cache(
-    model: Model,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    """`_prepare_cache_for_generation`, with an IndirectCache in place of a DynamicCache of plain layers."""
-    given = model_kwargs.get("past_key_values")
-    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
-    made = model_kwargs.get("past_key_values")
-    if given is not None or type(made) is not DynamicCache or made.offloading:
-        return
-    if not made.layers or any(type(layer) is not DynamicLayer for layer in made.layers):
-        return
-    copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-    config = model.config.get_text_config(decoder=True)
-    cache = IndirectCache(config, copies=copies, kv_cache=kv_cache_of(model))
-    if generation_config.is_assistant:
-        cache.activate_past_recording()
-    model_kwargs["past_key_values"] = cache
+def run_in(loop: Callable[..., Any], model: Model, arguments: Mapping[str, Any]) -> Any:
+    """A request, with the arguments of `generate` by name, in a loop of ours; raises Unfit if that cannot go on."""
+    streamer = arguments.get("streamer")
+    if streamer is not None:  # `generate` hands it to its own loops only
+        loop = functools.partial(loop, streamer=streamer)
+    with our_cache(True):
+        return type(model).generate(model, **{**arguments, "custom_generate": loop})
 
 
-def _loop(
-    model: Model,
-    generation_config: GenerationConfig | None,
-    synced_gpus: bool | None,
-    assistant_model: Any,
-    streamer: Any,
-    kwargs: dict[str, Any],
-) -> Callable | None:
-    """Our loop for this call, or None where transformers' own has to run."""
-    if synced_gpus or assistant_model is not None or kwargs.get("assistant_tokenizer") is not None:
-        return None
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return None
-    if model.config.is_encoder_decoder or not hasattr(model, "_prefill"):
-        return None
-    if model.device.type not in ("cpu", "meta"):
-        return None
-    prepared, _ = model._prepare_generation_config(generation_config, **kwargs)
-    check_counts(prepared.num_beams, prepared.num_return_sequences)
-    if prepared.compile_config is not None or prepared.low_memory:
-        return None
-    if prepared.stop_strings is not None or prepared.token_healing:
-        return None  # `generate` keeps the tokenizer that these need for its own loops
-    name, loop = _LOOPS.get(prepared.get_generation_mode(assistant_model), ("", None))
-    if loop is None or getattr(type(model), name) is not getattr(GenerationMixin, name):
-        return None
-    if streamer is None:
-        return loop
-    # `generate` hands a streamer to its own loops only, and beam search refuses one
-    return functools.partial(loop, streamer=streamer) if loop is sample else None
+def run(loop: Callable[..., Any], model: Model, arguments: dict[str, Any]) -> Any:
+    """`run_in`, or, where the loop finds behind the prompt that it is not fit for the request, anew in transformers' own."""
+    rollback = Rollback(host.cache_in(arguments.values()))
+    try:
+        return run_in(loop, model, arguments)
+    except Unfit as reason:
+        rollback.undo(reason)
+        logger.warning("The request runs in transformers' own loop: %s.", reason)
+    if (streamer := arguments.get("streamer")) is not None:
+        arguments = {**arguments, "streamer": Resumed(streamer)}
+    with our_cache(False):
+        return type(model).generate(model, **arguments)
 
 
-_BOUND: dict[str, Callable] = {"generate": generate, "_prepare_cache_for_generation": prepare_cache}
+def prepare_cache(model: Model, *args: Any, **kwargs: Any) -> Any:
+    """The method of GenerationMixin that makes a request's cache, with an IndirectCache in place of a DynamicCache of
+    plain layers."""
+    name, given = host.REQUEST_CACHE, (*args, *kwargs.values())
+    # by type, because they may be given in another order than today's
+    config = next((each for each in given if isinstance(each, GenerationConfig)), None)
+    request = next((each for each in given if isinstance(each, dict)), None)
+    had_cache = request is not None and request.get(name) is not None
+    result = getattr(type(model), host.PREPARE_CACHE)(model, *args, **kwargs)
+    if name is None or config is None or request is None or had_cache or not takes_our_cache():
+        return result
+    made = request.get(name)
+    if type(made) is DynamicCache and not made.offloading and _is_plain(made):
+        copies = max(config.num_beams, config.num_return_sequences)
+        text_config = model.config.get_text_config(decoder=True)
+        cache = request[name] = IndirectCache(text_config, copies=copies, kv_cache=kv_cache_of(model))
+        if config.is_assistant:
+            cache.activate_past_recording()
+    return result
+
+
+def _is_plain(cache: DynamicCache) -> bool:
+    """Whether all layers have full attention, and nothing else to remember."""
+    return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+_BOUND: dict[str, Callable] = {"generate": generate, host.PREPARE_CACHE: prepare_cache}

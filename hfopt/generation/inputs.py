@@ -1,25 +1,27 @@
 """The one gate for bad input: what will reach an embedding, a mask or a table is looked at here."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
+from .. import host
 from ..errors import InvalidInput
 from ._types import Model
 
 
-def check_inputs(model: Model, inputs: Any, model_kwargs: dict[str, Any]) -> None:
+def check_inputs(model: Model, model_kwargs: Mapping[str, Any]) -> None:
     """Raises InvalidInput for a prompt that `model` cannot read.
 
-    `inputs` and `model_kwargs` as given to `generate`. Models of anything but plain text are left to
+    `model_kwargs` as given to `generate`, by name. Models of anything but plain text are left to
     their own checks: their prompts may hold ids that stand for images or sound.
     """
     if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         return
     if model.config.get_text_config() is not model.config:
         return
+    inputs = model_kwargs.get("inputs")
     input_ids = inputs if inputs is not None else model_kwargs.get("input_ids")
     inputs_embeds = model_kwargs.get("inputs_embeds")
     table = getattr(model.get_input_embeddings(), "weight", None)
@@ -30,8 +32,8 @@ def check_inputs(model: Model, inputs: Any, model_kwargs: dict[str, Any]) -> Non
         _check_embeds(inputs_embeds, table)
     else:
         _check_ids(input_ids, table)
-    cache = model_kwargs.get("past_key_values")
-    n_past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    cache = host.cache_in(model_kwargs.values())
+    n_past = 0 if cache is None else int(cache.get_seq_length())
     attention_mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     if attention_mask is not None:
         _check_mask(attention_mask, prompt.shape[:2], n_past)

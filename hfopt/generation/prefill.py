@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .. import host
 from ..cache import IndirectCache
 from ._types import Model, Outputs
 from .decoding import LOOKS_INSIDE, PROGRAMS, has_hooks, wanted
@@ -18,7 +18,7 @@ from .prompt import share_prompts, unshare_prompts
 if TYPE_CHECKING:
     from ..functional import Mask, Program
 
-_READ = {"input_ids", "past_key_values", "position_ids", "attention_mask"}
+_READ = {"input_ids", "position_ids", "attention_mask"}
 _FIXED = {"logits_to_keep": 1, "use_cache": True, "return_dict": True}
 _MASKS = ("sdpa", "eager")  # kinds of attention whose mask is what `_mask` says, in one form or another
 # Multiply-adds in one call, which Ctrl-C does not interrupt: half a second to one on two cores. A longer prompt takes the
@@ -27,7 +27,7 @@ _MOST_WORK = 1 << 37
 
 
 class Prefill:
-    """A model as `GenerationMixin._prefill` uses it: calls go to its program where that gives what its modules would.
+    """A model as the prefill of GenerationMixin uses it: calls go to its program where that gives what its modules would.
 
     is_done: whether that was so.
     """
@@ -47,12 +47,15 @@ class Prefill:
     def _is_plain(self, inputs: dict[str, Any]) -> bool:
         """Whether a call asks for no more than the logits of the last token of a text, from a model that just reads it."""
         model = self._model
-        if PROGRAMS not in model.__dict__ or not isinstance(inputs.get("past_key_values"), IndirectCache):
+        given = host.cache_given(inputs)
+        if PROGRAMS not in model.__dict__ or given is None or not isinstance(given[1], IndirectCache):
+            return False
+        if given[0] != host.cache_argument(type(model).forward) or not host.knows_causal_output():
             return False
         if any(inputs.get(name) is not value for name, value in _FIXED.items()):
             return False
-        others = inputs.keys() - _FIXED.keys() - _READ
-        if not all(name in LOOKS_INSIDE and not inputs[name] for name in others):
+        others = inputs.keys() - _FIXED.keys() - _READ - {given[0]}
+        if not all(inputs[name] is None or (name in LOOKS_INSIDE and not inputs[name]) for name in others):
             return False
         if model.config._attn_implementation not in _MASKS or not getattr(model.config, "is_causal", True):
             return False
@@ -60,7 +63,8 @@ class Prefill:
 
     def _run(self, inputs: dict[str, Any]) -> Outputs | None:
         """None if modules have to do it, with nothing changed but what they change first."""
-        model, cache = self._model, inputs["past_key_values"]
+        model, cache = self._model, host.cache_in(inputs.values())
+        assert isinstance(cache, IndirectCache)
         shared = share_prompts(model, (), inputs)
         given = inputs if shared is None else shared[1]
         text = _Text.of(given, cache.get_seq_length())
@@ -77,7 +81,7 @@ class Prefill:
         logits = text.read(program, cache)
         if logits is None:
             return None
-        outputs = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        outputs = host.causal_output(logits, cache)
         return unshare_prompts(model, (), given, outputs) or outputs
 
 
@@ -148,11 +152,12 @@ def _is_matrix(value: Any) -> TypeGuard[Tensor]:
 def prefill(
     model: Model, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> tuple[Outputs, bool]:
-    """(`model._prefill`, of whose logits only those of the last token are promised; whether it was done by a program)."""
+    """(the model's own prefill, of which only the logits of the last token are promised; whether a program has done it)."""
     is_first = not generation_config.is_assistant
     arguments = input_ids, generation_config, model_kwargs
-    if "_prefill" in model.__dict__ or type(model)._prefill is not GenerationMixin._prefill:
-        return model._prefill(*arguments, is_first_iteration=is_first), False
+    theirs = getattr(GenerationMixin, host.PREFILL)
+    if host.PREFILL in model.__dict__ or getattr(type(model), host.PREFILL) is not theirs:
+        return getattr(model, host.PREFILL)(*arguments, is_first_iteration=is_first), False
     stand_in: Any = Prefill(model)
-    outputs = GenerationMixin._prefill(stand_in, *arguments, is_first_iteration=is_first)
+    outputs = theirs(stand_in, *arguments, is_first_iteration=is_first)
     return outputs, stand_in.is_done

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import host
 from ..cache import IndirectCache
 
 # Batch-first arguments of a text decoder. Any other tensor means that rows may differ in a way not seen here.
 _BATCH_FIRST = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
-_WITHOUT_ROWS = ("past_key_values", "logits_to_keep")
+_WITHOUT_ROWS = ("logits_to_keep",)
 
 
 def share_prompts(
     module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook: one row per prompt as long as rows are equal; forks the cache where they are not."""
-    cache = kwargs.get("past_key_values")
+    cache = host.cache_in(kwargs.values())
     if not isinstance(cache, IndirectCache) or cache.copies == 1:
         return None
     tokens = _tokens(kwargs)
@@ -43,7 +44,7 @@ def share_prompts(
 
 def unshare_prompts(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook: logits, hidden states and attentions of the thinned rows, repeated for every copy."""
-    cache = kwargs.get("past_key_values")
+    cache = host.cache_in(kwargs.values())
     if not isinstance(cache, IndirectCache) or cache.copies == 1:
         return None
     n_prompts = len(_tokens(kwargs))

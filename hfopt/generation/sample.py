@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
+from transformers.generation import BaseStreamer
 
-from ._types import Ids, Model
+from .. import host
+from ._types import Ids, Model, Outputs
 from .choice import argmax
 from .decoding import Choosing
 from .sequences import Sequences
@@ -24,7 +24,7 @@ def sample(
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
-) -> GenerateDecoderOnlyOutput | Tensor:
+) -> Outputs:
     """`GenerationMixin._sample` for decoder-only models: same results, same random numbers."""
     wants = generation_config.return_dict_in_generate
     scores: tuple | None = () if wants and generation_config.output_scores else None
@@ -90,11 +90,11 @@ def sample(
     input_ids = sequences.ids.clone(memory_format=torch.contiguous_format)
     if not wants:
         return input_ids
-    return GenerateDecoderOnlyOutput(
+    return host.sample_output(
+        steps.cache,
         sequences=input_ids,
         scores=scores,
         logits=logits,
         attentions=attentions,
         hidden_states=hidden_states,
-        past_key_values=steps.cache,
     )

@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin
 
-from ..errors import InvalidInput
+from .. import host
+from ..errors import HostError, InvalidInput
 from ._types import Model, Outputs
 from .decoding import Choosing, Decoding
 from .inputs import position_limit
 from .prefill import prefill
+from .restart import Unfit, broken
 
 # What a text decoder is given besides its tokens; anything else is left to `prepare_inputs_for_generation`.
 _CONSTANT = ("use_cache", "logits_to_keep", "output_attentions", "output_hidden_states")
 _ADVANCING = ("position_ids", "attention_mask")
-_PLAIN = {"past_key_values", "inputs_embeds", *_ADVANCING, *_CONSTANT}
-_PREPARING = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+_PLAIN = {host.REQUEST_CACHE, "inputs_embeds", *_ADVANCING, *_CONSTANT}
 
 
 class Steps:
@@ -46,14 +47,19 @@ class Steps:
         self._limit = position_limit(model, generation_config.max_length)
         self._position = 0
         self._choosing, self._is_alone = choosing, is_alone
-        self._reorder: Any = getattr(model, "_reorder_cache", None)
+        self._reorder: Any = getattr(model, host.REORDER, None)
         self._decoding: Decoding | None = None
         self._n_unseen = 0  # steps that `model_kwargs` know nothing of
 
     def prompt(self, input_ids: Tensor) -> Outputs:
-        """The outputs for the prompt, int64 [n_rows, prompt length]; only its last logits are promised."""
+        """The outputs for the prompt, int64 [n_rows, prompt length]; only its last logits are promised.
+
+        Raises Unfit if the request's cache is not what it has to be from here on.
+        """
+        given = self.cache
         outputs, is_by_program = prefill(self.model, input_ids, self.generation_config, self.model_kwargs)
         self._update(outputs)
+        self._check_cache(given)
         self.plain = self._is_plain(input_ids.device)
         if self.plain and self.model_kwargs.get("position_ids") is not None:
             self.model_kwargs["position_ids"] = self.model_kwargs["position_ids"][..., -1:].contiguous()
@@ -107,7 +113,9 @@ class Steps:
                 **self.model_kwargs,
             )
             outputs = self.model(**model_inputs, return_dict=True)
+            cache = self.cache
             self._update(outputs)
+            self._check_same(cache, self.cache)
             return outputs
         if self._n_unseen:
             self._advance(len(tokens), self._n_unseen)
@@ -118,10 +126,11 @@ class Steps:
         self._advance(len(tokens), 1)
         outputs = self.model(
             input_ids=torch.tensor(tokens)[:, None],  # a copy: hooks may keep it
-            past_key_values=given["past_key_values"],
             return_dict=True,
+            **{str(host.REQUEST_CACHE): self.cache},
             **model_inputs,
         )
+        self._check_same(self.cache, host.cache_in(outputs.values()) or self.cache)
         if self._decoding is not None:
             self._decoding.follow(tokens, outputs.logits)
         return outputs
@@ -137,31 +146,48 @@ class Steps:
 
     @property
     def cache(self) -> Any:
-        return self.model_kwargs.get("past_key_values")
+        """The cache of the request, None without one."""
+        return None if host.REQUEST_CACHE is None else self.model_kwargs.get(host.REQUEST_CACHE)
 
-    def reorder(self, rows: Tensor) -> None:
-        """Row i of the cache goes on from row `rows[i]`, int32 [n_rows]."""
-        if self.cache is None:
+    def _check_cache(self, given: Any) -> None:
+        """Raises Unfit unless a request that wants a cache has one: that which it was given, or made by the model."""
+        cache = self.cache
+        if cache is None and not self.model_kwargs["use_cache"]:
             return
-        if self._reorder is not None:
-            self.model_kwargs["past_key_values"] = self._reorder(self.cache, rows)
-        elif hasattr(self.cache, "reorder_cache"):
-            self.cache.reorder_cache(rows)
-        else:
-            raise ValueError(
-                f"beam search needs a cache that can be reordered, and {type(self.cache)} cannot"
+        if not isinstance(cache, Cache):
+            raise Unfit(f"the cache of the request is {_kind(cache)} behind the prompt")
+        if given is not None and cache is not given:
+            raise Unfit(f"the model has put {_kind(cache)} in the place of {_kind(given)}")
+        if self.generation_config.num_beams > 1 and not self._can_reorder():
+            raise Unfit(f"{_kind(cache)} cannot be reordered")
+
+    def _check_same(self, before: Any, now: Any) -> None:
+        if now is not before:
+            raise HostError(
+                broken(
+                    f"In the middle of a request, the cache has become {_kind(now)} instead of {_kind(before)}"
+                )
             )
 
+    def _can_reorder(self) -> bool:
+        return self._reorder is not None or hasattr(self.cache, "reorder_cache")
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i of the cache, if the request has one, goes on from row `rows[i]`, int32 [n_rows]."""
+        if self._reorder is not None and self.cache is not None:
+            self.model_kwargs[str(host.REQUEST_CACHE)] = self._reorder(self.cache, rows)
+        elif self.model_kwargs["use_cache"]:
+            self.cache.reorder_cache(rows)
+
     def _update(self, outputs: Outputs) -> None:
-        self.model_kwargs = self.model._update_model_kwargs_for_generation(
-            outputs, self.model_kwargs, is_encoder_decoder=False
-        )
+        update = getattr(self.model, host.UPDATE)
+        self.model_kwargs = update(outputs, self.model_kwargs, is_encoder_decoder=False)
 
     def _is_plain(self, device: torch.device) -> bool:
         model, cache = self.model, self.cache
         return (
-            all(name not in model.__dict__ for name in _PREPARING)
-            and all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in _PREPARING)
+            all(name not in model.__dict__ for name in host.PREPARING)
+            and all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in host.PREPARING)
             and not model.is_remote_code()
             and model.device.type in (device.type, "meta")
             and bool(self.model_kwargs["use_cache"])
@@ -169,3 +195,7 @@ class Steps:
             and not cache.is_compileable
             and self.model_kwargs.keys() <= _PLAIN
         )
+
+
+def _kind(cache: Any) -> str:
+    return "missing" if cache is None else f"a {type(cache).__name__}"

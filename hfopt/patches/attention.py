@@ -11,12 +11,15 @@ from hfopt import functional
 from hfopt.cache import IndirectCache
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import Builder, Slot, Table
-from hfopt.patches.guards import are_without_effect, is_sdpa, wants_attentions
+from hfopt.host import ROLES
+from hfopt.patches.guards import is_sdpa, wants_attentions
 from hfopt.patches.linear import are_others_bare, can_multiply, is_linear, read_children, weights_of
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
 from hfopt.patches.replacement import Replacement
 
 Rotary = tuple[torch.Tensor | None, torch.Tensor | None]
+# (cache, number of tokens in it, dtype) -> cos and sin of the new tokens
+Angles = Callable[[IndirectCache, int, torch.dtype], Rotary]
 
 # kinds of rotary embedding (transformers' `rope_type`) whose angles follow from the position alone
 _ANGLES = 1024  # positions that are computed together
@@ -33,7 +36,7 @@ class AttentionSpec:
     n_kv_heads: int
     head_dim: int
     rotation: Literal["half", "interleaved", "none"]
-    n_positions: int | None = None
+    n_positions: int | None = None  # of a table of its own
 
     inputs = ("q_proj", "k_proj", "v_proj")
 
@@ -68,31 +71,36 @@ class Attention(Replacement):
 
     layer_idx: int
 
-    # Arguments of `forward`, and residuals. Returns `forward(...)[0]` plus these, or None, with the cache
-    # untouched, if kernels cannot do it.
-    attend: Callable[..., torch.Tensor | None]
+    takes = ROLES
 
-    def compute(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None] | None:
-        output = self.attend(*args, **kwargs)
-        return None if output is None else (output, None)
+    def compute(self, hidden_states: torch.Tensor, **roles: Any) -> torch.Tensor | None:
+        return self.attend(hidden_states, **roles)
+
+    def rotary(self, position_embeddings: Any, position_ids: Any) -> Angles | None:
+        """What gives cos and sin of a call with these arguments; None if kernels cannot take them."""
+        raise NotImplementedError
 
     def _scale(self) -> float:
         scale: float = self.__dict__["scaling"]
         return scale
 
-    def _run(
+    def attend(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Any,
-        kwargs: dict[str, Any],
-        residuals: Sequence[torch.Tensor],
-        rotary: Callable[[IndirectCache, int, torch.dtype], Rotary],
+        residuals: Sequence[torch.Tensor] = (),
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: Any = None,
+        position_ids: Any = None,
+        cache: Any = None,
+        use_cache: Any = None,
     ) -> torch.Tensor | None:
+        """The output plus the residuals; None, with the cache untouched, if kernels cannot do it."""
         spec, by = self._hfopt.spec, self._hfopt.kernels
-        layer_idx = 0 if past_key_values is None else self.layer_idx
-        cache = IndirectCache() if past_key_values is None else past_key_values
-        if not _takes_appends(cache, layer_idx) or not are_without_effect(kwargs) or wants_attentions(self):
+        rotary = self.rotary(position_embeddings, position_ids)
+        layer_idx = 0 if cache is None else self.layer_idx
+        cache = IndirectCache() if cache is None else cache
+        if rotary is None or not _takes_appends(cache, layer_idx) or wants_attentions(self):
             return None
         inputs = read_children(self, "inputs", spec.inputs)
         output = read_children(self, "output", (spec.output,))
@@ -149,30 +157,33 @@ class Attention(Replacement):
         )
 
 
+def _handed_down(cos: torch.Tensor, sin: torch.Tensor) -> Angles:
+    """Angles that the model has computed for all layers."""
+
+    def rotary(cache: IndirectCache, n_past: int, dtype: torch.dtype) -> Rotary:
+        if cos.dtype is torch.float32 and cos.is_contiguous() and sin.is_contiguous():
+            return cos, sin
+        found: Rotary = remembered(
+            cache, "rotary", cos, (n_past,), lambda: (cos.float().contiguous(), sin.float().contiguous())
+        )
+        return found
+
+    return rotary
+
+
+def _is_pair(position_embeddings: Any) -> bool:
+    return (
+        type(position_embeddings) is tuple
+        and len(position_embeddings) == 2
+        and all(type(each) is torch.Tensor for each in position_embeddings)
+    )
+
+
 class RotaryAttention(Attention):
     """Llama's: the model hands down cos and sin."""
 
-    def attend(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        *,
-        residuals: Sequence[torch.Tensor] = (),
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
-        if position_embeddings is None:
-            return None
-        cos, sin = position_embeddings
-
-        def rotary(cache: IndirectCache, n_past: int, dtype: torch.dtype) -> Rotary:
-            if dtype is torch.float32:
-                return cos, sin
-            found: Rotary = remembered(cache, "rotary", cos, (n_past,), lambda: (cos.float(), sin.float()))
-            return found
-
-        return self._run(hidden_states, attention_mask, past_key_values, kwargs, residuals, rotary)
+    def rotary(self, position_embeddings: Any, position_ids: Any) -> Angles | None:
+        return _handed_down(*position_embeddings) if _is_pair(position_embeddings) else None
 
     def angle_tables(self, rotary: Any, dtype: torch.dtype) -> tuple[Table, Table]:
         if rotary is None or getattr(rotary, "rope_type", None) not in _STATIC_ROTATIONS:
@@ -192,68 +203,54 @@ class RotaryAttention(Attention):
 class UnrotatedAttention(Attention):
     """OPT's: positions are in the hidden states already."""
 
-    def attend(
-        self,
-        hidden_states: torch.Tensor,
-        past_key_values: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        *,
-        residuals: Sequence[torch.Tensor] = (),
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
-        if output_attentions:
-            return None
-        return self._run(
-            hidden_states, attention_mask, past_key_values, kwargs, residuals, lambda *_: (None, None)
-        )
+    def rotary(self, position_embeddings: Any, position_ids: Any) -> Angles | None:
+        return (lambda *_: (None, None)) if position_embeddings is None else None
 
 
 class TableAttention(Attention):
-    """GPT-J's: each layer looks sin and cos up in a table, by position."""
+    """GPT-J's: sin and cos come out of a table, by position; out of the layer's own, or handed down by the model."""
 
     def _scale(self) -> float:
-        return 1.0 / float(self.__dict__["scale_attn"])
+        state = self.__dict__
+        return 1.0 / float(state["scale_attn"]) if "scale_attn" in state else super()._scale()
 
-    def attend(
-        self,
-        hidden_states: torch.Tensor,
-        layer_past: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        use_cache: bool | None = False,
-        output_attentions: bool | None = False,
-        *,
-        residuals: Sequence[torch.Tensor] = (),
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
-        if output_attentions or type(position_ids) is not torch.Tensor or position_ids.dim() != 2:
+    def rotary(self, position_embeddings: Any, position_ids: Any) -> Angles | None:
+        if self._hfopt.spec.n_positions is None:
+            return _handed_down(*position_embeddings[::-1]) if _is_pair(position_embeddings) else None
+        if (
+            type(position_ids) is not torch.Tensor
+            or position_ids.dim() != 2
+            or position_embeddings is not None
+        ):
             return None
         positions: torch.Tensor = position_ids
 
         def rotary(cache: IndirectCache, n_past: int, dtype: torch.dtype) -> Rotary:
-            build = functools.partial(self._look_up, positions, dtype)
+            build = functools.partial(_look_up, self._buffers["embed_positions"], positions, dtype)
             found: Rotary = remembered(cache, "rotary", positions, (n_past,), build)
             return found
 
-        return self._run(hidden_states, attention_mask, layer_past, kwargs, residuals, rotary)
+        return rotary
 
     def angle_tables(self, rotary: Any, dtype: torch.dtype) -> tuple[Table, Table]:
-        table: Any = self._buffers["embed_positions"]
-        cos, sin = self._look_up(torch.arange(len(table)), dtype)
+        owner = self if rotary is None else rotary
+        table: Any = owner._buffers.get("embed_positions")
+        if table is None:
+            raise UnsupportedModel(f"{type(owner).__name__} has no table of angles")
+        cos, sin = _look_up(table, torch.arange(len(table)), dtype)
         return Table(cos), Table(sin)
 
-    def _look_up(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        table: Any = self._buffers["embed_positions"]
-        lowest, highest = position_ids.aminmax()
-        if lowest < 0 or highest >= table.shape[0]:
-            raise InvalidInput(
-                f"position_ids: {int(lowest if lowest < 0 else highest)} is outside the model's positions,"
-                f" 0 to {table.shape[0] - 1}"
-            )
-        # the module rounds to its own dtype first
-        sin, cos = table[position_ids].to(dtype).float().chunk(2, dim=-1)
-        return cos.contiguous(), sin.contiguous()
+
+def _look_up(table: Any, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    lowest, highest = position_ids.aminmax()
+    if lowest < 0 or highest >= table.shape[0]:
+        raise InvalidInput(
+            f"position_ids: {int(lowest if lowest < 0 else highest)} is outside the model's positions,"
+            f" 0 to {table.shape[0] - 1}"
+        )
+    # the module rounds to its own dtype first
+    sin, cos = table[position_ids].to(dtype).float().chunk(2, dim=-1)
+    return cos.contiguous(), sin.contiguous()
 
 
 # ---- recognition -------------------------------------------------------------------------------------------
@@ -262,7 +259,7 @@ _ROTARY_PARTS = ("head_dim", "is_causal", "layer_type", "num_key_value_groups", 
 _UNROTATED_PARTS = ("dropout", "embed_dim", "enable_bias", "head_dim", "is_causal", "num_heads", "scaling")
 _TABLE_PARTS = (
     "embed_dim", "embed_positions", "head_dim", "is_causal", "max_positions", "num_attention_heads",
-    "pos_embd_dim", "rotary_dim", "scale_attn",
+    "pos_embd_dim", "rotary_dim", "scale_attn", "scaling",
 )  # fmt: skip
 
 
@@ -281,12 +278,12 @@ def _projections(module: Any, output: str) -> tuple[int, int, int] | str:
     return q.in_features, q.out_features // head_dim, k.out_features // head_dim
 
 
-def _flaw(module: Any, forward: Callable[..., Any], parts: Sequence[str]) -> str | None:
+def _flaw(module: Any, kind: type[Attention], parts: Sequence[str], *needs: str) -> str | None:
     if module.is_causal is not True:
         return "its attention is not causal"
     if not isinstance(module.layer_idx, int):
         return "it has no layer_idx"
-    return unknown_parts(module, forward, parts)
+    return unknown_parts(module, kind, parts, needs=("attention_mask", "cache", *needs))
 
 
 def _recognise_rotary(module: Any) -> AttentionSpec | str | None:
@@ -297,7 +294,7 @@ def _recognise_rotary(module: Any) -> AttentionSpec | str | None:
         return "parameters or buffers of its own"
     if not {"head_dim", "is_causal", "layer_idx", "scaling"} <= set(vars(module)):
         return "no head_dim, is_causal, layer_idx or scaling"
-    flaw = _flaw(module, RotaryAttention.attend, _ROTARY_PARTS)
+    flaw = _flaw(module, RotaryAttention, _ROTARY_PARTS, "position_embeddings")
     sizes = flaw or _projections(module, "o_proj")
     return sizes if isinstance(sizes, str) else AttentionSpec("o_proj", *sizes, module.head_dim, "half")
 
@@ -307,24 +304,28 @@ def _recognise_unrotated(module: Any) -> AttentionSpec | str | None:
         return None
     if not {"head_dim", "is_causal", "layer_idx", "scaling"} <= set(vars(module)):
         return "no head_dim, is_causal, layer_idx or scaling"
-    flaw = _flaw(module, UnrotatedAttention.attend, _UNROTATED_PARTS)
+    flaw = _flaw(module, UnrotatedAttention, _UNROTATED_PARTS)
     sizes = flaw or _projections(module, "out_proj")
     return sizes if isinstance(sizes, str) else AttentionSpec("out_proj", *sizes, module.head_dim, "none")
 
 
 def _recognise_table(module: Any) -> AttentionSpec | str | None:
-    required = ("q_proj", "k_proj", "v_proj", "out_proj", "attn_dropout", "resid_dropout")
-    if (
-        not has_children(module, required)
-        or module._parameters
-        or set(module._buffers) != {"embed_positions"}
-    ):
+    required = ("q_proj", "k_proj", "v_proj", "out_proj", "resid_dropout")
+    if not has_children(module, required, ("attn_dropout",)) or module._parameters:
         return None
-    flaw = _flaw(module, TableAttention.attend, _TABLE_PARTS)
+    table = module._buffers.get("embed_positions")
+    if set(module._buffers) != ({"embed_positions"} if table is not None else set()):
+        return None
+    if not {"head_dim", "is_causal", "layer_idx"} <= set(vars(module)):
+        return "no head_dim, is_causal or layer_idx"
+    flaw = _flaw(
+        module, TableAttention, _TABLE_PARTS, "position_embeddings" if table is None else "position_ids"
+    )
     sizes = flaw or _projections(module, "out_proj")
     if isinstance(sizes, str):
         return sizes
-    return AttentionSpec("out_proj", *sizes, module.head_dim, "interleaved", module.embed_positions.shape[0])
+    n_positions = None if table is None else table.shape[0]
+    return AttentionSpec("out_proj", *sizes, module.head_dim, "interleaved", n_positions)
 
 
 def _others(module: Any, output: str) -> str:
@@ -335,16 +336,17 @@ def _others(module: Any, output: str) -> str:
 
 
 def _rotary_arguments(spec: AttentionSpec, scene: Any, step: Any) -> dict[str, Any]:
-    angles = scene.rotary(step.hidden_states, step.position_ids)
-    return {"position_embeddings": angles, "past_key_values": scene.cache}
+    return {"position_embeddings": scene.rotary(step.hidden_states, step.position_ids)}
 
 
 def _unrotated_arguments(spec: AttentionSpec, scene: Any, step: Any) -> dict[str, Any]:
-    return {"past_key_values": scene.cache}
+    return {}
 
 
 def _table_arguments(spec: AttentionSpec, scene: Any, step: Any) -> dict[str, Any]:
-    return {"position_ids": step.position_ids % spec.n_positions, "layer_past": scene.cache}
+    if spec.n_positions is None:
+        return _rotary_arguments(spec, scene, step)
+    return {"position_ids": step.position_ids % spec.n_positions}
 
 
 def _trial(
@@ -352,9 +354,8 @@ def _trial(
 ) -> list[torch.Tensor]:
     outputs = []
     for step in scene.steps(spec.hidden_size):
-        named = arguments(spec, scene, step)
-        output = call(hidden_states=step.hidden_states, attention_mask=step.attention_mask, **named)
-        outputs.append(step.valid(output[0]))
+        roles = {"attention_mask": step.attention_mask, "cache": scene.cache, **arguments(spec, scene, step)}
+        outputs.append(step.valid(call(hidden_states=step.hidden_states, **roles)))
     return outputs
 
 

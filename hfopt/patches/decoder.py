@@ -75,7 +75,7 @@ def _angles(builder: Builder, decoder: Any, record: Decoder) -> tuple[Slot, Slot
     if not len(layers):
         raise UnsupportedModel("it has no layers")
     first = swapped(layers, "0")
-    rotary = None if record.rotary is None else decoder._modules[record.rotary]
+    rotary = None if record.rotary is None else decoder._modules.get(record.rotary)
     tables = swapped(first, first._hfopt.spec.attention).angle_tables(rotary, builder.dtype)
     if tables is None:
         return None

@@ -12,27 +12,9 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-_active_collector: Any
-try:
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:  # transformers 4.57 captures outputs through an instance `forward`, which `is_bare` sees
-    _active_collector = None
+from hfopt.host import captured_outputs, is_capture
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-# Arguments that transformers hands down to every module and that change nothing in what our modules compute.
-_WITHOUT_EFFECT = frozenset(
-    {
-        "cache_position",
-        "logits_to_keep",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "position_ids",
-        "return_dict",
-        "use_cache",
-    }
-)
 
 
 def is_plain_inference(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -81,14 +63,7 @@ def _has_live_hooks(hooks: Mapping[int, Any]) -> bool:
     """Whether a hook does something; those that transformers leaves behind do so only while it captures."""
     if captured_outputs() is not None:
         return True
-    return any(
-        getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks.values()
-    )
-
-
-def captured_outputs() -> Mapping[str, Any] | None:
-    """The outputs that transformers collects during this forward by name, or None if it collects nothing."""
-    return (_active_collector.get() or None) if _active_collector is not None else None
+    return not all(is_capture(hook) for hook in hooks.values())
 
 
 def wants_attentions(attention: nn.Module) -> bool:
@@ -104,17 +79,6 @@ def is_sdpa(attention: nn.Module) -> bool:
     """Whether it runs torch's attention, which returns no weights and takes no mask as a causal one."""
     config: Any = attention.config
     return bool(config._attn_implementation == "sdpa")
-
-
-def are_without_effect(kwargs: Mapping[str, Any]) -> bool:
-    """Whether none of these further arguments of an attention module changes its result."""
-    for name, value in kwargs.items():
-        if value is None or name in _WITHOUT_EFFECT:
-            continue
-        # False means "no" for every argument but this one
-        if value is not (name == "is_causal"):
-            return False
-    return True
 
 
 def are_readable(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> bool:

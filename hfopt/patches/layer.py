@@ -14,9 +14,10 @@ import torch
 from hfopt import functional
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Builder, Slot
+from hfopt.host import ROLES
 from hfopt.patches.activation import match_activation
-from hfopt.patches.attention import Attention, RotaryAttention, TableAttention
-from hfopt.patches.guards import is_bare, wants_attentions
+from hfopt.patches.attention import Attention, RotaryAttention, TableAttention, UnrotatedAttention
+from hfopt.patches.guards import is_bare
 from hfopt.patches.linear import can_multiply, is_linear, read_children, weights_of
 from hfopt.patches.mlp import Mlp, activate, activation_of
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
@@ -40,14 +41,12 @@ class LayerSpec:
 
 
 def attend(
-    attention: Any, residuals: Sequence[torch.Tensor], hidden_states: torch.Tensor, **named: Any
-) -> torch.Tensor:
-    """Attention plus the residuals."""
-    if isinstance(attention, Attention) and is_bare(attention):
-        output = attention.attend(hidden_states, residuals=residuals, **named)
-        if output is not None:
-            return output
-    return _add(attention(hidden_states=hidden_states, **named)[0], residuals)
+    attention: Any, residuals: Sequence[torch.Tensor], hidden_states: torch.Tensor, **roles: Any
+) -> torch.Tensor | None:
+    """Attention plus the residuals; None, with nothing touched, if kernels cannot do it."""
+    if not isinstance(attention, Attention) or not is_swapped(attention) or not is_bare(attention):
+        return None
+    return attention.attend(hidden_states, residuals, **roles)
 
 
 def feed(mlp: Any, residuals: Sequence[torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
@@ -56,7 +55,10 @@ def feed(mlp: Any, residuals: Sequence[torch.Tensor], hidden_states: torch.Tenso
         output = mlp.feed(hidden_states, residuals)
         if output is not None:
             return output
-    return _add(mlp(hidden_states), residuals)
+    output = mlp(hidden_states)
+    for residual in residuals:
+        output = output + residual
+    return output
 
 
 def normalize(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -77,38 +79,18 @@ def swapped(module: Any, name: str) -> Any:
     return child
 
 
-def _add(output: torch.Tensor, residuals: Sequence[torch.Tensor]) -> torch.Tensor:
-    for residual in residuals:
-        output = output + residual
-    return output
-
-
 class SequentialLayer(Replacement):
     """Llama's: `h = x + attention(norm(x))`, `h + mlp(norm(h))`."""
 
-    def compute(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
+    takes = ROLES
+
+    def compute(self, hidden_states: torch.Tensor, **roles: Any) -> torch.Tensor | None:
         spec, children = self._hfopt.spec, self._modules
         norm_before_attention, norm_before_mlp = (children[name] for name in spec.norms)
-        attended = attend(
-            children[spec.attention],
-            (hidden_states,),
-            normalize(norm_before_attention, hidden_states),
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+        normed = normalize(norm_before_attention, hidden_states)
+        attended = attend(children[spec.attention], (hidden_states,), normed, **roles)
+        if attended is None:
+            return None
         return feed(children[spec.mlp], (attended,), normalize(norm_before_mlp, attended))
 
     def emit(self, builder: Builder, x: Slot, angles: Any) -> Slot:
@@ -127,32 +109,13 @@ class SequentialLayer(Replacement):
 class ParallelLayer(Replacement):
     """GPT-J's: `x + attention(norm(x)) + mlp(norm(x))`."""
 
-    def compute(
-        self,
-        hidden_states: torch.Tensor,
-        layer_past: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        use_cache: bool | None = False,
-        output_attentions: bool | None = False,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None] | None:
+    takes = ROLES
+
+    def compute(self, hidden_states: torch.Tensor, **roles: Any) -> torch.Tensor | None:
         spec, children = self._hfopt.spec, self._modules
-        attention: Any = children[spec.attention]
-        if output_attentions or wants_attentions(attention):
-            return None
         normed = normalize(children[spec.norms[0]], hidden_states)
-        attended = attend(
-            attention,
-            (),
-            normed,
-            layer_past=layer_past,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-        )
-        return feed(children[spec.mlp], (attended, hidden_states), normed), None
+        attended = attend(children[spec.attention], (), normed, **roles)
+        return None if attended is None else feed(children[spec.mlp], (attended, hidden_states), normed)
 
     def emit(self, builder: Builder, x: Slot, angles: Any) -> Slot:
         """As `SequentialLayer.emit`."""
@@ -169,15 +132,9 @@ class InlineLayer(Replacement):
 
     do_layer_norm_before: bool
 
-    def compute(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
+    takes = ROLES
+
+    def compute(self, hidden_states: torch.Tensor, **roles: Any) -> torch.Tensor | None:
         spec, children = self._hfopt.spec, self._modules
         first, activation_name, second = spec.inner
         activation: Any = children[activation_name]
@@ -194,11 +151,10 @@ class InlineLayer(Replacement):
             children[spec.attention],
             (hidden_states,),
             normalize(attention_norm, hidden_states) if is_pre_norm else hidden_states,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            **kwargs,
+            **roles,
         )
+        if attended is None:
+            return None
         if not is_pre_norm:
             attended = normalize(attention_norm, attended)
         shape = attended.shape
@@ -241,14 +197,15 @@ class InlineLayer(Replacement):
 
 # ---- recognition -------------------------------------------------------------------------------------------
 
-_UNSWAPPED = "neither its attention nor its feed-forward block is swapped"
+_UNSWAPPED = "its attention is not swapped"
 
 
 def _recognise_sequential(module: Any) -> LayerSpec | str | None:
     norms = ("input_layernorm", "post_attention_layernorm")
     if not has_children(module, ("self_attn", "mlp", *norms)) or not owns_nothing(module):
         return None
-    unknown = unknown_parts(module, SequentialLayer.compute, ("hidden_size", "attention_type", "layer_type"))
+    known = ("hidden_size", "attention_type", "layer_type")
+    unknown = unknown_parts(module, SequentialLayer, known, needs=("attention_mask", "cache"))
     if unknown is not None:
         return unknown
     return _swapped_parts(module, RotaryAttention, "self_attn", norms)
@@ -257,30 +214,29 @@ def _recognise_sequential(module: Any) -> LayerSpec | str | None:
 def _recognise_parallel(module: Any) -> LayerSpec | str | None:
     if not has_children(module, ("ln_1", "attn", "mlp")) or not owns_nothing(module):
         return None
-    unknown = unknown_parts(module, ParallelLayer.compute, ())
+    unknown = unknown_parts(module, ParallelLayer, (), needs=("attention_mask", "cache"))
     return unknown or _swapped_parts(module, TableAttention, "attn", ("ln_1",))
 
 
 def _swapped_parts(
     module: Any, kind: type[Attention], attention: str, norms: tuple[str, ...]
 ) -> LayerSpec | str:
-    attention_module, mlp = module._modules[attention], module._modules["mlp"]
-    if isinstance(attention_module, kind):
-        hidden_size: int = attention_module._hfopt.spec.hidden_size
-    elif isinstance(mlp, Mlp):
-        hidden_size = mlp._hfopt.spec.hidden_size
-    else:
+    attention_module: Any = module._modules[attention]
+    if not isinstance(attention_module, kind):
         return _UNSWAPPED
-    return LayerSpec(attention, norms, hidden_size, mlp="mlp")
+    return LayerSpec(attention, norms, attention_module._hfopt.spec.hidden_size, mlp="mlp")
 
 
 def _recognise_inline(module: Any) -> LayerSpec | str | None:
     norms, inner = ("self_attn_layer_norm", "final_layer_norm"), ("fc1", "activation_fn", "fc2")
     if not has_children(module, ("self_attn", *norms, *inner)) or not owns_nothing(module):
         return None
-    unknown = unknown_parts(module, InlineLayer.compute, ("do_layer_norm_before", "dropout", "embed_dim"))
+    known = ("do_layer_norm_before", "dropout", "embed_dim")
+    unknown = unknown_parts(module, InlineLayer, known, needs=("attention_mask", "cache"))
     if unknown is not None:
         return unknown
+    if not isinstance(module.self_attn, UnrotatedAttention):
+        return _UNSWAPPED
     if not is_linear(module.fc1) or not is_linear(module.fc2):
         return "fc1 or fc2 is not a plain Linear"
     activation = match_activation(module.activation_fn)
@@ -291,17 +247,17 @@ def _recognise_inline(module: Any) -> LayerSpec | str | None:
 
 
 def _sequential_arguments(scene: Any, step: Any) -> dict[str, Any]:
-    angles = scene.rotary(step.hidden_states, step.position_ids)
-    return {"position_ids": step.position_ids, "past_key_values": scene.cache, "position_embeddings": angles}
+    return {"position_embeddings": scene.rotary(step.hidden_states, step.position_ids)}
 
 
 def _parallel_arguments(scene: Any, step: Any) -> dict[str, Any]:
     # few positions, so that every table has them
-    return {"position_ids": step.position_ids % 2, "layer_past": scene.cache}
+    found = {"position_ids": step.position_ids % 2}
+    return found if scene.rotary_module is None else {**found, **_sequential_arguments(scene, step)}
 
 
 def _inline_arguments(scene: Any, step: Any) -> dict[str, Any]:
-    return {"position_ids": step.position_ids, "past_key_values": scene.cache}
+    return {}
 
 
 def _trial(
@@ -309,10 +265,9 @@ def _trial(
 ) -> list[torch.Tensor]:
     outputs = []
     for step in scene.steps(spec.hidden_size):
-        output = call(
-            step.hidden_states, attention_mask=step.attention_mask, use_cache=True, **arguments(scene, step)
-        )
-        outputs.append(step.valid(output[0] if isinstance(output, tuple) else output))
+        roles = {"position_ids": step.position_ids, "cache": scene.cache, "use_cache": True}
+        roles |= {"attention_mask": step.attention_mask, **arguments(scene, step)}
+        outputs.append(step.valid(call(hidden_states=step.hidden_states, **roles)))
     return outputs
 
 

@@ -98,8 +98,7 @@ def are_others_bare(module: Replacement) -> bool:
 class Linear(Replacement):
     """Replaces `nn.Linear`, or goes on top of `QuantizedLinear`."""
 
-    def compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        (hidden_states,) = args or kwargs.values()
+    def compute(self, hidden_states: Any, **roles: Any) -> torch.Tensor | None:
         weights = read_weights(self._hfopt, "own", (self,))
         if weights is None or not can_multiply((weights,), (hidden_states,)):
             return None
@@ -120,7 +119,7 @@ def _recognise(module: Any) -> LinearSpec | None:
 
 
 def _trial(call: Any, spec: LinearSpec, scene: Any) -> list[torch.Tensor]:
-    return [call(scene.hidden_states(1, 3, spec.in_features))]
+    return [call(hidden_states=scene.hidden_states(1, 3, spec.in_features))]
 
 
 LINEAR = Pattern("linear", "linear", Linear, _recognise, _trial)

@@ -73,8 +73,7 @@ class Mlp(Replacement):
         residuals = [residual.contiguous() for residual in residuals]
         return functional.linear(inner, output, residuals=residuals, by=self._hfopt.kernels)
 
-    def compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        (hidden_states,) = args or kwargs.values()
+    def compute(self, hidden_states: Any, **roles: Any) -> torch.Tensor | None:
         return self.feed(hidden_states)
 
     def emit(self, builder: Builder, x: Slot, residuals: Sequence[Slot]) -> Slot:
@@ -146,7 +145,7 @@ def _recognise(module: Any, candidates: Sequence[_Names]) -> MlpSpec | str | Non
 def _trial(call: Any, spec: MlpSpec, scene: Any) -> list[torch.Tensor]:
     usual, large = scene.hidden_states(3, spec.hidden_size), 32 * scene.hidden_states(3, spec.hidden_size)
     # the large input shows limits that a module sets to its activations
-    return list(call(torch.stack([usual, large])))
+    return list(call(hidden_states=torch.stack([usual, large])))
 
 
 GATED_MLP = Pattern("gated_mlp", "mlp", GatedMlp, lambda module: _recognise(module, _GATED), _trial)

@@ -27,8 +27,7 @@ class NormSpec:
 class RMSNorm(Replacement):
     """`x / sqrt(mean(x^2) + eps) * weight`."""
 
-    def compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        (hidden_states,) = args or kwargs.values()
+    def compute(self, hidden_states: Any, **roles: Any) -> torch.Tensor | None:
         weight = self._parameters["weight"]
         if type(weight) is not nn.Parameter or not is_readable(hidden_states, weight.dtype):
             return None
@@ -45,8 +44,7 @@ class RMSNorm(Replacement):
 class LayerNorm(Replacement):
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, where there is a weight or a bias."""
 
-    def compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        (hidden_states,) = args or kwargs.values()
+    def compute(self, hidden_states: Any, **roles: Any) -> torch.Tensor | None:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         dtype = hidden_states.dtype if weight is None else weight.dtype
         if not is_readable(hidden_states, dtype) or (bias is not None and bias.dtype is not dtype):
@@ -85,10 +83,9 @@ def _recognise_layer_norm(module: Any) -> NormSpec | str | None:
 
 
 def _trial(call: Any, spec: NormSpec, scene: Any) -> list[torch.Tensor]:
+    usual, small = scene.hidden_states(3, spec.size), scene.hidden_states(3, spec.size) / 128
     # the small input shows where eps goes
-    return list(
-        call(torch.stack([scene.hidden_states(3, spec.size), scene.hidden_states(3, spec.size) / 128]))
-    )
+    return list(call(hidden_states=torch.stack([usual, small])))
 
 
 RMS_NORM = Pattern("rms_norm", "norm", RMSNorm, _recognise_rms_norm, _trial)

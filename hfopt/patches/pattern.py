@@ -1,6 +1,5 @@
 """Patterns: frozen records of how one kind of module is recognised, what replaces it, how that is proven."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from hfopt.host import Arguments
 from hfopt.patches.guards import DTYPES, is_bare
 from hfopt.patches.replacement import Replacement, original_class
 
@@ -29,8 +29,8 @@ class Pattern:
 
     recognise(module) tells by structure alone: the module's Spec, None if it is something else, or in words
     what keeps a module that resembles the kind from being one. trial(call, spec, scene) calls the module (or
-    its replacement) on the inputs of a probe.Scene and returns what is to be compared. scale(module, spec, dtype)
-    is the size of those inputs.
+    its replacement), with arguments by role, on the inputs of a probe.Scene and returns what is to be compared.
+    scale(module, spec, dtype) is the size of those inputs.
     """
 
     name: str
@@ -57,28 +57,30 @@ def owns_nothing(module: nn.Module) -> bool:
     return not any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values()))
 
 
-def unknown_parts(module: nn.Module, function: Callable[..., Any], known: Iterable[str]) -> str | None:
-    """In words, what attributes or arguments `function` does not know, which is to stand for `forward`."""
+def unknown_parts(
+    module: nn.Module, replacement: type[Replacement], known: Iterable[str], *, needs: Iterable[str] = ()
+) -> str | None:
+    """In words, what attributes, or arguments of its `forward`, the replacement does not know.
+
+    needs: roles that there has to be an argument for.
+    """
     unknown = attributes(module) - set(known)
     if unknown:
         return f"unknown attributes {', '.join(sorted(unknown))}"
-    theirs = _arguments(original_class(module).forward)
-    # what only ours has can be given by name alone
-    ours = [name for name, kind in _arguments(function).items() if kind is not inspect.Parameter.KEYWORD_ONLY]
-    further = set(theirs) - set(ours)
-    # transformers 4 hands cache_position down, behind all others and by name; nothing in ours depends on it
-    fits = list(theirs)[: len(ours)] == ours and further <= {"cache_position"}
-    return None if fits else f"its forward takes other arguments ({', '.join(theirs)})"
-
-
-def _arguments(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = list(inspect.signature(function).parameters.values())[1:]
-    return {each.name: each.kind for each in parameters if each.kind is not each.VAR_KEYWORD}
+    arguments = Arguments.of(original_class(module).forward, replacement.takes)
+    if arguments.needed:
+        return f"its forward needs arguments of unknown role ({', '.join(arguments.needed)})"
+    missing = set(needs) - arguments.names.keys()
+    if missing:
+        names = ", ".join(arguments.order)
+        return f"its forward has no argument that is known as its {', '.join(sorted(missing))} ({names})"
+    return None
 
 
 def takes_one_input(module: nn.Module) -> bool:
     """Whether `forward` has exactly one argument."""
-    return len(_arguments(original_class(module).forward)) == 1
+    forward = original_class(module).forward
+    return len(Arguments.of(forward).order) == 1 and not Arguments.of(forward, Replacement.takes).unknown
 
 
 def obstacle(module: nn.Module, spec: Spec) -> str | None:

@@ -12,9 +12,10 @@ from transformers import DynamicCache
 
 from hfopt.cache import IndirectCache
 from hfopt.errors import ForkedProcess, KernelError
+from hfopt.host import Arguments
 from hfopt.patches.pattern import Pattern
 from hfopt.patches.quantized import QuantizedLinear
-from hfopt.patches.replacement import Record, Replacement, replacement_class
+from hfopt.patches.replacement import Form, Record, Replacement, original_class, replacement_class
 
 # Largest difference allowed, as a share of the largest value.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -25,6 +26,7 @@ _NOISE_FACTOR, _NOISE_LIMIT = 2.0, 0.1
 _PREFILL_POSITIONS = torch.tensor([[0, 1, 3, 7, 12], [1, 1, 0, 2, 5]])
 _STEP_POSITIONS = torch.tensor([[20], [9]])
 _N_PADDED = 2
+TABLE = "embed_positions"  # a buffer that has the angles of as many positions as it has rows
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Scene:
         self._shaken = shaken
         self._dtype = dtype
         self._scale = scale
-        self._rotary = rotary
+        self.rotary_module = rotary
         self._generator = torch.Generator().manual_seed(1)
 
     def hidden_states(self, *shape: int) -> torch.Tensor:
@@ -70,9 +72,12 @@ class Scene:
 
     def rotary(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """What the model's own rotary module gives for these positions."""
-        if self._rotary is None:
+        if self.rotary_module is None:
             raise LookupError("the model has no rotary module above it")
-        return type(self._rotary).forward(self._rotary, hidden_states, position_ids)
+        table = self.rotary_module._buffers.get(TABLE)
+        if table is not None:
+            position_ids = position_ids % len(table)
+        return type(self.rotary_module).forward(self.rotary_module, hidden_states, position_ids)
 
     def steps(self, hidden_size: int) -> Iterator[Step]:
         """Five tokens in two rows, two of them padding, then a token that is read after these."""
@@ -116,12 +121,14 @@ def undisturbed(*modules: nn.Module) -> Iterator[None]:
 class Proof:
     """Largest difference of the outputs as a share of the largest value; or in words, why there is no proof.
 
-    `is_general` tells whether that holds for other modules of the same class and configuration.
+    form: of the original's output. `is_general` tells whether that holds for other modules of the same class and
+    configuration.
     """
 
     figure: float = float("nan")
     flaw: str | None = None
     is_general: bool = True
+    form: Form = None
 
 
 def prove(
@@ -137,8 +144,9 @@ def prove(
     new_cache = IndirectCache if has_swapped_parts else DynamicCache
     with undisturbed(module, *([] if rotary is None else [rotary])):
         scale = pattern.scale(module, spec, dtype)
+        plain = _Original(module, pattern)
         try:
-            expected = pattern.trial(module.forward, spec, Scene(dtype, scale, new_cache(), rotary))
+            expected = pattern.trial(plain, spec, Scene(dtype, scale, new_cache(), rotary))
         except Exception as error:  # noqa: BLE001  (whatever a foreign forward raises)
             return Proof(flaw=f"it cannot be probed ({_in_words(error)})")
         module.__class__ = replacement_class(pattern.replacement, original)
@@ -152,16 +160,42 @@ def prove(
         proof = _compare(expected, found)
         if proof.figure > _TOLERANCES[dtype]:
             module.__class__ = original
-            shaken = pattern.trial(
-                module.forward, spec, Scene(dtype, scale, new_cache(), rotary, shaken=True)
-            )
+            shaken = pattern.trial(plain, spec, Scene(dtype, scale, new_cache(), rotary, shaken=True))
             noise = min(_compare(expected, shaken).figure, _NOISE_LIMIT)
             if proof.figure > _NOISE_FACTOR * noise:
                 figure = f"{proof.figure:.2g}"
                 return Proof(
                     flaw=f"the probe differs by {figure} of the largest value: it computes something else"
                 )
-    return proof
+    return replace(proof, form=plain.form)
+
+
+class _Original:
+    """Calls the original, and notes what form it gives its outputs."""
+
+    form: Form = None
+
+    def __init__(self, module: nn.Module, pattern: Pattern) -> None:
+        self._module = module
+        self._arguments = Arguments.of(original_class(module).forward, pattern.replacement.takes)
+
+    def __call__(self, **roles: Any) -> Any:
+        output = self._module.forward(**self._arguments.named(**roles))
+        if isinstance(output, torch.Tensor):
+            return output
+        if (
+            not isinstance(output, tuple)
+            or not output
+            or not all(_can_be_left_out(each) for each in output[1:])
+        ):
+            raise TypeError(f"its output has another form ({type(output).__name__})")
+        self.form = len(output)
+        return output[0]
+
+
+def _can_be_left_out(part: Any) -> bool:
+    """Whether it is attention weights, which nobody reads who has not asked for them, or nothing."""
+    return part is None or (isinstance(part, torch.Tensor) and part.dim() == 4)
 
 
 class _Computed:
@@ -170,8 +204,8 @@ class _Computed:
     def __init__(self, module: Any) -> None:
         self._module = module
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._module.compute(*args, **kwargs)
+    def __call__(self, **roles: Any) -> Any:
+        output = self._module.compute(**roles)
         if output is None:
             raise NotImplementedError("its kernels do not take this module")
         return output

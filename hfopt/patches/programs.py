@@ -11,8 +11,9 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Kernels, Listing, Program
 from hfopt.functional.choice import is_known_for_torch, takes_torch
+from hfopt.host import captured_outputs
 from hfopt.patches.decoder import build
-from hfopt.patches.guards import captured_outputs, is_plain_inference
+from hfopt.patches.guards import is_plain_inference
 from hfopt.patches.watch import Watch
 
 logger = logging.getLogger(__name__)

@@ -4,52 +4,66 @@ import inspect
 import sys
 from collections.abc import Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import nn
 
 from hfopt.functional import Kernels, Weights
+from hfopt.host import Arguments
 from hfopt.patches.guards import is_plain_inference
+
+# of an output: None for a tensor, else the length of a tuple that begins with it, and where the rest is None
+Form: TypeAlias = int | None
 
 _CLASSES: dict[Any, Any] = {}
 
 
 class Record:
     """What a swapped module carries: what was recognised, the proof's figure, whose kernels it takes where
-    torch has one too, what follows from its weights.
+    torch has one too, what form its output has (see `Form`), what follows from its weights.
 
-    Only the first three are pickled or copied; the rest follows from the module itself.
+    Only the first four are pickled or copied; the rest follows from the module itself.
     """
 
-    __slots__ = ("activation", "kernels", "proof", "spec", "weights")
+    __slots__ = ("activation", "form", "kernels", "proof", "spec", "weights")
 
-    def __init__(self, spec: Any, proof: float | None = None, kernels: Kernels = "hfopt") -> None:
+    def __init__(
+        self, spec: Any, proof: float | None = None, kernels: Kernels = "hfopt", form: Form = None
+    ) -> None:
         self.spec = spec
         self.proof = proof
         self.kernels = kernels
+        self.form = form
         self.weights: dict[str, Weights] = {}
         self.activation: tuple[nn.Module, str | None] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return Record, (self.spec, self.proof, self.kernels)
+        return Record, (self.spec, self.proof, self.kernels, self.form)
 
 
 class Replacement(nn.Module):
-    """What every replacement class is: `compute` where our kernels can do the call, else the original."""
+    """What every replacement class is: `compute` where our kernels can do the call, else the original.
 
+    takes: the roles of the arguments that `compute` takes; see `host.Arguments`.
+    """
+
+    takes: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
     _hfopt: Record
     _hfopt_original: type[nn.Module]
+    _hfopt_arguments: Arguments
 
-    def compute(self, *args: Any, **kwargs: Any) -> Any:
-        """The original's `forward` in our kernels; None, nothing touched, if they cannot do this call."""
+    def compute(self, hidden_states: Any, **roles: Any) -> torch.Tensor | None:
+        """What the original's `forward` computes, by our kernels; None, nothing touched, if they cannot do this call."""
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and is_swapped(self) and is_plain_inference(self, args, kwargs):
-            output = self.compute(*args, **kwargs)
+            given = self._hfopt_arguments.read(args, kwargs)
+            output = None if given is None else self.compute(**given)
             if output is not None:
-                return output
+                form = self._hfopt.form
+                return output if form is None else (output, *[None] * (form - 1))
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -80,6 +94,7 @@ def replacement_class(replacement: type[Replacement], original: type[nn.Module])
         "__qualname__": qualname,
         "__doc__": original.__doc__,
         "_hfopt_original": original,
+        "_hfopt_arguments": Arguments.of(original.forward, replacement.takes),
     }
     kind = type(original.__name__, (replacement, original), dict(content))
     setattr(sys.modules[replacement.__module__], qualname, kind)

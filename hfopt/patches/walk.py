@@ -18,7 +18,7 @@ from hfopt.patches.linear import LINEAR, is_linear
 from hfopt.patches.mlp import GATED_MLP, PLAIN_MLP
 from hfopt.patches.norm import LAYER_NORM, RMS_NORM
 from hfopt.patches.pattern import Pattern, obstacle
-from hfopt.patches.probe import Proof, prove
+from hfopt.patches.probe import TABLE, Proof, prove
 from hfopt.patches.replacement import Record, Replacement, is_swapped, original_class, swap, unswap
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Walk:
             proof = self._proof(pattern, path, module, spec)
             reason = proof.flaw
             if reason is None:
-                swap(module, pattern.replacement, Record(spec, proof.figure))
+                swap(module, pattern.replacement, Record(spec, proof.figure, form=proof.form))
                 self.swapped_now.append(module)
                 self._readers.update(
                     {f"{path}.{name}" if path else name: path for name in spec.reads if name}
@@ -141,7 +141,7 @@ class Walk:
         while path:
             path = path.rpartition(".")[0]
             for child in self._modules[path].children():
-                if any(name.endswith("inv_freq") for name in child._buffers):
+                if any(name.endswith(("inv_freq", TABLE)) for name in child._buffers):
                     yield child
 
     # ---- what came of it -----------------------------------------------------------------------------------

@@ -13,5 +13,5 @@ GPTJ = Family(
         "ln_f": "layer_norm",
         "lm_head": "linear",
     },
-    decoder=Decoder("transformer", "wte", "h", "ln_f"),
+    decoder=Decoder("transformer", "wte", "h", "ln_f", rotary="rotary_emb"),
 )

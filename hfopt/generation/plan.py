@@ -1,0 +1,87 @@
+"""How a request is run: in whose loop, and over whose cache."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GenerationMixin
+
+from .. import host
+from ._types import Model
+from .beam import beam_search
+from .inputs import check_counts
+from .proof import OTHER_LOOPS, refusals
+from .sample import sample
+
+# loop of transformers -> ours
+_LOOPS: dict[str, Callable[..., Any]] = {"_sample": sample, "_beam_search": beam_search}
+
+# of the request that runs in this thread: whether it may get a cache of ours
+_takes_our_cache: ContextVar[bool] = ContextVar("hfopt_takes_our_cache", default=True)
+
+
+class Plan(NamedTuple):
+    """loop: ours, or None for transformers' own. takes_our_cache: whether the request may get a cache of ours."""
+
+    loop: Callable[..., Any] | None
+    takes_our_cache: bool
+
+
+def their_plan() -> Plan:
+    """For modes that we have no loop for."""
+    return Plan(None, OTHER_LOOPS not in refusals())
+
+
+def plan_of(model: Model, arguments: Mapping[str, Any]) -> Plan:
+    """The plan for a call of `generate` with these arguments, by name. Raises InvalidInput for impossible counts."""
+    names = ("synced_gpus", "assistant_model", "streamer", "generation_config")
+    synced_gpus, assistant_model, streamer, generation_config = (arguments.get(name) for name in names)
+    if synced_gpus or assistant_model is not None or arguments.get("assistant_tokenizer") is not None:
+        return their_plan()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return their_plan()
+    if model.config.is_encoder_decoder or model.device.type not in ("cpu", "meta"):
+        return their_plan()
+    others = {name: value for name, value in arguments.items() if name not in host.GENERATE_ORDER}
+    prepared, _ = model._prepare_generation_config(generation_config, **others)
+    check_counts(prepared.num_beams, prepared.num_return_sequences)
+    mode = prepared.get_generation_mode(assistant_model)
+    if mode not in host.MODES or host.missing():
+        return their_plan()
+    if host.MODES[mode] in refusals():
+        return Plan(None, False)
+    if prepared.compile_config is not None or prepared.low_memory:
+        return their_plan()
+    if prepared.stop_strings is not None or prepared.token_healing:
+        return their_plan()  # `generate` keeps the tokenizer that these need for its own loops
+    loop = our_loop(model, mode)
+    if loop is None or (streamer is not None and loop is not sample):
+        return their_plan()  # which refuses a streamer of beams
+    return Plan(loop, True)
+
+
+def our_loop(model: Model, mode: Any) -> Callable[..., Any] | None:
+    """Our loop for this mode; None if this release, or this model's class, has something else in its place."""
+    name = host.loop_of(mode)
+    if name is None or host.missing() or getattr(type(model), name) is not getattr(GenerationMixin, name):
+        return None
+    if host.REQUEST_CACHE is None or host.cache_argument(type(model).forward) is None:
+        return None  # what it carries from step to step is no cache
+    return _LOOPS.get(name)
+
+
+@contextmanager
+def our_cache(is_taken: bool) -> Iterator[None]:
+    """In the block, requests of this thread get a cache of ours, or that of transformers."""
+    token = _takes_our_cache.set(is_taken)
+    try:
+        yield
+    finally:
+        _takes_our_cache.reset(token)
+
+
+def takes_our_cache() -> bool:
+    """Whether the request that runs in this thread may get a cache of ours."""
+    return _takes_our_cache.get()

@@ -1,0 +1,72 @@
+"""The installed transformers, as far as hfopt depends on it: what it calls things, and what a name's role is.
+
+Nothing outside this package spells a name of the host that releases have changed. Classes are asked (signatures,
+annotations, fields, code), not version numbers; what cannot be told is None, and then transformers' own code runs.
+"""
+
+from hfopt.host.release import OLDEST, check_release, installed
+
+check_release()
+
+from hfopt.host.cache_names import (  # noqa: E402  (an older release would fail here with less of a message)
+    REQUEST_CACHE,
+    beam_output,
+    cache_argument,
+    cache_field,
+    cache_given,
+    cache_in,
+    causal_output,
+    knows_causal_output,
+    sample_output,
+)
+from hfopt.host.capture import captured_outputs, is_capture  # noqa: E402
+from hfopt.host.loops import (  # noqa: E402
+    GENERATE_ORDER,
+    MODES,
+    PREFILL,
+    PREPARE_CACHE,
+    PREPARING,
+    REORDER,
+    UPDATE,
+    fingerprint,
+    generate_arguments,
+    loop_of,
+    methods,
+    missing,
+    names_read,
+    sorts_samples,
+)
+from hfopt.host.roles import ROLES, Arguments  # noqa: E402
+
+__all__ = [
+    "GENERATE_ORDER",
+    "MODES",
+    "OLDEST",
+    "PREFILL",
+    "PREPARE_CACHE",
+    "PREPARING",
+    "REORDER",
+    "REQUEST_CACHE",
+    "ROLES",
+    "UPDATE",
+    "Arguments",
+    "beam_output",
+    "cache_argument",
+    "cache_field",
+    "cache_given",
+    "cache_in",
+    "captured_outputs",
+    "causal_output",
+    "check_release",
+    "fingerprint",
+    "generate_arguments",
+    "installed",
+    "is_capture",
+    "knows_causal_output",
+    "loop_of",
+    "methods",
+    "missing",
+    "names_read",
+    "sample_output",
+    "sorts_samples",
+]

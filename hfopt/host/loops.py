@@ -1,0 +1,129 @@
+"""What hfopt reads of transformers' `generate`: its modes and loops, and the methods that prepare a step."""
+
+import functools
+import hashlib
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from transformers import DynamicCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+)
+from transformers.generation import utils as _utils
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hfopt.host.release import installed
+
+PREFILL = "_prefill"
+PREPARE_CACHE = "_prepare_cache_for_generation"
+REORDER = "_reorder_cache"  # of a few models, in place of the cache's own method
+UPDATE = "_update_model_kwargs_for_generation"
+PREPARING = ("prepare_inputs_for_generation", UPDATE)  # of each step
+
+# In words, and the loop of those releases that have no table of their own.
+_MODES = {
+    "GREEDY_SEARCH": ("greedy search", "_sample"),
+    "SAMPLE": ("sampling", "_sample"),
+    "BEAM_SEARCH": ("beam search", "_beam_search"),
+    "BEAM_SAMPLE": ("beam sampling", "_beam_search"),
+}
+_LOOPS: dict[Any, str] = getattr(_utils, "GENERATION_MODES_MAPPING", {})
+
+# mode -> what it is called in reports; those that this release does not have are left out
+MODES: dict[Any, str] = {
+    getattr(GenerationMode, name): words
+    for name, (words, _) in _MODES.items()
+    if hasattr(GenerationMode, name)
+}
+
+
+def loop_of(mode: Any) -> str | None:
+    """Name of the method of GenerationMixin that runs this mode; None where this release does not tell."""
+    name = _LOOPS.get(mode) or _MODES.get(getattr(mode, "name", ""), ("", None))[1]
+    return name if isinstance(name, str) and hasattr(GenerationMixin, name) else None
+
+
+# the named arguments of `generate`
+GENERATE_ORDER = tuple(
+    each.name
+    for each in inspect.signature(GenerationMixin.generate).parameters.values()
+    if each.name != "self" and each.kind is not each.VAR_KEYWORD
+)
+
+
+def generate_arguments(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `generate` by name. Raises TypeError as the call would."""
+    bound = inspect.signature(GenerationMixin.generate).bind(model, *args, **kwargs)
+    (_, *named) = bound.arguments.items()
+    given = dict(named)
+    return {**given.pop("kwargs", {}), **given}
+
+
+def missing() -> str | None:
+    """In words, what this release lacks that our loops are built on; None if nothing."""
+    lacking = [name for name in (PREFILL, PREPARE_CACHE, *PREPARING) if not hasattr(GenerationMixin, name)]
+    return f"it has no {', '.join(lacking)}" if lacking else None
+
+
+def sorts_samples() -> bool:
+    """Whether beam sampling puts the candidates that it has drawn in order, best first (transformers 5.24 does)."""
+    method = getattr(GenerationMixin, "_get_top_k_continuations", None)
+    return method is not None and "sort" in names_read(method)
+
+
+@functools.cache
+def names_read(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of globals and attributes in a function's code, and in that of its decorators."""
+    return frozenset(name for code in _codes(function) for name in code.co_names)
+
+
+def _codes(function: Callable[..., Any]) -> Iterator[types.CodeType]:
+    todo = []
+    layer: Any = function
+    while layer is not None:
+        todo += [layer.__code__] if isinstance(layer, types.FunctionType) else []
+        layer = getattr(layer, "__wrapped__", None)
+    while todo:
+        code = todo.pop()
+        yield code
+        todo += [each for each in code.co_consts if isinstance(each, types.CodeType)]
+
+
+# What decides whether a loop of ours gives what transformers' gives: changed by an upgrade, or by whoever patches it.
+_CLASSES = (
+    GenerationMixin,
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
+    CausalLMOutputWithPast,
+    DynamicCache,
+    DynamicLayer,
+    *DynamicCache.__mro__[1:-1],
+    *DynamicLayer.__mro__[1:-1],
+)
+
+
+def methods() -> tuple[Any, ...]:
+    """The functions of the classes that loops and caches depend on, as they are now."""
+    return tuple(
+        value for kind in (GenerationMixin, DynamicCache, DynamicLayer) for value in vars(kind).values()
+    )
+
+
+def fingerprint() -> str:
+    """Hash of the installed release and of the code that loops and caches depend on."""
+    digest = hashlib.sha256(installed().encode())
+    for kind in dict.fromkeys(_CLASSES):
+        digest.update(repr((kind.__qualname__, sorted(getattr(kind, "__dataclass_fields__", ())))).encode())
+        for name, value in sorted(vars(kind).items()):
+            function = getattr(value, "__func__", value)
+            if isinstance(function, property):
+                function = function.fget
+            for code in _codes(function) if callable(function) else ():
+                constants = [each for each in code.co_consts if isinstance(each, (str, int, float, tuple))]
+                digest.update(repr((name, code.co_code, code.co_names, constants)).encode())
+    return digest.hexdigest()
