@@ -1,5 +1,6 @@
 """NormalFloat with 4 bits: codes whose levels are the quantiles of a normal distribution."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,8 +16,9 @@ LEVELS = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127
 VALUES = torch.tensor(LEVELS, dtype=torch.float32)
 # Quotients are looked up in steps of one half, on which the borders between two levels lie.
 BOUND = 2 * LEVELS[-1]
-BORDERS = torch.tensor([low + high for low, high in pairwise(LEVELS)])
-CODES = torch.searchsorted(BORDERS, torch.arange(-BOUND, BOUND + 1), right=True).to(torch.uint8)
+BORDERS = [low + high for low, high in pairwise(LEVELS)]
+# without torch.searchsorted: it starts torch's threads, and a process forked after the import would wait for them for ever
+CODES = torch.tensor([bisect_right(BORDERS, step) for step in range(-BOUND, BOUND + 1)], dtype=torch.uint8)
 NEAREST = VALUES[CODES.long()]
 
 
