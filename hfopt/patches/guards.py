@@ -3,14 +3,21 @@
 All of this is asked on every call, so each question is a few attribute reads.
 """
 
+import functools
+import inspect
 from collections.abc import Iterable, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from hfopt.patches.facts import class_names_read
 
 _active_collector: Any
 try:
@@ -19,6 +26,7 @@ except ImportError:  # transformers 4.57 captures outputs through an instance `f
     _active_collector = None
 
 DTYPES = (torch.float32, torch.bfloat16)
+DO_NOTHING = (nn.Dropout, nn.Identity)  # in evaluation mode
 
 # Arguments that transformers hands down to every module and that change nothing in what our modules compute.
 _WITHOUT_EFFECT = frozenset(
@@ -102,8 +110,55 @@ def wants_attentions(attention: nn.Module) -> bool:
 
 def is_sdpa(attention: nn.Module) -> bool:
     """Whether it runs torch's attention, which returns no weights and takes no mask as a causal one."""
-    config: Any = attention.config
-    return bool(config._attn_implementation == "sdpa")
+    return attention_kind(attention) == "sdpa"
+
+
+def attention_kind(attention: Any) -> Literal["sdpa", "eager"] | None:
+    """Which of transformers' own functions, with masks of transformers' own for it, this module's attention goes through
+    now; None for all others, which only they can compute.
+
+    A class whose attention is in its own code counts as "eager".
+    """
+    name = attention.config._attn_implementation
+    function, mask = _OWN_ATTENTION.get(name, (None, None))
+    if mask is None or ALL_MASK_ATTENTION_FUNCTIONS.get(name) is not mask:
+        return None
+    kind: Any = type(attention)
+    table = _attention_functions(getattr(kind, "_hfopt_original", kind))
+    found = None if table is None else table.get(name)
+    return name if found is function else None
+
+
+# name -> the function that models look up ("eager": none, each file has its own), and the one that makes masks for it
+_OWN_ATTENTION: dict[Any, tuple[Any, Any]] = {
+    "sdpa": (sdpa_attention_forward, sdpa_mask),
+    "eager": (None, eager_mask),
+}
+
+
+@functools.cache
+def _attention_functions(kind: Any) -> AttentionInterface | None:
+    """Where modules of this class look their attention function up; None if they do not."""
+    read = class_names_read(kind)
+    if "_attn_implementation" not in read:
+        return None
+    known = inspect.unwrap(kind.forward).__globals__
+    tables = (known[name] for name in read & known.keys())
+    return next((each for each in tables if isinstance(each, AttentionInterface)), ALL_ATTENTION_FUNCTIONS)
+
+
+def registered_attention(config: Any) -> tuple[Any, Any]:
+    """The functions that the name of this config's attention stands for: one that computes it, one that makes masks."""
+    name = getattr(config, "_attn_implementation", None)
+    return ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+
+
+def attention_obstacle(attention: Any) -> str | None:
+    """In words, why kernels cannot stand for this module's attention, whatever the call; None if they can."""
+    if attention_kind(attention) is not None:
+        return None
+    name = attention.config._attn_implementation
+    return f"its attention {name!r} is not transformers' own sdpa or eager function and mask"
 
 
 def are_without_effect(kwargs: Mapping[str, Any]) -> bool:

@@ -27,6 +27,8 @@ class NormSpec:
 class RMSNorm(Replacement):
     """`x / sqrt(mean(x^2) + eps) * weight`."""
 
+    live = ("variance_epsilon", "eps")
+
     def compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         (hidden_states,) = args or kwargs.values()
         weight = self._parameters["weight"]
@@ -44,6 +46,8 @@ class RMSNorm(Replacement):
 
 class LayerNorm(Replacement):
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, where there is a weight or a bias."""
+
+    live = ("eps",)
 
     def compute(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         (hidden_states,) = args or kwargs.values()

@@ -10,29 +10,34 @@ import torch
 from torch import nn
 
 from hfopt.functional import Kernels, Weights
-from hfopt.patches.guards import is_plain_inference
+from hfopt.patches.facts import Facts
+from hfopt.patches.guards import is_bare, is_plain_inference
 
 _CLASSES: dict[Any, Any] = {}
 
 
 class Record:
     """What a swapped module carries: what was recognised, the proof's figure, whose kernels it takes where
-    torch has one too, what follows from its weights.
+    torch has one too, the facts that the proof is about, what follows from its weights.
 
-    Only the first three are pickled or copied; the rest follows from the module itself.
+    Only the first four are pickled or copied; the rest follows from the module itself.
     """
 
-    __slots__ = ("activation", "kernels", "proof", "spec", "weights")
+    __slots__ = ("activation", "facts", "kernels", "proof", "spec", "table", "weights")
 
-    def __init__(self, spec: Any, proof: float | None = None, kernels: Kernels = "hfopt") -> None:
+    def __init__(
+        self, spec: Any, proof: float | None = None, kernels: Kernels = "hfopt", facts: Facts | None = None
+    ) -> None:
         self.spec = spec
         self.proof = proof
         self.kernels = kernels
+        self.facts = facts or Facts()
         self.weights: dict[str, Weights] = {}
-        self.activation: tuple[nn.Module, str | None] | None = None
+        self.activation: tuple[nn.Module, Facts, str | None] | None = None
+        self.table: tuple[torch.Tensor, tuple[int, int], int] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return Record, (self.spec, self.proof, self.kernels)
+        return Record, (self.spec, self.proof, self.kernels, self.facts)
 
 
 class Replacement(nn.Module):
@@ -40,6 +45,7 @@ class Replacement(nn.Module):
 
     _hfopt: Record
     _hfopt_original: type[nn.Module]
+    live: tuple[str, ...] = ()  # numbers among the attributes that `compute` reads at each call
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         """The original's `forward` in our kernels; None, nothing touched, if they cannot do this call."""
@@ -47,10 +53,14 @@ class Replacement(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and is_swapped(self) and is_plain_inference(self, args, kwargs):
-            output = self.compute(*args, **kwargs)
+            output = self.compute(*args, **kwargs) if self._hfopt.facts.hold(self) else None
             if output is not None:
                 return output
         return super().forward(*args, **kwargs)
+
+    def idle_reason(self) -> str | None:
+        """In words, why kernels cannot do any call of this module as it is now; None if they can."""
+        return self._hfopt.facts.change(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A fresh process does not know classes made at run time: pickle what they are made from.
@@ -92,8 +102,14 @@ def is_swapped(module: nn.Module) -> bool:
     return "_hfopt_original" in type(module).__dict__
 
 
+def is_usable(module: Any) -> bool:
+    """Whether kernels may stand for a call of this module from the one above it."""
+    return is_swapped(module) and is_bare(module) and module._hfopt.facts.hold(module)
+
+
 def swap(module: nn.Module, replacement: type[Replacement], record: Record) -> None:
     """Give the module its replacement class."""
+    record.facts = Facts.of(module, replacement.live)
     module.__class__ = replacement_class(replacement, type(module))
     module.__dict__["_hfopt"] = record
 
