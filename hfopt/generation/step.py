@@ -52,7 +52,7 @@ class Steps:
 
     def prompt(self, input_ids: Tensor) -> Outputs:
         """The outputs for the prompt, int64 [n_rows, prompt length]; only its last logits are promised."""
-        outputs, is_by_program = prefill(self.model, input_ids, self.generation_config, self.model_kwargs)
+        outputs = prefill(self.model, input_ids, self.generation_config, self.model_kwargs)
         self._update(outputs)
         self.plain = self._is_plain(input_ids.device)
         if self.plain and self.model_kwargs.get("position_ids") is not None:
@@ -66,7 +66,6 @@ class Steps:
                 self.model_kwargs,
                 choosing=self._choosing,
                 is_alone=self._is_alone,
-                is_first=not is_by_program,
             )
         return outputs
 
