@@ -1,5 +1,6 @@
 """Small random models of the three families, prompts, and the comparison of two results of `generate`."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -96,6 +97,12 @@ def opt_with_plain_norms(**changes: Any) -> Model:
 
 
 FAMILIES: dict[str, Callable[..., Model]] = {"llama": llama, "gptj": gptj, "opt": opt}
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """Name of the argument that is the cache, as the installed transformers calls it."""
+    parameters = inspect.signature(function).parameters.values()
+    return next(each.name for each in parameters if "Cache" in str(each.annotation))
 
 
 def _random(model_class: Any, config_class: Any, **sizes: Any) -> Model:

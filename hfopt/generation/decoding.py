@@ -81,14 +81,13 @@ class Decoding:
         *,
         choosing: Choosing | None,
         is_alone: bool,
-        is_first: bool,
     ):
         self._model, self._cache, self._programs = model, cache, model.__dict__[PROGRAMS]
         self._positions, self._seen = positions, seen
         self._choosing = choosing
         self._ahead: list[np.ndarray] = []  # tokens of steps that have been made already
         self._n_steps, self._seconds = 1, _CALL_SECONDS  # of the last call, of a step in it
-        self._is_alone, self._is_first = is_alone, is_first
+        self._is_alone = is_alone
         self._scratch: StepScratch | None = None
         self._offered: Program | None = None  # of the step that the modules are asked for instead
         # not at the top, because `import hfopt` must not load Numba; not in each step, because that takes time
@@ -100,7 +99,7 @@ class Decoding:
     def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], **options: Any) -> Decoding | None:
         """For a request whose next token has the position and the mask in `model_kwargs`; None if there is no program.
 
-        options: see `Steps`; is_first: whether no part of the request has asked for the program.
+        options: see `Steps`.
         """
         position_ids, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
         if PROGRAMS not in model.__dict__ or not isinstance(cache, IndirectCache):
@@ -201,9 +200,9 @@ class Decoding:
             return program
         if has_hooks(self._model):
             return None
-        program = self._programs.of(self._model, n_rows, is_first=self._is_first)
-        self._is_first = False
-        return program
+        program = self._programs.of(self._model, n_rows)
+        # a cache may have other layers than the model uses now
+        return program if program is not None and program.n_layers == len(self._cache.layers) else None
 
     def _run(self, program: Program, tokens: np.ndarray, n_steps: int = 1, ends: Any = None) -> Any:
         """Logits, or with `ends` the tokens that are chosen in up to n_steps steps; None if the cache cannot take them."""

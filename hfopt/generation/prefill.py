@@ -20,29 +20,23 @@ if TYPE_CHECKING:
 
 _READ = {"input_ids", "position_ids", "attention_mask"}
 _FIXED = {"logits_to_keep": 1, "use_cache": True, "return_dict": True}
-_MASKS = ("sdpa", "eager")  # kinds of attention whose mask is what `_mask` says, in one form or another
 # Multiply-adds in one call, which Ctrl-C does not interrupt: half a second to one on two cores. A longer prompt takes the
 # modules no longer.
 _MOST_WORK = 1 << 37
 
 
 class Prefill:
-    """A model as the prefill of GenerationMixin uses it: calls go to its program where that gives what its modules would.
-
-    is_done: whether that was so.
-    """
+    """A model as the prefill of GenerationMixin uses it: calls go to its program where that gives what its modules would."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self.is_done = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def __call__(self, **inputs: Any) -> Outputs:
         outputs = self._run(inputs) if self._is_plain(inputs) else None
-        self.is_done = outputs is not None
-        return outputs if self.is_done else self._model(**inputs)
+        return self._model(**inputs) if outputs is None else outputs
 
     def _is_plain(self, inputs: dict[str, Any]) -> bool:
         """Whether a call asks for no more than the logits of the last token of a text, from a model that just reads it."""
@@ -57,8 +51,6 @@ class Prefill:
         others = inputs.keys() - _FIXED.keys() - _READ - {given[0]}
         if not all(inputs[name] is None or (name in LOOKS_INSIDE and not inputs[name]) for name in others):
             return False
-        if model.config._attn_implementation not in _MASKS or not getattr(model.config, "is_causal", True):
-            return False
         return not wanted(model) and not has_hooks(model)
 
     def _run(self, inputs: dict[str, Any]) -> Outputs | None:
@@ -71,7 +63,7 @@ class Prefill:
         if text is None:
             return None
         programs, (n_rows, n_new) = model.__dict__[PROGRAMS], text.tokens.shape
-        program = programs.of(model, n_rows, n_new, is_first=True)
+        program = programs.of(model, n_rows, n_new)
         if (
             program is None
             or not programs.is_proven(program, cache.kv_cache)
@@ -151,13 +143,12 @@ def _is_matrix(value: Any) -> TypeGuard[Tensor]:
 
 def prefill(
     model: Model, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> tuple[Outputs, bool]:
-    """(the model's own prefill, of which only the logits of the last token are promised; whether a program has done it)."""
+) -> Outputs:
+    """The model's own prefill, of which only the logits of the last token are promised."""
     is_first = not generation_config.is_assistant
     arguments = input_ids, generation_config, model_kwargs
     theirs = getattr(GenerationMixin, host.PREFILL)
     if host.PREFILL in model.__dict__ or getattr(type(model), host.PREFILL) is not theirs:
-        return getattr(model, host.PREFILL)(*arguments, is_first_iteration=is_first), False
+        return getattr(model, host.PREFILL)(*arguments, is_first_iteration=is_first)
     stand_in: Any = Prefill(model)
-    outputs = theirs(stand_in, *arguments, is_first_iteration=is_first)
-    return outputs, stand_in.is_done
+    return theirs(stand_in, *arguments, is_first_iteration=is_first)

@@ -57,7 +57,7 @@ class Steps:
         Raises Unfit if the request's cache is not what it has to be from here on.
         """
         given = self.cache
-        outputs, is_by_program = prefill(self.model, input_ids, self.generation_config, self.model_kwargs)
+        outputs = prefill(self.model, input_ids, self.generation_config, self.model_kwargs)
         self._update(outputs)
         self._check_cache(given)
         self.plain = self._is_plain(input_ids.device)
@@ -72,7 +72,6 @@ class Steps:
                 self.model_kwargs,
                 choosing=self._choosing,
                 is_alone=self._is_alone,
-                is_first=not is_by_program,
             )
         return outputs
 

@@ -8,6 +8,7 @@ from hfopt.host.release import OLDEST, check_release, installed
 
 check_release()
 
+from hfopt.host.attention import attention_kind, registered_attention  # noqa: E402
 from hfopt.host.cache_names import (  # noqa: E402  (an older release would fail here with less of a message)
     REQUEST_CACHE,
     beam_output,
@@ -50,6 +51,7 @@ __all__ = [
     "ROLES",
     "UPDATE",
     "Arguments",
+    "attention_kind",
     "beam_output",
     "cache_argument",
     "cache_field",
@@ -67,6 +69,7 @@ __all__ = [
     "methods",
     "missing",
     "names_read",
+    "registered_attention",
     "sample_output",
     "sorts_samples",
 ]

@@ -78,8 +78,9 @@ def sorts_samples() -> bool:
 
 @functools.cache
 def names_read(function: Callable[..., Any]) -> frozenset[str]:
-    """Names of globals and attributes in a function's code, and in that of its decorators."""
-    return frozenset(name for code in _codes(function) for name in code.co_names)
+    """Names of globals and attributes, and strings (of `getattr`), in a function's code and in that of its decorators."""
+    strings = (each for code in _codes(function) for each in code.co_consts if isinstance(each, str))
+    return frozenset((*(name for code in _codes(function) for name in code.co_names), *strings))
 
 
 def _codes(function: Callable[..., Any]) -> Iterator[types.CodeType]:

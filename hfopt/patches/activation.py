@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from hfopt.functional import ACTIVATIONS
+from hfopt.patches.facts import Facts
 from hfopt.patches.replacement import Record
 
 _RELATIVE, _ABSOLUTE = 1e-4, 2e-6
+_STATE = ("_parameters", "_buffers", "_modules")  # where a change would not be seen
 
 
 @functools.cache
@@ -24,7 +26,7 @@ def _references() -> dict[str, torch.Tensor]:
 
 def match_activation(activation: nn.Module) -> str | None:
     """Name in `functional.ACTIVATIONS` of what the module computes, None if it is none of them."""
-    if not callable(activation) or any(True for _ in activation.parameters()):
+    if not callable(activation) or any(vars(activation)[name] for name in _STATE):
         return None
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         values = activation.forward(_grid())
@@ -37,8 +39,9 @@ def match_activation(activation: nn.Module) -> str | None:
 
 
 def fused_activation(record: Record, activation: nn.Module) -> str | None:
-    """The name for this very module, remembered until the model gets another one in its place."""
+    """The name for this very module, remembered until the model gets another one in its place, or it has changed."""
     known = record.activation
-    if known is None or known[0] is not activation:
-        known = record.activation = (activation, match_activation(activation))
-    return known[1]
+    if known is None or known[0] is not activation or not known[1].hold(activation):
+        facts = Facts.of(activation)  # before the match: whatever changes meanwhile has changed then
+        known = record.activation = (activation, facts, match_activation(activation))
+    return known[2]

@@ -1,9 +1,10 @@
 """Attention with separate query, key and value projections, over the keys and values of an IndirectCache."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -12,8 +13,15 @@ from hfopt.cache import IndirectCache
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import Builder, Slot, Table
 from hfopt.host import ROLES
-from hfopt.patches.guards import is_sdpa, wants_attentions
-from hfopt.patches.linear import are_others_bare, can_multiply, is_linear, read_children, weights_of
+from hfopt.patches.guards import attention_kind, attention_obstacle, wants_attentions
+from hfopt.patches.linear import (
+    are_others_bare,
+    bypass_obstacle,
+    can_multiply,
+    is_linear,
+    read_children,
+    weights_of,
+)
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
 from hfopt.patches.replacement import Replacement
 
@@ -46,7 +54,11 @@ class AttentionSpec:
 
 
 def remembered(
-    cache: IndirectCache, tag: str, tensor: torch.Tensor, moment: tuple[int, ...], build: Callable[[], Any]
+    cache: IndirectCache,
+    tag: str,
+    tensor: torch.Tensor,
+    moment: tuple[int | None, ...],
+    build: Callable[[], Any],
 ) -> Any:
     """`build()`, shared by the layers of one step.
 
@@ -70,6 +82,8 @@ class Attention(Replacement):
     """What all kinds share: launches for q, k and v, for rotating and storing, for reading the cache."""
 
     layer_idx: int
+    live: ClassVar[tuple[str, ...]] = ("layer_idx", "scaling")
+    table: int | None = None  # tells different tables of angles apart, where layers have their own
 
     takes = ROLES
 
@@ -97,10 +111,10 @@ class Attention(Replacement):
     ) -> torch.Tensor | None:
         """The output plus the residuals; None, with the cache untouched, if kernels cannot do it."""
         spec, by = self._hfopt.spec, self._hfopt.kernels
-        rotary = self.rotary(position_embeddings, position_ids)
+        rotary, kind = self.rotary(position_embeddings, position_ids), attention_kind(self)
         layer_idx = 0 if cache is None else self.layer_idx
         cache = IndirectCache() if cache is None else cache
-        if rotary is None or not _takes_appends(cache, layer_idx) or wants_attentions(self):
+        if rotary is None or kind is None or not _takes_appends(cache, layer_idx) or wants_attentions(self):
             return None
         inputs = read_children(self, "inputs", spec.inputs)
         output = read_children(self, "output", (spec.output,))
@@ -112,7 +126,7 @@ class Attention(Replacement):
         n_rows, n_new, _ = hidden_states.shape
         dtype = hidden_states.dtype
         n_past = cache.get_seq_length(layer_idx)
-        mask = self._mask(cache, attention_mask, n_rows, n_new, n_past + n_new)
+        mask = self._mask(cache, attention_mask, kind, n_rows, n_new, n_past + n_new)
         if mask is None or mask.kind == "unsupported":
             return None
         cos, sin = rotary(cache, n_past, dtype)
@@ -124,6 +138,9 @@ class Attention(Replacement):
         attended = functional.attend(qkv, appended, mask, self._scale(), *heads, by=by)
         residuals = [residual.contiguous() for residual in residuals]
         return functional.linear(attended, output, residuals=residuals, by=by)
+
+    def idle_reason(self) -> str | None:
+        return super().idle_reason() or attention_obstacle(self) or bypass_obstacle(self)
 
     def emit(self, builder: Builder, x: Slot, residuals: Sequence[Slot], angles: Any) -> Slot:
         """`attend` as instructions; angles: the slots of cos and sin, or None."""
@@ -145,13 +162,19 @@ class Attention(Replacement):
         """
         return None
 
-    def _mask(self, cache: IndirectCache, attention_mask: Any, n_rows: int, n_new: int, n_keys: int) -> Any:
+    def _mask(
+        self, cache: IndirectCache, attention_mask: Any, kind: str, n_rows: int, n_new: int, n_keys: int
+    ) -> Any:
         sizes = (n_rows, n_new, n_keys)
         if attention_mask is None:
             # without a mask, only torch's own attention takes several tokens as causal
-            return functional.prepare_mask(None, *sizes) if n_new == 1 or is_sdpa(self) else None
+            return functional.prepare_mask(None, *sizes) if n_new == 1 or kind == "sdpa" else None
         if type(attention_mask) is not torch.Tensor:
             return None
+        if attention_mask.shape[-1] < n_keys:
+            return None  # stands for all keys, or is wrong
+        if kind == "eager" and not attention_mask.is_floating_point():
+            return None  # it is added, whatever it is
         return remembered(
             cache, "mask", attention_mask, sizes, lambda: functional.prepare_mask(attention_mask, *sizes)
         )
@@ -210,6 +233,8 @@ class UnrotatedAttention(Attention):
 class TableAttention(Attention):
     """GPT-J's: sin and cos come out of a table, by position; out of the layer's own, or handed down by the model."""
 
+    live = ("layer_idx", "scale_attn", "scaling")
+
     def _scale(self) -> float:
         state = self.__dict__
         return 1.0 / float(state["scale_attn"]) if "scale_attn" in state else super()._scale()
@@ -227,10 +252,23 @@ class TableAttention(Attention):
 
         def rotary(cache: IndirectCache, n_past: int, dtype: torch.dtype) -> Rotary:
             build = functools.partial(_look_up, self._buffers["embed_positions"], positions, dtype)
-            found: Rotary = remembered(cache, "rotary", positions, (n_past,), build)
+            found: Rotary = remembered(cache, "rotary", positions, (n_past, self.table), build)
             return found
 
         return rotary
+
+    @property
+    def table(self) -> int | None:  # type: ignore[override]
+        table: Any = self._buffers.get("embed_positions")
+        if table is None:
+            return None
+        moment = table.data_ptr(), -1 if table.is_inference() else table._version
+        known = self._hfopt.table
+        if known is None or known[0] is not table or known[1] != moment:
+            digest = hashlib.blake2b(repr((table.dtype, table.shape)).encode(), digest_size=16)
+            digest.update(table.detach().contiguous().view(torch.uint8).numpy())
+            known = self._hfopt.table = table, moment, int.from_bytes(digest.digest(), "little")
+        return known[2]
 
     def angle_tables(self, rotary: Any, dtype: torch.dtype) -> tuple[Table, Table]:
         owner = self if rotary is None else rotary
@@ -283,7 +321,9 @@ def _flaw(module: Any, kind: type[Attention], parts: Sequence[str], *needs: str)
         return "its attention is not causal"
     if not isinstance(module.layer_idx, int):
         return "it has no layer_idx"
-    return unknown_parts(module, kind, parts, needs=("attention_mask", "cache", *needs))
+    return attention_obstacle(module) or unknown_parts(
+        module, kind, parts, needs=("attention_mask", "cache", *needs)
+    )
 
 
 def _recognise_rotary(module: Any) -> AttentionSpec | str | None:

@@ -5,16 +5,19 @@ All of this is asked on every call, so each question is a few attribute reads.
 
 from collections.abc import Iterable, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from hfopt import host
 from hfopt.host import captured_outputs, is_capture
+from hfopt.patches.facts import class_names_read
 
 DTYPES = (torch.float32, torch.bfloat16)
+DO_NOTHING = (nn.Dropout, nn.Identity)  # in evaluation mode
 
 
 def is_plain_inference(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -77,8 +80,22 @@ def wants_attentions(attention: nn.Module) -> bool:
 
 def is_sdpa(attention: nn.Module) -> bool:
     """Whether it runs torch's attention, which returns no weights and takes no mask as a causal one."""
-    config: Any = attention.config
-    return bool(config._attn_implementation == "sdpa")
+    return attention_kind(attention) == "sdpa"
+
+
+def attention_kind(attention: Any) -> Literal["sdpa", "eager"] | None:
+    """`host.attention_kind` of this module."""
+    kind: Any = type(attention)
+    original = getattr(kind, "_hfopt_original", kind)
+    return host.attention_kind(attention.config, original, class_names_read(original))
+
+
+def attention_obstacle(attention: Any) -> str | None:
+    """In words, why kernels cannot stand for this module's attention, whatever the call; None if they can."""
+    if attention_kind(attention) is not None:
+        return None
+    name = attention.config._attn_implementation
+    return f"its attention {name!r} is not transformers' own sdpa or eager function and mask"
 
 
 def are_readable(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> bool:

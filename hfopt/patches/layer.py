@@ -21,7 +21,7 @@ from hfopt.patches.guards import is_bare
 from hfopt.patches.linear import can_multiply, is_linear, read_children, weights_of
 from hfopt.patches.mlp import Mlp, activate, activation_of
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
-from hfopt.patches.replacement import Replacement, is_swapped
+from hfopt.patches.replacement import Replacement, is_swapped, is_usable
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ def attend(
     attention: Any, residuals: Sequence[torch.Tensor], hidden_states: torch.Tensor, **roles: Any
 ) -> torch.Tensor | None:
     """Attention plus the residuals; None, with nothing touched, if kernels cannot do it."""
-    if not isinstance(attention, Attention) or not is_swapped(attention) or not is_bare(attention):
+    if not isinstance(attention, Attention) or not is_usable(attention):
         return None
     return attention.attend(hidden_states, residuals, **roles)
 
 
 def feed(mlp: Any, residuals: Sequence[torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
     """Feed-forward block plus the residuals."""
-    if isinstance(mlp, Mlp) and is_bare(mlp):
+    if isinstance(mlp, Mlp) and is_usable(mlp):
         output = mlp.feed(hidden_states, residuals)
         if output is not None:
             return output
@@ -63,7 +63,7 @@ def feed(mlp: Any, residuals: Sequence[torch.Tensor], hidden_states: torch.Tenso
 
 def normalize(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Norm of the states."""
-    if is_swapped(norm) and is_bare(norm):
+    if is_usable(norm):
         output: torch.Tensor | None = norm.compute(hidden_states)
         if output is not None:
             return output
@@ -76,6 +76,9 @@ def swapped(module: Any, name: str) -> Any:
     child = module._modules[name]
     if not isinstance(child, Replacement) or not is_swapped(child):
         raise UnsupportedModel(f"{name} is a {type(child).__name__} that does not run in kernels")
+    reason = child.idle_reason()
+    if reason is not None:
+        raise UnsupportedModel(f"{name} does not run in kernels: {reason}")
     return child
 
 
@@ -131,6 +134,7 @@ class InlineLayer(Replacement):
     """OPT's: the feed-forward block is in the layer itself, and norms stand before or after both parts."""
 
     do_layer_norm_before: bool
+    live = ("do_layer_norm_before",)
 
     takes = ROLES
 

@@ -10,7 +10,7 @@ from torch import nn
 from hfopt import functional
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import Builder, LinearWeights, MixedWeights, QuantizedWeights, Slot, Weights
-from hfopt.patches.guards import are_readable, is_bare
+from hfopt.patches.guards import DO_NOTHING, are_readable, is_bare
 from hfopt.patches.pattern import Pattern
 from hfopt.patches.quantized import QuantizedLinear, read_quantized
 from hfopt.patches.replacement import Record, Replacement, original_class
@@ -91,8 +91,23 @@ def can_multiply(weights: Iterable[Weights], tensors: Sequence[torch.Tensor]) ->
 def are_others_bare(module: Replacement) -> bool:
     """Whether the children that are no such Linears (activations, dropouts) may be bypassed."""
     reads = module._hfopt.spec.reads
-    others = (child for name, child in module._modules.items() if name not in reads)
-    return all(is_bare(child) for child in others)  # type: ignore[arg-type]
+    others = ((name, child) for name, child in module._modules.items() if name not in reads)
+    return all(_may_be_bypassed(module, name, child) and is_bare(child) for name, child in others)  # type: ignore[arg-type]
+
+
+def bypass_obstacle(module: Replacement) -> str | None:
+    """In words, which child has become something that cannot be bypassed; None if there is none."""
+    reads = module._hfopt.spec.reads
+    for name, child in module._modules.items():
+        if name not in reads and not _may_be_bypassed(module, name, child):
+            return f"{name} is a {type(child).__name__} now"
+    return None
+
+
+def _may_be_bypassed(module: Replacement, name: str, child: Any) -> bool:
+    if name == getattr(module._hfopt.spec, "activation_module", None):
+        return child is not None
+    return type(child) in DO_NOTHING
 
 
 class Linear(Replacement):

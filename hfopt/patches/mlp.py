@@ -12,7 +12,14 @@ from hfopt import functional
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Builder, Slot, Weights
 from hfopt.patches.activation import fused_activation, match_activation
-from hfopt.patches.linear import are_others_bare, can_multiply, is_linear, read_children, weights_of
+from hfopt.patches.linear import (
+    are_others_bare,
+    bypass_obstacle,
+    can_multiply,
+    is_linear,
+    read_children,
+    weights_of,
+)
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, takes_one_input
 from hfopt.patches.replacement import Record, Replacement
 
@@ -75,6 +82,9 @@ class Mlp(Replacement):
 
     def compute(self, hidden_states: Any, **roles: Any) -> torch.Tensor | None:
         return self.feed(hidden_states)
+
+    def idle_reason(self) -> str | None:
+        return super().idle_reason() or bypass_obstacle(self)
 
     def emit(self, builder: Builder, x: Slot, residuals: Sequence[Slot]) -> Slot:
         """`feed` as instructions."""

@@ -27,6 +27,8 @@ class NormSpec:
 class RMSNorm(Replacement):
     """`x / sqrt(mean(x^2) + eps) * weight`."""
 
+    live = ("variance_epsilon", "eps")
+
     def compute(self, hidden_states: Any, **roles: Any) -> torch.Tensor | None:
         weight = self._parameters["weight"]
         if type(weight) is not nn.Parameter or not is_readable(hidden_states, weight.dtype):
@@ -43,6 +45,8 @@ class RMSNorm(Replacement):
 
 class LayerNorm(Replacement):
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, where there is a weight or a bias."""
+
+    live = ("eps",)
 
     def compute(self, hidden_states: Any, **roles: Any) -> torch.Tensor | None:
         weight, bias = self._parameters["weight"], self._parameters["bias"]

@@ -8,11 +8,9 @@ import torch
 from torch import nn
 
 from hfopt.host import Arguments
+from hfopt.patches.facts import HARMLESS
 from hfopt.patches.guards import DTYPES, is_bare
 from hfopt.patches.replacement import Replacement, original_class
-
-# Attributes that any module may have and that its `forward` does not read in evaluation mode.
-_HARMLESS = frozenset({"attention_dropout", "config", "gradient_checkpointing", "layer_idx", "training"})
 
 
 class Spec(Protocol):
@@ -43,7 +41,7 @@ class Pattern:
 
 def attributes(module: nn.Module) -> set[str]:
     """Names of public instance attributes (no children, parameters or buffers) that may mean something."""
-    return {name for name in vars(module) if not name.startswith("_")} - _HARMLESS
+    return {name for name in vars(module) if not name.startswith("_")} - HARMLESS
 
 
 def has_children(module: nn.Module, required: Iterable[str], optional: Iterable[str] = ()) -> bool:

@@ -43,12 +43,9 @@ class Programs:
     def __reduce__(self) -> tuple[type, tuple[Kernels]]:
         return Programs, (self._kernels,)
 
-    def of(self, model: nn.Module, n_rows: int, n_new: int = 1, *, is_first: bool = False) -> Program | None:
-        """The program for n_new tokens in each of n_rows rows; None if they have to go module by module.
-
-        is_first: of a request, when more is looked at.
-        """
-        program = self._current(model, is_first).program
+    def of(self, model: nn.Module, n_rows: int, n_new: int = 1) -> Program | None:
+        """The program for n_new tokens in each of n_rows rows; None if they have to go module by module."""
+        program = self._current(model).program
         if program is None:
             return None
         if not is_plain_inference(model, (), {}) or captured_outputs() is not None:
@@ -81,9 +78,9 @@ class Programs:
             return False
         return made.watch.holds_in_part()
 
-    def _current(self, model: nn.Module, is_first: bool) -> _Made:
+    def _current(self, model: nn.Module) -> _Made:
         made = self._made
-        if made is None or not (made.watch.holds_wholly() if is_first else made.watch.holds()):
+        if made is None or not made.watch.holds():
             made = self._make(model)
         return made
 
@@ -100,7 +97,7 @@ class Programs:
 
     def shown(self, model: nn.Module) -> tuple[str | None, Listing | None]:
         """(in words, why steps of this model go module by module, or None; the program for people to read)."""
-        made = self._current(model, is_first=True)
+        made = self._current(model)
         reason, program = made.reason, made.program
         if program is not None and program.has_floats:
             if self._kernels == "torch":

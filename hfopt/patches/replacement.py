@@ -11,7 +11,8 @@ from torch import nn
 
 from hfopt.functional import Kernels, Weights
 from hfopt.host import Arguments
-from hfopt.patches.guards import is_plain_inference
+from hfopt.patches.facts import Facts
+from hfopt.patches.guards import is_bare, is_plain_inference
 
 # of an output: None for a tensor, else the length of a tuple that begins with it, and where the rest is None
 Form: TypeAlias = int | None
@@ -21,36 +22,46 @@ _CLASSES: dict[Any, Any] = {}
 
 class Record:
     """What a swapped module carries: what was recognised, the proof's figure, whose kernels it takes where
-    torch has one too, what form its output has (see `Form`), what follows from its weights.
+    torch has one too, what form its output has (see `Form`), the facts that the proof is about, what follows from
+    its weights.
 
-    Only the first four are pickled or copied; the rest follows from the module itself.
+    Only the first five are pickled or copied; the rest follows from the module itself.
     """
 
-    __slots__ = ("activation", "form", "kernels", "proof", "spec", "weights")
+    __slots__ = ("activation", "facts", "form", "kernels", "proof", "spec", "table", "weights")
 
     def __init__(
-        self, spec: Any, proof: float | None = None, kernels: Kernels = "hfopt", form: Form = None
+        self,
+        spec: Any,
+        proof: float | None = None,
+        kernels: Kernels = "hfopt",
+        form: Form = None,
+        facts: Facts | None = None,
     ) -> None:
         self.spec = spec
         self.proof = proof
         self.kernels = kernels
         self.form = form
+        self.facts = facts or Facts()
         self.weights: dict[str, Weights] = {}
-        self.activation: tuple[nn.Module, str | None] | None = None
+        self.activation: tuple[nn.Module, Facts, str | None] | None = None
+        self.table: tuple[torch.Tensor, tuple[int, int], int] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return Record, (self.spec, self.proof, self.kernels, self.form)
+        return Record, (self.spec, self.proof, self.kernels, self.form, self.facts)
 
 
 class Replacement(nn.Module):
     """What every replacement class is: `compute` where our kernels can do the call, else the original.
 
-    takes: the roles of the arguments that `compute` takes; see `host.Arguments`.
+    takes: the roles of the arguments that `compute` takes; see `host.Arguments`. live: numbers among the attributes that it
+    reads at each call.
     """
 
     takes: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
     _hfopt: Record
     _hfopt_original: type[nn.Module]
+    live: ClassVar[tuple[str, ...]] = ()
     _hfopt_arguments: Arguments
 
     def compute(self, hidden_states: Any, **roles: Any) -> torch.Tensor | None:
@@ -59,12 +70,16 @@ class Replacement(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and is_swapped(self) and is_plain_inference(self, args, kwargs):
-            given = self._hfopt_arguments.read(args, kwargs)
+            given = self._hfopt_arguments.read(args, kwargs) if self._hfopt.facts.hold(self) else None
             output = None if given is None else self.compute(**given)
             if output is not None:
                 form = self._hfopt.form
                 return output if form is None else (output, *[None] * (form - 1))
         return super().forward(*args, **kwargs)
+
+    def idle_reason(self) -> str | None:
+        """In words, why kernels cannot do any call of this module as it is now; None if they can."""
+        return self._hfopt.facts.change(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A fresh process does not know classes made at run time: pickle what they are made from.
@@ -107,8 +122,14 @@ def is_swapped(module: nn.Module) -> bool:
     return "_hfopt_original" in type(module).__dict__
 
 
+def is_usable(module: Any) -> bool:
+    """Whether kernels may stand for a call of this module from the one above it."""
+    return is_swapped(module) and is_bare(module) and module._hfopt.facts.hold(module)
+
+
 def swap(module: nn.Module, replacement: type[Replacement], record: Record) -> None:
     """Give the module its replacement class."""
+    record.facts = Facts.of(module, replacement.live)
     module.__class__ = replacement_class(replacement, type(module))
     module.__dict__["_hfopt"] = record
 

@@ -232,6 +232,9 @@ def restore_classes(model: nn.Module) -> None:
 
 def _idle_reason(module: Replacement) -> str | None:
     """In words, why a swapped module cannot run in kernels as it is now; None if it can."""
+    reason = module.idle_reason()
+    if reason is not None:
+        return reason
     for name in module._hfopt.spec.reads:
         if not name:
             continue

@@ -1,29 +1,36 @@
 """Watch: whether a model is still the one from which something was made."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from itertools import chain, cycle
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
+
+from hfopt.host import registered_attention
+from hfopt.patches.facts import getter, is_same, own_names
 
 _TRAINING = itemgetter("training")
+_LAYOUT, _VERSION = (attrgetter("dtype"), attrgetter("shape"), torch.Tensor.stride), attrgetter("_version")
 # others may have no memory of their own
 _WITH_ADDRESS = (torch.Tensor, nn.Parameter)
-_PLAIN = (bool, int, float, str, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _TENSORS = ("_parameters", "_buffers")
 _PARTS = 64
+
+State = dict[str, Any]
 
 
 class Watch:
     """Remembers what a forward pass of a model depends on, but for the numbers in its parameters.
 
-    These are classes, children, hooks, modes, attributes, and which tensors are the parameters and buffers. To look at all
-    of that takes longer than a small model's kernels, most of it waiting for memory: between the steps of a big model
-    nothing of it stays in the caches. So it can be looked at in parts.
+    These are classes, children, hooks, modes, and which tensors are the parameters and buffers; and then their layouts, what
+    is in the buffers, all other attributes, the fields of the configs, and the attention functions of these names. To look
+    at all of that takes longer than a small model's kernels, most of it waiting for memory: between the steps of a big
+    model nothing of it stays in the caches. So the first of it can be looked at in parts.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,59 +38,52 @@ class Watch:
         self._model = weakref.ref(model)
         self._model_then = _look(model)
         modules = list(model.modules())[1:]
-        self._states = [vars(module) for module in modules]
         size = max(-(-len(modules) // _PARTS), 1)
         self._parts = [_Part(modules[first : first + size]) for first in range(0, len(modules), size)]
         self._turns = cycle(self._parts)
-        self._plain = [_plain_of(state) for state in (vars(model), *self._states)]
-        self._rest = self._seldom(model)
-
-    def _seldom(self, model: nn.Module) -> list[Any]:
-        """What nobody changes in the middle of a request: attributes, layouts, and what is in the buffers."""
-        states = [vars(model), *self._states]
-        plain = list(chain.from_iterable(of(state) for of, state in zip(self._plain, states, strict=True)))
-        owned = chain(_owned(_tensors([vars(model)])), *(part.owned for part in self._parts))
-        layouts = [(each.dtype, each.shape, each.stride()) for each in owned]
-        buffers = chain.from_iterable(state["_buffers"].values() for state in states)
+        self._all = _Part(modules)
+        own, self._states = vars(model), [vars(module) for module in modules]
+        self._own_attributes = _Attributes(own, [own])
+        self._attributes = _alike(self._states)
+        values = [value for each, _ in self._attributes for value in each.then] + self._own_attributes.then
+        self._contents = _Contents(values)
+        others = [value for value in values if isinstance(value, torch.Tensor)]
+        buffers = chain.from_iterable(state["_buffers"].values() for state in (own, *self._states))
+        self._tensors, self._others = self._all.owned + _owned(_tensors([own])), _owned(others)
         # inference tensors count no versions
-        versions = [each._version for each in buffers if each is not None and not each.is_inference()]
-        # values of other types may not even be comparable
-        return [list(map(type, plain)), plain, layouts, versions]
+        written = (each for each in (*buffers, *others) if each is not None and not each.is_inference())
+        self._written = list(written)
+        self._then = self._now()
 
-    def _holds_itself(self) -> bool:
-        model = self._model()  # None for the watch of a shallow copy, whose original is gone
-        return model is not None and _look(model) == self._model_then
+    def _now(self) -> list[list[Any]]:
+        layouts = [list(map(of, self._tensors)) for of in _LAYOUT]
+        return [*layouts, list(map(_VERSION, self._written)), list(map(torch.Tensor.data_ptr, self._others))]
 
     def holds_in_part(self) -> bool:
-        """Whether nothing has changed in a part of the model, another one each time: 64 calls have seen all of it."""
-        return self._holds_itself() and next(self._turns).holds()
+        """Whether nothing has changed in a part of the model, another one each time: 64 calls have seen all of it, but for
+        what nobody changes in the middle of a request that runs no code of its user."""
+        model = self._model()  # None for the watch of a shallow copy, whose original is gone
+        return model is not None and _look(model) == self._model_then and next(self._turns).holds()
 
     def holds(self) -> bool:
-        """Whether nothing has changed since; attributes and buffers are not looked into."""
-        return self._holds_itself() and all(part.holds() for part in self._parts)
-
-    def holds_wholly(self) -> bool:
         """Whether nothing of this has changed since."""
         model = self._model()
-        if model is None or not self.holds():
-            return False
-        try:
-            return self._seldom(model) == self._rest
-        except KeyError:  # of an attribute that is no longer there
-            return False
+        return (
+            model is not None
+            and _look(model) == self._model_then
+            and self._all.holds()
+            and self._own_attributes.hold([vars(model)])
+            and all(attributes.hold(states) for attributes, states in self._attributes)
+            and self._contents.hold()
+            and self._now() == self._then
+        )
 
 
-def _plain_of(state: dict[str, Any]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """What gives the values of the attributes that are numbers, strings and the like, at once."""
-    names = (name for name, value in state.items() if type(value) in _PLAIN)
-    return itemgetter("training", "training", *names)  # of one name alone it would give no tuple
-
-
-def _tensors(states: list[dict[str, Any]]) -> list[torch.Tensor | None]:
+def _tensors(states: Iterable[State]) -> list[torch.Tensor | None]:
     return [each for state in states for name in _TENSORS for each in state[name].values()]
 
 
-def _owned(tensors: list[torch.Tensor | None]) -> list[torch.Tensor]:
+def _owned(tensors: Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
     """Those that have an address."""
     found = (each for each in tensors if each is not None and type(each) in _WITH_ADDRESS)
     return [each for each in found if each.layout is torch.strided]
@@ -142,3 +142,76 @@ class _Part:
         if len(held) != len(self._tensors_then) or not all(map(is_, held, self._tensors_then)):
             return False
         return self._now() == self._then and all(state.get("forward") == own for state, own in self._forwards)
+
+
+class _Attributes:
+    """The attributes, by the names in `state`, of modules that all have the same; but for what every module has."""
+
+    def __init__(self, state: State, states: Sequence[State]) -> None:
+        # what hfopt leaves on a model holds the watch
+        names = [name for name in own_names(state) if not type(state[name]).__module__.startswith("hfopt.")]
+        self._get = getter(names)
+        self.then = self._now(states)
+
+    def _now(self, states: Sequence[State]) -> list[Any]:
+        return list(chain.from_iterable(map(self._get, states)))
+
+    def hold(self, states: Sequence[State]) -> bool:
+        try:
+            now = self._now(states)
+        except KeyError:
+            return False
+        if all(map(is_, now, self.then)):
+            return True
+        if not all(map(is_same, now, self.then)):
+            return False
+        self.then = now
+        return True
+
+
+def _alike(states: Iterable[State]) -> list[tuple[_Attributes, list[State]]]:
+    groups: dict[tuple[str, ...], list[State]] = {}
+    for state in states:
+        groups.setdefault(tuple(own_names(state)), []).append(state)
+    return [(_Attributes(each[0], each), each) for names, each in groups.items() if names]
+
+
+class _Contents:
+    """What is in lists, dictionaries, sets and configs, and in those inside them; and what attention the configs name."""
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        self._live: list[Any] = []
+        self._configs: list[Any] = []
+        waiting, seen = list(values), set()
+        while waiting:
+            value = waiting.pop()
+            if id(value) in seen:
+                continue
+            if isinstance(value, PretrainedConfig):
+                self._configs.append(value)
+                waiting.append(vars(value))
+            elif isinstance(value, list | dict | set):
+                self._live.append(value)
+                waiting += value.values() if isinstance(value, dict) else value
+            elif isinstance(value, tuple):
+                waiting += value
+            seen.add(id(value))
+        # each is compared for itself: what is inside stays the same object
+        self._then = [_copied(each) for each in self._live]
+        self._settings = self._set()
+
+    def _set(self) -> list[Any]:
+        # a flag and a number may be equal
+        types = [list(map(type, vars(each).values())) for each in self._configs]
+        return [*types, *map(registered_attention, self._configs)]
+
+    def hold(self) -> bool:
+        try:
+            return bool(self._live == self._then) and self._set() == self._settings
+        except Exception:  # noqa: BLE001  (of values that are not what they were, and cannot be compared)
+            return False
+
+
+def _copied(value: Any) -> Any:
+    kind = next(kind for kind in (list, dict, set) if isinstance(value, kind))
+    return kind(value)
