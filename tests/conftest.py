@@ -5,6 +5,9 @@ import os
 # before transformers is imported: no test may wait for a server
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# before torch is: threads that spin after every launch take more time than all else in tests of small models, and four
+# times as much where other work runs on the machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Iterator
 

@@ -1,13 +1,12 @@
 """The folder of compiled kernels, and kernels in forked processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import fresh
 
 # Runs one kernel, and says what became of the cache.
 _PROGRAM = """
@@ -29,17 +28,9 @@ print(json.dumps([right, compiled, messages, folder and str(folder), reason]))
 
 
 def _run(cache: str) -> dict[str, Any]:
-    environment = {**os.environ, "HFOPT_CACHE_DIR": cache}
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM],
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     keys = ("right", "compiled", "messages", "folder", "reason")
-    return dict(zip(keys, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    printed = fresh.run(_PROGRAM, HFOPT_CACHE_DIR=cache)
+    return dict(zip(keys, json.loads(printed.splitlines()[-1]), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +98,7 @@ def test_off() -> None:
 
 
 _FORK = """
-import os, sys, torch
+import os, torch
 from hfopt import errors, functional
 x, weight = torch.randn(2, 64), torch.rand(64)
 functional.rms_norm(x, weight, 1e-5)
@@ -118,10 +109,9 @@ if child == 0:
     except errors.ForkedProcess as error:
         os._exit(7 if "spawn" in str(error) else 8)
     os._exit(9)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
 def test_a_forked_child_gets_a_clear_error() -> None:
-    done = subprocess.run([sys.executable, "-c", _FORK], cwd=Path(__file__).parents[1], timeout=120)
-    assert done.returncode == 7
+    assert fresh.run(_FORK).strip() == "7"
