@@ -1,17 +1,28 @@
 """What every test starts from: no network, few threads, the same random numbers."""
 
+import gc
 import os
 
 # before transformers is imported: no test may wait for a server
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# before torch is: threads that spin after every launch take more time than all else in tests of small models, and four
+# times as much where other work runs on the machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from hfopt import limits
 from hfopt.functional import choice, choice_file
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made is there for good: a collection has a million objects less to go through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +40,13 @@ def _nothing_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_used", {})
     monkeypatch.setattr(choice, "_measure", lambda operation, dtype, size: [2.0] * choice.PAIRS)
     monkeypatch.setattr(choice_file, "path", lambda n_threads: None)
+
+
+@pytest.fixture(scope="module")
+def quick_limits() -> Iterator[None]:
+    """What the machine can do at most is measured in a moment, in its caches: any figure will do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "_MIN_BUFFER", 1 << 20)
+        patch.setattr(limits, "_last_level_cache", lambda: 0)
+        patch.setattr(limits.MultiplyAdd, "_ROUNDS", 5)
+        yield

@@ -59,10 +59,9 @@ def gathered(appended: Appended, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     branch = _tensor(appended.branch, appended.branch_scales, dtype)
     rows = []
     for row, p in enumerate(appended.trunk_row):
-        tokens = [trunk[:, p, :, : appended.trunk_len]]
-        for t in range(appended.branch_len):
-            tokens.append(branch[:, appended.table[row, t], :, t : t + 1])
-        rows.append(torch.cat(tokens, 2))
+        columns = torch.arange(appended.branch_len)
+        own = branch[:, torch.from_numpy(appended.table[row])[columns].long(), :, columns]
+        rows.append(torch.cat([trunk[:, p, :, : appended.trunk_len], own.permute(1, 2, 0, 3)], 2))
     keys, values = torch.stack(rows, 1)
     return keys, values
 

@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hfopt import limits
 from hfopt.cli import bench_cases, bench_rows, load_cost, main, measure, models
 
+pytestmark = pytest.mark.usefixtures("quick_limits")
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 32,

@@ -16,6 +16,8 @@ from hfopt import limits
 from hfopt.cli import bench_growth, bench_plot, main, measure
 from hfopt.cli.bench_cases import Workload, cases_of, filled_cache, has_positions
 
+pytestmark = pytest.mark.usefixtures("quick_limits")
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 32,
@@ -105,7 +107,7 @@ def test_points_grow_alone() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def run(tmp_path_factory: pytest.TempPathFactory, quick_limits: None) -> tuple[Path, str]:
     """The folder of one run of the command on a small shape, and its output."""
     folder = tmp_path_factory.mktemp("growth")
     (folder / "config.json").write_text(json.dumps(SHAPE | {"model_type": "llama"}))

@@ -15,6 +15,8 @@ from hfopt.cli.kernel_case import Call, Case, Sizes, Target
 from hfopt.functional import rms_norm
 from hfopt.kernels import peak
 
+pytestmark = pytest.mark.usefixtures("quick_limits")
+
 TINY = Sizes(
     streamed=1 << 16,
     features=(128, 256),

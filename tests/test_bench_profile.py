@@ -14,6 +14,8 @@ from hfopt.cli.bench_cases import Workload, cases_of
 from hfopt.cli.bench_profile import ReadyStep, Round
 from hfopt.functional import Instruction
 
+pytestmark = pytest.mark.usefixtures("quick_limits")
+
 SHAPE: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 64,

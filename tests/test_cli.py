@@ -29,6 +29,8 @@ from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int8
 from hfopt.shapes import SHAPES
 
+pytestmark = pytest.mark.usefixtures("quick_limits")
+
 ROOT = Path(__file__).parents[1]
 TINY: dict[str, Any] = {
     "model_type": "llama",

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,18 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from hfopt import _linux, env, limits
-
-
-def in_process(code: str, **variables: str) -> str:
-    finished = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return finished.stdout.strip()
-
+from tests import fresh
 
 CPU_PATH = "from hfopt import env; print(env.cpu_path())"
 
@@ -40,7 +28,7 @@ CPU_PATH = "from hfopt import env; print(env.cpu_path())"
     ],
 )
 def test_cpu_path_follows_the_compilation_target(cpu: str, features: str, path: str) -> None:
-    assert in_process(CPU_PATH, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features) == path
+    assert fresh.run(CPU_PATH, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features).strip() == path
 
 
 def test_features_of_the_host_agree_with_the_kernel_of_the_system() -> None:
@@ -62,7 +50,7 @@ def restricted() -> dict[str, Any]:
         "print(json.dumps([cores.usable, cores.reason, env.cache_folder(), env.threading_layer()]))"
     )
     keys = ("cores", "reason", "cache folder", "layer")
-    return dict(zip(keys, json.loads(in_process(code, HFOPT_CACHE_DIR="off")), strict=True))
+    return dict(zip(keys, json.loads(fresh.run(code, HFOPT_CACHE_DIR="off")), strict=True))
 
 
 def test_usable_cores_follow_the_affinity_mask(restricted: dict[str, Any]) -> None:

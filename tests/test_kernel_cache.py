@@ -1,13 +1,12 @@
 """The folder of compiled kernels."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import fresh
 
 # Runs one kernel, and says what became of the cache.
 _PROGRAM = """
@@ -29,17 +28,9 @@ print(json.dumps([right, compiled, messages, folder and str(folder), reason]))
 
 
 def _run(cache: str) -> dict[str, Any]:
-    environment = {**os.environ, "HFOPT_CACHE_DIR": cache}
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM],
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     keys = ("right", "compiled", "messages", "folder", "reason")
-    return dict(zip(keys, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    printed = fresh.run(_PROGRAM, HFOPT_CACHE_DIR=cache)
+    return dict(zip(keys, json.loads(printed.splitlines()[-1]), strict=True))
 
 
 @pytest.fixture(scope="module")

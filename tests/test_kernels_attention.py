@@ -29,6 +29,7 @@ from tests.attention_cases import (
     random_cache,
     random_qkv,
 )
+from tests.pairs import pairwise
 from tests.reference import DTYPES, Guarded, assert_same_on_threads, bits
 
 # (query heads, key heads, head_dim)
@@ -47,20 +48,18 @@ HEADS = (
 )
 
 
-@pytest.mark.parametrize("make", CACHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize(
-    ("n_rows", "n_trunk_rows", "lengths"), ((1, 1, (1, 0)), (3, 3, (300, 0)), (8, 2, (41, 270)))
+    ("make", "dtype", "heads", "rows"),
+    # rows, rows of the trunk, lengths
+    pairwise(CACHES, DTYPES, HEADS, ((1, 1, (1, 0)), (3, 3, (300, 0)), (8, 2, (41, 270)))),
 )
 def test_decode(
     make: MakeCache,
     dtype: torch.dtype,
     heads: tuple[int, int, int],
-    n_rows: int,
-    n_trunk_rows: int,
-    lengths: tuple[int, int],
+    rows: tuple[int, int, tuple[int, int]],
 ) -> None:
+    n_rows, n_trunk_rows, lengths = rows
     qkv = random_qkv(dtype, n_rows, 1, heads)
     cache = make(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
     everything = torch.ones(n_rows, 1, sum(lengths), dtype=torch.bool)
@@ -94,26 +93,24 @@ def test_decode_of_every_width(dtype: torch.dtype, size: int) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# a few heads and rows have chunks of 64 keys, 128 of them chunks of 256
+_SMALL = (random_cache, 1, (8, 4, 32)), (coded_cache, 1, (2, 2, 32)), (coded_cache, 1, (6, 2, 32))
+_WIDE = ((random_cache, 4, (128, 64, 32)),)
+_WIDER = (coded_cache, 1, (128, 128, 32)), (coded_cache, 1, (384, 128, 32))
+
+
 @pytest.mark.parametrize(
-    ("make", "n_rows", "heads", "length"),
-    # a few heads and rows have chunks of 64 keys, 128 of them chunks of 256
+    ("dtype", "of", "length"),
     [
-        (make, n_rows, heads, length)
-        for make, n_rows, heads, lengths in (
-            (random_cache, 1, (8, 4, 32), (15, 16, 17, 63, 64, 65)),
-            (coded_cache, 1, (2, 2, 32), (15, 16, 17, 63, 64, 65)),
-            (coded_cache, 1, (6, 2, 32), (15, 16, 17, 63, 64, 65)),
-            (random_cache, 4, (128, 64, 32), (255, 256, 257)),
-            (coded_cache, 1, (128, 128, 32), (1023, 1024, 1025)),
-            (coded_cache, 1, (384, 128, 32), (1023, 1024, 1025)),
-        )
-        for length in lengths
+        *pairwise(DTYPES, _SMALL, (15, 16, 17, 63, 64, 65)),
+        *pairwise(DTYPES, _WIDE, (255, 256, 257)),
+        *pairwise(DTYPES, _WIDER, (1023, 1024, 1025)),
     ],
 )
 def test_decode_around_blocks_and_chunks(
-    make: MakeCache, dtype: torch.dtype, n_rows: int, heads: tuple[int, int, int], length: int
+    dtype: torch.dtype, of: tuple[MakeCache, int, tuple[int, int, int]], length: int
 ) -> None:
+    make, n_rows, heads = of
     cache = make(dtype, n_rows, n_rows, heads[1], 32, (length, 0))
     everything = torch.ones(n_rows, 1, length, dtype=torch.bool)
     qkv = random_qkv(dtype, n_rows, 1, heads)
@@ -154,10 +151,10 @@ def test_decode_around_spans(
         assert not out[~seen.any(-1)].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
-@pytest.mark.parametrize("place", ("keys", "values"))
-@pytest.mark.parametrize("token", (7, 300, 769))
+@pytest.mark.parametrize(
+    ("dtype", "value", "place", "token"),
+    pairwise(DTYPES, (torch.nan, torch.inf, -torch.inf), ("keys", "values"), (7, 300, 769)),
+)
 def test_decode_of_a_span_that_is_not_finite(
     dtype: torch.dtype, value: float, place: str, token: int
 ) -> None:
@@ -234,22 +231,24 @@ def test_rows_of_one_prompt(dtype: torch.dtype, n_rows: int) -> None:
             assert torch.equal(apart[-1], together[-1])
 
 
-@pytest.mark.parametrize("make", CACHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize(
-    ("n_rows", "n_trunk_rows", "n_new", "lengths"),
-    ((1, 1, 5, (5, 0)), (2, 2, 150, (150, 0)), (2, 2, 13, (141, 0)), (4, 2, 3, (70, 9)), (4, 2, 70, (3, 71))),
+# rows, rows of the trunk, new tokens, lengths
+_PROMPTS = (
+    (1, 1, 5, (5, 0)),
+    (2, 2, 150, (150, 0)),
+    (2, 2, 13, (141, 0)),
+    (4, 2, 3, (70, 9)),
+    (4, 2, 70, (3, 71)),
 )
+
+
+@pytest.mark.parametrize(("make", "dtype", "heads", "rows"), pairwise(CACHES, DTYPES, HEADS, _PROMPTS))
 def test_prefill(
     make: MakeCache,
     dtype: torch.dtype,
     heads: tuple[int, int, int],
-    n_rows: int,
-    n_trunk_rows: int,
-    n_new: int,
-    lengths: tuple[int, int],
+    rows: tuple[int, int, int, tuple[int, int]],
 ) -> None:
+    n_rows, n_trunk_rows, n_new, lengths = rows
     qkv = random_qkv(dtype, n_rows, n_new, heads)
     cache = make(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
     causal = causal_mask(n_rows, n_new, sum(lengths))
@@ -284,9 +283,10 @@ def test_prefill_around_the_width_of_a_tile(dtype: torch.dtype, n_new: int) -> N
     _check_prefill(dtype, n_new, (8, 8, 24), random_cache(dtype, 4, 2, 8, 24, (n_new, 0)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_keys", (7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129))
-@pytest.mark.parametrize("spare", (0, 8))
+@pytest.mark.parametrize(
+    ("dtype", "n_keys", "spare"),
+    pairwise(DTYPES, (7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129), (0, 8)),
+)
 def test_prefill_around_the_size_of_a_block(dtype: torch.dtype, n_keys: int, spare: int) -> None:
     for n_branch in (0, 1, 5):
         cache = random_cache(dtype, 4, 2, 3, 24, (n_keys - n_branch, n_branch), spare)
@@ -331,10 +331,10 @@ def test_prefill_where_no_key_has_a_weight(dtype: torch.dtype) -> None:
         assert functional.attend(qkv, cache._replace(n_new=3), mask, 0.2, *heads).isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", (24, 64))
-@pytest.mark.parametrize("n_new", (1, 9))
-@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+@pytest.mark.parametrize(
+    ("dtype", "size", "n_new", "value"),
+    pairwise(DTYPES, (24, 64), (1, 9), (torch.nan, torch.inf, -torch.inf)),
+)
 def test_hidden_keys_and_values_do_not_leak(dtype: torch.dtype, size: int, n_new: int, value: float) -> None:
     heads = (4, 2, size)
     qkv = random_qkv(dtype, 2, n_new, heads)
@@ -362,11 +362,10 @@ def test_later_values_do_not_leak_into_earlier_tokens(dtype: torch.dtype) -> Non
     assert out[:, 33:].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", (24, 64))
-@pytest.mark.parametrize("n_new", (1, 3))
-@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
-@pytest.mark.parametrize("place", ("keys", "values"))
+@pytest.mark.parametrize(
+    ("dtype", "size", "n_new", "value", "place"),
+    pairwise(DTYPES, (24, 64), (1, 3), (torch.nan, torch.inf, -torch.inf), ("keys", "values")),
+)
 def test_values_that_are_seen_and_not_finite(
     dtype: torch.dtype, size: int, n_new: int, value: float, place: str
 ) -> None:

@@ -1,10 +1,6 @@
 """`functional.quantized_linear` and its kernels against float64 numpy."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +12,6 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 from hfopt.functional.activation import ACTIVATIONS
 from hfopt.functional.quantized import Compute, QuantizedMatrix, QuantizedWeights, quantized_linear
-from hfopt.kernels import _target
 from hfopt.kernels.quantized import MOST_TERMS
 from hfopt.kernels.quantized import quantized_linear as quantized_kernel
 from tests.quantized_cases import FORMATS, NF4, Format, Matrix, expected, noise, quantized_x, weights_of
@@ -262,56 +257,6 @@ def test_weights_notice_that_they_were_replaced() -> None:
     assert weights.reads([matrix.packed], [None])
     assert not weights.reads([matrix.packed._replace(codes=matrix.packed.codes.clone())], [None])
     assert not weights.reads([matrix.packed], [torch.zeros(10)])
-
-
-# ---- other machines --------------------------------------------------------------------------------------------------
-
-_ELSEWHERE = """
-import sys
-import torch
-from tests.quantized_cases import FORMATS, expected, noise, quantized_x, weights_of
-from tests.test_kernels_quantized import CLOSE, _case
-from hfopt.functional.quantized import quantized_linear
-from hfopt.kernels import _target
-
-assert _target.PATH == sys.argv[1] and not _target.HAS_AVX512_VNNI
-sums = []
-for form in FORMATS:
-    x, matrices = _case(7, [37], 256, form)
-    weights = weights_of(matrices, [None], form)
-    assert noise(quantized_linear(x, weights), expected(quantized_x(x, form), matrices, [None])) < CLOSE
-    assert noise(quantized_linear(x, weights, compute="float"), expected(x.double().numpy(), matrices, [None])) < CLOSE
-    x = x.bfloat16()
-    sums.append(quantized_linear(x, weights).double().sum().item())
-print("right", sums)
-"""
-
-
-_AVX2 = "+avx,+avx2,+fma,+f16c,+bmi,+bmi2"
-_SKYLAKE = _AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512cd"
-
-
-@pytest.mark.parametrize(
-    ("name", "features", "path"),
-    [
-        ("generic", "", "portable"),
-        ("haswell", _AVX2, "AVX2"),
-        # vpdpbusd of 32 bytes, in the encoding of AVX-512 instead of AVX-VNNI's
-        pytest.param("haswell", _AVX2 + ",+avx512vl,+avx512vnni", "AVX2", marks=pytest.mark.slow),
-        pytest.param("skylake-avx512", _SKYLAKE, "AVX-512", marks=pytest.mark.slow),
-    ],
-)
-def test_other_machines(name: str, features: str, path: str) -> None:
-    if features and not _target.FEATURES.issuperset(f.lstrip("+") for f in features.split(",")):
-        pytest.skip("this machine could not run them")
-    environment = {**os.environ, "NUMBA_CPU_NAME": name, "HFOPT_CACHE_DIR": "off"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, [Path(__file__).parents[1]]))
-    environment.pop("NUMBA_CPU_FEATURES", None)
-    if features:
-        environment["NUMBA_CPU_FEATURES"] = features
-    command = [sys.executable, "-c", _ELSEWHERE, path]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert finished.stdout.startswith("right"), finished.stdout + finished.stderr
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import hfopt.quantizer
 from hfopt.errors import CorruptCheckpoint, HfoptError, InvalidInput, UnsupportedModel
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
+from tests import fresh
 from tests.checkpoint_cases import Known, awq, compressed, gptq
 from tests.generation_cases import FAMILIES, Model, llama
 
@@ -488,11 +487,7 @@ print(json.dumps([size, env.peak_memory() - before]))
 
 def measured(small: Path, folder: Path, **options: Any) -> tuple[int, int]:
     """(bytes of the model, growth of this process at the peak) of loading in a process of its own."""
-    arguments = [sys.executable, "-c", MEASURE, str(small), str(folder), json.dumps(options)]
-    finished = subprocess.run(
-        arguments, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1]
-    )
-    size, growth = json.loads(finished.stdout)
+    size, growth = json.loads(fresh.run(MEASURE, str(small), str(folder), json.dumps(options)))
     return size, growth
 
 
