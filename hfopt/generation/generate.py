@@ -155,7 +155,7 @@ def prepare_cache(
         return
     if not made.layers or any(type(layer) is not DynamicLayer for layer in made.layers):
         return
-    copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+    copies = int(max(generation_config.num_beams, generation_config.num_return_sequences))
     config = model.config.get_text_config(decoder=True)
     cache = IndirectCache(config, copies=copies, kv_cache=kv_cache_of(model))
     if generation_config.is_assistant:
