@@ -120,7 +120,7 @@ def generate(
     # an assistant is called for a few tokens at a time, with prompts that have been looked at
     assists = generation_config is not None and generation_config.is_assistant
     if custom_generate is None and not assists and kwargs.get("cache_implementation") != "paged":
-        check_inputs(model, inputs, kwargs)
+        check_inputs(model, {**kwargs, "inputs": inputs, "generation_config": generation_config})
         custom_generate = _loop(model, generation_config, synced_gpus, assistant_model, streamer, kwargs)
     with compile_progress():
         return type(model).generate(
