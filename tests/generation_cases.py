@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Cache,
     GenerationMixin,
     GPTJConfig,
     GPTJForCausalLM,
@@ -122,6 +123,17 @@ def prompts(n_rows: int = 3, length: int = 9) -> dict[str, Any]:
     for row in range(n_rows):
         attention_mask[row, : min(3 * row, length - 1)] = 0
     return {"input_ids": ids * attention_mask, "attention_mask": attention_mask}
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """Name of the argument by which a function of transformers is given a cache."""
+    parameters = inspect.signature(function).parameters.values()
+    return next(each.name for each in parameters if "Cache" in str(each.annotation))
+
+
+def cache_in(outputs: Any) -> Any:
+    """The cache among outputs, under whatever name."""
+    return next(value for value in outputs.values() if isinstance(value, Cache))
 
 
 def assert_same(ours: Any, stock: Any) -> None:

@@ -3,14 +3,26 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import LlamaForCausalLM
 
 from hfopt.errors import InvalidInput
 from hfopt.generation import install, uninstall
-from tests.generation_cases import FAMILIES, Model, llama, one_thread, prompts
+from tests.generation_cases import (
+    FAMILIES,
+    IS_WHOLE,
+    NOT_WHOLE,
+    Model,
+    cache_argument,
+    cache_in,
+    llama,
+    needs_programs,
+    one_thread,
+    prompts,
+)
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -28,6 +40,7 @@ def changed(tensor: Tensor, position: tuple[int, ...], value: float) -> Tensor:
     return tensor
 
 
+CACHE = cache_argument(LlamaForCausalLM.forward)
 IDS, MASK = prompts()["input_ids"], prompts()["attention_mask"]
 EMBEDS = torch.ones(3, 9, 64)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -44,54 +57,90 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "one dimension": ({"input_ids": IDS[0]}, r"must be \[batch, length\]"),
     "ids that are floats": (
         {"input_ids": IDS.float()},
-        "input_ids: must be a tensor of integers, not a tensor of torch.float32",
+        "input_ids: must be a tensor of integers, int64 or int32, not a tensor of torch.float32",
     ),
-    "ids that are a list": ({"input_ids": IDS.tolist()}, "input_ids: must be a tensor of integers, not list"),
-    "a short mask": ({"attention_mask": MASK[:, :-1]}, r"attention_mask of shape \(3, 8\): must be \(3, 9\)"),
+    "ids in 16 bits": ({"input_ids": IDS.short()}, "int64 or int32, not a tensor of torch.int16"),
+    "ids that are a list": (
+        {"input_ids": IDS.tolist()},
+        "input_ids: must be a tensor of integers, int64 or int32, not list",
+    ),
+    "an array of ids": ({"input_ids": IDS.numpy()}, "not ndarray"),
+    "three dimensions": (
+        {"input_ids": IDS[None]},
+        r"input_ids of shape \(1, 3, 9\): must be \[batch, length\]",
+    ),
+    "no dimension": ({"input_ids": IDS[0, 0]}, r"input_ids of shape \(\): must be \[batch, length\]"),
+    "a short mask": (
+        {"attention_mask": MASK[:, :-1]},
+        r"attention_mask of shape \(3, 8\): must be \[3, 9 or more\]",
+    ),
     "a mask of fewer rows": (
         {"attention_mask": MASK[:2]},
-        r"attention_mask of shape \(2, 9\): must be \(3, 9\)",
+        r"attention_mask of shape \(2, 9\): must be \[3, 9 or more\]",
+    ),
+    "a mask of fewer rows that hides nothing": (
+        {"attention_mask": torch.ones(2, 9)},
+        r"attention_mask of shape \(2, 9\): must be \[3, 9 or more\]",
+    ),
+    "a mask of more rows": (
+        {"attention_mask": torch.cat([MASK, MASK])},
+        r"attention_mask of shape \(6, 9\): must be \[3, 9 or more\]",
+    ),
+    "a mask of no columns": ({"attention_mask": MASK[:, :0]}, r"attention_mask of shape \(3, 0\)"),
+    "a mask of one dimension": (
+        {"attention_mask": MASK[0]},
+        r"attention_mask of shape \(9,\): must be \[batch, length\]",
     ),
     "a mask of four dimensions": (
         {"attention_mask": MASK[:, None, None]},
         r"attention_mask of shape \(3, 1, 1, 9\)",
     ),
-    "an additive mask": (
-        {"attention_mask": changed(MASK.float(), (1, 0), -1e9)},
-        r"attention_mask\[1, 0\]=-1000000000.0: must be 0 or 1",
-    ),
-    "a mask with NaN": (
-        {"attention_mask": changed(MASK.float(), (0, 3), torch.nan)},
-        r"attention_mask\[0, 3\]=nan: must be 0 or 1",
-    ),
-    "a mask of other integers": ({"attention_mask": MASK * 2}, r"attention_mask\[0, 0\]=2: must be 0 or 1"),
-    "a mask row of zeros": ({"attention_mask": changed(MASK, (1,), 0)}, r"attention_mask\[1\]: all zeros"),
     "a list as mask": (
         {"attention_mask": MASK.tolist()},
         "attention_mask: must be a tensor of 0 and 1, not list",
     ),
-    "NaN in embeddings": (
-        {"inputs_embeds": changed(EMBEDS, (1, 2, 3), torch.nan)},
-        r"inputs_embeds\[1, 2, 3\]=nan: must be finite",
+    "an array as mask": ({"attention_mask": MASK.numpy()}, "must be a tensor of 0 and 1, not ndarray"),
+    "positions in a list": (
+        {"position_ids": [list(range(9))]},
+        "position_ids: must be a tensor of integers, not list",
+    ),
+    "too few positions": (
+        {"position_ids": torch.arange(4)[None]},
+        r"position_ids of shape \(1, 4\): must be \[3, 9 or more\]",
+    ),
+    "positions of fewer rows": (
+        {"position_ids": torch.arange(9).expand(2, -1)},
+        r"position_ids of shape \(2, 9\): must be \[3, 9 or more\]",
     ),
     "narrow embeddings": (
         {"inputs_embeds": EMBEDS[..., :63]},
         r"inputs_embeds of shape \(3, 9, 63\): must be \[batch, length, 64\]",
     ),
     "embeddings of no token": ({"inputs_embeds": EMBEDS[:, :0]}, "the prompt is empty"),
-    "embeddings that are integers": ({"inputs_embeds": EMBEDS.long()}, "must be a floating point tensor"),
+    "embeddings of two dimensions": ({"inputs_embeds": EMBEDS[0]}, r"must be \[batch, length, 64\]"),
+    "embeddings in a list": ({"inputs_embeds": EMBEDS.tolist()}, "must be a floating point tensor, not list"),
+    "other ids beside embeddings": (
+        {"inputs_embeds": EMBEDS, "input_ids": IDS[:, :4]},
+        r"input_ids of shape \(3, 4\): must be \[3, 9 or more\]",
+    ),
     "no beams": ({"num_beams": 0}, "num_beams=0: must be an integer of at least 1"),
     "fewer than no beams": ({"num_beams": -2}, "num_beams=-2"),
     "half a beam": ({"num_beams": 1.5}, "num_beams=1.5"),
-    "nothing to return": ({"num_return_sequences": 0}, "num_return_sequences=0"),
+    "half a beam of numpy": ({"num_beams": np.float64(1.5)}, "num_beams=.*1.5"),
+    "two beams that are a float": ({"num_beams": 2.0}, "num_beams=2.0"),
+    "beams in words": ({"num_beams": "2"}, "num_beams='2'"),
+    "nothing to return": ({"num_return_sequences": 0, "num_beams": 2}, "num_return_sequences=0"),
+    "half a result": ({"num_return_sequences": 0.5}, "num_return_sequences=0.5"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(model: Model, case: str) -> None:
     changes, message = BAD[case]
+    if not IS_WHOLE and {"num_beams", "num_return_sequences"} & changes.keys():
+        pytest.skip(NOT_WHOLE)
     arguments = {"input_ids": IDS, **changes}
-    if "inputs_embeds" in changes:
+    if "inputs_embeds" in changes and "input_ids" not in changes:
         arguments.pop("input_ids")
     with pytest.raises(InvalidInput, match=message):
         model.generate(**arguments, max_new_tokens=4)
@@ -114,11 +163,16 @@ def test_the_gate_lets_a_begin_token_and_a_cache_through(model: Model) -> None:
     first = model.generate(IDS, max_new_tokens=3, return_dict_in_generate=True)
     rest = torch.cat([first.sequences, IDS], dim=-1)
     mask = torch.ones_like(rest)
-    model.generate(rest, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=2)
-    with pytest.raises(InvalidInput, match=r"attention_mask of shape \(3, 30\): must be \(3, 9\)"):
-        model.generate(
-            IDS, attention_mask=torch.ones(3, 30), past_key_values=DynamicCache(), max_new_tokens=2
-        )
+    model.generate(rest, attention_mask=mask, **{CACHE: cache_in(first)}, max_new_tokens=2)
+
+
+def test_no_token_is_new(model: Model) -> None:
+    """Without a mask over everything, all tokens are expected."""
+    first = model.generate(IDS, max_new_tokens=3, return_dict_in_generate=True)
+    with pytest.raises(
+        InvalidInput, match=r"input_ids of shape \(3, 2\): .* the cache holds 11; new ones alone need"
+    ):
+        model.generate(IDS[:, :2], **{CACHE: cache_in(first)}, max_new_tokens=2)
 
 
 def test_ids_of_a_padded_table(model: Model) -> None:
@@ -139,14 +193,36 @@ def table(request: pytest.FixtureRequest) -> Model:
     return model
 
 
+@needs_programs
 class TestPositions:
     def test_a_long_prompt(self, table: Model) -> None:
         ids = prompts(1, 17)["input_ids"]
         with pytest.raises(
-            InvalidInput, match="the prompt has 17 tokens, and the model has positions for 16"
+            InvalidInput, match="a token at position 16, and the last position of the model is 15"
         ):
             table.generate(ids, max_new_tokens=1)
         assert table.generate(ids[:, 1:], max_new_tokens=1).shape == (1, 17)
+
+    def test_a_mask_that_counts_further(self, table: Model) -> None:
+        ids = prompts(1, 9)["input_ids"]
+        with pytest.raises(
+            InvalidInput, match="a token at position 17, and the last position of the model is 15"
+        ):
+            table.generate(ids, attention_mask=torch.full((1, 9), 2), max_new_tokens=1)
+
+    def test_tokens_that_are_cached(self, table: Model) -> None:
+        """They keep their places."""
+        ids = prompts(1, 17)["input_ids"]
+        for given, options in (
+            (ids[:, :12], {}),
+            (ids[:, 8:12], {"attention_mask": torch.ones(1, 12)}),
+            (ids[:, :12], {"attention_mask": torch.ones(1, 12)}),
+        ):
+            cache = cache_in(table(ids[:, :8], use_cache=True))
+            assert table.generate(given, **{CACHE: cache}, max_new_tokens=4, **options).numel() > 0
+        cache = cache_in(table(ids[:, :8], use_cache=True))
+        with pytest.raises(InvalidInput, match="a token at position 16"):
+            table.generate(ids[:, 8:], attention_mask=torch.ones(1, 17), **{CACHE: cache}, max_new_tokens=1)
 
     def test_padding_takes_no_position(self, table: Model) -> None:
         ids, mask = prompts(1, 20)["input_ids"], torch.tensor([[0] * 8 + [1] * 12])

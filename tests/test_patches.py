@@ -586,7 +586,8 @@ def test_several_tokens_after_a_past(family: str, kernels: list[str]) -> None:
             found.append(model(**arguments, position_ids=positions, **{CACHE: cache}).logits)
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         expected = stock(**inputs, position_ids=positions, use_cache=False).logits
-    assert kernels.count("attend") == 6
+    # in two of the calls there is a row of nothing but padding: eager attention gives it equal weights, and no zeros
+    assert kernels.count("attend") == (2 if model.config._attn_implementation == "eager" else 6)
     valid = inputs["attention_mask"].bool()
     assert_close(torch.cat(found, dim=1)[valid], expected[valid])
 

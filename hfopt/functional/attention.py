@@ -42,8 +42,8 @@ def prepare_mask(attention_mask: object, n_rows: int, n_new: int, n_keys: int) -
     """Mask of n_new tokens a row over n_keys keys, of which the new tokens' are the last.
 
     attention_mask: None (causal), or [1 or n_rows, 1, n_new, >= n_keys], bool (True: seen) or floating
-    point (0: seen, the dtype's minimum or -inf: not). Others are "unsupported". Raises `InvalidInput` for a
-    shape that does not fit.
+    point (0: seen, the dtype's minimum or -inf: not, but something in the last query of each row). Others are
+    "unsupported". Raises `InvalidInput` for a shape that does not fit.
     """
     if attention_mask is None:
         return Mask("none" if n_new == 1 else "causal")
@@ -67,6 +67,9 @@ def prepare_mask(attention_mask: object, n_rows: int, n_new: int, n_keys: int) -
         seen = scores == 0
         # masks are added to each other, so a hidden key may have twice the minimum, which is -inf
         if not bool((seen | (scores <= torch.finfo(scores.dtype).min / 2)).all()):
+            return Mask("unsupported")
+        # equal scores, however low, are equal weights
+        if not bool(seen[:, -1].any(dim=-1).all()):
             return Mask("unsupported")
     if bool(seen.all()):
         return Mask("none")

@@ -41,15 +41,16 @@ def beam_search(
     keeps_log_probs = bool(logits_processor) or generation_config.do_sample or scores is not None
 
     n_rows, prompt_length = input_ids.shape
+    num_beams = int(generation_config.num_beams)
     length = prompt_length
     ends, pad = generation_config._eos_token_tensor, generation_config._pad_token_tensor
-    n_candidates = max(2, 1 + (0 if ends is None else ends.shape[0])) * generation_config.num_beams
+    n_candidates = max(2, 1 + (0 if ends is None else ends.shape[0])) * num_beams
     fill = int(pad or ends[0]) if ends is not None else -1
 
     stopping = Stopping(stopping_criteria)
     is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria])
     steps = Steps(model, generation_config, model_kwargs, is_alone=not is_foreign)
-    beams = Beams(n_rows // generation_config.num_beams, generation_config, prompt_length)
+    beams = Beams(n_rows // num_beams, generation_config, prompt_length)
     sequences = Sequences(input_ids)  # grow only if somebody reads them
     outputs = steps.prompt(input_ids)
     reads_sequences = bool(logits_processor) or stopping.reads_sequences or not steps.plain
@@ -86,9 +87,9 @@ def beam_search(
             break
         outputs = steps.next(tokens, sequences.ids if reads_sequences else None)
 
-    n_best = generation_config.num_return_sequences
+    n_best = len(range(num_beams)[: int(generation_config.num_return_sequences)])
     new_tokens, beam_indices, sequences_scores = beams.best(n_best, fill)
-    prompts = input_ids.unflatten(0, (-1, generation_config.num_beams))[:, :n_best].flatten(0, 1)
+    prompts = input_ids.unflatten(0, (-1, num_beams))[:, :n_best].flatten(0, 1)
     best: Ids = torch.cat([prompts, new_tokens], dim=-1)
     if not wants:
         return best
@@ -133,10 +134,11 @@ class Beams:
     """
 
     def __init__(self, n_prompts: int, generation_config: GenerationConfig, prompt_length: int):
-        self.num_beams = generation_config.num_beams
-        self.length_penalty = generation_config.length_penalty
+        # numbers of Python: those of numpy would widen float32, and tensors make tensors of arrays
+        self.num_beams = int(generation_config.num_beams)
+        self.length_penalty = float(generation_config.length_penalty)
         self.early_stopping = generation_config.early_stopping
-        self.max_new_tokens = generation_config.max_length - prompt_length
+        self.max_new_tokens = float(generation_config.max_length) - prompt_length
         self.done = False
         # all beams start equal: only the first may be continued
         self._running = np.zeros((n_prompts, self.num_beams), dtype=np.float32)

@@ -25,6 +25,7 @@ _OWN_HOOKS = (share_prompts, unshare_prompts)
 LOOKS_INSIDE = ("output_attentions", "output_hidden_states")
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.int8: torch.int8}
 _COLUMN_STEP = 256
+_NEAR = 1 << 14  # positions that programs may make angles for, however few tokens there are
 _CALL_SECONDS = 0.19  # at most about that: Python answers Ctrl-C between calls
 _MOST_STEPS = 32
 
@@ -48,6 +49,14 @@ def has_hooks(model: Model) -> bool:
 def wanted(model: Model) -> str | None:
     """What the configuration asks of each call that a program does not give."""
     return next((name for name in LOOKS_INSIDE if getattr(model.config, name, False)), None)
+
+
+def are_near(position_ids: Tensor, n_keys: int) -> bool:
+    """Whether a program can have a row of a table for each position: others may be negative, or anywhere beyond the keys."""
+    if position_ids.dtype not in (torch.int64, torch.int32):
+        return False
+    first, last = position_ids.aminmax()
+    return bool(first >= 0 and last < max(n_keys, _NEAR))
 
 
 class Logits(NamedTuple):
@@ -108,9 +117,11 @@ class Decoding:
             return None
         if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != 1:
             return None
+        if not are_near(position_ids, cache.get_seq_length() + 1):
+            return None
         if mask is None:
             seen = None
-        elif mask.dim() == 2 and mask.shape[1] == cache.get_seq_length() + 1:
+        elif mask.shape == (cache.n_rows * cache.copies, cache.get_seq_length() + 1):
             seen = (mask != 0).numpy()
         else:
             return None

@@ -151,7 +151,7 @@ def prepare_cache(model: Model, *args: Any, **kwargs: Any) -> Any:
         return result
     made = request.get(name)
     if type(made) is DynamicCache and not made.offloading and _is_plain(made):
-        copies = max(config.num_beams, config.num_return_sequences)
+        copies = int(max(config.num_beams, config.num_return_sequences))
         text_config = model.config.get_text_config(decoder=True)
         cache = request[name] = IndirectCache(text_config, copies=copies, kv_cache=kv_cache_of(model))
         if config.is_assistant:

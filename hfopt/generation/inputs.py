@@ -1,7 +1,13 @@
-"""The one gate for bad input: what will reach an embedding, a mask or a table is looked at here."""
+"""The one gate for bad input: what the model will see of a prompt is looked at before anything runs.
 
+Which tokens are new, and where they stand, `generate` tells from the shapes of prompt, mask and cache. The gate counts as it
+does, so that whatever transformers has a result for passes, and says what is wrong with the rest.
+"""
+
+import inspect
+import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,47 +16,84 @@ from .. import host
 from ..errors import InvalidInput
 from ._types import Model
 
+_INDICES = (torch.int64, torch.int32)  # the types that an embedding takes
 
-def check_inputs(model: Model, model_kwargs: Mapping[str, Any]) -> None:
+
+class _Prompt(NamedTuple):
+    """What `generate` reads a prompt from.
+
+    name, tokens: the argument that the model reads, ids [n_rows, length] or embeddings [n_rows, length, width]. text: what
+    masks are made of where none is given, the ids if there are some. n_past: tokens in the cache.
+    """
+
+    name: str
+    tokens: Tensor
+    text: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
+    n_past: int
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], table: Tensor | None) -> "_Prompt | None":
+        """None if `generate` starts from its own begin token. table: of the token embedding."""
+        inputs, embeds = arguments.get("inputs"), arguments.get("inputs_embeds")
+        ids: Any = inputs if inputs is not None else arguments.get("input_ids")
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+        if ids is None and embeds is None:
+            return None
+        if ids is not None:
+            _check_ids(ids)
+        if embeds is not None:
+            _check_embeds(embeds, table)
+        if mask is not None:
+            _check_mask(mask)
+        if positions is not None and not isinstance(positions, Tensor):
+            raise InvalidInput(f"position_ids: must be a tensor of integers, not {_kind(positions)}")
+        name, tokens = ("input_ids", ids) if embeds is None else ("inputs_embeds", embeds)
+        text = ids if ids is not None and ids.shape[1] else tokens
+        return cls(name, tokens, text, mask, positions, host.cached_length(host.cache_in(arguments.values())))
+
+    @property
+    def new(self) -> Tensor:
+        """The tokens that the model will be given, as `generate` slices them.
+
+        Embeddings are of all tokens. Ids are too if the mask is as long, and otherwise only of the new ones.
+        """
+        length = self.tokens.shape[1]
+        spans = self.text if self.mask is None else self.mask
+        holds_all = self.name == "inputs_embeds" or spans.shape[1] == length
+        return self.tokens[:, self.n_past - length :] if holds_all else self.tokens
+
+
+def check_inputs(model: Model, arguments: Mapping[str, Any]) -> None:
     """Raises InvalidInput for a prompt that `model` cannot read.
 
-    `model_kwargs` as given to `generate`, by name. Models of anything but plain text are left to
-    their own checks: their prompts may hold ids that stand for images or sound.
+    arguments: of `generate`, by name. Models of anything but plain text are left to their own checks: their prompts may
+    hold ids that stand for images or sound.
     """
     if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         return
     if model.config.get_text_config() is not model.config:
         return
-    inputs = model_kwargs.get("inputs")
-    input_ids = inputs if inputs is not None else model_kwargs.get("input_ids")
-    inputs_embeds = model_kwargs.get("inputs_embeds")
     table = getattr(model.get_input_embeddings(), "weight", None)
-    prompt = inputs_embeds if inputs_embeds is not None else input_ids
+    prompt = _Prompt.of(arguments, table)
     if prompt is None:
-        return  # generate starts from its own begin token
-    if inputs_embeds is not None:
-        _check_embeds(inputs_embeds, table)
-    else:
-        _check_ids(input_ids, table)
-    cache = host.cache_in(model_kwargs.values())
-    n_past = 0 if cache is None else int(cache.get_seq_length())
-    attention_mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    if attention_mask is not None:
-        _check_mask(attention_mask, prompt.shape[:2], n_past)
-    if position_ids is not None:
-        _check_integer("position_ids", position_ids)
-    _check_positions(model, prompt.shape[1] + n_past, attention_mask, position_ids)
+        return
+    _check_new(prompt, table)
+    _check_shapes(model, prompt)
+    _check_positions(model, prompt, arguments)
 
 
 def check_counts(num_beams: Any, num_return_sequences: Any) -> None:
-    """Raises InvalidInput unless both are positive integers."""
-    for name, value in (("num_beams", num_beams), ("num_return_sequences", num_return_sequences)):
-        if not isinstance(value, int) or value < 1:
-            raise InvalidInput(f"{name}={value!r}: must be an integer of at least 1")
+    """Raises InvalidInput for numbers of beams, and of results, that no request can have."""
+    if not _is_whole(num_beams) or num_beams < 1:
+        raise InvalidInput(f"num_beams={num_beams!r}: must be an integer of at least 1")
+    if not _is_whole(num_return_sequences) or (num_beams > 1 and num_return_sequences == 0):
+        raise InvalidInput(f"num_return_sequences={num_return_sequences!r}: must be an integer of at least 1")
 
 
 def position_limit(model: Model, length: int) -> int | None:
-    """How many positions the model's table of absolute positions holds; None where `length` cannot pass it.
+    """The first position that the model's table has no row for; None where `length` cannot pass it.
 
     A table is an embedding, other than that of the tokens, with a row for each of `max_position_embeddings`
     (and a few for an offset), or a buffer with exactly that many rows. Computed positions have no end.
@@ -61,102 +104,124 @@ def position_limit(model: Model, length: int) -> int | None:
     tokens = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     for module in model.modules():
         if isinstance(module, nn.Embedding) and id(module) not in tokens:
-            tables = {module.num_embeddings - offset for offset in range(9)}
-        else:
-            tables = {len(buffer) for buffer in module.buffers(recurse=False) if buffer.dim() == 2}
-        if n_positions in tables:
+            if module.num_embeddings - n_positions in range(9):
+                offset: int = getattr(module, "offset", 0)
+                return module.num_embeddings - offset
+        elif any(each.dim() == 2 and len(each) == n_positions for each in module.buffers(recurse=False)):
             return n_positions
     return None
 
 
-def _check_ids(input_ids: Any, table: Tensor | None) -> None:
-    _check_integer("input_ids", input_ids)
-    if input_ids.dim() != 2:
-        raise InvalidInput(f"input_ids of shape {tuple(input_ids.shape)}: must be [batch, length]")
-    if input_ids.numel() == 0:
+def _check_ids(ids: Any) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in _INDICES:
+        raise InvalidInput(f"input_ids: must be a tensor of integers, int64 or int32, not {_kind(ids)}")
+    if ids.dim() != 2:
+        raise InvalidInput(f"input_ids of shape {tuple(ids.shape)}: must be [batch, length]")
+
+
+def _check_embeds(embeds: Any, table: Tensor | None) -> None:
+    if not isinstance(embeds, Tensor):
+        raise InvalidInput(f"inputs_embeds: must be a floating point tensor, not {_kind(embeds)}")
+    shape = tuple(embeds.shape)
+    if len(shape) != 3 or (table is not None and shape[2] != table.shape[1]):
+        width = "hidden_size" if table is None else table.shape[1]
+        raise InvalidInput(f"inputs_embeds of shape {shape}: must be [batch, length, {width}]")
+
+
+def _check_mask(mask: Any) -> None:
+    if not isinstance(mask, Tensor):
+        raise InvalidInput(f"attention_mask: must be a tensor of 0 and 1, not {_kind(mask)}")
+    if mask.dim() < 2 or (mask.dim() > 2 and not _is_dropped(mask)):
+        raise InvalidInput(f"attention_mask of shape {tuple(mask.shape)}: must be [batch, length]")
+
+
+def _is_dropped(mask: Tensor) -> bool:
+    """Whether `generate` gives the model none: this one hides nothing, whatever its shape is."""
+    return bool((mask == 1).all())
+
+
+def _check_new(prompt: _Prompt, table: Tensor | None) -> None:
+    """That there are new tokens, and in the embedding; it does not look up the others."""
+    tokens, new = prompt.tokens, prompt.new
+    given = f"{prompt.name} of shape {tuple(tokens.shape)}"
+    if not tokens.numel():
+        raise InvalidInput(f"{given}: the prompt is empty, at least one token is needed")
+    if not new.numel():
         raise InvalidInput(
-            f"input_ids of shape {tuple(input_ids.shape)}: the prompt is empty, at least one token is needed"
+            f"{given}: taken for all tokens, and the cache holds {prompt.n_past}; new ones alone need an "
+            "attention_mask over all"
         )
-    if table is None:
+    if prompt.name != "input_ids" or table is None:
         return
-    smallest, largest = input_ids.aminmax()
+    smallest, largest = new.aminmax()
     if smallest < 0 or largest >= len(table):
-        row, column = _first((input_ids < 0) | (input_ids >= len(table)))
+        row, column = ((new < 0) | (new >= len(table))).nonzero()[0].tolist()
+        column += tokens.shape[1] - new.shape[1]
         raise InvalidInput(
-            f"input_ids[{row}, {column}]={int(input_ids[row, column])}: must be from 0 to {len(table) - 1}, "
+            f"input_ids[{row}, {column}]={int(tokens[row, column])}: must be from 0 to {len(table) - 1}, "
             "the rows of the model's token embedding"
         )
 
 
-def _check_embeds(inputs_embeds: Any, table: Tensor | None) -> None:
-    if not isinstance(inputs_embeds, Tensor) or not inputs_embeds.is_floating_point():
-        raise InvalidInput(f"inputs_embeds: must be a floating point tensor, not {_kind(inputs_embeds)}")
-    shape = tuple(inputs_embeds.shape)
-    if len(shape) != 3 or (table is not None and shape[2] != table.shape[1]):
-        width = "hidden_size" if table is None else table.shape[1]
-        raise InvalidInput(f"inputs_embeds of shape {shape}: must be [batch, length, {width}]")
-    if inputs_embeds.numel() == 0:
-        raise InvalidInput(
-            f"inputs_embeds of shape {shape}: the prompt is empty, at least one token is needed"
-        )
-    finite = torch.isfinite(inputs_embeds)
-    if not finite.all():
-        row, column, channel = _first(~finite)
-        value = inputs_embeds[row, column, channel].item()
-        raise InvalidInput(f"inputs_embeds[{row}, {column}, {channel}]={value}: must be finite")
+def _check_shapes(model: Model, prompt: _Prompt) -> None:
+    """That rows and columns are enough for the new tokens, which are the last, or one stands for all."""
+    mask, positions = prompt.mask, prompt.positions
+    n_rows, n_new = prompt.new.shape[:2]
+    needed = f"must be [{n_rows}, {n_new} or more]"
+    if mask is not None and 1 < len(mask) < n_rows and not _is_dropped(mask):
+        raise InvalidInput(f"attention_mask of shape {tuple(mask.shape)}: {needed}")
+    if positions is not None:
+        name, given = "position_ids", positions
+    else:
+        name, given = ("input_ids", prompt.text) if mask is None else ("attention_mask", mask)
+    if given.dim() < 2 or (positions is not None and given.dim() > 2):
+        return  # positions for all rows, or several of each token, are for the model to read
+    rows, columns = given.shape[:2]
+    if (rows not in (1, n_rows) or min(columns, n_new) not in (1, n_new)) and _takes_positions(model):
+        raise InvalidInput(f"{name} of shape {tuple(given.shape)}: {needed}")
 
 
-def _check_mask(attention_mask: Any, shape: torch.Size, n_past: int) -> None:
-    if not isinstance(attention_mask, Tensor) or attention_mask.is_complex():
-        raise InvalidInput(f"attention_mask: must be a tensor of 0 and 1, not {_kind(attention_mask)}")
-    n_rows, length = shape
-    allowed = sorted({(n_rows, length), (n_rows, n_past + length)})
-    if tuple(attention_mask.shape) not in allowed:
-        raise InvalidInput(
-            f"attention_mask of shape {tuple(attention_mask.shape)}: must be {' or '.join(map(str, allowed))}"
-        )
-    binary = (attention_mask == 0) | (attention_mask == 1)
-    if not binary.all():
-        row, column = _first(~binary)
-        raise InvalidInput(
-            f"attention_mask[{row}, {column}]={attention_mask[row, column].item()}: must be 0 or 1"
-        )
-    seen = attention_mask.any(dim=1)
-    if not seen.all():
-        (row,) = _first(~seen)
-        raise InvalidInput(
-            f"attention_mask[{row}]: all zeros, every row needs at least one token to attend to"
-        )
-
-
-def _check_positions(
-    model: Model, length: int, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> None:
-    largest = int(position_ids.max()) if position_ids is not None and position_ids.numel() else length - 1
+def _check_positions(model: Model, prompt: _Prompt, arguments: Mapping[str, Any]) -> None:
+    positions = prompt.positions
+    is_given = positions is not None
+    if positions is None:
+        mask = prompt.mask
+        if mask is None and position_limit(model, prompt.text.shape[1]) is None:
+            return
+        mask = _mask_of_pads(model, prompt.text, arguments) if mask is None else mask
+        positions = (mask.long().cumsum(-1) - 1).where(mask != 0, 0)
+    new = positions[..., -prompt.new.shape[1] :]
+    if not new.numel() or new.dtype not in _INDICES:
+        return  # what is no index, a table does not take
+    largest = int(new.max())
     limit = position_limit(model, largest + 1)
-    if limit is None:
+    if limit is None or largest < limit or not _takes_positions(model):
         return
-    if position_ids is not None:
+    if is_given:
         raise InvalidInput(f"position_ids: {largest} is past the last position of the model, {limit - 1}")
-    n_tokens = length if attention_mask is None else int(attention_mask.sum(dim=1).max())
-    if n_tokens > limit:
-        raise InvalidInput(
-            f"input_ids: the prompt has {n_tokens} tokens, and the model has positions for {limit}"
-        )
+    raise InvalidInput(
+        f"input_ids: the prompt has a token at position {largest}, and the last position of the model is {limit - 1}"
+    )
 
 
-def _check_integer(name: str, value: Any) -> None:
-    if (
-        not isinstance(value, Tensor)
-        or value.is_floating_point()
-        or value.is_complex()
-        or value.dtype == torch.bool
-    ):
-        raise InvalidInput(f"{name}: must be a tensor of integers, not {_kind(value)}")
+def _mask_of_pads(model: Model, text: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """The mask [n_rows, length] that `generate` makes where none is given, or one that hides more."""
+    pad = arguments.get("pad_token_id")
+    for config in (arguments.get("generation_config"), model.generation_config):
+        pad = getattr(config, "pad_token_id", None) if pad is None else pad
+    return torch.ones(text.shape[:2]) if pad is None or text.dim() > 2 else text != pad
 
 
-def _first(wrong: Tensor) -> list[int]:
-    return wrong.nonzero()[0].tolist()
+def _takes_positions(model: Model) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a number of Python, numpy or torch counts something; 1 may be of any kind, for nothing is repeated then."""
+    try:
+        return bool(value == 1) or bool(operator.index(value) == value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def _kind(value: Any) -> str:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, GenerationMixin
 from .. import host
 from ..cache import IndirectCache
 from ._types import Model, Outputs
-from .decoding import LOOKS_INSIDE, PROGRAMS, has_hooks, wanted
+from .decoding import LOOKS_INSIDE, PROGRAMS, are_near, has_hooks, wanted
 from .prompt import share_prompts, unshare_prompts
 
 if TYPE_CHECKING:
@@ -94,10 +94,12 @@ class _Text(NamedTuple):
         if not _is_matrix(tokens) or not _is_matrix(positions) or not (seen is None or _is_matrix(seen)):
             return None
         n_rows, n_new = tokens.shape
-        if positions.shape not in ((1, n_new), (n_rows, n_new)) or int(positions.min()) < 0:
+        if positions.shape not in ((1, n_new), (n_rows, n_new)) or not are_near(positions, n_past + n_new):
             return None
         if seen is not None and seen.shape != (n_rows, n_past + n_new):
             return None
+        if seen is not None and not bool((seen != 0).any(dim=1).all()):
+            return None  # what a token sees that sees nothing depends on the kind of attention
         return cls(tokens, positions, seen, n_past)
 
     def read(self, program: Program, cache: IndirectCache) -> Tensor | None:
@@ -134,7 +136,8 @@ class _Text(NamedTuple):
             return Mask("causal")
         n_new, n_keys = self.tokens.shape[1], self.seen.shape[1]
         causal = torch.ones(n_new, n_keys, dtype=torch.bool).tril_(self.n_past)
-        return Mask("bytes", ((self.seen != 0)[:, None] & causal).view(torch.uint8).numpy())
+        seen = (self.seen != 0)[:, None] & causal
+        return Mask("bytes", seen.contiguous().view(torch.uint8).numpy())
 
 
 def _is_matrix(value: Any) -> TypeGuard[Tensor]:

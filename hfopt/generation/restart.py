@@ -7,6 +7,7 @@ from transformers import Cache
 from transformers.generation import BaseStreamer
 
 from ..errors import HostError
+from ..host import cached_length, installed
 
 
 class Unfit(Exception):
@@ -35,28 +36,23 @@ class Rollback:
 
     def __init__(self, cache: Cache | None) -> None:
         self._cache = cache
-        self._length = self._now()
-
-    def _now(self) -> int:
-        return 0 if self._cache is None else int(self._cache.get_seq_length())
+        self._length = cached_length(cache)
 
     def undo(self, reason: Unfit) -> None:
         """Takes the prompt off the cache again; raises HostError if that cannot be done."""
-        n_new = self._now() - self._length
+        n_new = cached_length(self._cache) - self._length
         if self._cache is None or n_new == 0:
             return
         try:
             self._cache.crop(-n_new)
         except (ValueError, NotImplementedError, RuntimeError):
             n_new = -1
-        if n_new < 0 or self._now() != self._length:
+        if n_new < 0 or cached_length(self._cache) != self._length:
             raise HostError(broken(str(reason))) from reason
 
 
 def broken(what: Any) -> str:
     """The message of a HostError."""
-    from ..host import installed
-
     return (
         f"{what}. This is not what hfopt knows of transformers {installed()}: please report it. "
         "hfopt.restore(model) gives transformers' own generate back."

@@ -117,12 +117,12 @@ class Steps:
             self._check_same(cache, self.cache)
             return outputs
         if self._n_unseen:
-            self._advance(len(tokens), self._n_unseen)
+            self._advance(self._n_unseen)
             self._n_unseen = 0
         given = self.model_kwargs
         model_inputs = {key: given[key] for key in _CONSTANT if key in given}
         model_inputs |= {key: given[key] for key in _ADVANCING if given.get(key) is not None}
-        self._advance(len(tokens), 1)
+        self._advance(1)
         outputs = self.model(
             input_ids=torch.tensor(tokens)[:, None],  # a copy: hooks may keep it
             return_dict=True,
@@ -134,13 +134,13 @@ class Steps:
             self._decoding.follow(tokens, outputs.logits)
         return outputs
 
-    def _advance(self, n_rows: int, n_steps: int) -> None:
+    def _advance(self, n_steps: int) -> None:
         """Let `model_kwargs` be what the step after so many more is given."""
         given = self.model_kwargs
         if given.get("position_ids") is not None:
             given["position_ids"] = given["position_ids"] + n_steps
         if given.get("attention_mask") is not None:
-            new = given["attention_mask"].new_ones((n_rows, n_steps))
+            new = given["attention_mask"].new_ones((len(given["attention_mask"]), n_steps))
             given["attention_mask"] = torch.cat([given["attention_mask"], new], dim=-1)
 
     @property

@@ -60,7 +60,7 @@ class Stopping:
         """How many tokens more can follow `length` tokens, if none of them is in `ends`; 1 if that takes another look."""
         if self._readers or self._times or not self._lengths:
             return 1
-        return min(limit.max_length for limit in self._lengths) - length
+        return int(min(limit.max_length for limit in self._lengths)) - length
 
     def __call__(
         self,

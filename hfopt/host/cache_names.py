@@ -58,6 +58,14 @@ def cache_in(values: Iterable[Any]) -> Cache | None:
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
+def cached_length(cache: Cache | None) -> int:
+    """Tokens in the cache; 0 without one, and of one that holds nothing but states."""
+    try:
+        return 0 if cache is None else int(cache.get_seq_length())
+    except ValueError:
+        return 0
+
+
 def cache_given(arguments: Mapping[str, Any]) -> tuple[str, Cache] | None:
     """Name and value of the cache among keyword arguments, under the name that their giver has for it."""
     return next(((name, value) for name, value in arguments.items() if isinstance(value, Cache)), None)

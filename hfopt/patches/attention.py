@@ -78,6 +78,12 @@ def _takes_appends(cache: Any, layer_idx: int) -> bool:
     return layer_idx >= len(cache.layers) or hasattr(cache.layers[layer_idx], "append")
 
 
+def _are_angles(cos: torch.Tensor, n_rows: int, n_new: int) -> bool:
+    """Whether there is a vector of angles for each new token: what transformers broadcasts may have one for all."""
+    shape = cos.shape
+    return cos.is_floating_point() and len(shape) == 3 and shape[0] in (1, n_rows) and shape[1] == n_new
+
+
 class Attention(Replacement):
     """What all kinds share: launches for q, k and v, for rotating and storing, for reading the cache."""
 
@@ -130,6 +136,8 @@ class Attention(Replacement):
         if mask is None or mask.kind == "unsupported":
             return None
         cos, sin = rotary(cache, n_past, dtype)
+        if cos is not None and not _are_angles(cos, n_rows, n_new):
+            return None
 
         qkv = functional.linear(hidden_states.contiguous(), inputs, by=by)
         heads = (spec.n_heads, spec.n_kv_heads, spec.head_dim)
