@@ -1,6 +1,5 @@
 """Small random models of the three families, prompts, and the comparison of two results of `generate`."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    Cache,
     GenerationMixin,
     GPTJConfig,
     GPTJForCausalLM,
@@ -100,12 +98,6 @@ def opt_with_plain_norms(**changes: Any) -> Model:
 FAMILIES: dict[str, Callable[..., Model]] = {"llama": llama, "gptj": gptj, "opt": opt}
 
 
-def cache_argument(function: Callable[..., Any]) -> str:
-    """Name of the argument that is the cache, as the installed transformers calls it."""
-    parameters = inspect.signature(function).parameters.values()
-    return next(each.name for each in parameters if "Cache" in str(each.annotation))
-
-
 def _random(model_class: Any, config_class: Any, **sizes: Any) -> Model:
     torch.manual_seed(7)
     ids = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -125,17 +117,6 @@ def prompts(n_rows: int = 3, length: int = 9) -> dict[str, Any]:
     return {"input_ids": ids * attention_mask, "attention_mask": attention_mask}
 
 
-def cache_argument(function: Callable[..., Any]) -> str:
-    """Name of the argument by which a function of transformers is given a cache."""
-    parameters = inspect.signature(function).parameters.values()
-    return next(each.name for each in parameters if "Cache" in str(each.annotation))
-
-
-def cache_in(outputs: Any) -> Any:
-    """The cache among outputs, under whatever name."""
-    return next(value for value in outputs.values() if isinstance(value, Cache))
-
-
 def assert_same(ours: Any, stock: Any) -> None:
     """Tokens and indices equal, floats close, classes and nesting alike."""
     assert type(ours) is type(stock)
@@ -148,7 +129,7 @@ def assert_same(ours: Any, stock: Any) -> None:
     elif isinstance(ours, dict):
         assert list(ours) == list(stock)
         for name in ours:
-            if name == "past_key_values":
+            if name == CACHE:
                 assert ours[name].get_seq_length() == stock[name].get_seq_length()
             else:
                 assert_same(ours[name], stock[name])

@@ -12,7 +12,13 @@ from transformers import GPTJForCausalLM, LlamaForCausalLM, OPTForCausalLM
 
 import hfopt
 from hfopt.generation import PROGRAMS
-from tests.generation_cases import IS_WHOLE, NOT_WHOLE, Model, prompts
+from tests.generation_cases import (
+    IS_WHOLE,
+    NOT_WHOLE,
+    Model,
+    cache_of,
+    prompts,
+)
 
 ALL_OUTPUTS = {"return_dict_in_generate": True, "output_logits": True}
 MODES: dict[str, dict[str, Any]] = {
@@ -83,7 +89,7 @@ def assert_same_bits(one: Any, other: Any) -> None:
     assert len(one.logits) == len(other.logits)
     for step, (ours, theirs) in enumerate(zip(one.logits, other.logits, strict=True)):
         assert torch.equal(bits(ours), bits(theirs)), f"logits of step {step}"
-    for ours, theirs in zip(one.past_key_values.layers, other.past_key_values.layers, strict=True):
+    for ours, theirs in zip(cache_of(one).layers, cache_of(other).layers, strict=True):
         assert torch.equal(bits(ours.keys), bits(theirs.keys))
         assert torch.equal(bits(ours.values), bits(theirs.values))
 

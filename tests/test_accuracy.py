@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Llam
 import hfopt
 from hfopt.cli import accuracy, main
 from hfopt.cli.accuracy_sums import Sums
+from tests.generation_cases import CACHE
 
 Array = NDArray[np.float64]
 TEXT = "Return the number of items in the list.\n\nRaise an exception if the file is not found; remove it then.\n"
@@ -105,7 +106,7 @@ def accuracy_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> lis
 @torch.no_grad()
 def logits_of(model: Any, windows: list[torch.Tensor], cache: type = DynamicCache) -> Array:
     """Of all windows, in float64."""
-    parts = [model(each[None], past_key_values=cache(config=model.config)).logits[0] for each in windows]
+    parts = [model(each[None], **{CACHE: cache(config=model.config)}).logits[0] for each in windows]
     logits: Array = torch.cat(parts).double().numpy()
     return logits
 

@@ -15,6 +15,7 @@ import hfopt
 from hfopt import limits
 from hfopt.cli import bench_growth, bench_plot, main, measure
 from hfopt.cli.bench_cases import Workload, cases_of, filled_cache, has_positions
+from tests.generation_cases import CACHE
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
 
@@ -83,7 +84,7 @@ def test_operations_of_a_step_are_those_that_torch_counts(model: LlamaForCausalL
     model.set_attn_implementation("eager")  # its products are counted, those of the fused kernel are not
     cache = filled_cache(model, Workload(20, 1, n_rows=3, filled=True), optimized=False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(3, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(3, 1, dtype=torch.long), **{CACHE: cache})
     assert counter.get_total_flops() == limits.step_operations(model, 3, 21)
 
 

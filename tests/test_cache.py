@@ -32,6 +32,7 @@ from hfopt.cache import Appended, IndirectCache
 from hfopt.errors import CacheFull, InvalidInput
 from tests import cache_cases
 from tests.cache_cases import HEAD_DIM, N_HEADS, N_LAYERS, operate, random_states
+from tests.generation_cases import CACHE, cache_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -780,7 +781,7 @@ def padded_prompts(n_rows: int, length: int) -> dict[str, torch.Tensor]:
 
 def generated(model: Any, cache: Any, inputs: dict[str, torch.Tensor], **kwargs):
     return model.generate(
-        **inputs, past_key_values=cache, min_new_tokens=1, pad_token_id=0, do_sample=False, **kwargs
+        **inputs, **{CACHE: cache}, min_new_tokens=1, pad_token_id=0, do_sample=False, **kwargs
     )
 
 
@@ -823,7 +824,7 @@ def test_continuing_from_a_returned_cache(model, num_beams):
             num_return_sequences=num_beams,
             return_dict_in_generate=True,
         )
-        assert first.past_key_values is cache
+        assert cache_of(first) is cache
         turn = torch.tensor([[5, 9]]).expand(len(first.sequences), 2)
         input_ids = torch.cat([first.sequences, turn], dim=1)
         padding = inputs["attention_mask"].repeat_interleave(num_beams, 0)

@@ -19,7 +19,7 @@ import hfopt
 from hfopt.cache import IndirectCache
 from hfopt.patches.facts import Facts
 from tests.change_cases import PATTERNS, Change, changes, damped, registered
-from tests.generation_cases import Model, cache_argument, gptj, llama, needs_programs, one_thread, prompts
+from tests.generation_cases import CACHE, Model, gptj, llama, needs_programs, one_thread, prompts
 from tests.step_cases import assert_program_is_the_modules, passes, prove
 
 __all__ = ["passes"]  # a fixture
@@ -230,7 +230,7 @@ def test_a_cache_of_another_depth(n_layers: int, pair: tuple[Model, Model]) -> N
         model.config.num_hidden_layers = n_layers
         cache = kind(config=model.config)
         model.config.num_hidden_layers = 2
-        given = {**prompts(2, 7), cache_argument(model.forward): cache}
+        given = {**prompts(2, 7), CACHE: cache}
         return outcome(lambda: model.generate(**given, do_sample=False, max_new_tokens=N_TOKENS))
 
     ours, theirs = run(fast, IndirectCache), run(stock, DynamicCache)

@@ -11,17 +11,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationConfig, LlamaForCausalLM, StaticCache
+from transformers import Cache, DynamicCache, GenerationConfig, StaticCache
 from transformers.generation import utils
 
 from tests.generation_cases import (
+    CACHE,
     FAMILIES,
     IS_WHOLE,
     VOCABULARY,
     Model,
     assert_same,
-    cache_argument,
-    cache_in,
+    cache_of,
     one_thread,
     prompts,
 )
@@ -29,7 +29,6 @@ from tests.step_cases import optimized
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
-CACHE = cache_argument(LlamaForCausalLM.forward)
 LENGTH, N_PAST = 14, 9
 ALL, PADS = prompts(3, LENGTH)["input_ids"].clamp(min=1), prompts(3, LENGTH)["attention_mask"]
 IDS, MASK = ALL[:, :N_PAST], PADS[:, :N_PAST]
@@ -240,7 +239,7 @@ def cached(
     """The cache behind the first n tokens."""
     given = {} if mask is None else {"attention_mask": mask[:n_rows, :n]}
     with torch.no_grad():
-        return cache_in(model(ALL[:n_rows, :n], use_cache=True, **{CACHE: into}, **given))
+        return cache_of(model(ALL[:n_rows, :n], use_cache=True, **{CACHE: into}, **given))
 
 
 def repeated(cache: Cache, n: int = 2) -> Cache:
@@ -257,7 +256,7 @@ def made_by_generate(model: Model) -> Any:
     result = model.generate(
         IDS, attention_mask=MASK, max_new_tokens=1, do_sample=False, return_dict_in_generate=True
     )
-    return cache_in(result)
+    return cache_of(result)
 
 
 def static(model: Model) -> StaticCache:
@@ -362,7 +361,7 @@ def test_chats_over_a_table_of_positions(n_past: int, length: int, with_mask: bo
 
     def make(model: Model) -> dict[str, Any]:
         with torch.no_grad():
-            cache = cache_in(model(ids[:, :n_past], use_cache=True))
+            cache = cache_of(model(ids[:, :n_past], use_cache=True))
         mask = {"attention_mask": torch.ones_like(ids)} if with_mask else {}
         return {"input_ids": ids, "max_new_tokens": 3, CACHE: cache, **mask}
 

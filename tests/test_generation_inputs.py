@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from hfopt.errors import InvalidInput
 from hfopt.generation import install, uninstall
 from tests.generation_cases import (
+    CACHE,
     FAMILIES,
     IS_WHOLE,
     NOT_WHOLE,
     Model,
-    cache_argument,
-    cache_in,
+    cache_of,
     llama,
     needs_programs,
     one_thread,
@@ -40,7 +39,6 @@ def changed(tensor: Tensor, position: tuple[int, ...], value: float) -> Tensor:
     return tensor
 
 
-CACHE = cache_argument(LlamaForCausalLM.forward)
 IDS, MASK = prompts()["input_ids"], prompts()["attention_mask"]
 EMBEDS = torch.ones(3, 9, 64)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -163,7 +161,7 @@ def test_the_gate_lets_a_begin_token_and_a_cache_through(model: Model) -> None:
     first = model.generate(IDS, max_new_tokens=3, return_dict_in_generate=True)
     rest = torch.cat([first.sequences, IDS], dim=-1)
     mask = torch.ones_like(rest)
-    model.generate(rest, attention_mask=mask, **{CACHE: cache_in(first)}, max_new_tokens=2)
+    model.generate(rest, attention_mask=mask, **{CACHE: cache_of(first)}, max_new_tokens=2)
 
 
 def test_no_token_is_new(model: Model) -> None:
@@ -172,7 +170,7 @@ def test_no_token_is_new(model: Model) -> None:
     with pytest.raises(
         InvalidInput, match=r"input_ids of shape \(3, 2\): .* the cache holds 11; new ones alone need"
     ):
-        model.generate(IDS[:, :2], **{CACHE: cache_in(first)}, max_new_tokens=2)
+        model.generate(IDS[:, :2], **{CACHE: cache_of(first)}, max_new_tokens=2)
 
 
 def test_ids_of_a_padded_table(model: Model) -> None:
@@ -218,9 +216,9 @@ class TestPositions:
             (ids[:, 8:12], {"attention_mask": torch.ones(1, 12)}),
             (ids[:, :12], {"attention_mask": torch.ones(1, 12)}),
         ):
-            cache = cache_in(table(ids[:, :8], use_cache=True))
+            cache = cache_of(table(ids[:, :8], use_cache=True))
             assert table.generate(given, **{CACHE: cache}, max_new_tokens=4, **options).numel() > 0
-        cache = cache_in(table(ids[:, :8], use_cache=True))
+        cache = cache_of(table(ids[:, :8], use_cache=True))
         with pytest.raises(InvalidInput, match="a token at position 16"):
             table.generate(ids[:, 8:], attention_mask=torch.ones(1, 17), **{CACHE: cache}, max_new_tokens=1)
 

@@ -24,7 +24,17 @@ from transformers.generation import BaseStreamer
 
 from hfopt.cache import IndirectCache
 from hfopt.generation import install, plan, record_latency, uninstall
-from tests.generation_cases import VOCABULARY, Model, assert_same, gptj, llama, one_thread, prompts
+from tests.generation_cases import (
+    CACHE,
+    VOCABULARY,
+    Model,
+    assert_same,
+    cache_of,
+    gptj,
+    llama,
+    one_thread,
+    prompts,
+)
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -91,7 +101,7 @@ def test_transformers_loop_runs_on_our_cache(model: Model) -> None:
     other.load_state_dict(model.state_dict())
     install(other)
     result = tokens_of(other, num_beams=4, return_dict_in_generate=True)
-    assert isinstance(result.past_key_values, IndirectCache)
+    assert isinstance(cache_of(result), IndirectCache)
     assert torch.equal(result.sequences, tokens_of(model, num_beams=4))
 
 
@@ -110,9 +120,9 @@ def test_each_prompt_is_read_once(model: Model) -> None:
 def test_rows_that_differ_are_all_read(model: Model) -> None:
     install(model)
     cache = IndirectCache(model.config, copies=3)
-    out = model(input_ids=prompts()["input_ids"], past_key_values=cache)
+    out = model(input_ids=prompts()["input_ids"], **{CACHE: cache})
     assert out.logits.shape[0] == 3 and cache.copies == 1 and cache.n_rows == 3
-    model(input_ids=torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
+    model(input_ids=torch.ones(3, 1, dtype=torch.long), **{CACHE: cache})
     assert cache.get_seq_length() == 10 and cache.n_rows == 3
 
 
@@ -120,20 +130,20 @@ def test_rows_that_differ_are_all_read(model: Model) -> None:
 def test_outputs_are_repeated(model: Model, return_dict: bool) -> None:
     ids = prompts()["input_ids"].repeat_interleave(2, dim=0)
     options = {"return_dict": return_dict, "output_hidden_states": True}
-    stock = model(input_ids=ids, past_key_values=DynamicCache(config=model.config), **options)
+    stock = model(input_ids=ids, **{CACHE: DynamicCache(config=model.config)}, **options)
     install(model)
     cache = IndirectCache(model.config, copies=2)
-    ours = model(input_ids=ids, past_key_values=cache, **options)
+    ours = model(input_ids=ids, **{CACHE: cache}, **options)
     assert cache.copies == 2 and cache.n_rows == 3
     step = {"input_ids": torch.arange(2, 8)[:, None], "return_dict": return_dict}
     if return_dict:
         assert_same(ours, stock)
-        past = stock.past_key_values
+        past = cache_of(stock)
     else:
         assert_same(ours[0], stock[0])
         assert_same(ours[2], stock[2])
         past = stock[1]
-    next_ours, next_stock = model(past_key_values=cache, **step), model(past_key_values=past, **step)
+    next_ours, next_stock = model(**{CACHE: cache}, **step), model(**{CACHE: past}, **step)
     assert cache.n_rows == 6
     assert_same(next_ours[0], next_stock[0])
 

@@ -17,7 +17,17 @@ from transformers import (
 
 from hfopt.cache import IndirectCache
 from hfopt.generation import install, uninstall
-from tests.generation_cases import FAMILIES, VOCABULARY, Model, assert_same, llama, one_thread, prompts
+from tests.generation_cases import (
+    CACHE,
+    FAMILIES,
+    VOCABULARY,
+    Model,
+    assert_same,
+    cache_of,
+    llama,
+    one_thread,
+    prompts,
+)
 
 pytestmark = [
     pytest.mark.usefixtures(one_thread.__name__),
@@ -69,7 +79,7 @@ def compare(model: Model, fresh: Callable[[], dict[str, Any]] = dict, **argument
 @pytest.mark.parametrize("mode", MODES)
 def test_fifty_tokens_with_all_outputs(model: Model, mode: str) -> None:
     result = compare(model, **prompts(), max_new_tokens=50, **MODES[mode], **EVERYTHING)
-    assert isinstance(result.past_key_values, IndirectCache)
+    assert isinstance(cache_of(result), IndirectCache)
     assert result.sequences.shape[1] == 59
     assert len(set(result.sequences[0, 9:].tolist())) > 5, "a degenerate model proves nothing"
 
@@ -174,10 +184,10 @@ def test_going_on_from_a_returned_cache(small: Model, mode: str) -> None:
         torch.manual_seed(0)
         first = small.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
         both = torch.cat([first.sequences, ids[:, :4]], dim=-1)
-        results.append(small.generate(both, past_key_values=first.past_key_values, max_new_tokens=8))
+        results.append(small.generate(both, **{CACHE: cache_of(first)}, max_new_tokens=8))
         torch.manual_seed(0)
         # a cache of the caller for several rows of one prompt
-        results.append(small.generate(ids, past_key_values=DynamicCache(), max_new_tokens=8, **MODES[mode]))
+        results.append(small.generate(ids, **{CACHE: DynamicCache()}, max_new_tokens=8, **MODES[mode]))
     uninstall(small)
     for stock, ours in zip(results[:2], results[2:], strict=True):
         assert torch.equal(stock, ours)
@@ -295,7 +305,7 @@ def test_a_sliding_window_keeps_its_cache(small: Model) -> None:
     result = compare(
         MistralForCausalLM(config).eval(), **prompts(), max_new_tokens=20, num_beams=3, **EVERYTHING
     )
-    assert type(result.past_key_values) is DynamicCache
+    assert type(cache_of(result)) is DynamicCache
 
 
 @torch.no_grad()
@@ -305,8 +315,8 @@ def test_rows_read_past_the_hooks_keep_their_own_keys(small: Model) -> None:
     install(small)
     results = []
     for cache in (IndirectCache(small.config, copies=3), DynamicCache(config=small.config)):
-        small.forward(ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache)
-        more = [small(input_ids=ids[:, first:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+        small.forward(ids[:, :4], attention_mask=mask[:, :4], **{CACHE: cache})
+        more = [small(input_ids=ids[:, first:end], attention_mask=mask[:, :end], **{CACHE: cache}).logits
                 for first, end in ((4, 8), (8, 9))]  # fmt: skip
         results.append(torch.cat(more, 1))
     uninstall(small)

@@ -17,9 +17,11 @@ from hfopt.cache import IndirectCache
 from hfopt.errors import CacheFull, InvalidInput
 from tests.cache_cases import HEAD_DIM, N_HEADS, N_LAYERS, Pair, operate, random_states
 from tests.generation_cases import (
+    CACHE,
     FAMILIES,
     Model,
     assert_same,
+    cache_of,
     gptj,
     llama,
     needs_programs,
@@ -99,9 +101,9 @@ def assert_same_results(model: Model, arguments: dict[str, Any], **options: Any)
     """Tokens and logits of every step, from codes and from a cache of their values in the unpatched model."""
     stock = copy.deepcopy(model)
     ours = generated(coded(model), arguments, **options)
-    assert ours.past_key_values.kv_cache == "int8"
-    cache = FollowingCache(stock.config, ours.past_key_values)
-    theirs = generated(stock, arguments, past_key_values=cache, **options)
+    assert cache_of(ours).kv_cache == "int8"
+    cache = FollowingCache(stock.config, cache_of(ours))
+    theirs = generated(stock, arguments, **{CACHE: cache}, **options)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert_same(ours.logits, theirs.logits)
 
@@ -132,7 +134,7 @@ def test_bfloat16_is_as_near_as_the_stock_model(name: str) -> None:
             for first, end in ((0, 40), (40, 59), (59, 60)):
                 arguments = {"input_ids": given["input_ids"][:, first:end], "attention_mask": mask[:, :end]}
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, first:end]
-                output = model(**arguments, position_ids=positions, past_key_values=cache)
+                output = model(**arguments, position_ids=positions, **{CACHE: cache})
                 logits.append(output.logits[:, -1].double())
         results.append(torch.stack(logits))
     mine, his, best = results
@@ -160,7 +162,7 @@ def test_a_program_is_proven_with_each_kind_of_cache(passes: list[int]) -> None:
     given = {"max_new_tokens": 3, "do_sample": False}
     for kv_cache, n_calls in (("int8", 0), (None, 2), (None, 0), ("int8", 0)):
         passes.clear()
-        model.generate(**prompts(), **given, past_key_values=IndirectCache(model.config, kv_cache=kv_cache))
+        model.generate(**prompts(), **given, **{CACHE: IndirectCache(model.config, kv_cache=kv_cache)})
         assert len(passes) == n_calls
 
 
@@ -206,22 +208,22 @@ def test_tokens_do_not_depend_on_how_the_prompt_was_cut(cut: int) -> None:
     whole = model.generate(ids, max_new_tokens=20, do_sample=False)
     cache = IndirectCache(model.config, kv_cache="int8")
     with torch.no_grad():
-        model(ids[:, :cut], past_key_values=cache)
-    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=cache), whole)
+        model(ids[:, :cut], **{CACHE: cache})
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, **{CACHE: cache}), whole)
 
 
 # ---- what is remembered ----------------------------------------------------------------------------------------------
 
 
-def cache_of(model: Model, **options: Any) -> Any:
-    return generated(model, max_new_tokens=3, do_sample=False, **options).past_key_values
+def made_cache(model: Model, **options: Any) -> Any:
+    return cache_of(generated(model, max_new_tokens=3, do_sample=False, **options))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_model_remembers_it_and_so_do_copies(duplicate: Any) -> None:
     model = coded(llama())
     for each in (model, duplicate(model)):
-        assert cache_of(each).kv_cache == "int8"
+        assert made_cache(each).kv_cache == "int8"
         report = hfopt.explain(each)
         assert report.kv_cache == "int8" and report.to_dict()["kv_cache"] == "int8"
         assert "keys and values are cached as int8" in str(report)
@@ -233,19 +235,19 @@ def test_it_is_forgotten() -> None:
     attributes = set(hfopt.optimize(llama()).__dict__)
     assert set(model.__dict__) - attributes == {"_hfopt_kv_cache"}
     hfopt.optimize(model)
-    assert cache_of(model).kv_cache is None
+    assert made_cache(model).kv_cache is None
     assert "cached" not in str(hfopt.explain(model))
     hfopt.restore(coded(model))
     assert set(model.__dict__) == set(llama().__dict__)
-    assert type(cache_of(model)) is DynamicCache
+    assert type(made_cache(model)) is DynamicCache
 
 
 def test_a_cache_that_is_given_stays_what_it_is() -> None:
     model = coded(llama())
     for given in (IndirectCache(model.config), DynamicCache(config=model.config)):
-        assert cache_of(model, past_key_values=given) is given
+        assert made_cache(model, **{CACHE: given}) is given
     assert isinstance(
-        cache_of(hfopt.optimize(llama()), past_key_values=IndirectCache(kv_cache="int8")), IndirectCache
+        made_cache(hfopt.optimize(llama()), **{CACHE: IndirectCache(kv_cache="int8")}), IndirectCache
     )
 
 
@@ -260,7 +262,7 @@ def test_layers_of_other_kinds_keep_their_cache() -> None:
         sliding_window=16,
     )
     model = hfopt.optimize(MistralForCausalLM(config).eval(), kv_cache="int8")
-    assert type(cache_of(model)) is DynamicCache
+    assert type(made_cache(model)) is DynamicCache
     assert "cached not as int8: not all of its layers have full attention" in str(hfopt.explain(model))
 
 
@@ -286,7 +288,7 @@ def test_load(tmp_path: Any) -> None:
     model = llama()
     model.save_pretrained(tmp_path)
     loaded = hfopt.load(tmp_path, kv_cache="int8")
-    assert cache_of(loaded).kv_cache == "int8"
+    assert made_cache(loaded).kv_cache == "int8"
     assert "cached as int8" in str(loaded.hfopt)
 
 

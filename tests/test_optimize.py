@@ -25,6 +25,7 @@ from transformers import (
 import hfopt
 from hfopt.patches.replacement import Replacement
 from tests.generation_cases import (
+    CACHE,
     FAMILIES,
     IS_WHOLE,
     VOCABULARY,
@@ -144,9 +145,9 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def caches(model: PreTrainedModel) -> Iterator[tuple[dict[str, Any], bool]]:
     """Arguments of a forward, and whether our attention does that one."""
     yield {"use_cache": False}, True
-    yield {"past_key_values": hfopt.IndirectCache()}, True
-    yield {"past_key_values": DynamicCache()}, False
-    yield {"past_key_values": StaticCache(config=model.config, max_cache_len=32)}, False
+    yield {CACHE: hfopt.IndirectCache()}, True
+    yield {CACHE: DynamicCache()}, False
+    yield {CACHE: StaticCache(config=model.config, max_cache_len=32)}, False
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -448,7 +449,7 @@ def test_other_models_get_what_is_known_and_nothing_else(name: str, dtype: torch
     assert {kind: counts.get(kind) for kind in known} == known
     assert ("attention" in counts) == ("attention" in expected) and ("norm" in counts) == ("norm" in expected)
     tolerance = 1e-4 if dtype is torch.float32 else 0.1
-    for arguments in ({"use_cache": False}, {"past_key_values": hfopt.IndirectCache()}):
+    for arguments in ({"use_cache": False}, {CACHE: hfopt.IndirectCache()}):
         ours, theirs = logits(model, **arguments), logits(stock, use_cache=False)
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
     if dtype is torch.float32:

@@ -12,9 +12,11 @@ from hfopt.cache import IndirectCache
 from hfopt.generation import PROGRAMS
 from hfopt.kernels.linear import ROW_LIMIT
 from tests.generation_cases import (
+    CACHE,
     FAMILIES,
     VOCABULARY,
     Model,
+    cache_of,
     gptj,
     llama,
     needs_programs,
@@ -232,7 +234,7 @@ def second_turn(model: Model, mode: dict[str, Any], has_mask: bool, n_cropped: i
     if not has_mask:
         given = {**given, "input_ids": given["input_ids"].clamp(min=2), "attention_mask": None}
     before = model.generate(**given)
-    cache, sequences = before.past_key_values, before.sequences
+    cache, sequences = cache_of(before), before.sequences
     if n_cropped:
         cache.crop(-n_cropped)
         sequences = sequences[:, :-n_cropped]
@@ -243,7 +245,7 @@ def second_turn(model: Model, mode: dict[str, Any], has_mask: bool, n_cropped: i
         mask = torch.cat([given["attention_mask"], torch.ones(2, ids.shape[1] - 9, dtype=torch.long)], 1)
     torch.manual_seed(3)
     return model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=30, **mode, **ALL_OUTPUTS
+        ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=30, **mode, **ALL_OUTPUTS
     )
 
 
@@ -271,11 +273,11 @@ def test_layers_cropped_one_by_one(is_proven: bool, passes: list[int]) -> None:
     def run() -> Any:
         cache = IndirectCache(model.config)
         with torch.no_grad():
-            model(input_ids=ids[:, :7], past_key_values=cache)
+            model(input_ids=ids[:, :7], **{CACHE: cache})
         for layer in cache.layers:
             layer.crop(-2)  # each has its own map of rows now
         return model.generate(
-            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=10, do_sample=False, **ALL_OUTPUTS
+            ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=10, do_sample=False, **ALL_OUTPUTS
         )
 
     passes.clear()
@@ -291,11 +293,11 @@ def test_beams_go_on_from_a_cache_of_beams(small: Model, passes: list[int]) -> N
     def run() -> Any:
         before = small.generate(**given, max_new_tokens=10)
         ids = torch.cat([before.sequences, torch.full((4, 2), 5)], 1)
-        cache = copy.deepcopy(before.past_key_values)
+        cache = copy.deepcopy(cache_of(before))
         return small.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=40,
             do_sample=False,
             **ALL_OUTPUTS,

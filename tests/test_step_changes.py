@@ -21,7 +21,16 @@ from hfopt.functional import choice, choice_file
 from hfopt.generation import PROGRAMS
 from hfopt.patches.watch import Watch
 from tests.change_cases import register, registered
-from tests.generation_cases import FAMILIES, Doubled, Model, gptj, llama, one_thread, opt
+from tests.generation_cases import (
+    CACHE,
+    FAMILIES,
+    Doubled,
+    Model,
+    gptj,
+    llama,
+    one_thread,
+    opt,
+)
 from tests.step_cases import (
     assert_program_is_the_modules,
     assert_same_bits,
@@ -379,7 +388,7 @@ def test_other_caches(cache: str, passes: list[int]) -> None:
             given["cache_implementation"] = "static"
             given["disable_compile"] = True
         elif cache == "dynamic":
-            given["past_key_values"] = DynamicCache()
+            given[CACHE] = DynamicCache()
         else:
             given["use_cache"] = False
         passes.clear()

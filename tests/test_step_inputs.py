@@ -16,7 +16,12 @@ from hfopt.functional import Builder, LinearWeights, Program, Slot, StepScratch,
 from hfopt.generation import PROGRAMS
 from hfopt.kernels import step as kernels
 from hfopt.kernels.linear import ROW_LIMIT
-from tests.generation_cases import FAMILIES, one_thread, prompts
+from tests.generation_cases import (
+    CACHE,
+    FAMILIES,
+    one_thread,
+    prompts,
+)
 from tests.reference import DTYPES
 from tests.step_cases import bits, optimized, prove
 
@@ -342,7 +347,7 @@ def test_a_token_that_the_embedding_has_not() -> None:
         model.lm_head.bias[300] = 1e4
     cache = IndirectCache(model.config)
     with pytest.raises(InvalidInput, match="no such rows"):
-        model.generate(**prompts(1, 4), past_key_values=cache, max_new_tokens=4, do_sample=False)
+        model.generate(**prompts(1, 4), **{CACHE: cache}, max_new_tokens=4, do_sample=False)
     assert cache.get_seq_length() == 4
 
 

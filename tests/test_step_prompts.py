@@ -20,7 +20,18 @@ from hfopt.generation import PROGRAMS
 from hfopt.generation import prefill as generation
 from hfopt.kernels.linear import ROW_LIMIT
 from hfopt.patches import programs
-from tests.generation_cases import FAMILIES, VOCABULARY, Model, gptj, llama, one_thread, opt, prompts
+from tests.generation_cases import (
+    CACHE,
+    FAMILIES,
+    VOCABULARY,
+    Model,
+    cache_of,
+    gptj,
+    llama,
+    one_thread,
+    opt,
+    prompts,
+)
 from tests.reference import DTYPES
 from tests.step_cases import (
     ALL_OUTPUTS,
@@ -83,7 +94,7 @@ def test_prompts_of_several_rows(name: str, mode: str, is_shared: bool, passes: 
 
     def run() -> Any:
         # only a cache of our own knows which rows share a prompt
-        given = {} if is_shared else {"past_key_values": IndirectCache(model.config)}
+        given = {} if is_shared else {CACHE: IndirectCache(model.config)}
         return generated(model, {**prompts(2, 70), "max_new_tokens": 6, **MODES[mode], **given})
 
     passes.clear()
@@ -132,7 +143,7 @@ def test_a_second_turn(name: str, n_cropped: int, n_more: int, passes: list[int]
 
         def run(given: dict[str, Any] = given) -> Any:
             before = generated(model, {**given, "do_sample": False, "max_new_tokens": 8})
-            cache, sequences = before.past_key_values, before.sequences
+            cache, sequences = cache_of(before), before.sequences
             mask = given["attention_mask"].repeat_interleave(4 // len(given["attention_mask"]), 0)
             n_kept = cache.get_seq_length() - n_cropped
             if n_cropped:
@@ -141,7 +152,7 @@ def test_a_second_turn(name: str, n_cropped: int, n_more: int, passes: list[int]
             n_seen = min(mask.shape[1], n_kept)
             new = torch.ones(4, ids.shape[1] - n_seen, dtype=torch.long)
             mask = torch.cat([mask[:, :n_seen], new], 1)
-            return model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY, **ALL_OUTPUTS)
+            return model.generate(ids, attention_mask=mask, **{CACHE: cache}, **GREEDY, **ALL_OUTPUTS)
 
         passes.clear()
         ours = run()
@@ -152,12 +163,12 @@ def test_a_second_turn(name: str, n_cropped: int, n_more: int, passes: list[int]
 
 def test_a_cache_that_was_emptied(small: Model, passes: list[int]) -> None:
     def run(method: str) -> Any:
-        cache = generated(small, {**prompts(2), **GREEDY}).past_key_values
+        cache = cache_of(generated(small, {**prompts(2), **GREEDY}))
         if method == "crop":
             cache.crop(-cache.get_seq_length())
         else:
             cache.reset()
-        return generated(small, {**prompts(2, 20), **GREEDY, "past_key_values": cache})
+        return generated(small, {**prompts(2, 20), **GREEDY, CACHE: cache})
 
     for method in ("crop", "reset"):
         passes.clear()
@@ -182,12 +193,12 @@ def prompt_by_modules(model: Model, passes: list[int], **given: Any) -> None:
     ours = generated(model, copy.copy(given))
     assert passes == [30]
     with modules_alone(model):
-        given["past_key_values"] = None
+        given[CACHE] = None
         assert_same_bits(ours, generated(model, given))
 
 
 def test_a_cache_without_layers(small: Model, passes: list[int]) -> None:
-    prompt_by_modules(small, passes, past_key_values=IndirectCache())
+    prompt_by_modules(small, passes, **{CACHE: IndirectCache()})
 
 
 def test_a_long_prompt(small: Model, passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,10 +269,10 @@ def test_positions_that_the_model_has_not(name: str, is_second: bool, passes: li
     model.config.max_position_embeddings = 10**6  # the gate believes it
     cache = IndirectCache(model.config)
     if is_second:
-        generated(model, {**prompts(2), **GREEDY, "past_key_values": cache})
+        generated(model, {**prompts(2), **GREEDY, CACHE: cache})
     n_past = cache.get_seq_length()
     ids = torch.full((2, n_past + 30), 5)
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache, **GREEDY}
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: cache, **GREEDY}
     positions = torch.arange(n_past + 30)[None].repeat(2, 1)
     positions[1, -1] = 96
     passes.clear()
@@ -269,7 +280,7 @@ def test_positions_that_the_model_has_not(name: str, is_second: bool, passes: li
         generated(model, {**given, "position_ids": positions})
     assert not passes and cache.get_seq_length() == n_past
     if not is_second:
-        given = {**prompts(3, 4), "past_key_values": cache, **GREEDY}  # an empty one takes any rows
+        given = {**prompts(3, 4), CACHE: cache, **GREEDY}  # an empty one takes any rows
     generated(model, given)
     assert not passes
 
@@ -279,10 +290,10 @@ def test_no_memory_for_the_cache(small: Model, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("hfopt._cache_layer.available_memory", lambda: 1000)
     cache = IndirectCache(small.config)
     with pytest.raises(CacheFull):
-        generated(small, {**prompts(2), **GREEDY, "past_key_values": cache})
+        generated(small, {**prompts(2), **GREEDY, CACHE: cache})
     monkeypatch.undo()
     assert cache.get_seq_length() == 0
-    generated(small, {**prompts(3), **GREEDY, "past_key_values": cache})
+    generated(small, {**prompts(3), **GREEDY, CACHE: cache})
 
 
 def appended(n_rows: int, n_new: int, n_layers: int = 2, n_past: int = 0) -> AppendedEverywhere:

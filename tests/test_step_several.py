@@ -19,7 +19,16 @@ from hfopt.cache import IndirectCache
 from hfopt.errors import InvalidInput
 from hfopt.functional import Ends, StepScratch
 from hfopt.generation import decoding
-from tests.generation_cases import FAMILIES, Model, llama, one_thread, opt, prompts
+from tests.generation_cases import (
+    CACHE,
+    FAMILIES,
+    Model,
+    cache_of,
+    llama,
+    one_thread,
+    opt,
+    prompts,
+)
 from tests.reference import DTYPES
 from tests.step_cases import bits, modules_alone, optimized, passes, prove
 from tests.test_step_inputs import HEADS, N_LOGITS, N_TOKENS, program
@@ -89,7 +98,7 @@ def assert_tokens_of_the_modules(model: Model, **given: Any) -> Any:
     with modules_alone(model):
         theirs = model.generate(**{**WHOLE, **given})
     assert torch.equal(ours.sequences, theirs.sequences)
-    for one, other in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+    for one, other in zip(cache_of(ours).layers, cache_of(theirs).layers, strict=True):
         assert torch.equal(bits(one.keys), bits(other.keys))
         assert torch.equal(bits(one.values), bits(other.values))
     return ours.sequences
@@ -172,7 +181,7 @@ def test_a_cache_that_is_gone_on_with(calls: list[int]) -> None:
         return model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=first.past_key_values,
+            **{CACHE: cache_of(first)},
             **WHOLE,
             max_new_tokens=30,
         )
@@ -181,7 +190,7 @@ def test_a_cache_that_is_gone_on_with(calls: list[int]) -> None:
     with modules_alone(model):
         theirs = turns()
     assert torch.equal(ours.sequences, theirs.sequences)
-    assert ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
+    assert cache_of(ours).get_seq_length() == cache_of(theirs).get_seq_length()
     assert max(calls) > 4
 
 

@@ -11,7 +11,11 @@ import itertools, json
 import torch
 import hfopt
 from hfopt.kernels import _jit
-from tests.generation_cases import FAMILIES, prompts
+from tests.generation_cases import (
+    FAMILIES,
+    cache_of,
+    prompts,
+)
 from tests.step_cases import MODES
 def variants():
     return {f"{f.__module__}.{f.__name__} {s}" for f, l in _jit._launches.items() for s in l.dispatcher.signatures}
@@ -24,7 +28,7 @@ for quantization, kv_cache in ((None, "int8"), ("int8", "int8")):
         for mode, length in itertools.product(MODES.values(), (9, 60)):
             given = prompts(2, length)
             result = model.generate(**given, max_new_tokens=5, return_dict_in_generate=True, **mode)
-            assert result.past_key_values.kv_cache == kv_cache
+            assert cache_of(result).kv_cache == kv_cache
     found.append([len(known), sorted(variants() - known)])
 print(json.dumps(found))
 """
