@@ -1,5 +1,6 @@
 """Small random models of the three families, prompts, and the comparison of two results of `generate`."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Cache,
     GenerationMixin,
     GPTJConfig,
     GPTJForCausalLM,
@@ -15,8 +17,6 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
 )
-
-from hfopt import host
 
 VOCABULARY = 211
 Model: TypeAlias = Any  # transformers leaves the methods of GenerationMixin untyped
@@ -33,13 +33,20 @@ class Doubled(nn.Module):
         return 2 * self.inner(hidden_states)
 
 
-# Name of the cache among the arguments of `generate` and of these models
-CACHE: str = str(host.REQUEST_CACHE)
+# Name of the cache among the arguments of `generate` and of these models, by its type: hfopt is not asked here
+CACHE = next(
+    (
+        name
+        for name, each in inspect.signature(LlamaForCausalLM.forward).parameters.items()
+        if "Cache" in str(each.annotation)
+    ),
+    "",
+)
 
 
 def cache_of(output: Any) -> Any:
     """The cache in the output of a model, or of `generate`."""
-    return host.cache_in(output.values())
+    return next((value for value in output.values() if isinstance(value, Cache)), None)
 
 
 # Our loops of `generate`, decoder layers and programs are built on what transformers 5 has

@@ -417,6 +417,21 @@ def cache_of_another_class(release: Release) -> None:
     )
 
 
+@variant(neutral=True, slow=True)
+def cache_copied(release: Release) -> None:
+    """Each call of a model gives a new cache, of the same layers."""
+    for family in FAMILIES:
+        function = f"{family.decoder}.forward"
+
+        def copied(call: ast.Call) -> None:
+            names = release.cache_names()
+            (given,) = (each for each in call.keywords if each.arg in names)
+            given.value = ast.parse(f"copy.copy({ast.unparse(given.value)})", mode="eval").body
+
+        release[family.path].call(function, "BaseModelOutputWithPast", copied)
+        release[family.path].begin(function, "import copy")
+
+
 @variant(neutral=True)
 def keys_stored_otherwise(release: Release) -> None:
     """Twice as large, and halved when they are read: to mix that with what others store is wrong."""
@@ -565,6 +580,41 @@ def _read_prompts(model, input_ids, generation_config, model_kwargs):
             outputs[name] = tuple(each.repeat_interleave(copies, dim=0) for each in value)
     return outputs, input_ids, model_kwargs
 """
+
+
+@variant(neutral=True, slow=True)
+def prompts_in_chunks(release: Release) -> None:
+    """Of four tokens, unless the user says otherwise."""
+    source, method = release[GENERATION], "GenerationMixin._prefill"
+    if not source.has(method):
+        raise Inapplicable("it has no _prefill")
+    source.begin(
+        method,
+        "is_in_chunks = model_kwargs.get('inputs_embeds') is None and generation_config.use_cache is not False",
+    )
+    source.replace(
+        r"if generation_config\.prefill_chunk_size is None:",
+        "if generation_config.prefill_chunk_size is None and not is_in_chunks:",
+        inside=method,
+    )
+    source.replace(
+        r"chunk_size = generation_config\.prefill_chunk_size$",
+        "chunk_size = generation_config.prefill_chunk_size or 4",
+        inside=method,
+    )
+
+
+@variant(neutral=True, slow=True)
+def generate_called_otherwise(release: Release) -> None:
+    """Its named arguments come in another order, and its other ones under another name."""
+    source, method = release[GENERATION], "GenerationMixin.generate"
+    source.replace(r"\bkwargs\b", "others", inside=method, count=0)
+
+    def turn(parameters: ast.arguments) -> None:
+        first, second, *rest = parameters.args[1:]
+        parameters.args[1:] = [first, *rest, second]
+
+    source.parameters(method, turn)
 
 
 @variant(neutral=True, slow=True)
@@ -772,6 +822,31 @@ def beam_scores(release: Release) -> None:
 
 
 @variant(neutral=False)
+def beam_heuristic(release: Release) -> None:
+    """Beams go on for longer where long texts may still win."""
+    release[GENERATION].replace(
+        r'if early_stopping == "never" and length_penalty > 0\.0:',
+        "if length_penalty > 0.0:",
+        inside="GenerationMixin._check_early_stop_heuristic",
+    )
+
+
+@variant(neutral=False, slow=True)
+def beam_heuristic_of_never(release: Release) -> None:
+    """The same for those that are never to stop early."""
+    release[GENERATION].replace(
+        r"best_hypothetical_length = max_length - decoder_prompt_len$",
+        "best_hypothetical_length = 1",
+        inside="GenerationMixin._check_early_stop_heuristic",
+    )
+
+
+@variant(neutral=True, slow=True)
+def beam_indices_widened(release: Release) -> None:
+    release[GENERATION].replace(r"torch\.int32", "torch.int64", inside="GenerationMixin._beam_search")
+
+
+@variant(neutral=False)
 def beam_processors(release: Release) -> None:
     """They see logits in beam search too."""
     release[GENERATION].replace(
@@ -832,6 +907,12 @@ def ends_with_a_second_end(release: Release) -> None:
     )
 
 
+@variant(neutral=False, keeps_version=True)
+def ends_with_a_second_end_unversioned(release: Release) -> None:
+    """The same in a checkout that calls itself what the installed release does."""
+    ends_with_a_second_end(release)
+
+
 @variant(neutral=False)
 def length_counted_otherwise(release: Release) -> None:
     """The longest text has one token less."""
@@ -864,6 +945,56 @@ def logits_renamed(release: Release) -> None:
 
     for family in FAMILIES:
         release[family.path].call(f"{family.head}.forward", "CausalLMOutputWithPast", give)
+
+
+@variant(neutral=True, slow=True)
+def outputs_are_no_dicts(release: Release) -> None:
+    """They have a dict's methods, and are none."""
+    source = release["utils/generic.py"]
+    source.replace(r"^class ModelOutput\(OrderedDict\b", "class ModelOutput(_Fields")
+    source.replace(
+        r"^class ModelOutput\(",
+        """
+class _Fields:
+    def _held(self):
+        return self.__dict__.setdefault("_held_fields", {})
+
+    def __init__(self, *args, **kwargs):
+        self._held().update(*args, **kwargs)
+
+    def __getitem__(self, name):
+        return self._held()[name]
+
+    def __setitem__(self, name, value):
+        self._held()[name] = value
+
+    def __delitem__(self, name):
+        del self._held()[name]
+
+    def __contains__(self, name):
+        return name in self._held()
+
+    def __iter__(self):
+        return iter(self._held())
+
+    def __len__(self):
+        return len(self._held())
+
+    def get(self, name, default=None):
+        return self._held().get(name, default)
+
+    def keys(self):
+        return self._held().keys()
+
+    def values(self):
+        return self._held().values()
+
+    def items(self):
+        return self._held().items()
+
+
+\\g<0>""".lstrip("\n"),
+    )
 
 
 @variant(neutral=True, slow=True)

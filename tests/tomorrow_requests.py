@@ -42,6 +42,10 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
         "beams",
         {"num_beams": 3, "eos_token_id": ENDS, "length_penalty": 2.0, "num_return_sequences": 3, **SCORES},
     ),
+    "beams, never stopping early": (
+        "beams",
+        {"num_beams": 3, "eos_token_id": ENDS, "early_stopping": "never", "length_penalty": 1.5, **SCORES},
+    ),
     "beams of equal candidates": (
         "beams",
         {"num_beams": 3, "num_return_sequences": 3, "has_ties": True, **SCORES},
@@ -124,7 +128,7 @@ def _answers() -> dict[str, Any]:
                 hfopt.optimize(model, kernels="hfopt")
             outcomes = _outcomes(*pair)
             report = hfopt.explain(pair[0])
-            entry |= {"report": str(report), "counts": report.counts, "by_module": report.by_module}
+            entry |= {"report": str(report), **report.to_dict()}
         except Exception:  # noqa: BLE001
             entry["broken"] = traceback.format_exc()
             continue
@@ -227,6 +231,8 @@ def _request(
     given = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **arguments}
     if is_read:
         return _read(model, n_rows, given)
+    if n_rows == 1:  # nothing is padded, and the prompt is given by position
+        return _defined(model.generate(prompts(1)["input_ids"], **given), 1)
     if not is_continued:
         return _defined(model.generate(**prompts(n_rows), **given), n_rows)
     first = model.generate(**prompts(n_rows), **{**given, "max_new_tokens": 5}, return_dict_in_generate=True)
@@ -310,7 +316,7 @@ def _defined(outputs: Any, n_rows: int) -> Any:
         if isinstance(value, Cache):
             layers: list[Any] = value.layers
             return {"a cache": [(cleared(layer.keys, 2), cleared(layer.values, 2)) for layer in layers]}
-        if isinstance(value, dict):
+        if hasattr(value, "items"):
             return {"class": type(value).__name__} | {key: copied(each, key) for key, each in value.items()}
         if isinstance(value, (tuple, list)):
             return tuple(copied(each, name) for each in value)
