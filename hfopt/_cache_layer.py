@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from hfopt._cache_codes import dequantised, quantised
 from hfopt._cache_rows import RowMap, rounded
 from hfopt._memory import advise_huge_pages, available_memory
 from hfopt.errors import CacheFull, InvalidInput
+from hfopt.host import DynamicLayer
 
 Layout: TypeAlias = tuple[int, int, torch.dtype]  # (n_kv_heads, head_dim, dtype)
 

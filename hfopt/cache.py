@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DynamicLayer
 
 from hfopt._cache_codes import KV_CACHES, check_kv_cache
 from hfopt._cache_layer import Appended, AppendedEverywhere, Buffers, IndirectLayer
 from hfopt._cache_rows import RowMap
 from hfopt.errors import InvalidInput
+from hfopt.host import DynamicLayer
 
 __all__ = ["KV_CACHES", "Appended", "AppendedEverywhere", "Buffers", "IndirectCache"]
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from .. import host
 from ..cache import IndirectCache
@@ -161,7 +160,7 @@ def prepare_cache(model: Model, *args: Any, **kwargs: Any) -> Any:
 
 def _is_plain(cache: DynamicCache) -> bool:
     """Whether all layers have full attention, and nothing else to remember."""
-    return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return bool(cache.layers) and all(type(layer) is host.DynamicLayer for layer in cache.layers)
 
 
 _BOUND: dict[str, Callable] = {"generate": generate, host.PREPARE_CACHE: prepare_cache}

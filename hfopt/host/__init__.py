@@ -9,6 +9,7 @@ from hfopt.host.release import OLDEST, check_release, installed
 check_release()
 
 from hfopt.host.attention import attention_kind, registered_attention  # noqa: E402
+from hfopt.host.cache_layer import DynamicLayer  # noqa: E402
 from hfopt.host.cache_names import (  # noqa: E402  (an older release would fail here with less of a message)
     REQUEST_CACHE,
     beam_output,
@@ -52,6 +53,7 @@ __all__ = [
     "ROLES",
     "UPDATE",
     "Arguments",
+    "DynamicLayer",
     "attention_kind",
     "beam_output",
     "cache_argument",

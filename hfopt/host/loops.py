@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import DynamicCache, GenerationMixin
-from transformers.cache_utils import DynamicLayer
 from transformers.generation import (
     GenerateBeamDecoderOnlyOutput,
     GenerateDecoderOnlyOutput,
@@ -17,6 +16,7 @@ from transformers.generation import (
 from transformers.generation import utils as _utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hfopt.host.cache_layer import DynamicLayer
 from hfopt.host.release import installed
 
 PREFILL = "_prefill"
