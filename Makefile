@@ -28,7 +28,7 @@ demo: $(STAMP)
 	$(BIN)/python scripts/run.py --compare --greedy --dtype float32 --prompt "$(PROMPT)"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=40
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
