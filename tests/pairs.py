@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 
-def pairwise(*dimensions: Iterable[Any]) -> list[Any]:
+def pairs_of(*dimensions: Iterable[Any]) -> list[Any]:
     """The product as `parametrize` takes it; marked slow is what holds no pair of values that the others lack.
 
     Most mistakes need one or two values to meet (a dtype and a size), hardly any three.

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfopt import limits
 from hfopt.cli import bench_cases, bench_rows, load_cost, main, measure, models
+from tests import fresh
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
 
@@ -339,7 +340,20 @@ def test_the_rows_of_formats_on_a_small_shape(tmp_path: Path, capsys: pytest.Cap
 # ---- loading -------------------------------------------------------------------------------------------------------
 
 
-def test_loading_is_measured_in_new_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loading_is_measured_in_new_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules: list[str] = []
+
+    def in_new_process(module: str, *arguments: str) -> Any:
+        """The first one imports everything itself, which takes seconds."""
+        modules.append(module)
+        if len(modules) == 1:
+            return measure.in_new_process(module, *arguments)
+        code = f"import runpy; runpy.run_module({module!r}, run_name='__main__')"
+        return json.loads(fresh.run(code, *arguments))
+
+    monkeypatch.setattr(load_cost, "in_new_process", in_new_process)
     shape, target = tmp_path / "config.json", tmp_path / "bench.json"
     shape.write_text(json.dumps(WIDE | {"model_type": "llama", "vocab_size": 4096}))
     arguments = ["bench", "--shape", str(shape), "--quick", "--rows", "load-int8"]
@@ -347,6 +361,7 @@ def test_loading_is_measured_in_new_processes(tmp_path: Path, capsys: pytest.Cap
     output = capsys.readouterr().out
     assert "int8 from bfloat16" in output and "int8 from what was saved" in output
     (row,) = json.loads(target.read_text())["rows"].values()
+    assert modules == [load_cost.__name__] * 4
     floats, saved = row["floats"], row["saved"]
     assert floats["result"] == saved["result"]
     # embedding in bfloat16, head in bytes

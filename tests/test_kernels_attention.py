@@ -29,7 +29,7 @@ from tests.attention_cases import (
     random_cache,
     random_qkv,
 )
-from tests.pairs import pairwise
+from tests.pairs import pairs_of
 from tests.reference import DTYPES, Guarded, assert_same_on_threads, bits
 
 # (query heads, key heads, head_dim)
@@ -51,7 +51,7 @@ HEADS = (
 @pytest.mark.parametrize(
     ("make", "dtype", "heads", "rows"),
     # rows, rows of the trunk, lengths
-    pairwise(CACHES, DTYPES, HEADS, ((1, 1, (1, 0)), (3, 3, (300, 0)), (8, 2, (41, 270)))),
+    pairs_of(CACHES, DTYPES, HEADS, ((1, 1, (1, 0)), (3, 3, (300, 0)), (8, 2, (41, 270)))),
 )
 def test_decode(
     make: MakeCache,
@@ -102,9 +102,9 @@ _WIDER = (coded_cache, 1, (128, 128, 32)), (coded_cache, 1, (384, 128, 32))
 @pytest.mark.parametrize(
     ("dtype", "of", "length"),
     [
-        *pairwise(DTYPES, _SMALL, (15, 16, 17, 63, 64, 65)),
-        *pairwise(DTYPES, _WIDE, (255, 256, 257)),
-        *pairwise(DTYPES, _WIDER, (1023, 1024, 1025)),
+        *pairs_of(DTYPES, _SMALL, (15, 16, 17, 63, 64, 65)),
+        *pairs_of(DTYPES, _WIDE, (255, 256, 257)),
+        *pairs_of(DTYPES, _WIDER, (1023, 1024, 1025)),
     ],
 )
 def test_decode_around_blocks_and_chunks(
@@ -153,7 +153,7 @@ def test_decode_around_spans(
 
 @pytest.mark.parametrize(
     ("dtype", "value", "place", "token"),
-    pairwise(DTYPES, (torch.nan, torch.inf, -torch.inf), ("keys", "values"), (7, 300, 769)),
+    pairs_of(DTYPES, (torch.nan, torch.inf, -torch.inf), ("keys", "values"), (7, 300, 769)),
 )
 def test_decode_of_a_span_that_is_not_finite(
     dtype: torch.dtype, value: float, place: str, token: int
@@ -241,7 +241,7 @@ _PROMPTS = (
 )
 
 
-@pytest.mark.parametrize(("make", "dtype", "heads", "rows"), pairwise(CACHES, DTYPES, HEADS, _PROMPTS))
+@pytest.mark.parametrize(("make", "dtype", "heads", "rows"), pairs_of(CACHES, DTYPES, HEADS, _PROMPTS))
 def test_prefill(
     make: MakeCache,
     dtype: torch.dtype,
@@ -285,7 +285,7 @@ def test_prefill_around_the_width_of_a_tile(dtype: torch.dtype, n_new: int) -> N
 
 @pytest.mark.parametrize(
     ("dtype", "n_keys", "spare"),
-    pairwise(DTYPES, (7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129), (0, 8)),
+    pairs_of(DTYPES, (7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129), (0, 8)),
 )
 def test_prefill_around_the_size_of_a_block(dtype: torch.dtype, n_keys: int, spare: int) -> None:
     for n_branch in (0, 1, 5):
@@ -333,7 +333,7 @@ def test_prefill_where_no_key_has_a_weight(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "size", "n_new", "value"),
-    pairwise(DTYPES, (24, 64), (1, 9), (torch.nan, torch.inf, -torch.inf)),
+    pairs_of(DTYPES, (24, 64), (1, 9), (torch.nan, torch.inf, -torch.inf)),
 )
 def test_hidden_keys_and_values_do_not_leak(dtype: torch.dtype, size: int, n_new: int, value: float) -> None:
     heads = (4, 2, size)
@@ -364,7 +364,7 @@ def test_later_values_do_not_leak_into_earlier_tokens(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize(
     ("dtype", "size", "n_new", "value", "place"),
-    pairwise(DTYPES, (24, 64), (1, 3), (torch.nan, torch.inf, -torch.inf), ("keys", "values")),
+    pairs_of(DTYPES, (24, 64), (1, 3), (torch.nan, torch.inf, -torch.inf), ("keys", "values")),
 )
 def test_values_that_are_seen_and_not_finite(
     dtype: torch.dtype, size: int, n_new: int, value: float, place: str

@@ -299,8 +299,18 @@ def states(n_rows: int, n_new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return random_states(n_rows, n_new, dtype), random_states(n_rows, n_new, dtype)
 
 
-@pytest.mark.parametrize("seed", range(40))
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
+_RANDOM = [*DTYPES, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("seed", "dtype"),
+    # every seed with one dtype, with the others by `make slow`
+    [
+        pytest.param(seed, dtype, marks=() if seed % len(_RANDOM) == index else pytest.mark.slow)
+        for seed in range(40)
+        for index, dtype in enumerate(_RANDOM)
+    ],
+)
 @torch.no_grad()
 def test_random_operations(seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)

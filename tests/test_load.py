@@ -20,6 +20,7 @@ from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
 from tests import fresh
 from tests.checkpoint_cases import Known, awq, compressed, gptq
 from tests.generation_cases import FAMILIES, Model, llama
+from tests.pairs import pairs_of
 
 QUANTIZATIONS: dict[str, Any] = {
     "int8": "int8",
@@ -59,9 +60,7 @@ def folder(tmp_path: Path) -> Path:
 # ---- floats, and weights that are quantised while they are read ------------------------------------------------
 
 
-@pytest.mark.parametrize("shard", ["1GB", "40KB"])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tied", "shard"), pairs_of(FAMILIES, [True, False], ["1GB", "40KB"]))
 def test_floats(tmp_path, family, tied, shard):
     model = FAMILIES[family](tie_word_embeddings=tied)
     model.save_pretrained(tmp_path, max_shard_size=shard)
@@ -77,10 +76,10 @@ def test_floats(tmp_path, family, tied, shard):
     torch.testing.assert_close(logits(loaded), logits(stock), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shard", ["1GB", "40KB"])
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "tied", "quantization", "shard"),
+    pairs_of(FAMILIES, [True, False], QUANTIZATIONS, ["1GB", "40KB"]),
+)
 def test_quantised_while_it_is_read(tmp_path, family, tied, quantization, shard):
     model = FAMILIES[family](tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "float", max_shard_size=shard)
@@ -474,7 +473,7 @@ MEASURE = """
 import json, sys, torch, hfopt
 from hfopt import calibration, env
 from hfopt.quantization import format
-calibration._BUDGET, format.FEEDBACK_SLICE = 1 << 24, 1 << 18
+calibration._BUDGET, format.FEEDBACK_SLICE = 1 << 24, 1 << 20
 options = json.loads(sys.argv[3])
 hfopt.load(sys.argv[1], **options)  # imports, and kernels
 before = env.resident_memory()

@@ -54,16 +54,17 @@ def plain(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes [out, in], zero points and scales of every weight, read byte by byte as the layout is described."""
     rows, inputs, bits = packed.out_features, packed.in_features, packed.format.bits
     group = packed.format.group or inputs
-    codes, zeros, scales = (np.empty((rows, inputs), dtype) for dtype in (np.int64, np.int64, np.float32))
-    for o, k in product(range(rows), range(inputs)):
-        block, j = divmod(o, 16)
-        unit, i = divmod(k, 4 if bits == 8 else 8)
-        byte = int(packed.codes[block, unit, 4 * j + i % 4])
-        codes[o, k] = byte if bits == 8 else (byte >> 4 if i >= 4 else byte & 15)
-        g = k // group
-        zeros[o, k] = packed.format.zero_code if packed.zeros is None else packed.zeros[block, g, j]
-        scale = np.float32(1) if packed.scales is None else np.float32(packed.scales[block, g, j])
-        scales[o, k] = scale * np.float32(packed.row_scales[block, j])
+    o, k = np.indices((rows, inputs))
+    (block, j), (unit, i), g = divmod(o, 16), divmod(k, 4 if bits == 8 else 8), k // group
+    stored = {name: tensor.numpy() for name, tensor in packed.tensors().items()}
+    byte = stored["codes"][block, unit, 4 * j + i % 4].astype(np.int64)
+    codes = byte if bits == 8 else np.where(i >= 4, byte >> 4, byte & 15)
+    zeros = np.full_like(codes, packed.format.zero_code)
+    if packed.zeros is not None:
+        zeros[:] = stored["zeros"][block, g, j]
+    scales = stored["row_scales"][block, j].astype(np.float32)
+    if packed.scales is not None:
+        scales *= stored["scales"][block, g, j].astype(np.float32)
     return codes, zeros, scales
 
 

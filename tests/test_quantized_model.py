@@ -29,6 +29,7 @@ from tests.generation_cases import (
     one_thread,
     prompts,
 )
+from tests.pairs import pairs_of
 from tests.reference import DTYPES
 from tests.step_cases import MODES as STEP_MODES
 from tests.step_cases import assert_program_is_the_modules, passes, prove
@@ -87,9 +88,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 # ---- what they compute ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "name", "dtype"), pairs_of(FAMILIES, FORMATS, DTYPES))
 def test_logits_are_those_of_the_unpacked_weights(family: str, name: str, dtype: torch.dtype) -> None:
     stock = FAMILIES[family]()
     model = hfopt.optimize(copy.deepcopy(stock).to(dtype), quantization=in_floats(FORMATS[name]))
@@ -153,9 +152,7 @@ def test_inputs_in_another_order() -> None:
 # ---- in one call ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "name", "dtype"), pairs_of(FAMILIES, FORMATS, DTYPES))
 def test_the_program_has_the_bits_of_the_modules(
     family: str, name: str, dtype: torch.dtype, passes: list[int]
 ) -> None:

@@ -18,6 +18,7 @@ from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedDevice
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
 from tests.generation_cases import FAMILIES, Model, llama
+from tests.pairs import pairs_of
 from tests.test_load import change_weights
 
 CONFIGS = {
@@ -47,9 +48,7 @@ def formats(model: Model) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("quantization", CONFIGS)
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "tied", "quantization"), pairs_of(FAMILIES, [True, False], CONFIGS))
 def test_from_pretrained_quantises_as_optimize_does_and_reads_what_was_saved(
     tmp_path, family, tied, quantization
 ):

@@ -25,6 +25,7 @@ from tests.generation_cases import (
     opt_with_plain_norms,
     prompts,
 )
+from tests.pairs import pairs_of
 from tests.reference import DTYPES
 from tests.step_cases import (
     ALL_OUTPUTS,
@@ -249,10 +250,10 @@ def second_turn(model: Model, mode: dict[str, Any], has_mask: bool, n_cropped: i
     )
 
 
-@pytest.mark.parametrize("n_cropped", [0, 1, 5, 14])
-@pytest.mark.parametrize("has_mask", [True, False])
-@pytest.mark.parametrize("mode", ["greedy", "sampling"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "mode", "has_mask", "n_cropped"),
+    pairs_of(FAMILIES, ["greedy", "sampling"], [True, False], [0, 1, 5, 14]),
+)
 def test_a_second_turn(name: str, mode: str, has_mask: bool, n_cropped: int, passes: list[int]) -> None:
     model = optimized(FAMILIES[name]())
     prove(model)

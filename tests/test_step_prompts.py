@@ -32,6 +32,7 @@ from tests.generation_cases import (
     opt,
     prompts,
 )
+from tests.pairs import pairs_of
 from tests.reference import DTYPES
 from tests.step_cases import (
     ALL_OUTPUTS,
@@ -104,9 +105,7 @@ def test_prompts_of_several_rows(name: str, mode: str, is_shared: bool, passes: 
         assert_same_bits(ours, run())
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "attention", "mode"), pairs_of(DTYPES, ["sdpa", "eager"], MODES))
 def test_masks(dtype: torch.dtype, attention: str, mode: str, passes: list[int]) -> None:
     model = proven(llama(attn_implementation=attention).to(dtype))
     given = prompts(3, 40)
@@ -132,9 +131,7 @@ def test_threads(name: str) -> None:
 # ---- a cache from before -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_more", [1, 2, 64, 65])
-@pytest.mark.parametrize("n_cropped", [0, 3, 9])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "n_cropped", "n_more"), pairs_of(FAMILIES, [0, 3, 9], [1, 2, 64, 65]))
 def test_a_second_turn(name: str, n_cropped: int, n_more: int, passes: list[int]) -> None:
     """Of beams, which have a branch; all of which may be cropped away."""
     model = proven(LONG[name]())
