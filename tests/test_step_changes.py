@@ -21,7 +21,7 @@ from hfopt.functional import choice, choice_file
 from hfopt.generation import PROGRAMS
 from hfopt.patches.watch import Watch
 from tests.change_cases import register, registered
-from tests.generation_cases import FAMILIES, Doubled, Model, gptj, llama, one_thread, opt
+from tests.generation_cases import FAMILIES, Doubled, Model, gptj, llama, one_thread, opt, prompts
 from tests.step_cases import (
     assert_program_is_the_modules,
     assert_same_bits,
@@ -297,6 +297,19 @@ def test_a_cause_in_between(name: str, by: str, passes: list[int]) -> None:
     with modules_alone(twin):
         assert_same_bits(ours, run(twin))
     assert torch.equal(ours.sequences, run(stock).sequences)
+
+
+def test_a_layer_with_another_attention() -> None:
+    model, stock = llama(), llama()
+    optimized(model)
+    prove(model)
+    for each in (model, stock):
+        attention = each.model.layers[1].self_attn
+        attention.config = copy.deepcopy(attention.config)
+        attention.config._attn_implementation = "eager"
+    assert "masks are for 'sdpa', attention is 'eager'" in str(hfopt.explain(model).by_module)
+    given = {**prompts(1), "max_new_tokens": N_TOKENS, "do_sample": False}
+    assert torch.equal(generated(model, given).sequences, generated(stock, given).sequences)
 
 
 @pytest.mark.parametrize("is_proven", [False, True])
