@@ -169,9 +169,17 @@ COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck))
 @example(("llama", "in between", [Change("config", "", "_attn_implementation", "damped")]))
 @example(("gptj", "later", [Change("config", "", "_attn_implementation", "sdpa")]))
 @example(("llama", "later", [Change("registered", "", "mask sdpa")]))
+@example(("llama", "later", [Change("config", "", "is_causal", False)]))
+@example(
+    (
+        "llama",
+        "later",
+        [Change("another config", "model.layers.1.self_attn", "_attn_implementation", "eager")],
+    )
+)
 @example(("opt", "later", [Change("attribute", "model.decoder.embed_positions", "offset", 2.0)]))
 @example(
-    ("llama, gelu", "in between", [Change("attribute", "model.layers.1.mlp.act_fn", "approximate", "none")])
+    ("llama, leaky relu", "later", [Change("attribute", "model.layers.1.mlp.act_fn", "negative_slope", 0.5)])
 )
 @example(("gptj", "later", [Change("buffer", "transformer.h.1.attn", "embed_positions", "end")]))
 @example(("gptj", "later", [Change("child", "transformer.h.2.attn", "attn_dropout", "wrapped")]))

@@ -308,6 +308,19 @@ def test_a_cause_in_between(name: str, by: str, passes: list[int]) -> None:
     assert torch.equal(ours.sequences, run(stock).sequences)
 
 
+def test_a_layer_with_another_attention() -> None:
+    model, stock = llama(), llama()
+    optimized(model)
+    prove(model)
+    for each in (model, stock):
+        attention = each.model.layers[1].self_attn
+        attention.config = copy.deepcopy(attention.config)
+        attention.config._attn_implementation = "eager"
+    assert "masks are for 'sdpa', attention is 'eager'" in str(hfopt.explain(model).by_module)
+    given = {**prompts(1), "max_new_tokens": N_TOKENS, "do_sample": False}
+    assert torch.equal(generated(model, given).sequences, generated(stock, given).sequences)
+
+
 @pytest.mark.parametrize("is_proven", [False, True])
 def test_a_hook_that_takes_itself_away(is_proven: bool, passes: list[int]) -> None:
     """Its step is no proof against the program."""
