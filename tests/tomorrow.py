@@ -403,7 +403,7 @@ def cache_updated_otherwise(release: Release) -> None:
         )
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def cache_of_another_class(release: Release) -> None:
     """`generate` makes a subclass of what it made before."""
     release[CACHES].text += "\n\nclass GrowingCache(DynamicCache):\n    pass\n"
@@ -534,7 +534,7 @@ def custom_generate_renamed(release: Release) -> None:
     release.rename(["custom_generate"], "generate_with", [GENERATION])
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def loops_told_more(release: Release) -> None:
     """`generate` hands every loop one more argument."""
     source = release[GENERATION]
@@ -735,7 +735,7 @@ def _count_tokens(release: Release, families: tuple[Family, ...]) -> None:
         _change_logits(release, family, "n_tokens", r"\2.roll(n_tokens, dims=-1)")
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def tokens_counted(release: Release) -> None:
     """`prepare_inputs_for_generation` does it for the model."""
     _count_tokens(release, FAMILIES)
@@ -795,7 +795,7 @@ def beam_ties(release: Release) -> None:
     beam_lengths(release)
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def beam_lengths(release: Release) -> None:
     """One more field in the result."""
     source = release[GENERATION]
@@ -867,7 +867,7 @@ def sample_bias(release: Release) -> None:
     )
 
 
-@variant(neutral=False, keeps_version=True)
+@variant(neutral=False, slow=True, keeps_version=True)
 def sample_bias_unversioned(release: Release) -> None:
     """The same in a checkout that calls itself what the installed release does."""
     sample_bias(release)
@@ -1097,7 +1097,7 @@ def embeddings_scaled(release: Release) -> None:
     _scale_embeddings(release, "2.0")
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def embeddings_scaled_in_long_texts(release: Release) -> None:
     _scale_embeddings(release, f"(2.0 if int(position_ids.max()) > {LONG} else 1.0)")
 
@@ -1194,7 +1194,7 @@ def layer_returns_a_tuple(release: Release) -> None:
         )
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def angles_swapped(release: Release) -> None:
     """The sine comes where the cosine was."""
     for family in (LLAMA, GPTJ):

@@ -22,7 +22,7 @@ THIRD_PARTIES = [
     "pytest",
     "tests.tomorrow_requests",
 ]
-ENDS = list(range(5, 205, 12))
+ENDS = list(range(5, 205, 6))
 SCORES = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 INSIDE = {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True}
 
@@ -40,7 +40,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "beams, one row": ("beams", {"num_beams": 4, "n_rows": 1, "max_new_tokens": 12}),
     "beams to an end": (
         "beams",
-        {"num_beams": 3, "eos_token_id": ENDS, "length_penalty": 2.0, "num_return_sequences": 3, **SCORES},
+        {"num_beams": 2, "eos_token_id": ENDS, "length_penalty": 2.0, "max_new_tokens": 12, **SCORES},
     ),
     "beams, never stopping early": (
         "beams",
@@ -81,7 +81,7 @@ def answer(release: str, path: str) -> None:
     logging.getLogger("hfopt").addHandler(records)
     found: dict[str, Any] = {"families": {}, "records": records.found, "broken": None}
     try:
-        found |= _answers()
+        found |= _answers(is_installed=not release)
     except Exception:  # noqa: BLE001  (whatever a release does)
         found["broken"] = traceback.format_exc()
     Path(path).write_text(json.dumps(found))
@@ -96,7 +96,7 @@ class _Records(logging.Handler):
         self.found.append({"logger": record.name, "level": record.levelname, "message": record.getMessage()})
 
 
-def _answers() -> dict[str, Any]:
+def _answers(is_installed: bool) -> dict[str, Any]:
     import transformers
 
     from tests.generation_cases import FAMILIES
@@ -118,8 +118,11 @@ def _answers() -> dict[str, Any]:
     assert "hfopt" not in sys.modules
     try:
         import hfopt
+        from hfopt import private_file
     except Exception:  # noqa: BLE001
         return {**found, "broken": traceback.format_exc()}
+    if not is_installed:  # what is found out here is of no use to this machine
+        vars(private_file)["write"] = lambda *args: None
     for family, pair in models.items():
         entry = found["families"][family]
         try:
