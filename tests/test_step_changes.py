@@ -30,6 +30,7 @@ from tests.generation_cases import (
     llama,
     one_thread,
     opt,
+    prompts,
 )
 from tests.step_cases import (
     assert_program_is_the_modules,
