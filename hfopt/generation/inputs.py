@@ -131,13 +131,9 @@ def _check_embeds(embeds: Any, table: Tensor | None) -> None:
 def _check_mask(mask: Any) -> None:
     if not isinstance(mask, Tensor):
         raise InvalidInput(f"attention_mask: must be a tensor of 0 and 1, not {_kind(mask)}")
-    if mask.dim() < 2 or (mask.dim() > 2 and not _is_dropped(mask)):
+    # `generate` drops a mask of nothing but 1, whatever its shape is
+    if mask.dim() < 2 or (mask.dim() > 2 and not bool((mask == 1).all())):
         raise InvalidInput(f"attention_mask of shape {tuple(mask.shape)}: must be [batch, length]")
-
-
-def _is_dropped(mask: Tensor) -> bool:
-    """Whether `generate` gives the model none: this one hides nothing, whatever its shape is."""
-    return bool((mask == 1).all())
 
 
 def _check_new(prompt: _Prompt, table: Tensor | None) -> None:
@@ -164,12 +160,9 @@ def _check_new(prompt: _Prompt, table: Tensor | None) -> None:
 
 
 def _check_shapes(model: Model, prompt: _Prompt) -> None:
-    """That rows and columns are enough for the new tokens, which are the last, or one stands for all."""
+    """That positions, or what they are made of, are enough for the new tokens, which are the last; or one is for all."""
     mask, positions = prompt.mask, prompt.positions
     n_rows, n_new = prompt.new.shape[:2]
-    needed = f"must be [{n_rows}, {n_new} or more]"
-    if mask is not None and 1 < len(mask) < n_rows and not _is_dropped(mask):
-        raise InvalidInput(f"attention_mask of shape {tuple(mask.shape)}: {needed}")
     if positions is not None:
         name, given = "position_ids", positions
     else:
@@ -178,7 +171,7 @@ def _check_shapes(model: Model, prompt: _Prompt) -> None:
         return  # positions for all rows, or several of each token, are for the model to read
     rows, columns = given.shape[:2]
     if (rows not in (1, n_rows) or min(columns, n_new) not in (1, n_new)) and _takes_positions(model):
-        raise InvalidInput(f"{name} of shape {tuple(given.shape)}: {needed}")
+        raise InvalidInput(f"{name} of shape {tuple(given.shape)}: must be [{n_rows}, {n_new} or more]")
 
 
 def _check_positions(model: Model, prompt: _Prompt, arguments: Mapping[str, Any]) -> None:
