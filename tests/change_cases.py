@@ -37,6 +37,8 @@ _OTHER_STRINGS = {
     "rope_type": ("dynamic", "linear", "default"),
     "_attn_implementation": ("sdpa", "eager", "damped"),
 }
+# fields that stand behind others, or say what kind of model it is
+_FIXED = ("_attn_implementation_internal", "transformers_version", "is_encoder_decoder")
 _ASKED = ("output_attentions", "output_hidden_states", "use_cache", "is_causal")
 
 
@@ -247,7 +249,7 @@ def changes(model: Model) -> st.SearchStrategy[Change]:
         found.setdefault(kind, []).extend(Change(kind, path, name, value) for value in values or (None,))
 
     for name, value in vars(model.config).items():
-        if name not in ("_attn_implementation_internal", "transformers_version") and _others(name, value):
+        if name not in _FIXED and _others(name, value):
             add("config", "", name, *_others(name, value))
     for name in ("_attn_implementation", "num_hidden_layers", *_ASKED):
         value = getattr(model.config, name, True)

@@ -86,6 +86,12 @@ def test_activations_are_told_by_their_values(name: str) -> None:
     assert match_activation(ACT2FN[name]) == MATCHES[name]
 
 
+def test_an_activation_in_place_is_told_and_changes_nothing() -> None:
+    for _ in range(2):
+        assert match_activation(nn.LeakyReLU(0.5, inplace=True)) is None
+        assert match_activation(nn.ReLU(inplace=True)) == "relu"
+
+
 def test_an_exchanged_activation_is_noticed() -> None:
     model, stock = llama(), llama()
     hfopt.optimize(model)

@@ -29,7 +29,7 @@ def match_activation(activation: nn.Module) -> str | None:
     if not callable(activation) or any(vars(activation)[name] for name in _STATE):
         return None
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        values = activation.forward(_grid())
+        values = activation.forward(_grid().clone())  # some work in place
         if not isinstance(values, torch.Tensor) or values.shape != _grid().shape:
             return None
         for name, reference in _references().items():
