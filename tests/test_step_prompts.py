@@ -231,7 +231,7 @@ def test_attention_of_others(passes: list[int]) -> None:
     model.config._attn_implementation = "theirs"
     passes.clear()
     generated(model, {**prompts(1, 30), **GREEDY})
-    assert passes == [30]
+    assert passes == [30, 1, 1]
 
 
 def test_negative_positions(small: Model, passes: list[int]) -> None:
@@ -262,8 +262,9 @@ def test_a_method_of_the_instance(passes: list[int]) -> None:
 @pytest.mark.parametrize("name", ["gptj", "opt"])
 def test_positions_that_the_model_has_not(name: str, is_second: bool, passes: list[int]) -> None:
     """The cache is left as it was."""
-    model = proven(FAMILIES[name]())
+    model = FAMILIES[name]()
     model.config.max_position_embeddings = 10**6  # the gate believes it
+    proven(model)
     cache = IndirectCache(model.config)
     if is_second:
         generated(model, {**prompts(2), **GREEDY, CACHE: cache})
