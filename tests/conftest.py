@@ -17,12 +17,16 @@ import torch
 
 from hfopt import limits
 from hfopt.functional import choice, choice_file
+from tests import other_machines
 
 
-def pytest_collection_finish() -> None:
-    """What the imports made is there for good: a collection has a million objects less to go through."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # what imports made is there for good: a collection has a million objects less to go through
     gc.collect()
     gc.freeze()
+    fixtures = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if "elsewhere" in fixtures and not session.config.option.collectonly:
+        other_machines.begun()
 
 
 @pytest.fixture(autouse=True)

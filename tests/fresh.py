@@ -13,50 +13,49 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-_SECONDS = 600  # after which a process is ended
+_SECONDS = 1800  # after which a process is ended
 
 
-@dataclass(frozen=True)
-class Process:
-    """Python code, `sys.argv[1:]`, and the variables that differ from this process's environment (None: unset)."""
-
-    code: str
-    arguments: tuple[str, ...] = ()
-    environment: dict[str, str | None] = field(default_factory=dict)
-
-
-def run(code: str, *arguments: str, **environment: str | None) -> str:
+def run(code: str, *arguments: str, **variables: str | None) -> str:
     """What the code prints. A failure is an AssertionError with its traceback."""
-    (finished,) = run_all([Process(code, arguments, environment)])
+    finished = Process(code, *arguments, **variables).wait()
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
 
 
-def run_all(processes: Sequence[Process]) -> list[subprocess.CompletedProcess[str]]:
-    """How processes that run at the same time ended, and what they printed."""
-    with tempfile.TemporaryDirectory() as folder:
-        request = []
-        for index, process in enumerate(processes):
-            merged: dict[str, str | None] = {**os.environ, **process.environment}
-            variables = {name: value for name, value in merged.items() if value is not None}
-            request.append([process.code, process.arguments, variables, os.path.join(folder, str(index))])
-        server = _server()
-        assert server.stdin is not None and server.stdout is not None
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
-        return [
-            subprocess.CompletedProcess(
-                process.arguments, code, *(Path(f"{path}.{kind}").read_text() for kind in ("out", "err"))
-            )
-            for process, code, (*_, path) in zip(processes, codes, request, strict=True)
-        ]
+class Process:
+    """Runs Python code beside the tests.
+
+    arguments: `sys.argv[1:]`.
+    variables: of the environment, where it differs from this process's; None: not set. What libraries read while they are
+        imported is known already.
+    """
+
+    def __init__(self, code: str, *arguments: str, **variables: str | None) -> None:
+        self._arguments = arguments
+        self._folder = tempfile.TemporaryDirectory()
+        merged: dict[str, str | None] = {**os.environ, **variables}
+        environment = {name: value for name, value in merged.items() if value is not None}
+        self._id = _ask([code, arguments, environment, self._folder.name])
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """How it ended, and what it printed."""
+        status = _ask(self._id)
+        with self._folder:
+            printed = [Path(self._folder.name, name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(self._arguments, status, *printed)
+
+
+def _ask(request: Any) -> int:
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
 
 
 @functools.cache
@@ -67,17 +66,29 @@ def _server() -> subprocess.Popen[str]:
     return server
 
 
+# ---- the server --------------------------------------------------------------------------------------------
+
+
 def _serve() -> None:
+    """Begins a process for a list, and answers with its id; for an id, waits for its status."""
     import hfopt  # noqa: F401 (what all of the processes have in common)
 
     assert "numba" not in sys.modules
+    running: set[int] = set()
     for line in sys.stdin:
-        children = [_forked(*each) for each in json.loads(line)]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        print(json.dumps(codes), flush=True)
+        request = json.loads(line)
+        if isinstance(request, list):
+            answer = _forked(*request)
+            running.add(answer)
+        else:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request, 0)[1])
+            running.remove(request)
+        print(answer, flush=True)
+    for process in running:
+        os.kill(process, signal.SIGKILL)
 
 
-def _forked(code: str, arguments: list[str], environment: dict[str, str], path: str) -> int:
+def _forked(code: str, arguments: list[str], environment: dict[str, str], folder: str) -> int:
     child = os.fork()
     if child:
         return child
@@ -86,11 +97,11 @@ def _forked(code: str, arguments: list[str], environment: dict[str, str], path: 
         signal.alarm(_SECONDS)
         os.environ.clear()
         os.environ.update(environment)
-        for descriptor, name in enumerate((os.devnull, f"{path}.out", f"{path}.err")):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), descriptor)
+        files = os.devnull, os.path.join(folder, "stdout"), os.path.join(folder, "stderr")
+        for descriptor, file in enumerate(files):
+            os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), descriptor)
         sys.argv[1:] = arguments
-        names: dict[str, Any] = {"__name__": "__main__"}
-        exec(code, names)
+        exec(code, {"__name__": "__main__"})
         status = 0
     except BaseException:  # noqa: BLE001 (as an interpreter of its own would)
         traceback.print_exc()
