@@ -322,6 +322,8 @@ OVER_CACHES: dict[str, Make] = {
         "input_ids": ALL, "attention_mask": PADS, "prefill_chunk_size": 3, CACHE: cached(m)},
     "in chunks, new": lambda m: {
         "input_ids": ALL[:, N_PAST:], "attention_mask": PADS, "prefill_chunk_size": 3, CACHE: cached(m)},
+    "in chunks, one position for the last": lambda m: {
+        "input_ids": ALL[:, :8], "position_ids": PLACES[:, :6], "prefill_chunk_size": 4, CACHE: cached(m, 1, None)},
     "embeddings": lambda m: {
         "inputs_embeds": m.get_input_embeddings()(ALL).detach(), "attention_mask": PADS, CACHE: cached(m)},
     "embeddings, none new": lambda m: {
@@ -483,7 +485,12 @@ def test_embeddings_that_are_integers() -> None:
     is_taken(pair_of("llama"), {"inputs_embeds": torch.randint(-3, 3, (3, 9, 64))})
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     n_past=st.integers(0, LENGTH),
     first=st.integers(0, LENGTH - 1),
@@ -527,4 +534,7 @@ def test_any_shapes(
             arguments["position_ids"] = torch.arange(begin, begin + n).expand(n_rows, -1)
         return arguments
 
-    is_taken(short, make)
+    if isinstance(outcome(short.stock, make), Exception):
+        outcome(short.ours, make)  # may find some sense in it
+    else:
+        assert is_taken(short, make)

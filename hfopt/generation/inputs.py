@@ -80,8 +80,9 @@ def check_inputs(model: Model, arguments: Mapping[str, Any]) -> None:
     if prompt is None:
         return
     _check_new(prompt, table)
-    _check_shapes(model, prompt)
-    _check_positions(model, prompt, arguments)
+    if _option("prefill_chunk_size", model, arguments) is None:  # each chunk is given positions of its own
+        _check_shapes(model, prompt)
+        _check_positions(model, prompt, arguments)
 
 
 def check_counts(num_beams: Any, num_return_sequences: Any) -> None:
@@ -199,10 +200,16 @@ def _check_positions(model: Model, prompt: _Prompt, arguments: Mapping[str, Any]
 
 def _mask_of_pads(model: Model, text: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """The mask [n_rows, length] that `generate` makes where none is given, or one that hides more."""
-    pad = arguments.get("pad_token_id")
-    for config in (arguments.get("generation_config"), model.generation_config):
-        pad = getattr(config, "pad_token_id", None) if pad is None else pad
+    pad = _option("pad_token_id", model, arguments)
     return torch.ones(text.shape[:2]) if pad is None or text.dim() > 2 else text != pad
+
+
+def _option(name: str, model: Model, arguments: Mapping[str, Any]) -> Any:
+    """What a request has for a field of GenerationConfig."""
+    value = arguments.get(name)
+    for config in (arguments.get("generation_config"), model.generation_config):
+        value = getattr(config, name, None) if value is None else value
+    return value
 
 
 def _takes_positions(model: Model) -> bool:
