@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 
 # asked of a cache, because the class is not among transformers' public names
-DynamicLayer: Any = DynamicCache().layer_class_to_replicate
+_kind = DynamicCache().layer_class_to_replicate
+DynamicLayer: Any = _kind if isinstance(_kind, type) else cache_utils.DynamicLayer
