@@ -209,6 +209,8 @@ def test_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_kernels, "QUICK", TINY)
+    # once a case, through all that the tests before have left
+    monkeypatch.setattr(bench_kernels.gc, "collect", lambda: 0)
     target = tmp_path / "kernels.json"
     assert main(["bench", "--kernels", "--quick", "--json", str(target)]) == 0
     output = capsys.readouterr().out
