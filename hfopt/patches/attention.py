@@ -175,8 +175,9 @@ class Attention(Replacement):
     ) -> Any:
         sizes = (n_rows, n_new, n_keys)
         if attention_mask is None:
-            # without a mask, only torch's own attention takes several tokens as causal
-            return functional.prepare_mask(None, *sizes) if n_new == 1 or kind == "sdpa" else None
+            # without a mask, only torch's own attention takes several tokens as causal, and only the first ones
+            is_causal = kind == "sdpa" and n_keys == n_new
+            return functional.prepare_mask(None, *sizes) if n_new == 1 or is_causal else None
         if type(attention_mask) is not torch.Tensor:
             return None
         if attention_mask.shape[-1] < n_keys:

@@ -116,9 +116,13 @@ def names_read(module: nn.Module) -> frozenset[str]:
     return class_names_read(getattr(kind, "_hfopt_original", kind))
 
 
-@functools.cache
 def class_names_read(kind: Any) -> frozenset[str]:
     """`names_read` for modules of a class that is not swapped."""
+    return _names_read(kind, kind.forward)
+
+
+@functools.cache
+def _names_read(kind: Any, forward: Any) -> frozenset[str]:
     names, waiting = set[str](), ["forward"]
     while waiting:
         name = waiting.pop()
