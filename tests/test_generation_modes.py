@@ -76,6 +76,19 @@ def compare(model: Model, fresh: Callable[[], dict[str, Any]] = dict, **argument
     return ours
 
 
+@pytest.mark.parametrize("n_equal", [2, 53])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_return_sequences": 3}, {"eos_token_id": list(range(5, 205, 6))}]
+)
+def test_beams_of_equal_scores(n_equal: int, options: dict[str, Any]) -> None:
+    """Their order is that of `torch.topk`, whose algorithm is no simple rule."""
+    model = llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        weight = model.lm_head.weight
+        weight.copy_(weight[torch.arange(len(weight)) // n_equal])
+    compare(model, **prompts(), max_new_tokens=12, num_beams=4, do_sample=False, **options)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_fifty_tokens_with_all_outputs(model: Model, mode: str) -> None:
     result = compare(model, **prompts(), max_new_tokens=50, **MODES[mode], **EVERYTHING)

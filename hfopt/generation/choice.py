@@ -27,13 +27,22 @@ def continuations(logits: Tensor, beam_scores: Tensor, n_candidates: int) -> tup
 
     logits [n_prompts * num_beams, n_tokens], beam_scores float32 [n_prompts, num_beams]
     -> scores float32 and beam * n_tokens + token int64, both [n_prompts, n_candidates].
-    """
-    if not _is_readable(logits):
-        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        return select(log_probs, beam_scores, n_candidates, do_sample=False)
-    from ..functional.sampling import log_softmax_top_k
 
-    return log_softmax_top_k(logits, beam_scores.flatten(), n_candidates, beam_scores.shape[1])
+    Which of equal scores come first, and which of them are left out, is for torch.topk to say: it follows from its
+    algorithm alone.
+    """
+    n_scores = beam_scores.shape[1] * logits.shape[1]
+    if _is_readable(logits):
+        from ..functional.sampling import log_softmax_top_k
+
+        # one more than wanted tells whether the last one has an equal
+        n_best = min(n_candidates + 1, n_scores)
+        scores, places = log_softmax_top_k(logits, beam_scores.flatten(), n_best, beam_scores.shape[1])
+        found = scores.numpy()
+        if (found[:, :-1] > found[:, 1:]).all():
+            return scores[:, :n_candidates], places[:, :n_candidates]
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    return select(log_probs, beam_scores, n_candidates, do_sample=False)
 
 
 def select(
