@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache
 
 from hfopt._cache_codes import KV_CACHES, check_kv_cache
 from hfopt._cache_layer import Appended, AppendedEverywhere, Buffers, IndirectLayer
 from hfopt._cache_rows import RowMap
 from hfopt.errors import InvalidInput
-from hfopt.host import DynamicLayer
+from hfopt.host import Config, DynamicLayer
 
 __all__ = ["KV_CACHES", "Appended", "AppendedEverywhere", "Buffers", "IndirectCache"]
 
@@ -41,9 +41,7 @@ class IndirectCache(DynamicCache):
     Raises `InvalidInput` if `copies` is below 1, and for another `kv_cache`.
     """
 
-    def __init__(
-        self, config: PretrainedConfig | None = None, *, copies: int = 1, kv_cache: str | None = None
-    ) -> None:
+    def __init__(self, config: Config | None = None, *, copies: int = 1, kv_cache: str | None = None) -> None:
         if copies < 1:
             raise InvalidInput(f"copies = {copies}: at least 1 is needed")
         check_kv_cache(kv_cache)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import accelerate
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from hfopt._cache_codes import check_kv_cache
 from hfopt.calibration import Calibration, Calibrator
 from hfopt.checkpoint import FLOATS, Checkpoint
 from hfopt.config import HfoptConfig
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
+from hfopt.host import Config
 from hfopt.optimize import optimize
 from hfopt.progress import progress
 from hfopt.quantization.checkpoints import READERS
@@ -105,7 +106,7 @@ def load(
     return model
 
 
-def _config(source: str, options: dict[str, Any]) -> PretrainedConfig:
+def _config(source: str, options: dict[str, Any]) -> Config:
     try:
         return AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # of the file's values too, which may be any
@@ -124,7 +125,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first}{more}"
 
 
-def _stored_quantization(source: str, config: PretrainedConfig) -> dict[str, Any]:
+def _stored_quantization(source: str, config: Config) -> dict[str, Any]:
     """The quantization_config of a checkpoint, empty where there is none."""
     found = getattr(config, "quantization_config", None) or {}
     stored = dict(found) if isinstance(found, Mapping) else found.to_dict()
@@ -136,7 +137,7 @@ def _stored_quantization(source: str, config: PretrainedConfig) -> dict[str, Any
     return stored
 
 
-def _dtype_of(source: str, config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+def _dtype_of(source: str, config: Config, checkpoint: Checkpoint) -> torch.dtype:
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     if dtype is None:
         found = (FLOATS[stored.dtype] for stored in checkpoint.tensors.values() if stored.dtype in FLOATS)
@@ -147,9 +148,7 @@ def _dtype_of(source: str, config: PretrainedConfig, checkpoint: Checkpoint) -> 
     return torch.bfloat16
 
 
-def _empty_model(
-    source: str, config: PretrainedConfig, dtype: torch.dtype, options: dict[str, Any]
-) -> PreTrainedModel:
+def _empty_model(source: str, config: Config, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     """The model on the device `meta`, but for buffers: those that no file holds are right at once."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):

@@ -66,6 +66,7 @@ ALLOWED = {
     "weights": {"errors", "checkpoint", "config", "conversion", "packed_files", "quantization", "patches"},
     "load": {
         "errors",
+        "host",
         "_cache_codes",
         "calibration",
         "checkpoint",

@@ -680,13 +680,17 @@ def remote_code_renamed(release: Release) -> None:
 def configuration_alias_gone(release: Release) -> None:
     """Of a class that was renamed a year ago."""
     source = release["configuration_utils.py"]
-    if not re.search(r"^PretrainedConfig = PreTrainedConfig$", source.text, flags=re.MULTILINE):
+    alias = r"^PretrainedConfig = PreTrainedConfig$"
+    if not re.search(alias, source.text, flags=re.MULTILINE):
         raise Inapplicable("it has one name for the class only")
-    source.replace(r"^PretrainedConfig = PreTrainedConfig$", "")
+    source.replace(alias, "")
     release["__init__.py"].replace(r', "PretrainedConfig"\]', "]")
     release["__init__.py"].replace(
         r"^ +from \.configuration_utils import PretrainedConfig as PretrainedConfig$", ""
     )
+    for path in release.paths("**/*.py"):  # some of its own files are late
+        if re.search(r"\bPretrainedConfig\b", release[path].text):
+            release[path].replace(r"\bPretrainedConfig\b", "PreTrainedConfig", count=0)
 
 
 @variant(neutral=True, slow=True)

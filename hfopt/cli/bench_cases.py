@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import hfopt
 from hfopt import limits
+from hfopt.host import Config
 
 from . import prompts
 from .measure import Case, Pair, Sample, paired_ratio
@@ -88,7 +89,7 @@ def filled_cache(model: PreTrainedModel, workload: Workload, optimized: bool) ->
     return cache
 
 
-def has_positions(config: PretrainedConfig, workload: Workload) -> bool:
+def has_positions(config: Config, workload: Workload) -> bool:
     """Whether a model of this configuration has positions for all tokens of a workload."""
     n_tokens = workload.prompt_tokens + workload.filled + workload.new_tokens
     text_config = config.get_text_config(decoder=True)

@@ -14,12 +14,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from hfopt.errors import CorruptCheckpoint, InvalidInput
+from hfopt.host import Config
 from hfopt.shapes import SHAPES
 
 # A prime: rows of a matrix that is filled with repetitions of the block then begin at different places in it.
@@ -79,7 +79,7 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else "no message"
 
 
-def named_config(name: str, n_layers: int | None = None) -> PretrainedConfig:
+def named_config(name: str, n_layers: int | None = None) -> Config:
     """The configuration of one of `SHAPES` or of a `config.json`, with `n_layers` layers if that is given."""
     fields: dict[str, Any]
     if name in SHAPES:
@@ -102,7 +102,7 @@ def named_config(name: str, n_layers: int | None = None) -> PretrainedConfig:
     return config
 
 
-def random_model(config: PretrainedConfig, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+def random_model(config: Config, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
     """A model with random weights, quickly: norms at one, the rest repetitions of a random block."""
     with accelerate.init_empty_weights(include_buffers=False):
         # a model keeps the object, and `optimize` may write to it

@@ -35,7 +35,7 @@ class _Prompt(NamedTuple):
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], table: Tensor | None) -> "_Prompt | None":
-        """None if `generate` starts from its own begin token. table: of the token embedding."""
+        """None if `generate` starts from its own begin token, and if nobody knows where. table: of the token embedding."""
         inputs, embeds = arguments.get("inputs"), arguments.get("inputs_embeds")
         ids: Any = inputs if inputs is not None else arguments.get("input_ids")
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
@@ -49,9 +49,12 @@ class _Prompt(NamedTuple):
             _check_mask(mask)
         if positions is not None and not isinstance(positions, Tensor):
             raise InvalidInput(f"position_ids: must be a tensor of integers, not {_kind(positions)}")
+        n_past = host.cached_length(host.cache_in(arguments.values()))
+        if n_past is None:
+            return None
         name, tokens = ("input_ids", ids) if embeds is None else ("inputs_embeds", embeds)
         text = ids if ids is not None and ids.shape[1] else tokens
-        return cls(name, tokens, text, mask, positions, host.cached_length(host.cache_in(arguments.values())))
+        return cls(name, tokens, text, mask, positions, n_past)
 
     @property
     def new(self) -> Tensor:

@@ -42,13 +42,13 @@ def plan_of(model: Model, arguments: Mapping[str, Any]) -> Plan:
         return their_plan()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return their_plan()
-    if model.config.is_encoder_decoder or model.device.type not in ("cpu", "meta"):
+    if host.missing() or model.config.is_encoder_decoder or model.device.type not in ("cpu", "meta"):
         return their_plan()
     others = {name: value for name, value in arguments.items() if name not in host.GENERATE_ORDER}
-    prepared, _ = model._prepare_generation_config(generation_config, **others)
+    prepared, _ = getattr(model, host.PREPARE_CONFIG)(generation_config, **others)
     check_counts(prepared.num_beams, prepared.num_return_sequences)
     mode = prepared.get_generation_mode(assistant_model)
-    if mode not in host.MODES or host.missing():
+    if mode not in host.MODES:
         return their_plan()
     if host.MODES[mode] in refusals():
         return Plan(None, False)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.utils import ModelOutput
 
 from .. import host, private_file
 from ..errors import ForkedProcess, KernelError
@@ -168,16 +169,16 @@ def difference(stock: Any, ours: Any, what: str = "the result") -> str | None:
     if isinstance(ours, Exception):
         return f"hfopt's {_in_words(ours)}"
     if isinstance(stock, Cache) and isinstance(ours, Cache):
-        lengths = stock.get_seq_length(), ours.get_seq_length()
+        lengths = host.cached_length(stock), host.cached_length(ours)
         return None if lengths[0] == lengths[1] else f"{what} holds {lengths[1]} tokens, not {lengths[0]}"
     if type(stock) is not type(ours):
         return f"{what} is a {type(ours).__name__}, not a {type(stock).__name__}"
     if isinstance(stock, Tensor):
         return _tensors_differ(stock, ours, what)
-    if isinstance(stock, dict):
-        if stock.keys() != ours.keys():
-            return f"{what} has the fields {', '.join(ours)}, not {', '.join(stock)}"
-        parts = [(stock[name], ours[name], str(name)) for name in stock]
+    if isinstance(stock, (dict, ModelOutput)):
+        if list(stock.keys()) != list(ours.keys()):
+            return f"{what} has the fields {', '.join(ours.keys())}, not {', '.join(stock.keys())}"
+        parts = [(stock[name], ours[name], str(name)) for name in list(stock.keys())]
     elif isinstance(stock, (tuple, list)):
         if len(stock) != len(ours):
             return f"{what} has {len(ours)} parts, not {len(stock)}"

@@ -16,8 +16,10 @@ GREEDY, SAMPLING, BEAMS, BEAM_SAMPLING = "greedy search", "sampling", "beam sear
 OTHER_LOOPS = "other loops over our cache"
 
 _VOCABULARY = 48
-_LENGTH = 6
-_END = 5  # a token that random sequences meet now and then
+_LENGTH, _LONG = 6, 12
+_END = 5
+# So many that rows meet one now and then, each at another step; none of them is in a prompt.
+_ENDS = [5, 11, 14, 17, 23, 26, 32, 35, 38, 44, 47]
 Call = Callable[..., Any]
 
 
@@ -122,18 +124,23 @@ class Case:
 
 _ALL = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 _DRAWN = {"do_sample": True, "top_k": 20, "temperature": 0.9}
+_LASTING = {"num_beams": 2, "eos_token_id": _ENDS, "length_penalty": 2.0, "max_new_tokens": _LONG}
 _INSIDE = {"output_attentions": True, "output_hidden_states": True}
 CASES = (
     Case(GREEDY, "all outputs", _padded, {**_ALL, **_INSIDE}),
     Case(GREEDY, "a streamer and an end", _streamed, {"eos_token_id": _END}),
+    Case(GREEDY, "rows that end one by one", _padded, {"eos_token_id": _ENDS, "max_new_tokens": _LONG}),
     Case(GREEDY, "a processor and a criterion", _guided, {**_ALL, "eos_token_id": _END}),
     Case(GREEDY, "a continued cache", _continued, _ALL),
     Case(SAMPLING, "several sequences", _padded, {**_ALL, **_DRAWN, "num_return_sequences": 3}),
     Case(SAMPLING, "a streamer", _streamed, _DRAWN),
+    Case(SAMPLING, "rows that end one by one", _padded, {**_DRAWN, "eos_token_id": _ENDS, "max_new_tokens": _LONG}),
     Case(SAMPLING, "a processor and a criterion", _guided, {**_DRAWN, "eos_token_id": _END}),
     Case(BEAMS, "all outputs", _padded, {**_ALL, **_INSIDE, "num_beams": 3}),
     Case(BEAMS, "prompts of one length", _request, {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.4}),
-    Case(BEAMS, "ends", _padded, {**_ALL, "num_beams": 3, "eos_token_id": _END, "early_stopping": True}),
+    Case(BEAMS, "ends", _padded, {**_ALL, "num_beams": 3, "eos_token_id": _ENDS, "early_stopping": True}),
+    Case(BEAMS, "ends that may be improved", _padded, {**_LASTING, "early_stopping": False}),
+    Case(BEAMS, "ends that long texts may improve", _padded, {**_LASTING, "early_stopping": "never"}),
     Case(BEAMS, "a processor and a criterion", _guided, {**_ALL, "num_beams": 3, "num_return_sequences": 2}, True),
     Case(BEAMS, "a continued cache", _continued, {**_ALL, "num_beams": 2, "num_return_sequences": 1}),
     Case(BEAM_SAMPLING, "all outputs", _padded, {**_ALL, **_DRAWN, "num_beams": 3, "num_return_sequences": 2}),

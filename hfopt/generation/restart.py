@@ -1,5 +1,6 @@
 """A request that our loop cannot go on with: begun again in transformers' own, as long as nothing has been given out."""
 
+import contextlib
 from typing import Any
 
 from torch import Tensor
@@ -40,15 +41,15 @@ class Rollback:
 
     def undo(self, reason: Unfit) -> None:
         """Takes the prompt off the cache again; raises HostError if that cannot be done."""
-        n_new = cached_length(self._cache) - self._length
-        if self._cache is None or n_new == 0:
+        length = cached_length(self._cache)
+        if self._cache is None or (length is not None and length == self._length):
             return
-        try:
-            self._cache.crop(-n_new)
-        except (ValueError, NotImplementedError, RuntimeError):
-            n_new = -1
-        if n_new < 0 or cached_length(self._cache) != self._length:
-            raise HostError(broken(str(reason))) from reason
+        if length is not None and self._length is not None and length > self._length:
+            with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):
+                self._cache.crop(self._length - length)
+                if cached_length(self._cache) == self._length:
+                    return
+        raise HostError(broken(str(reason))) from reason
 
 
 def broken(what: Any) -> str:

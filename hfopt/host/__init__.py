@@ -23,11 +23,13 @@ from hfopt.host.cache_names import (  # noqa: E402  (an older release would fail
     sample_output,
 )
 from hfopt.host.capture import captured_outputs, is_capture  # noqa: E402
+from hfopt.host.config import Config  # noqa: E402
 from hfopt.host.loops import (  # noqa: E402
     GENERATE_ORDER,
     MODES,
     PREFILL,
     PREPARE_CACHE,
+    PREPARE_CONFIG,
     PREPARING,
     REORDER,
     UPDATE,
@@ -47,12 +49,14 @@ __all__ = [
     "OLDEST",
     "PREFILL",
     "PREPARE_CACHE",
+    "PREPARE_CONFIG",
     "PREPARING",
     "REORDER",
     "REQUEST_CACHE",
     "ROLES",
     "UPDATE",
     "Arguments",
+    "Config",
     "DynamicLayer",
     "attention_kind",
     "beam_output",

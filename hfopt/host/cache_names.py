@@ -11,9 +11,12 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from transformers import Cache, GenerationMixin
-from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers import Cache, GenerationMixin, generation
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# What `generate` returns of greedy search and sampling, and of beam search; None in a release that calls them otherwise.
+SampleOutput: Any = getattr(generation, "GenerateDecoderOnlyOutput", None)
+BeamOutput: Any = getattr(generation, "GenerateBeamDecoderOnlyOutput", None)
 
 # A name that a release does not use does no harm here.
 CACHE_NAMES = ("cache", "past_key_values", "layer_past", "past_key_value", "cache_params")
@@ -58,10 +61,13 @@ def cache_in(values: Iterable[Any]) -> Cache | None:
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
-def cached_length(cache: Cache | None) -> int:
-    """Tokens in the cache; 0 without one, and of one that holds nothing but states."""
+def cached_length(cache: Cache | None) -> int | None:
+    """Tokens in the cache; 0 without one, and of one that holds nothing but states. None if this release does not tell."""
+    if cache is None:
+        return 0
+    length: Any = getattr(cache, "get_seq_length", None)
     try:
-        return 0 if cache is None else int(cache.get_seq_length())
+        return None if length is None else int(length())
     except ValueError:
         return 0
 
@@ -79,21 +85,21 @@ def knows_causal_output() -> bool:
 
 def causal_output(logits: Any, cache: Cache) -> Any:
     """The output of a causal language model's `forward`. Raises TypeError where this release has other fields."""
-    return CausalLMOutputWithPast(logits=logits, **_named(CausalLMOutputWithPast, cache))
+    return _output(CausalLMOutputWithPast, cache, {"logits": logits})
 
 
 def sample_output(cache: Any, **fields: Any) -> Any:
     """What `generate` returns of greedy search and sampling. Raises TypeError where this release has other fields."""
-    return GenerateDecoderOnlyOutput(**fields, **_named(GenerateDecoderOnlyOutput, cache))
+    return _output(SampleOutput, cache, fields)
 
 
 def beam_output(cache: Any, **fields: Any) -> Any:
     """What `generate` returns of beam search. Raises TypeError where this release has other fields."""
-    return GenerateBeamDecoderOnlyOutput(**fields, **_named(GenerateBeamDecoderOnlyOutput, cache))
+    return _output(BeamOutput, cache, fields)
 
 
-def _named(output_class: type, cache: Any) -> dict[str, Any]:
-    field = cache_field(output_class)
-    if field is None:
-        raise TypeError(f"{output_class.__name__} has no field for the cache")
-    return {field: cache}
+def _output(output_class: Any, cache: Any, fields: dict[str, Any]) -> Any:
+    name = None if output_class is None else cache_field(output_class)
+    if name is None:
+        raise TypeError("this release has no such output, or no field for the cache in it")
+    return output_class(**fields, **{name: cache})

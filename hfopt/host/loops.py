@@ -8,19 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import DynamicCache, GenerationMixin
-from transformers.generation import (
-    GenerateBeamDecoderOnlyOutput,
-    GenerateDecoderOnlyOutput,
-    GenerationMode,
-)
+from transformers.generation import GenerationMode, logits_process, stopping_criteria
 from transformers.generation import utils as _utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hfopt.host.cache_layer import DynamicLayer
+from hfopt.host.cache_names import BeamOutput, SampleOutput
 from hfopt.host.release import installed
 
 PREFILL = "_prefill"
 PREPARE_CACHE = "_prepare_cache_for_generation"
+PREPARE_CONFIG = "_prepare_generation_config"
 REORDER = "_reorder_cache"  # of a few models, in place of the cache's own method
 UPDATE = "_update_model_kwargs_for_generation"
 PREPARING = ("prepare_inputs_for_generation", UPDATE)  # of each step
@@ -48,12 +46,12 @@ def loop_of(mode: Any) -> str | None:
     return name if isinstance(name, str) and hasattr(GenerationMixin, name) else None
 
 
-# the named arguments of `generate`
-GENERATE_ORDER = tuple(
-    each.name
-    for each in inspect.signature(GenerationMixin.generate).parameters.values()
-    if each.name != "self" and each.kind is not each.VAR_KEYWORD
-)
+_PARAMETERS = [
+    each for each in inspect.signature(GenerationMixin.generate).parameters.values() if each.name != "self"
+]
+# the named arguments of `generate`, and what it calls the rest of them
+GENERATE_ORDER = tuple(each.name for each in _PARAMETERS if each.kind is not each.VAR_KEYWORD)
+_OTHERS = next((each.name for each in _PARAMETERS if each.kind is each.VAR_KEYWORD), "")
 
 
 def generate_arguments(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,12 +59,13 @@ def generate_arguments(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, A
     bound = inspect.signature(GenerationMixin.generate).bind(model, *args, **kwargs)
     (_, *named) = bound.arguments.items()
     given = dict(named)
-    return {**given.pop("kwargs", {}), **given}
+    return {**given.pop(_OTHERS, {}), **given}
 
 
 def missing() -> str | None:
     """In words, what this release lacks that our loops are built on; None if nothing."""
-    lacking = [name for name in (PREFILL, PREPARE_CACHE, *PREPARING) if not hasattr(GenerationMixin, name)]
+    needed = (PREFILL, PREPARE_CACHE, PREPARE_CONFIG, *PREPARING)
+    lacking = [name for name in needed if not hasattr(GenerationMixin, name)]
     return f"it has no {', '.join(lacking)}" if lacking else None
 
 
@@ -98,13 +97,18 @@ def _codes(function: Callable[..., Any]) -> Iterator[types.CodeType]:
 # What decides whether a loop of ours gives what transformers' gives: changed by an upgrade, or by whoever patches it.
 _CLASSES = (
     GenerationMixin,
-    GenerateBeamDecoderOnlyOutput,
-    GenerateDecoderOnlyOutput,
+    *(kind for kind in (BeamOutput, SampleOutput) if kind is not None),
     CausalLMOutputWithPast,
     DynamicCache,
     DynamicLayer,
     *DynamicCache.__mro__[1:-1],
     *DynamicLayer.__mro__[1:-1],
+    *(
+        value
+        for module in (stopping_criteria, logits_process)
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    ),
 )
 
 
