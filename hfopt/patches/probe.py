@@ -1,6 +1,7 @@
 """The proof of a match: original and replacement run on small random inputs and have to agree."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from transformers import DynamicCache
 from hfopt.cache import IndirectCache
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.host import Arguments
+from hfopt.patches.guards import is_sdpa
 from hfopt.patches.pattern import Pattern
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.patches.replacement import Form, Record, Replacement, original_class, replacement_class
@@ -22,16 +24,19 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 # More is allowed, up to a limit, where the original itself answers a last-bit change of its input with more.
 _NOISE_FACTOR, _NOISE_LIMIT = 2.0, 0.1
 
-# Two rows, the second padded on the left, then one more token. Gaps between positions turn more channels.
+# Two rows, the second padded on the left, then one more token, then one behind a long text. Gaps between positions turn more
+# channels.
 _PREFILL_POSITIONS = torch.tensor([[0, 1, 3, 7, 12], [1, 1, 0, 2, 5]])
 _STEP_POSITIONS = torch.tensor([[20], [9]])
+_FAR_POSITIONS = torch.tensor([[3000], [1800]])
 _N_PADDED = 2
+_FAR = 1024  # keys and values of a long text, at least
 TABLE = "embed_positions"  # a buffer that has the angles of as many positions as it has rows
 
 
 @dataclass(frozen=True)
 class Step:
-    """Inputs of a forward: hidden_states [2, n_new, hidden_size], additive mask, position_ids [2, n_new]."""
+    """Inputs of a forward: hidden_states [2, n_new, hidden_size], a mask, position_ids [2, n_new]."""
 
     hidden_states: torch.Tensor
     attention_mask: torch.Tensor
@@ -45,7 +50,10 @@ class Step:
 
 
 class Scene:
-    """The inputs of one trial. A second scene with the same arguments gives the same ones."""
+    """The inputs of one trial. A second scene with the same arguments gives the same ones.
+
+    takes_flags: masks may say by True what is seen, as well as by numbers that are added.
+    """
 
     def __init__(
         self,
@@ -54,9 +62,11 @@ class Scene:
         cache: DynamicCache,
         rotary: nn.Module | None,
         *,
+        takes_flags: bool = False,
         shaken: bool = False,
     ) -> None:
         self.cache = cache
+        self._takes_flags = takes_flags
         self._shaken = shaken
         self._dtype = dtype
         self._scale = scale
@@ -80,19 +90,41 @@ class Scene:
         return type(self.rotary_module).forward(self.rotary_module, hidden_states, position_ids)
 
     def steps(self, hidden_size: int) -> Iterator[Step]:
-        """Five tokens in two rows, two of them padding, then a token that is read after these."""
+        """Five tokens in two rows, two of them padding, then one more in each, then one behind a long text."""
         n_prompt = _PREFILL_POSITIONS.shape[1]
-        is_seen = torch.ones(2, 1, n_prompt + 1, n_prompt + 1, dtype=torch.bool).tril()
-        is_seen[1, :, :, :_N_PADDED] = False
-        mask = torch.zeros(is_seen.shape, dtype=self._dtype).masked_fill(
-            ~is_seen, torch.finfo(self._dtype).min
-        )
-        for rows, positions in (
-            (slice(0, n_prompt), _PREFILL_POSITIONS),
-            (slice(n_prompt, None), _STEP_POSITIONS),
-        ):
+        for positions in (_PREFILL_POSITIONS, _STEP_POSITIONS, _FAR_POSITIONS):
+            n_new = positions.shape[1]
+            n_past = max((keys.shape[2] for _, keys, _ in self.cached()), default=0)
+            is_seen = torch.ones(2, 1, n_new, n_past + n_new, dtype=torch.bool).tril_(n_past)
+            is_seen[1, :, :, :_N_PADDED] = False
             hidden_states = self.hidden_states(*positions.shape, hidden_size)
-            yield Step(hidden_states, mask[:, :, rows, : rows.stop].contiguous(), positions.clone())
+            yield Step(hidden_states, self._mask(is_seen, n_past), positions.clone())
+            if n_past == n_prompt:
+                self._lengthen()
+
+    def _mask(self, is_seen: torch.Tensor, n_past: int) -> torch.Tensor:
+        if self._takes_flags and n_past % 2 == 0:
+            # what a token gets that sees nothing depends on the implementation
+            return is_seen | torch.eye(is_seen.shape[2], is_seen.shape[3], dtype=torch.bool)
+        mask = torch.zeros(is_seen.shape, dtype=self._dtype)
+        return mask.masked_fill(~is_seen, torch.finfo(self._dtype).min)
+
+    def cached(self) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(index of a layer, its keys, its values) of the layers that hold tokens."""
+        layers: list[Any] = self.cache.layers
+        found = ((index, layer.keys, layer.values) for index, layer in enumerate(layers))
+        return [each for each in found if each[1] is not None and each[1].numel()]
+
+    def _lengthen(self) -> None:
+        """What is cached once more, many times, and each time a little different."""
+        for index, *parts in self.cached():
+            n_copies = -(-_FAR // parts[0].shape[2])
+            n_keys = n_copies * parts[0].shape[2]
+            factors = (0.5 + torch.rand(2, n_keys, 1, generator=self._generator)).to(self._dtype)
+            keys, values = (
+                part.repeat(1, 1, n_copies, 1) * factor for part, factor in zip(parts, factors, strict=True)
+            )
+            self.cache.update(keys, values, index)
 
 
 @contextlib.contextmanager
@@ -144,15 +176,16 @@ def prove(
     new_cache = IndirectCache if has_swapped_parts else DynamicCache
     with undisturbed(module, *([] if rotary is None else [rotary])):
         scale = pattern.scale(module, spec, dtype)
+        scene = functools.partial(Scene, dtype, scale, rotary=rotary, takes_flags=_takes_flags(module))
         plain = _Original(module, pattern)
         try:
-            expected = pattern.trial(plain, spec, Scene(dtype, scale, new_cache(), rotary))
+            expected = _outcome(pattern, plain, spec, scene(new_cache()))
         except Exception as error:  # noqa: BLE001  (whatever a foreign forward raises)
             return Proof(flaw=f"it cannot be probed ({_in_words(error)})")
         module.__class__ = replacement_class(pattern.replacement, original)
         module.__dict__["_hfopt"] = Record(spec)
         try:
-            found = pattern.trial(_Computed(module), spec, Scene(dtype, scale, IndirectCache(), rotary))
+            found = _outcome(pattern, _Computed(module), spec, scene(IndirectCache()))
         except (KernelError, ForkedProcess):
             raise
         except Exception as error:  # noqa: BLE001  (a failure here is a reason to keep the module)
@@ -160,7 +193,7 @@ def prove(
         proof = _compare(expected, found)
         if proof.figure > _TOLERANCES[dtype]:
             module.__class__ = original
-            shaken = pattern.trial(plain, spec, Scene(dtype, scale, new_cache(), rotary, shaken=True))
+            shaken = _outcome(pattern, plain, spec, scene(new_cache(), shaken=True))
             noise = min(_compare(expected, shaken).figure, _NOISE_LIMIT)
             if proof.figure > _NOISE_FACTOR * noise:
                 figure = f"{proof.figure:.2g}"
@@ -168,6 +201,19 @@ def prove(
                     flaw=f"the probe differs by {figure} of the largest value: it computes something else"
                 )
     return replace(proof, form=plain.form)
+
+
+def _takes_flags(module: Any) -> bool:
+    """Whether it is attention to which the model gives masks of True and False."""
+    return hasattr(module, "layer_idx") and hasattr(module, "config") and is_sdpa(module)
+
+
+def _outcome(pattern: Pattern, call: Any, spec: Any, scene: Scene) -> dict[Any, torch.Tensor]:
+    """What a trial gives, and what it leaves in the cache."""
+    outputs: dict[Any, torch.Tensor] = dict(enumerate(pattern.trial(call, spec, scene)))
+    for index, keys, values in scene.cached():
+        outputs |= {("keys", index): keys, ("values", index): values}
+    return outputs
 
 
 class _Original:
@@ -211,9 +257,12 @@ class _Computed:
         return output
 
 
-def _compare(expected: list[Any], found: list[torch.Tensor]) -> Proof:
+def _compare(expected: dict[Any, torch.Tensor], found: dict[Any, torch.Tensor]) -> Proof:
     worst = 0.0
-    for theirs, ours in zip(expected, found, strict=True):
+    if expected.keys() != found.keys():
+        return Proof(flaw="the replacement caches in other layers")
+    for name, theirs in expected.items():
+        ours = found[name]
         if (
             not isinstance(theirs, torch.Tensor)
             or theirs.shape != ours.shape
