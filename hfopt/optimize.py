@@ -83,7 +83,7 @@ def optimize(
         if dtype is not None:
             _convert(model, dtype)
         packing = None if config is None else Packing(model, config)
-        walk = Walk(model)
+        walk, programs = Walk(model), Programs(kernels, kv_cache)
         with compile_progress():
             walk.apply()
             refused = {} if generator is None else generation.refusals()
@@ -92,8 +92,10 @@ def optimize(
             _check_complete(walk)
             if refused:
                 raise UnsupportedModel(f"strict: {generation.in_words(refused)}")
+            if generator is not None and (reason := programs.refutation(generator)) is not None:
+                raise UnsupportedModel(f"strict: decode steps go module by module: {reason}")
         if generator is not None:
-            generation.install(generator, Programs(kernels), kv_cache)
+            generation.install(generator, programs, kv_cache)
         batches: Iterable[Mapping[str, InputStatistics | None]] = ()
         if packing is not None:
             linears = packing.linears
@@ -110,7 +112,8 @@ def optimize(
         if generator is not None:
             declare(generator)
     left = {} if packing is None else packing.left
-    report = Report.of(walk, is_applied=True, memory_before=memory, left=left)
+    with compile_progress():
+        report = Report.of(walk, is_applied=True, memory_before=memory, left=left)
     model.__dict__["hfopt"] = report
     logger.info("%s: swapped %s", report.model_class, report.counts)
     return model

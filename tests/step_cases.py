@@ -12,6 +12,7 @@ from transformers import GPTJForCausalLM, LlamaForCausalLM, OPTForCausalLM
 
 import hfopt
 from hfopt.generation import PROGRAMS
+from hfopt.patches import programs, rehearsal
 from tests.generation_cases import (
     IS_WHOLE,
     NOT_WHOLE,
@@ -31,8 +32,17 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens a row each forward pass had that went through modules."""
+    """How many tokens a row each forward pass had that went through modules, but for those of rehearsals."""
     found: list[int] = []
+
+    def rehearsed(*args: Any) -> str | None:
+        n_before = len(found)
+        try:
+            return rehearsal.difference(*args)
+        finally:
+            del found[n_before:]
+
+    monkeypatch.setattr(programs, "difference", rehearsed)
     for kind in (LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM):
         monkeypatch.setattr(kind, "forward", _noting(kind.forward, found))
     return found
@@ -55,11 +65,11 @@ def optimized(model: Model) -> Model:
 @contextmanager
 def modules_alone(model: Model) -> Iterator[None]:
     """Within, the model has no program."""
-    programs = model.__dict__.pop(PROGRAMS)
+    found = model.__dict__.pop(PROGRAMS)
     try:
         yield
     finally:
-        model.__dict__[PROGRAMS] = programs
+        model.__dict__[PROGRAMS] = found
 
 
 def generated(model: Model, arguments: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -74,9 +84,9 @@ def prove(model: Model) -> None:
         pytest.skip(NOT_WHOLE)
     model.generate(**prompts(1, 4), max_new_tokens=2, do_sample=False)
     assert hfopt.explain(model).by_module is None
-    programs = model.__dict__[PROGRAMS]
     with torch.no_grad():
-        assert programs.is_proven(programs.of(model, 1))
+        found = model.__dict__[PROGRAMS]
+        assert found.is_proven(found.of(model, 1))
 
 
 def bits(tensor: Tensor) -> Tensor:

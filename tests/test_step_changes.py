@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers.generation import BaseStreamer, StoppingCriteria
 
 import hfopt
-from hfopt.errors import InvalidInput
+from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import choice, choice_file
 from hfopt.generation import PROGRAMS
 from hfopt.patches.watch import Watch
@@ -28,6 +28,7 @@ from tests.generation_cases import (
     Model,
     gptj,
     llama,
+    needs_programs,
     one_thread,
     opt,
     prompts,
@@ -302,8 +303,8 @@ def test_a_cause_in_between(name: str, by: str, passes: list[int]) -> None:
 
     passes.clear()
     ours = run(model)
-    # four steps; a model that has changed shows once more that its program is right
-    assert len(passes) == 4 + (not name.endswith("hook on the model"))
+    # four steps; a model that has changed shows once more that its program is right, where anybody has looked
+    assert len(passes) == 4 + (name != "training" and not name.endswith("hook on the model"))
     with modules_alone(twin):
         assert_same_bits(ours, run(twin))
     assert torch.equal(ours.sequences, run(stock).sequences)
@@ -345,20 +346,71 @@ def test_a_hook_that_takes_itself_away(is_proven: bool, passes: list[int]) -> No
 
 
 def test_an_embedding_that_does_more(passes: list[int]) -> None:
-    """Nothing tells but the first step."""
+    """Nothing tells but the rehearsal."""
     model, stock = llama(), llama()
     for each in (model, stock):
         own = each.model.embed_tokens
         each.model.embed_tokens = Scaled(own.num_embeddings, own.embedding_dim, _weight=own.weight).eval()
-    optimized(model)
+    with pytest.raises(
+        UnsupportedModel, match="strict: decode steps go module by module: it gives other logits of a prompt"
+    ):
+        hfopt.optimize(model, strict=True)
+    assert_all_by_modules(optimized(model), stock, passes)
+
+
+class LateLlama(LlamaForCausalLM):
+    """Its logits are others from some position on, or behind so many tokens."""
+
+    by: str
+
+    @functools.wraps(LlamaForCausalLM.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        positions, n_keys = kwargs.get("position_ids"), kwargs[CACHE].get_seq_length()
+        last = 0 if positions is None else int(positions.max())
+        if (last if self.by == "position" else n_keys) > 500:
+            outputs.logits = outputs.logits.roll(1, dims=-1)
+        return outputs
+
+
+@needs_programs
+@pytest.mark.parametrize("by", ["position", "length"])
+def test_a_model_that_does_something_else_far_away(by: str, passes: list[int]) -> None:
+    model, stock = llama(max_position_embeddings=1024), llama(max_position_embeddings=1024)
+    for each in (model, stock):
+        each.__class__, each.by = LateLlama, by
+    # tables of 1,000 positions, as real models have
+    for each in (model, stock):
+        each.model.embed_tokens.weight.data = each.model.embed_tokens.weight.data.repeat(5, 1)[:1024].clone()
+    assert_all_by_modules(optimized(model), stock, passes)
+    assert "behind a long text" in str(hfopt.explain(model).by_module)
+
+
+@needs_programs
+def test_what_the_rehearsal_does_not_disturb() -> None:
+    model = optimized(llama())
+    state, numbers = {key: value.clone() for key, value in model.state_dict().items()}, torch.get_rng_state()
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    model.__dict__[PROGRAMS] = type(model.__dict__[PROGRAMS])("auto")
+    assert hfopt.explain(model).by_module is None
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    for module, kind, then in before:
+        assert type(module) is kind
+        assert {key: value for key, value in vars(module).items() if value is not then.get(key)}.keys() <= {
+            PROGRAMS
+        }
+
+
+def assert_all_by_modules(model: Model, stock: Model, passes: list[int]) -> None:
+    given = {"max_new_tokens": N_TOKENS, "do_sample": False}
+    expected = generated(stock, given)
     for _ in range(2):
         passes.clear()
-        found = generated(model, max_new_tokens=N_TOKENS, do_sample=False)
+        found = generated(model, given)
         assert len(passes) == N_TOKENS
-        assert torch.equal(
-            found.sequences, generated(stock, max_new_tokens=N_TOKENS, do_sample=False).sequences
-        )
-    assert "other logits" in str(hfopt.explain(model).by_module)
+        assert torch.equal(found.sequences, expected.sequences)
+    assert "than its modules" in str(hfopt.explain(model).by_module)
 
 
 # ---- what a request asks for -------------------------------------------------------------------------------

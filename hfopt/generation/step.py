@@ -60,7 +60,7 @@ class Steps:
         outputs = prefill(self.model, input_ids, self.generation_config, self.model_kwargs)
         self._update(outputs)
         self._check_cache(given)
-        self.plain = self._is_plain(input_ids.device)
+        self.plain = self._is_plain(input_ids.device) and self._is_prepared(input_ids)
         if self.plain and self.model_kwargs.get("position_ids") is not None:
             self.model_kwargs["position_ids"] = self.model_kwargs["position_ids"][..., -1:].contiguous()
         if self._limit is not None and self.model_kwargs.get("position_ids") is not None:
@@ -119,20 +119,20 @@ class Steps:
         if self._n_unseen:
             self._advance(self._n_unseen)
             self._n_unseen = 0
-        given = self.model_kwargs
-        model_inputs = {key: given[key] for key in _CONSTANT if key in given}
-        model_inputs |= {key: given[key] for key in _ADVANCING if given.get(key) is not None}
+        model_inputs = self._inputs(torch.tensor(tokens))  # a copy: hooks may keep it
         self._advance(1)
-        outputs = self.model(
-            input_ids=torch.tensor(tokens)[:, None],  # a copy: hooks may keep it
-            return_dict=True,
-            **{str(host.REQUEST_CACHE): self.cache},
-            **model_inputs,
-        )
+        outputs = self.model(return_dict=True, **model_inputs)
         self._check_same(self.cache, host.cache_in(outputs.values()) or self.cache)
         if self._decoding is not None:
             self._decoding.follow(tokens, outputs.logits)
         return outputs
+
+    def _inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """What the model is given for one more token a row, [n_rows], in a plain step."""
+        given = self.model_kwargs
+        inputs = {key: given[key] for key in _CONSTANT if key in given}
+        inputs |= {key: given[key] for key in _ADVANCING if given.get(key) is not None}
+        return inputs | {"input_ids": tokens[:, None], str(host.REQUEST_CACHE): self.cache}
 
     def _advance(self, n_steps: int) -> None:
         """Let `model_kwargs` be what the step after so many more is given."""
@@ -194,6 +194,25 @@ class Steps:
             and not cache.is_compileable
             and self.model_kwargs.keys() <= _PLAIN
         )
+
+    def _is_prepared(self, input_ids: Tensor) -> bool:
+        """Whether the model's own preparation gives for the first token behind the prompt what a plain step does."""
+        tokens = input_ids.new_zeros(len(input_ids), 1)
+        sequences = torch.cat([input_ids, tokens], dim=1)
+        theirs = self.model.prepare_inputs_for_generation(
+            sequences, next_sequence_length=1, **self.model_kwargs
+        )
+        theirs = {name: value for name, value in theirs.items() if value is not None}
+        ours = {name: value for name, value in self._inputs(tokens[:, 0]).items() if value is not None}
+        if ours.get("position_ids") is not None:
+            ours["position_ids"] = ours["position_ids"][..., -1:]
+        return ours.keys() == theirs.keys() and all(_is_same(ours[name], theirs[name]) for name in ours)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype is other.dtype and torch.equal(one, other)
+    return one is other or (type(one) is type(other) and bool(one == other))
 
 
 def _kind(cache: Any) -> str:

@@ -14,6 +14,7 @@ from hfopt.functional.choice import is_known_for_torch, takes_torch
 from hfopt.host import captured_outputs
 from hfopt.patches.decoder import build
 from hfopt.patches.guards import is_plain_inference
+from hfopt.patches.rehearsal import difference
 from hfopt.patches.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -21,34 +22,39 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Made:
-    """What was made of a model while `watch` holds. proven: kinds of cache with which a step gave the modules' bits."""
+    """What was made of a model while `watch` holds. proven: kinds of cache with which a step gave the modules' bits.
+
+    is_rehearsed: whether it has been tried with random tokens.
+    """
 
     watch: Watch
     program: Program | None
     reason: str | None
+    is_rehearsed: bool = False
     proven: set[str | None] = field(default_factory=set)
 
 
 class Programs:
     """Makes the program of a model when it is first asked for, and anew when the model has changed.
 
-    Copies and pickles start empty.
+    Copies and pickles start empty. kv_cache: of the caches that requests of this model get.
     """
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: Kernels, kv_cache: str | None = None) -> None:
         self._kernels: Kernels = kernels
+        self._kv_cache = kv_cache
         self._lock = threading.Lock()
         self._made: _Made | None = None
 
-    def __reduce__(self) -> tuple[type, tuple[Kernels]]:
-        return Programs, (self._kernels,)
+    def __reduce__(self) -> tuple[type, tuple[Kernels, str | None]]:
+        return Programs, (self._kernels, self._kv_cache)
 
     def of(self, model: nn.Module, n_rows: int, n_new: int = 1) -> Program | None:
         """The program for n_new tokens in each of n_rows rows; None if they have to go module by module."""
-        program = self._current(model).program
-        if program is None:
-            return None
         if not is_plain_inference(model, (), {}) or captured_outputs() is not None:
+            return None
+        program = self._rehearsed(model).program
+        if program is None:
             return None
         return None if self._leaves_to_torch(program, n_rows, n_new) else program
 
@@ -95,18 +101,43 @@ class Programs:
             self._made = made
             return made
 
+    def _rehearsed(self, model: nn.Module) -> _Made:
+        """The current one, tried with random tokens. Only in plain inference: otherwise modules take other ways."""
+        made = self._current(model)
+        if made.program is not None and not made.is_rehearsed:
+            with self._lock:
+                if made.program is not None and not made.is_rehearsed:
+                    reason = difference(model, made.program, self._kv_cache)
+                    made.is_rehearsed = True
+                    if reason is not None:
+                        self._refute(made, reason)
+        return made
+
+    def _refute(self, made: _Made, reason: str) -> None:
+        made.program, made.reason = None, reason
+        logger.warning("Decode steps go module by module: %s.", reason)
+
+    def refutation(self, model: nn.Module) -> str | None:
+        """In words, what the program gives otherwise than the modules; None if nothing, or if there is none."""
+        with torch.no_grad():
+            if not is_plain_inference(model, (), {}):
+                return None
+        made = self._rehearsed(model)
+        return made.reason if made.is_rehearsed else None
+
     def shown(self, model: nn.Module) -> tuple[str | None, Listing | None]:
         """(in words, why steps of this model go module by module, or None; the program for people to read)."""
-        made = self._current(model)
+        with torch.no_grad():
+            is_plain = is_plain_inference(model, (), {})
+        made = self._rehearsed(model) if is_plain else self._current(model)
         reason, program = made.reason, made.program
         if program is not None and program.has_floats:
             if self._kernels == "torch":
                 reason = "its Linears run in torch's kernels"
             elif self._kernels == "auto" and is_known_for_torch("linear", program.dtype, 1):
                 reason = "torch's kernels were measured to be faster for Linears of one row"
-        with torch.no_grad():
-            if reason is None and not is_plain_inference(model, (), {}):
-                reason = "autocast, a trace or hooks on all modules are on"
+        if reason is None and not is_plain:
+            reason = "autocast, a trace or hooks on all modules are on"
         return reason, None if made.program is None else made.program.listing
 
     def is_proven(self, program: Program, kv_cache: str | None = None) -> bool:
@@ -122,5 +153,4 @@ class Programs:
         if is_equal:
             made.proven.add(kv_cache)
         else:
-            made.program, made.reason = None, "its step gave other logits than its modules"
-            logger.warning("Decode steps go module by module: %s.", made.reason)
+            self._refute(made, "its step gave other logits than its modules")

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
-from hfopt.host import registered_attention
+from hfopt.host import Config, registered_attention
 from hfopt.patches.facts import getter, is_same, own_names
 
 _TRAINING = itemgetter("training")
@@ -95,7 +94,7 @@ def _look(module: nn.Module) -> list[Any]:
     tensors = _tensors([state])
     return [
         type(module),
-        len(state),
+        len(state) - ("hfopt" in state),  # the report
         state.get("forward"),
         state["training"],
         [len(state[name]) for name in _HOOKS],
@@ -187,7 +186,7 @@ class _Contents:
             value = waiting.pop()
             if id(value) in seen:
                 continue
-            if isinstance(value, PretrainedConfig):
+            if isinstance(value, Config):
                 self._configs.append(value)
                 waiting.append(vars(value))
             elif isinstance(value, list | dict | set):

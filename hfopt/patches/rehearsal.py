@@ -1,0 +1,153 @@
+"""The rehearsal of a program: random tokens go through it and through the model's modules, and must come out the same.
+
+A prompt, and a token behind a long text: what a decoder does only there (another scale, a window), no first step shows.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hfopt import functional, host
+from hfopt.cache import IndirectCache
+from hfopt.errors import ForkedProcess, KernelError
+from hfopt.functional import Mask, Program, StepScratch
+from hfopt.patches.replacement import Record, Replacement
+
+_FAR = 4096  # positions
+_MOST_BYTES = 32 << 20  # in the cache of the long text
+_N_PROMPT, _N_PADDED = 6, 2
+# whatever the configuration asks for
+_OPTIONAL = {"logits_to_keep": 1, "output_attentions": False, "output_hidden_states": False}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def difference(model: nn.Module, program: Program, kv_cache: str | None = None) -> str | None:
+    """In words, what this program of a model gives otherwise than the modules; None if nothing.
+
+    kv_cache: of the caches that it is tried with. Raises KernelError and ForkedProcess, which say nothing about the model.
+    """
+    if host.cache_argument(type(model).forward) is None:
+        return "its forward has no argument that is known as its cache"
+    stage = _Stage(_shadow(model, {}), program, kv_cache, torch.Generator().manual_seed(1))
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for name, theirs, ours in (*stage.prompt(), *stage.far_step()):
+                if theirs.dtype is not ours.dtype or theirs.shape != ours.shape:
+                    return f"it gives {name} of another kind than its modules"
+                if not torch.equal(
+                    theirs.contiguous().view(torch.uint8), ours.contiguous().view(torch.uint8)
+                ):
+                    return f"it gives other {name} than its modules"
+    except (KernelError, ForkedProcess):
+        raise
+    except Exception as error:  # noqa: BLE001  (whatever a foreign forward raises)
+        return f"it could not be tried ({type(error).__name__}: {error})"
+    return None
+
+
+def _shadow(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
+    """A module with the same tensors and attributes, all of it in hfopt's kernels and its root without hooks.
+
+    Other threads may use the model meanwhile, with kernels that were chosen by timing.
+    """
+    if id(module) in known:
+        return known[id(module)]
+    kind: Any = type(module)
+    twin: Any = kind.__new__(kind)
+    state = dict(vars(module))
+    if not known:
+        state |= {"training": False, **{name: {} for name in _HOOKS}}
+    known[id(module)] = twin
+    children = module._modules.items()
+    state["_modules"] = {name: child if child is None else _shadow(child, known) for name, child in children}
+    if isinstance(module, Replacement):
+        record = module._hfopt
+        state["_hfopt"] = Record(record.spec, record.proof, "hfopt", record.form, record.facts)
+    vars(twin).update(state)
+    return twin
+
+
+class _Stage(NamedTuple):
+    """A model and its program, and what they are told."""
+
+    model: Any
+    program: Program
+    kv_cache: str | None
+    generator: torch.Generator
+
+    def prompt(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(what it is, by the modules, by the program) for a prompt of two rows, one of them padded."""
+        seen = torch.ones(2, _N_PROMPT, dtype=torch.bool)
+        seen[1, :_N_PADDED] = False
+        tokens = self._tokens(*seen.shape)
+        positions = (seen.cumsum(1) - 1).clamp(min=0).clamp(max=self._n_indices - 1)
+        theirs, ours = self._cache(), self._cache()
+        expected = self._call(theirs, tokens, positions, seen)
+        appended = ours.append_everywhere(2, _N_PROMPT, *self._layout)
+        assert appended is not None, "an empty cache takes a prompt"
+        mask = (seen[:, None] & torch.ones(_N_PROMPT, _N_PROMPT, dtype=torch.bool).tril()).contiguous()
+        given = tokens.numpy(), positions.numpy(), appended, Mask("bytes", mask.view(torch.uint8).numpy())
+        yield "logits of a prompt", expected, functional.prefill(self.program, *given)
+        for their, our in zip(theirs.layers, ours.layers, strict=True):
+            for one, other in ((their.keys, our.keys), (their.values, our.values)):
+                assert one is not None and other is not None
+                yield "keys and values of a prompt", one.transpose(1, 2)[seen], other.transpose(1, 2)[seen]
+
+    def far_step(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The same for one more token behind a text as long as is cheap, far from its beginning."""
+        program, cache = self.program, self._cache()
+        n_heads, head_dim, dtype = self._layout
+        token_bytes = 2 * n_heads * head_dim * dtype.itemsize * program.n_layers
+        n_past = max(1, min(_FAR - 1, _MOST_BYTES // token_bytes))
+        keys, values = torch.randn(2, 1, n_heads, n_past, head_dim, generator=self.generator).to(dtype)
+        for layer_idx in range(program.n_layers):
+            cache.update(keys, values, layer_idx)
+        seen = torch.ones(1, n_past + 1, dtype=torch.bool)
+        seen[0, 0] = False
+        tokens, positions = self._tokens(1, 1), torch.tensor([[min(_FAR, self._n_indices) - 1]])
+        expected = self._call(cache, tokens, positions, seen)
+        written = [each.clone() for each in cache.newest()]
+        cache.crop(-1)
+        appended = cache.append_everywhere(1, 1, *self._layout)
+        assert appended is not None, "an even cache takes a step"
+        given = tokens[0].numpy(), positions[0].numpy(), appended, seen.numpy().astype(np.uint8)
+        yield "logits behind a long text", expected, functional.step(StepScratch(program, 1), *given)
+        for one, other in zip(written, cache.newest(), strict=True):
+            yield "keys and values behind a long text", one, other
+
+    @property
+    def _layout(self) -> tuple[int, int, torch.dtype]:
+        return self.program.n_kv_heads, self.program.head_dim, self.program.dtype
+
+    @property
+    def _n_indices(self) -> int:
+        """Tokens and positions below this are in all tables."""
+        return min(len(table.rows) for table in self.program.tables if not table.grows)
+
+    def _tokens(self, *shape: int) -> Tensor:
+        return torch.randint(self._n_indices, shape, generator=self.generator)
+
+    def _cache(self) -> IndirectCache:
+        return IndirectCache(self.model.config.get_text_config(decoder=True), kv_cache=self.kv_cache)
+
+    def _call(self, cache: IndirectCache, tokens: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
+        """Logits of the last token, by the modules."""
+        forward = type(self.model).forward
+        parameters = inspect.signature(forward).parameters.values()
+        takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        named = {each.name for each in parameters}
+        outputs = self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=seen.long(),
+            use_cache=True,
+            return_dict=True,
+            **{str(host.cache_argument(forward)): cache},
+            **{name: value for name, value in _OPTIONAL.items() if takes_any or name in named},
+        )
+        logits: Tensor = outputs.logits
+        return logits[:, -1:]
