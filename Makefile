@@ -7,9 +7,9 @@ PROMPT ?= Read up to
 
 # Releases of transformers, besides the newest one, that the host suite runs on; the last of 4.x is the oldest that works.
 HOSTS ?= 5.23.0 4.57.6
-# What depends on the release: names and roles, loops, modes of generate, families. (Releases that do not exist yet: make slow.)
+# What depends on the release: names and roles, loops, modes of generate, families, and releases that do not exist yet.
 HOST_TESTS := tests/test_host.py tests/test_generation_proof.py tests/test_generation_modes.py tests/test_step.py \
-	tests/test_optimize.py
+	tests/test_optimize.py tests/test_tomorrow.py
 
 .PHONY: help setup demo test slow hosts lint bench clean
 

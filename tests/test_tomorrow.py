@@ -14,9 +14,6 @@ from tests import tomorrow, tomorrow_requests
 Answers: TypeAlias = dict[str, Any]
 Ask: TypeAlias = Callable[[str], Answers]
 
-# minutes in all, and some of these releases are not followed yet
-pytestmark = pytest.mark.slow
-
 TODAY = ""  # the installed release
 SECONDS = 300
 
