@@ -20,9 +20,9 @@ from hfopt.cache import IndirectCache
 from hfopt.patches.facts import Facts
 from tests.change_cases import PATTERNS, Change, changes, damped, registered
 from tests.generation_cases import CACHE, Model, gptj, llama, needs_programs, one_thread, prompts
-from tests.step_cases import assert_program_is_the_modules, passes, prove
+from tests.step_cases import assert_program_is_the_modules, passes, prove, rehearsals
 
-__all__ = ["passes"]  # a fixture
+__all__ = ["passes", "rehearsals"]  # fixtures
 
 pytestmark = [pytest.mark.usefixtures(one_thread.__name__), needs_programs]
 

@@ -32,9 +32,9 @@ from tests.generation_cases import (
 from tests.pairs import pairs_of
 from tests.reference import DTYPES
 from tests.step_cases import MODES as STEP_MODES
-from tests.step_cases import assert_program_is_the_modules, passes, prove
+from tests.step_cases import assert_program_is_the_modules, passes, prove, rehearsals
 
-__all__ = ["passes"]  # a fixture
+__all__ = ["passes", "rehearsals"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 

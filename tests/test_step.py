@@ -37,9 +37,10 @@ from tests.step_cases import (
     optimized,
     passes,
     prove,
+    rehearsals,
 )
 
-__all__ = ["passes"]  # a fixture
+__all__ = ["passes", "rehearsals"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -343,10 +344,10 @@ def test_layers_in_another_order() -> None:
 
 
 @needs_programs
-def test_the_first_step_goes_both_ways(passes: list[int]) -> None:
+def test_the_first_request_goes_by_the_program(passes: list[int], rehearsals: list[str | None]) -> None:
     model = optimized(llama())
-    assert PROGRAMS in model.__dict__
+    assert PROGRAMS in model.__dict__ and rehearsals == [None]
     found = generated(model, max_new_tokens=6, do_sample=False)
-    assert len(passes) == 2
+    assert not passes and rehearsals == [None]
     with modules_alone(model):
         assert_same_bits(found, generated(model, max_new_tokens=6, do_sample=False))

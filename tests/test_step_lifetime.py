@@ -24,9 +24,10 @@ from tests.step_cases import (
     optimized,
     passes,
     prove,
+    rehearsals,
 )
 
-__all__ = ["passes"]  # a fixture
+__all__ = ["passes", "rehearsals"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 

@@ -45,10 +45,11 @@ from tests.step_cases import (
     optimized,
     passes,
     prove,
+    rehearsals,
 )
 from tests.test_step_inputs import HEADS, N_LOGITS, N_TOKENS, everywhere, program
 
-__all__ = ["passes"]  # a fixture
+__all__ = ["passes", "rehearsals"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 

@@ -30,10 +30,10 @@ from tests.generation_cases import (
     prompts,
 )
 from tests.reference import DTYPES
-from tests.step_cases import bits, modules_alone, optimized, passes, prove
+from tests.step_cases import bits, modules_alone, optimized, passes, prove, rehearsals
 from tests.test_step_inputs import HEADS, N_LOGITS, N_TOKENS, program
 
-__all__ = ["passes"]  # a fixture
+__all__ = ["passes", "rehearsals"]  # fixtures
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 

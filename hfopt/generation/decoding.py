@@ -23,7 +23,6 @@ PROGRAMS = "_hfopt_programs"  # attribute of an optimized model
 
 _OWN_HOOKS = (share_prompts, unshare_prompts)
 LOOKS_INSIDE = ("output_attentions", "output_hidden_states")
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.int8: torch.int8}
 _COLUMN_STEP = 256
 _NEAR = 1 << 14  # positions that programs may make angles for, however few tokens there are
 _CALL_SECONDS = 0.19  # at most about that: Python answers Ctrl-C between calls
@@ -75,11 +74,7 @@ class Choosing(NamedTuple):
 
 
 class Decoding:
-    """The steps of one request behind its prompt, as far as the model has a program for them.
-
-    The first step that a program ever makes is made by the modules too, and both must give the same bits; and once more with
-    a cache of 8-bit codes.
-    """
+    """The steps of one request behind its prompt, as far as the model has a program for them."""
 
     def __init__(
         self,
@@ -98,7 +93,6 @@ class Decoding:
         self._n_steps, self._seconds = 1, _CALL_SECONDS  # of the last call, of a step in it
         self._is_alone = is_alone
         self._scratch: StepScratch | None = None
-        self._offered: Program | None = None  # of the step that the modules are asked for instead
         # not at the top, because `import hfopt` must not load Numba; not in each step, because that takes time
         from .. import functional
 
@@ -143,8 +137,8 @@ class Decoding:
         chosen are those of the next step, but for padding in rows that are finished, bool [n_rows].
         """
         if not self._ahead:
-            program = self._offered = self._program(len(tokens))
-            if program is None or not self._programs.is_proven(program, self._cache.kv_cache):
+            program = self._program(len(tokens))
+            if program is None:
                 return None
             if self._choosing is None:
                 logits = self._run(program, tokens)
@@ -174,35 +168,9 @@ class Decoding:
         self._ahead = list(chosen)
         return True
 
-    def follow(self, tokens: np.ndarray, logits: Tensor) -> None:
+    def skip(self) -> None:
         """Take note of a step that the modules have made."""
-        n_rows = len(tokens)
-        program = self._program(n_rows)
-        # what has changed meanwhile (a hook that takes itself away, say) may have taken part in this step
-        if program is not None and program is self._offered:
-            self._prove(program, tokens, logits)
         self._positions += 1
-
-    def _prove(self, program: Program, tokens: np.ndarray, logits: Tensor) -> None:
-        """Make the step again, if that can be done."""
-        if self._programs.is_proven(program, self._cache.kv_cache):
-            return
-        if logits.dtype is not program.dtype or not self._cache.is_even(len(tokens)):
-            return
-        written = self._cache.newest()
-        expected = [logits, *(each.clone() for each in written)]
-        self._cache.crop(-1)
-        again = self._run(program, tokens)
-        if again is None:
-            return
-        is_equal = all(
-            torch.equal(one.view(_BITS[one.dtype]), other.view(_BITS[other.dtype]))
-            for one, other in zip(expected, [again, *written], strict=True)
-        )
-        self._programs.conclude(program, is_equal, self._cache.kv_cache)
-        if not is_equal:
-            for there, theirs in zip(written, expected[1:], strict=True):
-                there.copy_(theirs)
 
     def _program(self, n_rows: int) -> Program | None:
         scratch = self._scratch
@@ -211,7 +179,7 @@ class Decoding:
             return program
         if has_hooks(self._model):
             return None
-        program = self._programs.of(self._model, n_rows)
+        program = self._programs.of(self._model, n_rows, 1, self._cache.kv_cache)
         # a cache may have other layers than the model uses now
         return program if program is not None and program.n_layers == len(self._cache.layers) else None
 

@@ -63,12 +63,8 @@ class Prefill:
         if text is None:
             return None
         programs, (n_rows, n_new) = model.__dict__[PROGRAMS], text.tokens.shape
-        program = programs.of(model, n_rows, n_new)
-        if (
-            program is None
-            or not programs.is_proven(program, cache.kv_cache)
-            or len(cache.layers) != program.n_layers
-        ):
+        program = programs.of(model, n_rows, n_new, cache.kv_cache)
+        if program is None or len(cache.layers) != program.n_layers:
             return None
         logits = text.read(program, cache)
         if logits is None:

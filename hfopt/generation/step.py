@@ -124,7 +124,7 @@ class Steps:
         outputs = self.model(return_dict=True, **model_inputs)
         self._check_same(self.cache, host.cache_in(outputs.values()) or self.cache)
         if self._decoding is not None:
-            self._decoding.follow(tokens, outputs.logits)
+            self._decoding.skip()
         return outputs
 
     def _inputs(self, tokens: Tensor) -> dict[str, Any]:

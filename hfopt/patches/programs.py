@@ -22,16 +22,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Made:
-    """What was made of a model while `watch` holds. proven: kinds of cache with which a step gave the modules' bits.
-
-    is_rehearsed: whether it has been tried with random tokens.
-    """
+    """What was made of a model while `watch` holds. rehearsed: kinds of cache with which the program was tried."""
 
     watch: Watch
     program: Program | None
     reason: str | None
-    is_rehearsed: bool = False
-    proven: set[str | None] = field(default_factory=set)
+    rehearsed: set[str | None] = field(default_factory=set)
 
 
 class Programs:
@@ -49,11 +45,16 @@ class Programs:
     def __reduce__(self) -> tuple[type, tuple[Kernels, str | None]]:
         return Programs, (self._kernels, self._kv_cache)
 
-    def of(self, model: nn.Module, n_rows: int, n_new: int = 1) -> Program | None:
-        """The program for n_new tokens in each of n_rows rows; None if they have to go module by module."""
+    def of(
+        self, model: nn.Module, n_rows: int, n_new: int = 1, kv_cache: str | None = None
+    ) -> Program | None:
+        """The program for n_new tokens in each of n_rows rows; None if they have to go module by module.
+
+        It has given the bits of the modules, with this kind of cache.
+        """
         if not is_plain_inference(model, (), {}) or captured_outputs() is not None:
             return None
-        program = self._rehearsed(model).program
+        program = self._rehearsed(model, kv_cache).program
         if program is None:
             return None
         return None if self._leaves_to_torch(program, n_rows, n_new) else program
@@ -101,35 +102,33 @@ class Programs:
             self._made = made
             return made
 
-    def _rehearsed(self, model: nn.Module) -> _Made:
+    def _rehearsed(self, model: nn.Module, kv_cache: str | None) -> _Made:
         """The current one, tried with random tokens. Only in plain inference: otherwise modules take other ways."""
         made = self._current(model)
-        if made.program is not None and not made.is_rehearsed:
+        if made.program is not None and kv_cache not in made.rehearsed:
             with self._lock:
-                if made.program is not None and not made.is_rehearsed:
-                    reason = difference(model, made.program, self._kv_cache)
-                    made.is_rehearsed = True
+                program = made.program
+                if program is not None and kv_cache not in made.rehearsed:
+                    reason = difference(model, program, kv_cache)
+                    made.rehearsed.add(kv_cache)
                     if reason is not None:
-                        self._refute(made, reason)
+                        made.program, made.reason = None, reason
+                        logger.warning("Decode steps go module by module: %s.", reason)
         return made
-
-    def _refute(self, made: _Made, reason: str) -> None:
-        made.program, made.reason = None, reason
-        logger.warning("Decode steps go module by module: %s.", reason)
 
     def refutation(self, model: nn.Module) -> str | None:
         """In words, what the program gives otherwise than the modules; None if nothing, or if there is none."""
         with torch.no_grad():
             if not is_plain_inference(model, (), {}):
                 return None
-        made = self._rehearsed(model)
-        return made.reason if made.is_rehearsed else None
+        made = self._rehearsed(model, self._kv_cache)
+        return made.reason if made.rehearsed else None
 
     def shown(self, model: nn.Module) -> tuple[str | None, Listing | None]:
         """(in words, why steps of this model go module by module, or None; the program for people to read)."""
         with torch.no_grad():
             is_plain = is_plain_inference(model, (), {})
-        made = self._rehearsed(model) if is_plain else self._current(model)
+        made = self._rehearsed(model, self._kv_cache) if is_plain else self._current(model)
         reason, program = made.reason, made.program
         if program is not None and program.has_floats:
             if self._kernels == "torch":
@@ -139,18 +138,3 @@ class Programs:
         if reason is None and not is_plain:
             reason = "autocast, a trace or hooks on all modules are on"
         return reason, None if made.program is None else made.program.listing
-
-    def is_proven(self, program: Program, kv_cache: str | None = None) -> bool:
-        """Whether a step of this program over such a cache is known to give the bits that the modules give."""
-        made = self._made
-        return made is not None and made.program is program and kv_cache in made.proven
-
-    def conclude(self, program: Program, is_equal: bool, kv_cache: str | None = None) -> None:
-        """Takes the outcome of such a comparison."""
-        made = self._made
-        if made is None or made.program is not program:
-            return
-        if is_equal:
-            made.proven.add(kv_cache)
-        else:
-            self._refute(made, "its step gave other logits than its modules")

@@ -1,11 +1,12 @@
 """The rehearsal of a program: random tokens go through it and through the model's modules, and must come out the same.
 
-A prompt, and a token behind a long text: what a decoder does only there (another scale, a window), no first step shows.
+A prompt, a token behind it, and one behind a long text: what a decoder does only there (another scale, a window) shows in no
+first step.
 """
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def difference(model: nn.Module, program: Program, kv_cache: str | None = None) 
     stage = _Stage(_shadow(model, {}), program, kv_cache, torch.Generator().manual_seed(1))
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            for name, theirs, ours in (*stage.prompt(), *stage.far_step()):
+            for name, theirs, ours in (*stage.near(), *stage.far()):
                 if theirs.dtype is not ours.dtype or theirs.shape != ours.shape:
                     return f"it gives {name} of another kind than its modules"
                 if not torch.equal(
@@ -71,6 +72,9 @@ def _shadow(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     return twin
 
 
+_Parts: TypeAlias = tuple[str, Tensor, Tensor]  # what it is, by the modules, by the program
+
+
 class _Stage(NamedTuple):
     """A model and its program, and what they are told."""
 
@@ -79,45 +83,59 @@ class _Stage(NamedTuple):
     kv_cache: str | None
     generator: torch.Generator
 
-    def prompt(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(what it is, by the modules, by the program) for a prompt of two rows, one of them padded."""
-        seen = torch.ones(2, _N_PROMPT, dtype=torch.bool)
+    def near(self) -> Iterator[_Parts]:
+        """A prompt of two rows, one of them padded, and one more token in each."""
+        seen = torch.ones(2, _N_PROMPT + 1, dtype=torch.bool)
         seen[1, :_N_PADDED] = False
-        tokens = self._tokens(*seen.shape)
-        positions = (seen.cumsum(1) - 1).clamp(min=0).clamp(max=self._n_indices - 1)
         theirs, ours = self._cache(), self._cache()
-        expected = self._call(theirs, tokens, positions, seen)
-        appended = ours.append_everywhere(2, _N_PROMPT, *self._layout)
+        n_prompt = _N_PROMPT
+        positions = (seen.cumsum(1) - 1).clamp(0, self._n_indices - 1)
+        tokens = self._tokens(2, n_prompt)
+        expected = self._call(theirs, tokens, positions[:, :n_prompt], seen[:, :n_prompt])
+        mask = seen[:, None, :n_prompt] & torch.ones(n_prompt, n_prompt, dtype=torch.bool).tril()
+        hidden = Mask("bytes", mask.contiguous().view(torch.uint8).numpy())
+        appended = ours.append_everywhere(2, n_prompt, *self._layout)
         assert appended is not None, "an empty cache takes a prompt"
-        mask = (seen[:, None] & torch.ones(_N_PROMPT, _N_PROMPT, dtype=torch.bool).tril()).contiguous()
-        given = tokens.numpy(), positions.numpy(), appended, Mask("bytes", mask.view(torch.uint8).numpy())
+        given = tokens.numpy(), positions[:, :n_prompt].numpy(), appended, hidden
         yield "logits of a prompt", expected, functional.prefill(self.program, *given)
+        yield from self._step(theirs, ours, positions[:, n_prompt:], seen, "of a step")
         for their, our in zip(theirs.layers, ours.layers, strict=True):
             for one, other in ((their.keys, our.keys), (their.values, our.values)):
                 assert one is not None and other is not None
-                yield "keys and values of a prompt", one.transpose(1, 2)[seen], other.transpose(1, 2)[seen]
+                yield "keys and values", one.transpose(1, 2)[seen], other.transpose(1, 2)[seen]
 
-    def far_step(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """The same for one more token behind a text as long as is cheap, far from its beginning."""
-        program, cache = self.program, self._cache()
+    def far(self) -> Iterator[_Parts]:
+        """One more token behind a text as long as is cheap, far from its beginning."""
+        program = self.program
         n_heads, head_dim, dtype = self._layout
         token_bytes = 2 * n_heads * head_dim * dtype.itemsize * program.n_layers
         n_past = max(1, min(_FAR - 1, _MOST_BYTES // token_bytes))
         keys, values = torch.randn(2, 1, n_heads, n_past, head_dim, generator=self.generator).to(dtype)
+        cache = self._cache()
         for layer_idx in range(program.n_layers):
             cache.update(keys, values, layer_idx)
         seen = torch.ones(1, n_past + 1, dtype=torch.bool)
         seen[0, 0] = False
-        tokens, positions = self._tokens(1, 1), torch.tensor([[min(_FAR, self._n_indices) - 1]])
-        expected = self._call(cache, tokens, positions, seen)
-        written = [each.clone() for each in cache.newest()]
-        cache.crop(-1)
-        appended = cache.append_everywhere(1, 1, *self._layout)
+        positions = torch.tensor([[min(_FAR, self._n_indices) - 1]])
+        yield from self._step(cache, None, positions, seen, "behind a long text")
+
+    def _step(
+        self, theirs: IndirectCache, ours: IndirectCache | None, positions: Tensor, seen: Tensor, where: str
+    ) -> Iterator[_Parts]:
+        """One more token a row; ours: the program's cache, None if it takes that of the modules after them."""
+        n_rows = len(seen)
+        tokens = self._tokens(n_rows, 1)
+        expected = self._call(theirs, tokens, positions, seen)
+        written = [each.clone() for each in theirs.newest()]
+        if ours is None:
+            theirs.crop(-1)
+            ours = theirs
+        appended = ours.append_everywhere(n_rows, 1, *self._layout)
         assert appended is not None, "an even cache takes a step"
-        given = tokens[0].numpy(), positions[0].numpy(), appended, seen.numpy().astype(np.uint8)
-        yield "logits behind a long text", expected, functional.step(StepScratch(program, 1), *given)
-        for one, other in zip(written, cache.newest(), strict=True):
-            yield "keys and values behind a long text", one, other
+        given = tokens[:, 0].numpy(), positions[:, 0].numpy(), appended, seen.numpy().astype(np.uint8)
+        yield f"logits {where}", expected, functional.step(StepScratch(self.program, n_rows), *given)
+        for one, other in zip(written, ours.newest(), strict=True):
+            yield f"keys and values {where}", one, other
 
     @property
     def _layout(self) -> tuple[int, int, torch.dtype]:
