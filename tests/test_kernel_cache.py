@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from hfopt.kernels import _kernel_cache
 from tests import fresh
 
 # Runs one kernel, and says what became of the cache.
@@ -95,3 +96,26 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 def test_off() -> None:
     run = _run("off")
     assert run["right"] and run["folder"] is None and run["compiled"] == ["rms_norm"]
+
+
+def test_the_folder_is_named_by_sources_in_folders_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_kernel_cache, "__file__", str(tmp_path / "_kernel_cache.py"))
+    keys = [_kernel_cache._content_key()]
+    for place, text in (("linear/tile.py", "1"), ("linear/tile.py", "2"), ("attention/tile.py", "2")):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text(text)
+        keys.append(_kernel_cache._content_key())
+    (tmp_path / "linear/tile.py").rename(tmp_path / "tile.py")
+    assert len({*keys, _kernel_cache._content_key()}) == 5
+
+
+def test_kernels_of_one_name_have_files_of_their_own(tmp_path: Path) -> None:
+    def named(module: str) -> str:
+        def tile() -> None: ...
+
+        tile.__module__ = module
+        return _kernel_cache._PrivateCacheImpl(tile, tmp_path).filename_base
+
+    assert named("hfopt.kernels.linear.tile") != named("hfopt.kernels.attention.tile")

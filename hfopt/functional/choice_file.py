@@ -16,9 +16,9 @@ _LARGEST = 1e6  # ratio that a file may hold
 @functools.lru_cache
 def _identity(n_threads: int) -> dict[str, Any]:
     """What the ratios hold for. The kernels' own sources and their CPU target are in the folder's name."""
-    sources = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        sources.update(source.name.encode() + source.read_bytes())
+    sources, package = hashlib.sha256(), Path(__file__).parent
+    for source in sorted(package.rglob("*.py")):
+        sources.update(source.relative_to(package).as_posix().encode() + source.read_bytes())
     return {
         "cpu": env.cpu_model(),
         "threads": n_threads,

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 def _content_key() -> str:
     """Hash of everything that machine code depends on and Numba's own key leaves out."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + source.read_bytes())
+    digest, package = hashlib.sha256(), Path(__file__).parent
+    for source in sorted(package.rglob("*.py")):
+        digest.update(source.relative_to(package).as_posix().encode() + source.read_bytes())
     versions = (numba.__version__, llvmlite.__version__, _target.LLVM_VERSION, sys.version_info[:3])
     target = (_target.CPU_NAME, sorted(_target.FEATURES), bool(_openmp.RUNTIME))
     digest.update(repr((versions, target)).encode())
@@ -109,7 +109,7 @@ class _PrivateCacheImpl(CompileResultCacheImpl):
     def __init__(self, py_func, folder: Path):
         self._lineno = py_func.__code__.co_firstlineno
         self._locator = _PrivateLocator(py_func, folder)
-        name = f"{py_func.__module__.rpartition('.')[2]}.{py_func.__qualname__}"
+        name = f"{py_func.__module__}.{py_func.__qualname__}"
         self._filename_base = self.get_filename_base(name, getattr(sys, "abiflags", ""))
 
 
