@@ -38,6 +38,7 @@ class Sequences:
 
     def _move(self, ids: Ids) -> None:
         n_rows, length = ids.shape
-        self._buffer = ids.new_empty((n_rows, max(2 * length, _LEAST_COLUMNS)))
+        # whatever integers the prompt is of, as chosen tokens are
+        self._buffer = ids.new_empty((n_rows, max(2 * length, _LEAST_COLUMNS)), dtype=torch.int64)
         self._buffer[:, :length] = ids
         self._array = self._buffer.numpy()

@@ -6,14 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    MaxTimeCriteria,
-    PrefixConstrainedLogitsProcessor,
-    StoppingCriteriaList,
-)
+from transformers import StoppingCriteriaList
 
+from ..host import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, PrefixConstrainedLogitsProcessor
 from .latency import TokenClock
 
 

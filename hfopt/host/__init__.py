@@ -24,6 +24,12 @@ from hfopt.host.cache_names import (  # noqa: E402  (an older release would fail
 )
 from hfopt.host.capture import captured_outputs, is_capture  # noqa: E402
 from hfopt.host.config import Config  # noqa: E402
+from hfopt.host.criteria import (  # noqa: E402
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    PrefixConstrainedLogitsProcessor,
+)
 from hfopt.host.loops import (  # noqa: E402
     GENERATE_ORDER,
     MODES,
@@ -39,7 +45,10 @@ from hfopt.host.loops import (  # noqa: E402
     methods,
     missing,
     names_read,
+    overridden,
+    settings_in,
     sorts_samples,
+    unknown_option,
 )
 from hfopt.host.roles import ROLES, Arguments  # noqa: E402
 
@@ -58,6 +67,10 @@ __all__ = [
     "Arguments",
     "Config",
     "DynamicLayer",
+    "EosTokenCriteria",
+    "MaxLengthCriteria",
+    "MaxTimeCriteria",
+    "PrefixConstrainedLogitsProcessor",
     "attention_kind",
     "beam_output",
     "cache_argument",
@@ -77,7 +90,10 @@ __all__ = [
     "methods",
     "missing",
     "names_read",
+    "overridden",
     "registered_attention",
     "sample_output",
+    "settings_in",
     "sorts_samples",
+    "unknown_option",
 ]

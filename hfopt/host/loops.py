@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from transformers import DynamicCache, GenerationMixin
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode, logits_process, stopping_criteria
 from transformers.generation import utils as _utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -22,6 +22,16 @@ PREPARE_CONFIG = "_prepare_generation_config"
 REORDER = "_reorder_cache"  # of a few models, in place of the cache's own method
 UPDATE = "_update_model_kwargs_for_generation"
 PREPARING = ("prepare_inputs_for_generation", UPDATE)  # of each step
+# methods that our loops call as transformers' do, through the model
+_SHARED = frozenset({"generate", PREFILL, PREPARE_CACHE, PREPARE_CONFIG, REORDER, *PREPARING})
+# fields of a configuration that our loops read too, or that only decide what is compiled
+_HONOURED = frozenset(
+    {
+        "compile_config", "disable_compile", "do_sample", "early_stopping", "eos_token_id", "is_assistant", "length_penalty",
+        "low_memory", "max_length", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+        "output_logits", "output_scores", "return_dict_in_generate", "use_cache",
+    }
+)  # fmt: skip
 
 # In words, and the loop of those releases that have no table of their own.
 _MODES = {
@@ -117,6 +127,54 @@ def methods() -> tuple[Any, ...]:
     return tuple(
         value for kind in (GenerationMixin, DynamicCache, DynamicLayer) for value in vars(kind).values()
     )
+
+
+_read: dict[str, tuple[tuple[Any, ...], frozenset[str]]] = {}
+
+
+def _names_in(loop: str) -> frozenset[str]:
+    """Names in the code of a loop of GenerationMixin, and of the methods that it calls but for `_SHARED`; as it is now."""
+    now = methods()
+    known = _read.get(loop)
+    if known is None or known[0] != now:
+        names, waiting, theirs = {loop}, [loop], vars(GenerationMixin)
+        while waiting:
+            name = waiting.pop()
+            function = getattr(theirs[name], "__func__", theirs[name])
+            found = names_read(function) - names if callable(function) else frozenset()
+            waiting += (found & theirs.keys()) - _SHARED
+            names |= found
+        known = _read[loop] = now, frozenset(names)
+    return known[1]
+
+
+def overridden(model: Any, loop: str) -> str | None:
+    """The first method that a loop of GenerationMixin calls and that this model, or its class, has something else for."""
+    names = (_names_in(loop) & vars(GenerationMixin).keys()) - _SHARED
+    kind, state = type(model), vars(model)
+    return next(
+        (
+            name
+            for name in sorted(names)
+            if name in state or getattr(kind, name) is not getattr(GenerationMixin, name)
+        ),
+        None,
+    )
+
+
+def unknown_option(config: Any, loop: str) -> str | None:
+    """The first field of a generation config that has a value and that a loop of GenerationMixin reads, but none of ours."""
+    state = vars(config)
+    names = (_names_in(loop) & state.keys()) - _HONOURED
+    return next(
+        (each for each in sorted(names) if not each.startswith("_") and state[each] is not None), None
+    )
+
+
+def settings_in(prepared: Any) -> Any:
+    """The generation config in what `PREPARE_CONFIG` gives; None if there is none."""
+    parts = prepared if isinstance(prepared, tuple) else (prepared,)
+    return next((each for each in parts if isinstance(each, GenerationConfig)), None)
 
 
 def fingerprint() -> str:
