@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -66,6 +67,7 @@ def optimize(
     memory = env.resident_memory()
     with _collections_paused():
         from hfopt.functional.choice import check_kernels
+        from hfopt.model_proof import verdict_on
         from hfopt.patches.packing import Packing
         from hfopt.patches.programs import Programs
         from hfopt.patches.walk import Walk
@@ -87,15 +89,18 @@ def optimize(
         with compile_progress():
             walk.apply()
             refused = {} if generator is None else generation.refusals()
+            verdict = None if generator is None else verdict_on(walk, generator)
     try:
         if strict:
             _check_complete(walk)
             if refused:
                 raise UnsupportedModel(f"strict: {generation.in_words(refused)}")
-            if generator is not None and (reason := programs.refutation(generator)) is not None:
-                raise UnsupportedModel(f"strict: decode steps go module by module: {reason}")
+            if generator is not None:
+                reason = next(filter(None, verdict or ()), None) or programs.refutation(generator)
+                if reason is not None:
+                    raise UnsupportedModel(f"strict: decode steps go module by module: {reason}")
         if generator is not None:
-            generation.install(generator, programs, kv_cache)
+            generation.install(generator, programs, kv_cache, verdict)
         batches: Iterable[Mapping[str, InputStatistics | None]] = ()
         if packing is not None:
             linears = packing.linears
@@ -162,9 +167,10 @@ def _collections_paused() -> Iterator[None]:
 def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
     if not isinstance(model, nn.Module):
         hint = ": pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        hint = ": hfopt.load reads one from a folder" if isinstance(model, str | Path) else hint
         raise InvalidInput(f"model is a {type(model).__name__}, a torch.nn.Module is needed{hint}")
     if dtype is not None and dtype not in _DTYPES:
-        raise InvalidInput(f"dtype = {dtype}: torch.float32, torch.bfloat16 or None is allowed")
+        raise InvalidInput(f"dtype = {dtype!r}: torch.float32, torch.bfloat16 or None is allowed")
     for name, parameter in model.named_parameters():
         if parameter.device.type == "cpu" or (parameter.is_meta and _is_offloaded(model, name)):
             continue

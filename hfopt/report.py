@@ -194,6 +194,7 @@ def explain(model: nn.Module) -> Report:
 
     Raises InvalidInput for anything but a module, and what `optimize` raises.
     """
+    from hfopt.model_proof import verdict_on
     from hfopt.patches.walk import Walk
 
     if not isinstance(model, nn.Module):
@@ -204,11 +205,16 @@ def explain(model: nn.Module) -> Report:
     reports = (module.__dict__.get("hfopt") for module in model.modules())
     done = next((report for report in reports if isinstance(report, Report)), None)
     if done is None:
+        generator = generation.generator_of(model)
         walk.apply()
         try:
+            if generator is not None:
+                generation.keep_verdict(generator, verdict_on(walk, generator))
             return Report.of(walk, is_applied=False, memory_before=memory)
         finally:
             walk.undo()
+            if generator is not None:
+                generation.keep_verdict(generator, None)
     now = Report.of(walk, is_applied=True, memory_before=done.memory_before, left=done.left)
     reasons = {module.path: module.reason for module in done.kept}
     kept = tuple(replace(module, reason=reasons.get(module.path, module.reason)) for module in now.kept)
@@ -222,6 +228,9 @@ def _steps(model: nn.Module) -> tuple[str | None, Listing | None]:
     generator = generation.generator_of(model)
     if generator is None:
         return "the model does not generate", None
+    refusal = generation.verdict_of(generator).refusal
+    if refusal is not None:
+        return refusal, None
     programs: Programs = generator.__dict__.get(generation.PROGRAMS) or Programs("hfopt")
     reason, listing = programs.shown(generator)
     reason = reason or generation.obstacle(generator)

@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import GPTJForCausalLM, LlamaForCausalLM, OPTForCausalLM
 
 import hfopt
+from hfopt import model_proof
 from hfopt.generation import PROGRAMS
+from hfopt.model_proof import verdict_on
 from hfopt.patches import programs, rehearsal
 from tests.generation_cases import (
     IS_WHOLE,
@@ -38,7 +40,7 @@ def rehearsals() -> list[str | None]:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch, rehearsals: list[str | None]) -> list[int]:
-    """How many tokens a row each forward pass had that went through modules, but for those of rehearsals."""
+    """How many tokens a row each forward pass had that went through modules, but for those of proofs."""
     found: list[int] = []
 
     def rehearsed(model: Model, program: Any, kv_cache: str | None) -> str | None:
@@ -49,7 +51,15 @@ def passes(monkeypatch: pytest.MonkeyPatch, rehearsals: list[str | None]) -> lis
         finally:
             del found[n_before:]
 
+    def proven(walk: Any, model: Model) -> Any:
+        n_before = len(found)
+        try:
+            return verdict_on(walk, model)
+        finally:
+            del found[n_before:]
+
     monkeypatch.setattr(programs, "difference", rehearsed)
+    monkeypatch.setattr(model_proof, "verdict_on", proven)
     for kind in (LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM):
         monkeypatch.setattr(kind, "forward", _noting(kind.forward, found))
     return found

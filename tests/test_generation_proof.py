@@ -16,7 +16,7 @@ from transformers.generation import BaseStreamer
 import hfopt
 from hfopt import host, private_file
 from hfopt.cache import IndirectCache
-from hfopt.generation import proof
+from hfopt.generation import PROGRAMS, proof
 from hfopt.generation.proof_cases import CASES, OTHER_LOOPS
 from tests.generation_cases import (
     CACHE,
@@ -213,7 +213,9 @@ class Heard(BaseStreamer):
 
 
 def copying(times: int = 1) -> Model:
-    model = llama()
+    """An optimized model that goes module by module, and gives another cache than it is given, from now on."""
+    model = hfopt.optimize(llama())
+    del model.__dict__[PROGRAMS]
     model.__class__ = Copying
     model.times = times
     return model
@@ -224,7 +226,7 @@ def copying(times: int = 1) -> Model:
 def test_another_cache_behind_the_prompt_starts_the_request_again(
     mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stock, model = llama(), hfopt.optimize(copying())
+    stock, model = llama(), copying()
     ours = generated(model, **MODES[mode])
     assert_same(ours, generated(stock, **MODES[mode]))
     assert type(cache_of(ours)) is DynamicCache
@@ -234,7 +236,7 @@ def test_another_cache_behind_the_prompt_starts_the_request_again(
 @needs_programs
 def test_a_streamer_is_given_everything_once() -> None:
     heard = []
-    for model in (llama(), hfopt.optimize(copying())):
+    for model in (llama(), copying()):
         streamer = Heard()
         model.generate(prompts(1)["input_ids"], max_new_tokens=5, do_sample=False, streamer=streamer)
         heard.append(streamer.heard)
@@ -245,7 +247,7 @@ def test_a_streamer_is_given_everything_once() -> None:
 def test_a_cache_of_the_user_is_as_long_as_before() -> None:
     ids = prompts(1)["input_ids"]
     results = []
-    for model in (llama(), hfopt.optimize(copying(2))):
+    for model in (llama(), copying(2)):
         cache = DynamicCache()
         with torch.no_grad():
             model(ids[:, :4], **{CACHE: cache})
@@ -260,7 +262,7 @@ def test_another_cache_later_is_an_error_that_says_what_to_report() -> None:
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    model = hfopt.optimize(copying(2))
+    model = copying(2)
     with pytest.raises(hfopt.HostError, match=rf"transformers {host.installed()}: please report it"):
         model.generate(**prompts(), max_new_tokens=8, do_sample=False, stopping_criteria=[Reading()])
 

@@ -33,10 +33,12 @@ ALLOWED = {
     "patches": {"errors", "host", "functional", "cache", "modules", "quantization"},
     "progress": {"kernels"},
     "generation": {"errors", "host", "functional", "cache", "private_file", "progress"},
-    "report": {"errors", "env", "functional", "patches", "generation", "progress"},
+    "model_proof": {"errors", "generation", "patches"},
+    "report": {"errors", "model_proof", "env", "functional", "patches", "generation", "progress"},
     "calibration": {"errors", "quantization", "progress"},
     "optimize": {
         "_cache_codes",
+        "model_proof",
         "errors",
         "calibration",
         "env",

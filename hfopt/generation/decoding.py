@@ -15,6 +15,7 @@ from ..errors import InvalidInput
 from ._types import Model
 from .prompt import share_prompts, unshare_prompts
 from .proof import refusals
+from .verdict import Verdict, verdict_of
 
 if TYPE_CHECKING:
     from ..functional import Program, StepScratch
@@ -33,6 +34,9 @@ def obstacle(model: Model) -> str | None:
     """In words, why requests of this model take no steps from a program, whatever its modules are."""
     if not any(words not in refusals() for words in host.MODES.values()):
         return "transformers' own loops run"
+    verdict = verdict_of(model)
+    if verdict != Verdict():
+        return verdict.refusal or verdict.obstacle
     if has_hooks(model):
         return "the model has hooks"
     name = wanted(model)

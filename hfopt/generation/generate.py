@@ -24,6 +24,7 @@ from .inputs import check_inputs
 from .plan import our_cache, plan_of, takes_our_cache, their_plan
 from .prompt import share_prompts, unshare_prompts
 from .restart import Resumed, Rollback, Unfit
+from .verdict import Verdict, keep_verdict, verdict_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,16 @@ def generator_of(model: nn.Module) -> Model | None:
     return None
 
 
-def install(model: Model, programs: Any = None, kv_cache: str | None = None) -> None:
+def install(
+    model: Model, programs: Any = None, kv_cache: str | None = None, verdict: Verdict | None = None
+) -> None:
     """Gives `model` our `generate`, our cache and the sharing of prompts; what its class overrides stays.
 
     programs: a `patches.programs.Programs`, from which decode steps are taken. kv_cache: of the caches that requests get.
+    verdict: on this model.
     """
     uninstall(model)
+    keep_verdict(model, verdict)
     for name, function in _BOUND.items():
         theirs = getattr(GenerationMixin, name, None)
         if theirs is not None and name not in model.__dict__ and getattr(type(model), name, None) is theirs:
@@ -64,6 +69,7 @@ def uninstall(model: Model) -> None:
             delattr(model, name)
     model.__dict__.pop(PROGRAMS, None)
     model.__dict__.pop(_KV_CACHE, None)
+    keep_verdict(model, None)
     # found by function: the handles of a copied or unpickled model are not ours
     for hooks, flags, function in (
         (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs, share_prompts),
@@ -74,6 +80,12 @@ def uninstall(model: Model) -> None:
             flags.pop(key, None)
 
 
+def is_installed(model: Model) -> bool:
+    """Whether `generate` of this model is ours."""
+    bound = vars(model).get("generate")
+    return isinstance(bound, Bound) and bound.function is generate
+
+
 def kv_cache_of(model: Model) -> str | None:
     """`kv_cache` of the caches that requests of this model get."""
     kind: str | None = model.__dict__.get(_KV_CACHE)
@@ -82,6 +94,8 @@ def kv_cache_of(model: Model) -> str | None:
 
 def cache_obstacle(model: Model) -> str | None:
     """In words, why requests of this model get transformers' own cache; None if they get ours."""
+    if (refusal := verdict_of(model).refusal) is not None:
+        return refusal
     if not isinstance(model.__dict__.get(host.PREPARE_CACHE), Bound):
         return "its class prepares caches of its own"
     if not _is_plain(DynamicCache(config=model.config.get_text_config(decoder=True))):
@@ -101,9 +115,9 @@ def generate(model: Model, *args: Any, **kwargs: Any) -> Any:
         kwargs = host.generate_arguments(model, args, kwargs)
     generation_config = kwargs.get("generation_config")
     # an assistant is called for a few tokens at a time, with prompts that have been looked at
-    assists = generation_config is not None and generation_config.is_assistant
+    assists = getattr(generation_config, "is_assistant", False)
     if kwargs.get("custom_generate") is not None or assists or kwargs.get("cache_implementation") == "paged":
-        plan = their_plan()
+        plan = their_plan(model)
     else:
         check_inputs(model, kwargs)
         plan = plan_of(model, kwargs)

@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig
 
 from .. import host
 from ._types import Model
@@ -14,9 +14,13 @@ from .beam import beam_search
 from .inputs import check_counts
 from .proof import OTHER_LOOPS, refusals
 from .sample import sample
+from .verdict import verdict_of
 
 # loop of transformers -> ours
 _LOOPS: dict[str, Callable[..., Any]] = {"_sample": sample, "_beam_search": beam_search}
+
+# settings that our loops leave to transformers'
+_THEIRS = ("compile_config", "low_memory", "stop_strings", "token_healing")
 
 # of the request that runs in this thread: whether it may get a cache of ours
 _takes_our_cache: ContextVar[bool] = ContextVar("hfopt_takes_our_cache", default=True)
@@ -29,43 +33,50 @@ class Plan(NamedTuple):
     takes_our_cache: bool
 
 
-def their_plan() -> Plan:
+def their_plan(model: Model) -> Plan:
     """For modes that we have no loop for."""
-    return Plan(None, OTHER_LOOPS not in refusals())
+    return Plan(None, OTHER_LOOPS not in refusals() and verdict_of(model).refusal is None)
 
 
 def plan_of(model: Model, arguments: Mapping[str, Any]) -> Plan:
     """The plan for a call of `generate` with these arguments, by name. Raises InvalidInput for impossible counts."""
+    if verdict_of(model).refusal is not None:
+        return Plan(None, False)
     names = ("synced_gpus", "assistant_model", "streamer", "generation_config")
     synced_gpus, assistant_model, streamer, generation_config = (arguments.get(name) for name in names)
     if synced_gpus or assistant_model is not None or arguments.get("assistant_tokenizer") is not None:
-        return their_plan()
+        return their_plan(model)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return their_plan()
+        return their_plan(model)
     if host.missing() or model.config.is_encoder_decoder or model.device.type not in ("cpu", "meta"):
-        return their_plan()
+        return their_plan(model)
     others = {name: value for name, value in arguments.items() if name not in host.GENERATE_ORDER}
-    prepared, _ = getattr(model, host.PREPARE_CONFIG)(generation_config, **others)
-    check_counts(prepared.num_beams, prepared.num_return_sequences)
+    prepared = host.settings_in(getattr(model, host.PREPARE_CONFIG)(generation_config, **others))
+    if prepared is None:
+        return Plan(None, False)
+    counts = prepared.num_beams, prepared.num_return_sequences
+    check_counts(*(1 if each is None else each for each in counts))
     mode = prepared.get_generation_mode(assistant_model)
     if mode not in host.MODES:
-        return their_plan()
+        return their_plan(model)
     if host.MODES[mode] in refusals():
         return Plan(None, False)
-    if prepared.compile_config is not None or prepared.low_memory:
-        return their_plan()
-    if prepared.stop_strings is not None or prepared.token_healing:
-        return their_plan()  # `generate` keeps the tokenizer that these need for its own loops
-    loop = our_loop(model, mode)
+    # of these, `generate` keeps what the last two need for its own loops
+    if any(getattr(prepared, name, None) for name in _THEIRS):
+        return their_plan(model)
+    loop = our_loop(model, mode, prepared)
     if loop is None or (streamer is not None and loop is not sample):
-        return their_plan()  # which refuses a streamer of beams
+        return their_plan(model)  # which refuses a streamer of beams
     return Plan(loop, True)
 
 
-def our_loop(model: Model, mode: Any) -> Callable[..., Any] | None:
-    """Our loop for this mode; None if this release, or this model's class, has something else in its place."""
+def our_loop(model: Model, mode: Any, settings: GenerationConfig | None = None) -> Callable[..., Any] | None:
+    """Our loop for this mode; None if this release, or this model's class, has something else in its place, or a method
+    that it calls, or if it reads a setting that ours does not know."""
     name = host.loop_of(mode)
-    if name is None or host.missing() or getattr(type(model), name) is not getattr(GenerationMixin, name):
+    if name is None or host.missing() or host.overridden(model, name) is not None:
+        return None
+    if settings is not None and host.unknown_option(settings, name) is not None:
         return None
     if host.REQUEST_CACHE is None or host.cache_argument(type(model).forward) is None:
         return None  # what it carries from step to step is no cache

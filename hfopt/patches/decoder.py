@@ -9,7 +9,7 @@ from hfopt.functional import Builder, Program, Slot, Table
 from hfopt.patches.facts import names_read
 from hfopt.patches.families import family_of
 from hfopt.patches.families.family import Decoder
-from hfopt.patches.guards import DO_NOTHING, has_own_forward, is_bare
+from hfopt.patches.guards import DO_NOTHING, DTYPES, has_own_forward, is_bare
 from hfopt.patches.layer import swapped
 
 
@@ -70,6 +70,8 @@ def _embedding(decoder: Any, name: str) -> Table:
     module = decoder._modules[name]
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
         raise UnsupportedModel(f"{name} is a {type(module).__name__} that does more than look up")
+    if module.weight.dtype not in DTYPES:
+        raise UnsupportedModel(f"its weights are {str(module.weight.dtype).removeprefix('torch.')}")
     # tables of positions may begin with rows for other purposes
     return Table(module.weight.detach()[getattr(module, "offset", 0) :])
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_, itemgetter
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -46,6 +47,7 @@ class Facts:
         ]
         config = state.get("config")
         renamed = getattr(config, "attribute_map", {})
+        read |= helper_names_read(module)
         fields = {renamed.get(name, name) for name in read} & getattr(config, "__dict__", {}).keys()
         facts = cls(names, sorted(fields), [name for name in live if name in state])
         facts._then = facts._now(state)
@@ -114,6 +116,32 @@ def names_read(module: nn.Module) -> frozenset[str]:
     too: whatever it reads of itself or of a config is among them."""
     kind: Any = type(module)
     return class_names_read(getattr(kind, "_hfopt_original", kind))
+
+
+def helper_names_read(module: nn.Module) -> frozenset[str]:
+    """The same in the functions of its file that the original's `forward` calls, and in those that they call."""
+    kind: Any = type(module)
+    kind = getattr(kind, "_hfopt_original", kind)
+    return _helper_names_read(kind, kind.forward)
+
+
+@functools.cache
+def _helper_names_read(kind: Any, forward: Any) -> frozenset[str]:
+    files, function = [], forward
+    while function is not None:
+        files.append(getattr(function, "__globals__", {}))
+        function = getattr(function, "__wrapped__", None)
+    names, waiting = set[str](), set(_names_read(kind, forward))
+    while waiting:
+        helpers = {
+            each
+            for file in files
+            for each in map(file.get, waiting)
+            if isinstance(each, FunctionType) and each.__globals__ is file
+        }
+        waiting = {name for each in helpers for name in host.names_read(each)} - names
+        names |= waiting
+    return frozenset(names)
 
 
 def class_names_read(kind: Any) -> frozenset[str]:

@@ -1,10 +1,11 @@
 """The rehearsal of a program: random tokens go through it and through the model's modules, and must come out the same.
 
-A prompt, a token behind it, and one behind a long text: what a decoder does only there (another scale, a window) shows in no
-first step.
+A prompt and a token behind it go through the first layers, a token behind a long text through all of them: what a decoder
+does only there (another scale, a window) shows in no first step.
 """
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,14 +17,14 @@ from hfopt import functional, host
 from hfopt.cache import IndirectCache
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.functional import Mask, Program, StepScratch
-from hfopt.patches.replacement import Record, Replacement
+from hfopt.patches.decoder import build
+from hfopt.patches.shadow import shadow
 
 _FAR = 4096  # positions
 _MOST_BYTES = 32 << 20  # in the cache of the long text
-_N_PROMPT, _N_PADDED = 6, 2
+_N_PROMPT, _N_PADDED = 20, 2
 # whatever the configuration asks for
 _OPTIONAL = {"logits_to_keep": 1, "output_attentions": False, "output_hidden_states": False}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def difference(model: nn.Module, program: Program, kv_cache: str | None = None) -> str | None:
@@ -33,10 +34,13 @@ def difference(model: nn.Module, program: Program, kv_cache: str | None = None) 
     """
     if host.cache_argument(type(model).forward) is None:
         return "its forward has no argument that is known as its cache"
-    stage = _Stage(_shadow(model, {}), program, kv_cache, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            for name, theirs, ours in (*stage.near(), *stage.far()):
+            short = shadow(model, is_short=True)
+            near = _Stage(short, build(short), kv_cache, generator).near()
+            far = _Stage(shadow(model), program, kv_cache, generator).far()
+            for name, theirs, ours in itertools.chain(near, far):
                 if theirs.dtype is not ours.dtype or theirs.shape != ours.shape:
                     return f"it gives {name} of another kind than its modules"
                 if not torch.equal(
@@ -48,28 +52,6 @@ def difference(model: nn.Module, program: Program, kv_cache: str | None = None) 
     except Exception as error:  # noqa: BLE001  (whatever a foreign forward raises)
         return f"it could not be tried ({type(error).__name__}: {error})"
     return None
-
-
-def _shadow(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
-    """A module with the same tensors and attributes, all of it in hfopt's kernels and its root without hooks.
-
-    Other threads may use the model meanwhile, with kernels that were chosen by timing.
-    """
-    if id(module) in known:
-        return known[id(module)]
-    kind: Any = type(module)
-    twin: Any = kind.__new__(kind)
-    state = dict(vars(module))
-    if not known:
-        state |= {"training": False, **{name: {} for name in _HOOKS}}
-    known[id(module)] = twin
-    children = module._modules.items()
-    state["_modules"] = {name: child if child is None else _shadow(child, known) for name, child in children}
-    if isinstance(module, Replacement):
-        record = module._hfopt
-        state["_hfopt"] = Record(record.spec, record.proof, "hfopt", record.form, record.facts)
-    vars(twin).update(state)
-    return twin
 
 
 _Parts: TypeAlias = tuple[str, Tensor, Tensor]  # what it is, by the modules, by the program
@@ -150,7 +132,9 @@ class _Stage(NamedTuple):
         return torch.randint(self._n_indices, shape, generator=self.generator)
 
     def _cache(self) -> IndirectCache:
-        return IndirectCache(self.model.config.get_text_config(decoder=True), kv_cache=self.kv_cache)
+        cache = IndirectCache(self.model.config.get_text_config(decoder=True), kv_cache=self.kv_cache)
+        del cache.layers[self.program.n_layers :]
+        return cache
 
     def _call(self, cache: IndirectCache, tokens: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
         """Logits of the last token, by the modules."""

@@ -97,6 +97,15 @@ class Walk:
         while self.swapped_now:
             unswap(self.swapped_now.pop())
 
+    def refuse(self, reason: str) -> None:
+        """`undo`, for a reason that the report gives for all of them."""
+        now = {id(module) for module in self.swapped_now}
+        self._reasons.update({path: reason for path, module in self._modules.items() if id(module) in now})
+        self._readers = {
+            path: reader for path, reader in self._readers.items() if id(self._modules[reader]) not in now
+        }
+        self.undo()
+
     def use(self, kernels: Kernels) -> None:
         """Let every swapped module take these kernels. Until then new ones take hfopt's, which the proofs are about."""
         for module in self._modules.values():

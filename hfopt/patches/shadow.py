@@ -1,0 +1,74 @@
+"""Shadows of a model: its tensors and attributes in modules of their own, to be tried while other threads use the model."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from hfopt.patches.facts import Facts
+from hfopt.patches.guards import has_own_forward
+from hfopt.patches.quantized import QuantizedLinear
+from hfopt.patches.replacement import Record, Replacement, original_class
+
+_ENOUGH = 3  # layers, of which the others differ in numbers alone
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def shadow(
+    model: nn.Module, *, is_original: bool = False, is_short: bool = False, is_exact: bool = False
+) -> Any:
+    """A model with the same tensors, in evaluation mode and without hooks at its root.
+
+    is_original: its modules are of their original classes; otherwise all of them take hfopt's kernels. is_short: it has no
+    more than the first three of its layers. is_exact: quantised ones round no inputs, which would hide differences in their
+    noise.
+    """
+    twin = _twin(model, is_original, _depth(model) if is_short else None, {})
+    if is_exact:
+        for module in twin.modules():
+            if isinstance(module, QuantizedLinear):
+                vars(module)["format"] = replace(module.format, compute="float")
+                if isinstance(module, Replacement):
+                    module._hfopt.facts = Facts.of(module, type(module).live)
+    vars(twin).update(training=False, **{name: type(vars(model)[name])() for name in _HOOKS})
+    return twin
+
+
+def _depth(model: Any) -> int | None:
+    config = getattr(model, "config", None)
+    return (
+        None if config is None else getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    )
+
+
+def _twin(module: nn.Module, is_original: bool, depth: int | None, known: dict[int, Any]) -> Any:
+    if id(module) in known:
+        return known[id(module)]
+    kind: Any = original_class(module) if is_original else type(module)
+    twin = known[id(module)] = kind.__new__(kind)
+    state, children = dict(vars(module)), list(module._modules.items())
+    if isinstance(module, nn.ModuleList) and len(children) == depth and _are_layers(module):
+        children = children[:_ENOUGH]
+    state["_modules"] = {
+        name: child if child is None else _twin(child, is_original, depth, known) for name, child in children
+    }
+    if "forward" in state and not has_own_forward(module):
+        del state["forward"]  # accelerate leaves behind what is bound to the model's own module
+    if isinstance(module, Replacement):
+        record = module._hfopt
+        state["_hfopt"] = Record(record.spec, record.proof, "hfopt", record.form, record.facts)
+    if is_original:
+        state.pop("_hfopt", None)
+    vars(twin).update(state)
+    return twin
+
+
+def _are_layers(modules: nn.ModuleList) -> bool:
+    """Whether they store keys and values, which experts do not."""
+    return all(any(hasattr(part, "layer_idx") for part in each.modules()) for each in modules)
