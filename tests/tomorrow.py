@@ -1235,3 +1235,415 @@ def scaling_renamed(release: Release) -> None:
     """An attribute of attention modules."""
     release[LLAMA.path].replace(r"\bself\.scaling\b", "self.softmax_scale", count=0)
     release[OPT.path].replace(r"\bself\.scaling\b", "self.softmax_scale", count=0)
+
+
+# ---- what one layer, one prompt or one family shows and another does not ------------------------------------
+
+
+@variant(neutral=False)
+def attention_by_layer(release: Release) -> None:
+    """Each layer spreads its attention more than the one before it: the first shows nothing of that."""
+    for family in FAMILIES:
+        release[family.path].replace(
+            r"^( +)(\w+), (\w+) = (\w+)\.update\(\s*\2, \3, [^()]*\)$",
+            r"\g<0>\n\1\2 = \2 / (self.layer_idx + 1)",
+            inside=f"{family.attention}.forward",
+        )
+
+
+@variant(neutral=False)
+def attention_of_long_prompts(release: Release) -> None:
+    """Weaker for many tokens at once."""
+    for family in FAMILIES:
+        release[family.path].replace(
+            r"^( +)return attn_output, attn_weights$",
+            r"\1attn_output = attn_output * (0.5 if hidden_states.shape[1] > 8 else 1.0)\n\g<0>",
+            inside=f"{family.attention}.forward",
+        )
+
+
+@variant(neutral=False)
+def attention_returns_values(release: Release) -> None:
+    """Layers read them."""
+    for family in FAMILIES:
+        source = release[family.path]
+        values = re.search(r"\w+, (\w+) = \w+\.update\(", source.body(f"{family.attention}.forward"))
+        assert values is not None
+        source.replace(
+            r"return attn_output, attn_weights$",
+            f"return attn_output, attn_weights, {values[1]}[:, :, -attn_output.shape[1] :]",
+            inside=f"{family.attention}.forward",
+        )
+        source.replace(
+            r"^( +)(\w+), (\w+) = (self\.(?:self_)?attn\([^()]*\))$",
+            r"\1\2, \3, values = \4\n\1\2 = \2 + values.mean((1, 3))[..., None]",
+            inside=f"{family.layer}.forward",
+        )
+
+
+@variant(neutral=True)
+def cache_counts(release: Release) -> None:
+    """It keeps count of its tokens, and one family finds positions by that."""
+    source = release[CACHES]
+    source.begin("Cache.update", "if layer_idx == 0:", "    self.n_tokens += key_states.shape[-2]")
+    source.replace(r"^class Cache:\n(?:    \"\"\"(?:.|\n)*?\"\"\"\n)?", "\\g<0>\n    n_tokens = 0\n", count=1)
+    function = f"{OPT.decoder}.forward"
+    release[OPT.path].replace(r"\b(\w+)\.get_seq_length\(\)", r"\1.n_tokens", inside=function)
+    release[OPT.path].replace(r"if position_ids is None:", "if True:", inside=function)
+
+
+@variant(neutral=True)
+def rows_remembered(release: Release) -> None:
+    """One family remembers of each row of a prompt where it begins, to find the positions behind it."""
+    function = f"{OPT.decoder}.forward"
+    release[OPT.path].replace(
+        r"^( +)if position_ids is None:$",
+        r"\1if past_seen_tokens == 0:"
+        r"\n\1    self.begins = position_attention_mask.shape[1] - position_attention_mask.sum(1).long()[:, None]"
+        r"\n\1elif inputs_embeds.shape[1] == 1:"
+        r"\n\1    position_ids = past_seen_tokens - self.begins"
+        r"\n\g<0>",
+        inside=function,
+    )
+
+
+@variant(neutral=True)
+def rows_remembered_in_the_cache(release: Release) -> None:
+    """The same, beside the keys."""
+    rows_remembered(release)
+    (name,) = {
+        each for each in release.cache_names() if each in release[OPT.path].body(f"{OPT.decoder}.forward")
+    }
+    release[OPT.path].replace(r"\bself\.begins\b", f"{name}.begins", inside=f"{OPT.decoder}.forward", count=2)
+
+
+@variant(neutral=True, slow=True)
+def keys_laid_out_otherwise(release: Release) -> None:
+    """[rows, tokens, heads, channels]."""
+    source = release[CACHES]
+    for name in ("keys", "values"):
+        source.replace(
+            rf"self\.{name} = torch\.cat\(\[self\.{name}, (\w+)\], dim=-2\)",
+            rf"self.{name} = torch.cat([self.{name}, \1], dim=1)",
+            inside="DynamicLayer.update",
+        )
+        source.replace(
+            rf"self\.{name} = self\.{name}\[\.\.\., (: -abs\(tokens_to_remove\)), :\]",
+            rf"self.{name} = self.{name}[:, \1]",
+            inside="DynamicLayer.crop",
+        )
+    source.replace(r"self\.keys\.shape\[-2\]", "self.keys.shape[1]", inside="DynamicLayer.get_seq_length")
+    for family in FAMILIES:
+        release[family.path].replace(
+            r"^( +)(\w+), (\w+) = (\w+)\.update\(\s*\2, \3, (self\.layer_idx[^()]*)\)$",
+            r"\1\2, \3 = \4.update(\2.transpose(1, 2), \3.transpose(1, 2), \5)"
+            r"\n\1\2, \3 = \2.transpose(1, 2), \3.transpose(1, 2)",
+            inside=f"{family.attention}.forward",
+        )
+
+
+@variant(neutral=True)
+def keys_laid_out_by_one_family(release: Release) -> None:
+    """It tells the cache how its keys are laid out."""
+    source = release[CACHES]
+    source.replace(
+        r"\*args, \*\*kwargs\n", "*args, n_axes_before=2, **kwargs\n", inside="DynamicLayer.update"
+    )
+    for name in ("keys", "values"):
+        source.replace(
+            rf"(self\.{name} = torch\.cat\(\[self\.{name}, \w+\], dim=)-2\)",
+            r"\1n_axes_before)",
+            inside="DynamicLayer.update",
+        )
+    source.replace(
+        r"^ +return self\.keys\.shape\[-2\]$",
+        "        return self.keys.shape[getattr(self, 'axis', 2)]",
+        inside="DynamicLayer.get_seq_length",
+    )
+    source.begin("DynamicLayer.update", "self.axis = n_axes_before")
+    release[OPT.path].replace(
+        r"^( +)(\w+), (\w+) = (\w+)\.update\(\s*\2, \3, (self\.layer_idx[^()]*)\)$",
+        r"\1\2, \3 = \4.update(\2.transpose(1, 2), \3.transpose(1, 2), \5, n_axes_before=1)"
+        r"\n\1\2, \3 = \2.transpose(1, 2), \3.transpose(1, 2)",
+        inside=f"{OPT.attention}.forward",
+    )
+
+
+@variant(neutral=True, slow=True)
+def cache_configured_otherwise(release: Release) -> None:
+    """The configuration that a cache is made for has another name among its arguments."""
+    release[CACHES].replace(r"\bconfig\b", "model_config", inside="DynamicCache.__init__", count=0)
+    for path in (GENERATION, *(family.path for family in FAMILIES)):
+        if "DynamicCache(config=" in release[path].text:
+            release[path].replace(r"DynamicCache\(config=", "DynamicCache(model_config=", count=0)
+    release[GENERATION].replace(
+        r'dynamic_cache_kwargs = \{"config": ',
+        'dynamic_cache_kwargs = {"model_config": ',
+        inside="GenerationMixin._prepare_cache_for_generation",
+    )
+
+
+@variant(neutral=True)
+def option_gone(release: Release) -> None:
+    """One that has long done nothing."""
+    release["generation/configuration_utils.py"].replace(r"^ +self\.low_memory = .*$", "")
+    release[GENERATION].replace(
+        r"generation_config\.low_memory", "False", inside="GenerationMixin._beam_search", count=0
+    )
+
+
+@variant(neutral=False)
+def option_of_the_loop(release: Release) -> None:
+    """Sampling has one more, off unless a family turns it on."""
+    release["generation/configuration_utils.py"].replace(
+        r"^( +)self\.low_memory = ", r"\1self.cooling = kwargs.pop('cooling', None)\n\g<0>"
+    )
+    release[GENERATION].replace(
+        r"^( +)next_token_scores = logits_processor\(input_ids, next_token_logits\)$",
+        r"\g<0>\n\1if generation_config.cooling is not None:"
+        r"\n\1    next_token_scores = next_token_scores.roll(generation_config.cooling, dims=-1)",
+        inside="GenerationMixin._sample",
+    )
+    release[OPT.path].replace(
+        r"^( +)self\.post_init\(\)$",
+        r"\g<0>\n\1self.generation_config.cooling = 3",
+        inside=f"{OPT.head}.__init__",
+    )
+
+
+@variant(neutral=True)
+def configuration_method_returns_more(release: Release) -> None:
+    """What a request has set, too."""
+    release[GENERATION].replace(
+        r"return generation_config, model_kwargs$",
+        "return generation_config, model_kwargs, frozenset(kwargs)",
+        inside="GenerationMixin._prepare_generation_config",
+    )
+    release[GENERATION].replace(
+        r"generation_config, model_kwargs = (self\._prepare_generation_config\()",
+        r"generation_config, model_kwargs, _ = \1",
+        inside="GenerationMixin.generate",
+    )
+
+
+@variant(neutral=False, slow=True)
+def logits_scaled(release: Release) -> None:
+    """By a field of the configuration that old models do not have."""
+    for family in FAMILIES:
+        release[family.path].replace(
+            r"^( +)((?:lm_)?logits) = self\.lm_head\(.*$",
+            r"\g<0>\n\1\2 = getattr(self.config, 'logit_scale', 0.1) * \2",
+            inside=f"{family.head}.forward",
+        )
+
+
+@variant(neutral=True, slow=True)
+def logits_widened(release: Release) -> None:
+    """A wrapper around each model gives them as float64."""
+    for family in FAMILIES:
+        source = release[family.path]
+        source.replace(r"^    def forward\(", "    @_widens_logits\n\\g<0>", inside=family.head)
+        source.replace(
+            r"^from \.\.\.activations import ACT2FN\n",
+            "\\g<0>import functools as _functools\n\n\n"
+            "def _widens_logits(forward):\n"
+            "    @_functools.wraps(forward)\n"
+            "    def widened(self, *args, **kwargs):\n"
+            "        outputs = forward(self, *args, **kwargs)\n"
+            "        outputs.logits = outputs.logits.double()\n"
+            "        return outputs\n\n"
+            "    return widened\n\n\n",
+        )
+
+
+@variant(neutral=True, slow=True)
+def tokens_renamed(release: Release) -> None:
+    """What the models call their tokens."""
+    for family in FAMILIES:
+        source, function = release[family.path], f"{family.head}.forward"
+        source.replace(r"\binput_ids\b(?!=)", "tokens", inside=function, count=0)
+        source.replace(r"^    def forward\(", "    @_takes_tokens\n\\g<0>", inside=family.head)
+        source.replace(
+            r"^from \.\.\.activations import ACT2FN\n",
+            "\\g<0>from ...utils.deprecation import deprecate_kwarg\n\n"
+            '_takes_tokens = deprecate_kwarg("input_ids", "99.0.0", new_name="tokens")\n\n\n',
+        )
+
+
+@variant(neutral=True, slow=True)
+def mask_is_an_object(release: Release) -> None:
+    """Attention unpacks it."""
+    release[MASKS].text += """
+
+class MaskOfTokens:
+    def __init__(self, values):
+        self.values = values
+"""
+    release[MASKS].replace(
+        r"^( +)return causal_mask\n\Z",
+        r"\1return MaskOfTokens(causal_mask) if isinstance(causal_mask, torch.Tensor) else causal_mask\n",
+        inside="create_causal_mask",
+    )
+    release["integrations/sdpa_attention.py"].begin(
+        "sdpa_attention_forward", "attention_mask = getattr(attention_mask, 'values', attention_mask)"
+    )
+    for family in FAMILIES:
+        release[family.path].begin(
+            "eager_attention_forward", "attention_mask = getattr(attention_mask, 'values', attention_mask)"
+        )
+
+
+@variant(neutral=True, slow=True)
+def positions_from_one(release: Release) -> None:
+    """`generate` counts them so, and a table has one row less before its first."""
+    release[GENERATION].replace(
+        r"^( +)return position_ids$",
+        r"\1return position_ids + 1",
+        inside="GenerationMixin._prepare_position_ids_for_generation",
+    )
+    source = release[OPT.path]
+    source.replace(r"position_ids \+ self\.offset\b", "position_ids + self.offset - 1")
+    source.replace(
+        r"position_ids \* position_attention_mask - 1\)", "position_ids * position_attention_mask)"
+    )
+
+
+@variant(neutral=True, slow=True)
+def mask_grown_in_preparation(release: Release) -> None:
+    """It stays that of the prompt between steps."""
+    source = release[GENERATION]
+    method = "GenerationMixin._update_model_kwargs_for_generation"
+    source.replace(
+        r"^( +)if \(attention_mask := model_kwargs\.get\(attention_mask_key\)\) is not None:$",
+        r"\1if False:",
+        inside=method,
+    )
+    source.begin(
+        "GenerationMixin.prepare_inputs_for_generation",
+        "if attention_mask is not None and attention_mask.dim() == 2 and input_ids.shape[1] > attention_mask.shape[1]:",
+        "    n_more = input_ids.shape[1] - attention_mask.shape[1]",
+        "    attention_mask = torch.nn.functional.pad(attention_mask, (0, n_more), value=1)",
+    )
+
+
+@variant(neutral=True, slow=True)
+def processors_merged(release: Release) -> None:
+    """They are one object that is no list."""
+    source = release[GENERATION]
+    source.replace(
+        r"prepared_logits_processor = (self\._get_logits_processor\((?:[^()]|\([^()]*\))*\))$",
+        r"prepared_logits_processor = _Merged(\1)",
+        inside="GenerationMixin.generate",
+    )
+    source.text += """
+
+class _Merged:
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __call__(self, input_ids, scores):
+        return self.parts(input_ids, scores)
+"""
+
+
+@variant(neutral=True, slow=True)
+def angles_in_one_tensor(release: Release) -> None:
+    for family in (LLAMA, GPTJ):
+        source = release[family.path]
+        rotary = f"{family.attention.removesuffix('Attention')}RotaryEmbedding"
+        if source.has(rotary):
+            source.replace(
+                r"^( +)return (.*), (.*)\n\Z", r"\1return torch.stack((\2, \3))\n", inside=f"{rotary}.forward"
+            )
+
+
+@variant(neutral=True, slow=True)
+def assistant_renamed(release: Release) -> None:
+    """What says that a configuration is that of an assistant."""
+    release.rename(["is_assistant"], "is_for_another", release.paths("generation/*.py"))
+
+
+@variant(neutral=True)
+def time_criterion_renamed(release: Release) -> None:
+    """One of those that end a request."""
+    files = ["generation/stopping_criteria.py", "generation/__init__.py", GENERATION, "__init__.py"]
+    release.rename(["MaxTimeCriteria"], "TimeLimit", files)
+    source = release["__init__.py"]
+    if "import MaxTimeCriteria as MaxTimeCriteria" in source.text:
+        source.replace(r"import MaxTimeCriteria as MaxTimeCriteria", "import TimeLimit as TimeLimit")
+
+
+@variant(neutral=True)
+def counts_filled_in_later(release: Release) -> None:
+    """How many results there are to be is None until `generate` goes on."""
+    release["generation/configuration_utils.py"].replace(r'^ +"num_return_sequences": 1,\n', "")
+    release[GENERATION].replace(
+        r"^( +)generation_config, model_kwargs = self\._prepare_generation_config\(.*\)$",
+        r"\g<0>\n\1generation_config.num_return_sequences = generation_config.num_return_sequences or 1",
+        inside="GenerationMixin.generate",
+    )
+
+
+@variant(neutral=True, slow=True)
+def mask_prepared(release: Release) -> None:
+    """What the tokens see of each other goes into the model, instead of which of them are seen."""
+    release[GENERATION].replace(
+        r"^ +and \w+\.is_compileable\n +and not all\(\w+\.is_linear\)\n",
+        "",
+        inside="GenerationMixin.prepare_inputs_for_generation",
+    )
+
+
+@variant(neutral=True, slow=True)
+def stop_deferred(release: Release) -> None:
+    """A request is found to be at its end one step late, and what came of that step is taken back."""
+    source = release[GENERATION]
+    if not source.has("DeferredStopCheck.is_supported"):
+        raise Inapplicable("it does not defer stops")
+    source.replace(
+        r'device\.type != "mps" or is_assistant', "is_assistant", inside="DeferredStopCheck.is_supported"
+    )
+    source.replace(r"torch\.Event\([^()]*\)", "_Nothing()", inside="DeferredStopCheck.__init__")
+    source.text += """
+
+class _Nothing:
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+"""
+
+
+@variant(neutral=False, slow=True)
+def attention_configured_in_a_helper(release: Release) -> None:
+    """A function outside of the modules reads a field of the configuration, which one family has."""
+    release["integrations/sdpa_attention.py"].replace(
+        r"^( +)is_causal = is_causal if is_causal is not None else getattr\(module, \"is_causal\", True\)$",
+        r"\g<0>\n\1query = query * getattr(module.config, 'attention_gain', 1.0)",
+        inside="sdpa_attention_forward",
+    )
+    release[OPT.path].replace(
+        r"^( +)self\.scaling = (.*)$",
+        r"\g<0>\n\1config.attention_gain = 0.5",
+        inside=f"{OPT.attention}.__init__",
+    )
+
+
+@variant(neutral=False)
+def scores_adjusted_by_one_family(release: Release) -> None:
+    """It overrides a method that sampling has got for that."""
+    release[GENERATION].replace(
+        r"^( +)next_token_scores = logits_processor\(input_ids, next_token_logits\)$",
+        r"\g<0>\n\1next_token_scores = self._adjust_scores(next_token_scores)",
+        inside="GenerationMixin._sample",
+    )
+    release[GENERATION].replace(
+        r"^    def _sample\(",
+        "    def _adjust_scores(self, scores):\n        return scores\n\n\\g<0>",
+    )
+    release[OPT.path].replace(
+        r"^    def get_input_embeddings\(self\):$",
+        "    def _adjust_scores(self, scores):\n        return scores.roll(3, dims=-1)\n\n\\g<0>",
+        inside=OPT.head,
+    )

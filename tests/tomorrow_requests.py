@@ -123,13 +123,16 @@ def _answers(is_installed: bool) -> dict[str, Any]:
         return {**found, "broken": traceback.format_exc()}
     if not is_installed:  # what is found out here is of no use to this machine
         vars(private_file)["write"] = lambda *args: None
+    steps = _program_steps()
     for family, pair in models.items():
         entry = found["families"][family]
         try:
             entry["strict"] = _refusal(hfopt, copy.deepcopy(pair[0]))
             for model in pair:
                 hfopt.optimize(model, kernels="hfopt")
+            steps.clear()
             outcomes = _outcomes(*pair)
+            entry["takes_steps"] = any(steps)
             report = hfopt.explain(pair[0])
             entry |= {"report": str(report), **report.to_dict()}
         except Exception:  # noqa: BLE001
@@ -137,6 +140,22 @@ def _answers(is_installed: bool) -> dict[str, Any]:
             continue
         for name, outcome in outcomes.items():
             entry["requests"][name]["difference"] = difference(outcome, stock[family][name])
+    return found
+
+
+def _program_steps() -> list[bool]:
+    """Whether a program has made each step that it was asked for, from now on."""
+    from hfopt.generation.decoding import Decoding
+
+    found: list[bool] = []
+    step = Decoding.step
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = step(self, *args, **kwargs)
+        found.append(outputs is not None)
+        return outputs
+
+    Decoding.step = noted  # type: ignore[method-assign]
     return found
 
 
