@@ -355,7 +355,7 @@ def length_renamed(release: Release) -> None:
     release.rename(["get_seq_length"], "n_tokens_held", files)
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def cache_layer_renamed(release: Release) -> None:
     release.rename(["DynamicLayer"], "GrowingLayer", [CACHES, "__init__.py"])
 
@@ -470,7 +470,7 @@ def prefill_gone(release: Release) -> None:
     source.replace(r"self\._prefill\(", "_read_prompt(self, ", count=2)
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def prefill_called_otherwise(release: Release) -> None:
     source = release[GENERATION]
     if not source.has("GenerationMixin._prefill"):
@@ -497,7 +497,7 @@ def prepare_cache_renamed(release: Release) -> None:
     release.rename(["_prepare_cache_for_generation"], "_make_cache", [GENERATION])
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def prepare_cache_called_otherwise(release: Release) -> None:
     """All arguments in another order."""
 
@@ -650,7 +650,7 @@ def special_tokens_renamed(release: Release) -> None:
     release.rename(["_pad_token_tensor"], "_filler", files)
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def modes_renamed(release: Release) -> None:
     release.rename(["GREEDY_SEARCH"], "MOST_LIKELY", release.paths("generation/*.py"))
     release.rename(["BEAM_SAMPLE"], "BEAMS_AT_RANDOM", release.paths("generation/*.py"))
@@ -815,7 +815,7 @@ def beam_lengths(release: Release) -> None:
     )
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def beam_scores(release: Release) -> None:
     """The penalty for length is that of Wu et al. 2016."""
     release[GENERATION].replace(
@@ -850,7 +850,7 @@ def beam_indices_widened(release: Release) -> None:
     release[GENERATION].replace(r"torch\.int32", "torch.int64", inside="GenerationMixin._beam_search")
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def beam_processors(release: Release) -> None:
     """They see logits in beam search too."""
     release[GENERATION].replace(
@@ -861,7 +861,7 @@ def beam_processors(release: Release) -> None:
     )
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def sample_bias(release: Release) -> None:
     """A token that is always favoured."""
     release[GENERATION].replace(
@@ -899,7 +899,7 @@ def filler(release: Release) -> None:
     )
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def ends_with_a_second_end(release: Release) -> None:
     """One end token does not end a row."""
     source = release[CRITERIA]
@@ -917,7 +917,7 @@ def ends_with_a_second_end_unversioned(release: Release) -> None:
     ends_with_a_second_end(release)
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def length_counted_otherwise(release: Release) -> None:
     """The longest text has one token less."""
     release[CRITERIA].replace(
@@ -1136,7 +1136,7 @@ def arguments_reordered(release: Release) -> None:
         source.parameters(f"{family.layer}.forward", lambda parameters: _turn(parameters, 2))
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def attention_called_by_position(release: Release) -> None:
     """With its arguments in another order."""
     for family in FAMILIES:
@@ -1172,7 +1172,7 @@ def attention_returns_more(release: Release) -> None:
         )
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def attention_returns_a_tensor(release: Release) -> None:
     """And whoever wants weights gets none."""
     for family in FAMILIES:
@@ -1251,7 +1251,7 @@ def attention_by_layer(release: Release) -> None:
         )
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def attention_of_long_prompts(release: Release) -> None:
     """Weaker for many tokens at once."""
     for family in FAMILIES:
@@ -1307,7 +1307,7 @@ def rows_remembered(release: Release) -> None:
     )
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def rows_remembered_in_the_cache(release: Release) -> None:
     """The same, beside the keys."""
     rows_remembered(release)
@@ -1342,7 +1342,7 @@ def keys_laid_out_otherwise(release: Release) -> None:
         )
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def keys_laid_out_by_one_family(release: Release) -> None:
     """It tells the cache how its keys are laid out."""
     source = release[CACHES]
@@ -1383,7 +1383,7 @@ def cache_configured_otherwise(release: Release) -> None:
     )
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def option_gone(release: Release) -> None:
     """One that has long done nothing."""
     release["generation/configuration_utils.py"].replace(r"^ +self\.low_memory = .*$", "")
@@ -1411,7 +1411,7 @@ def option_of_the_loop(release: Release) -> None:
     )
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def configuration_method_returns_more(release: Release) -> None:
     """What a request has set, too."""
     release[GENERATION].replace(
@@ -1563,7 +1563,7 @@ def assistant_renamed(release: Release) -> None:
     release.rename(["is_assistant"], "is_for_another", release.paths("generation/*.py"))
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def time_criterion_renamed(release: Release) -> None:
     """One of those that end a request."""
     files = ["generation/stopping_criteria.py", "generation/__init__.py", GENERATION, "__init__.py"]
@@ -1573,7 +1573,7 @@ def time_criterion_renamed(release: Release) -> None:
         source.replace(r"import MaxTimeCriteria as MaxTimeCriteria", "import TimeLimit as TimeLimit")
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def counts_filled_in_later(release: Release) -> None:
     """How many results there are to be is None until `generate` goes on."""
     release["generation/configuration_utils.py"].replace(r'^ +"num_return_sequences": 1,\n', "")
