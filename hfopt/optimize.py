@@ -209,7 +209,8 @@ def _check_complete(walk: Walk) -> None:
 
     family = family_of(walk.model)
     if family is None:
-        known, given = ", ".join(family.name for family in FAMILIES), type(walk.model).__name__
+        known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
+        given = type(walk.model).__name__
         raise UnsupportedModel(f"strict: {given} is no decoder that hfopt knows whole ({known})")
     found = {module.path: module.pattern for module in walk.swapped()}
     reasons = {module.path: module.reason for module in walk.kept()}

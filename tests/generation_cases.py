@@ -14,8 +14,12 @@ from transformers import (
     GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 VOCABULARY = 211
@@ -67,6 +71,10 @@ def one_thread() -> Iterator[None]:
 
 
 def llama(**changes: Any) -> Model:
+    return llama_like(LlamaForCausalLM, LlamaConfig, **changes)
+
+
+def llama_like(model_class: Any, config_class: Any, **changes: Any) -> Model:
     sizes = {
         "num_hidden_layers": 2,
         "hidden_size": 64,
@@ -74,7 +82,7 @@ def llama(**changes: Any) -> Model:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    return _random(LlamaForCausalLM, LlamaConfig, **{**sizes, **changes})
+    return _random(model_class, config_class, **{**sizes, **changes})
 
 
 def gptj(**changes: Any) -> Model:
@@ -102,7 +110,21 @@ def opt_with_plain_norms(**changes: Any) -> Model:
         pytest.skip("transformers 4 cannot make this model")
 
 
+def qwen2(**changes: Any) -> Model:
+    model = llama_like(Qwen2ForCausalLM, Qwen2Config, **changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # they begin as zeros, which would hide one that is left out
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def mistral(**changes: Any) -> Model:
+    return llama_like(MistralForCausalLM, MistralConfig, **{"sliding_window": None, **changes})
+
+
 FAMILIES: dict[str, Callable[..., Model]] = {"llama": llama, "gptj": gptj, "opt": opt}
+# of other names, with a record of these
+RELATIVES: dict[str, Callable[..., Model]] = {"qwen2": qwen2, "mistral": mistral}
 
 
 def _random(model_class: Any, config_class: Any, **sizes: Any) -> Model:

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPTJForCausalLM, LlamaForCausalLM, OPTForCausalLM
+from transformers import (
+    GPTJForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    OPTForCausalLM,
+    Qwen2ForCausalLM,
+)
 
 import hfopt
 from hfopt import model_proof
@@ -60,7 +66,8 @@ def passes(monkeypatch: pytest.MonkeyPatch, rehearsals: list[str | None]) -> lis
 
     monkeypatch.setattr(programs, "difference", rehearsed)
     monkeypatch.setattr(model_proof, "verdict_on", proven)
-    for kind in (LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM):
+    kinds = LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM, Qwen2ForCausalLM, MistralForCausalLM
+    for kind in kinds:
         monkeypatch.setattr(kind, "forward", _noting(kind.forward, found))
     return found
 

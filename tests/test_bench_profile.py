@@ -194,8 +194,8 @@ def test_wrong_arguments_get_one_line(
 
 
 def test_a_model_without_a_program_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "qwen2.json"
-    file.write_text(json.dumps(SHAPE | {"model_type": "qwen2"}))
+    file = tmp_path / "qwen3.json"
+    file.write_text(json.dumps(SHAPE | {"model_type": "qwen3"}))
     arguments = ["--profile", "--quick", "--rows", "decode-bf16", "--shape", str(file)]
     assert main(["bench", *arguments]) == 2
-    assert "go module by module: Qwen2ForCausalLM is no decoder" in capsys.readouterr().err
+    assert "go module by module: Qwen3ForCausalLM is no decoder" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from transformers import (
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
     StaticCache,
 )
 
@@ -393,8 +394,8 @@ def test_strict_raises_for_a_part_that_stays(change: Callable[[PreTrainedModel],
 
 
 def test_strict_raises_for_a_decoder_without_a_record() -> None:
-    model = AutoModelForCausalLM.from_config(_small(Qwen2Config)).eval()
-    with pytest.raises(hfopt.UnsupportedModel, match="Qwen2ForCausalLM is no decoder that hfopt knows whole"):
+    model = AutoModelForCausalLM.from_config(_small(Qwen3Config)).eval()
+    with pytest.raises(hfopt.UnsupportedModel, match="Qwen3ForCausalLM is no decoder that hfopt knows whole"):
         hfopt.optimize(model, strict=True)
 
 

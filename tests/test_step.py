@@ -14,6 +14,7 @@ from hfopt.kernels.linear import ROW_LIMIT
 from tests.generation_cases import (
     CACHE,
     FAMILIES,
+    RELATIVES,
     VOCABULARY,
     Model,
     cache_of,
@@ -46,6 +47,7 @@ pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 VARIANTS: dict[str, Callable[[], Model]] = {
     **FAMILIES,
+    **RELATIVES,
     "llama, a key head each": lambda: llama(num_key_value_heads=4),
     "llama, one key head": lambda: llama(num_key_value_heads=1),
     "llama, biases": lambda: with_biases(llama(attention_bias=True, mlp_bias=True)),
@@ -93,12 +95,12 @@ def small() -> Model:
 def test_fifty_steps(name: str, dtype: torch.dtype, passes: list[int]) -> None:
     model = optimized(VARIANTS[name]().to(dtype))
     prove(model)
-    for mode in MODES.values() if name in FAMILIES else (MODES["greedy"], MODES["beams"]):
+    for mode in MODES.values() if name in (*FAMILIES, *RELATIVES) else (MODES["greedy"], MODES["beams"]):
         assert_program_is_the_modules(model, passes, max_new_tokens=51, **mode)
 
 
 def test_tokens_are_those_of_transformers() -> None:
-    for make in FAMILIES.values():
+    for make in (*FAMILIES.values(), *RELATIVES.values()):
         model = make()
         expected = {name: generated(model, mode, max_new_tokens=30) for name, mode in MODES.items()}
         optimized(model)

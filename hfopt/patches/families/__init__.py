@@ -15,5 +15,5 @@ def family_of(model: nn.Module) -> Family | None:
     for module in model.modules():
         model_type = getattr(getattr(module, "config", None), "model_type", None)
         if model_type is not None:
-            return next((family for family in FAMILIES if family.model_type == model_type), None)
+            return next((family for family in FAMILIES if model_type in family.model_types), None)
     return None

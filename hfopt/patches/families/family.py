@@ -29,12 +29,12 @@ class Decoder:
 class Family:
     """A decoder as data.
 
-    model_type: the configuration's. parts: regular expressions of how the path of a part ends, and the
+    model_types: of configurations. parts: regular expressions of how the path of a part ends, and the
     pattern that it matches; a part that a configuration leaves out is not missed.
     """
 
     name: str
-    model_type: str
+    model_types: tuple[str, ...]
     parts: Mapping[str, str]
     decoder: Decoder
 

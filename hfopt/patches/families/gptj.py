@@ -4,7 +4,7 @@ from hfopt.patches.families.family import Decoder, Family
 
 GPTJ = Family(
     name="GPT-J",
-    model_type="gptj",
+    model_types=("gptj",),
     parts={
         r"h\.\d+": "parallel_layer",
         "attn": "table_attention",

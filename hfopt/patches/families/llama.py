@@ -1,10 +1,10 @@
-"""Llama: sequential layers, RMSNorm, rotated heads, a gated feed-forward block."""
+"""Llama, Qwen2 and 2.5, Mistral without a window: sequential layers, RMSNorm, rotated heads, a gated feed-forward block."""
 
 from hfopt.patches.families.family import Decoder, Family
 
 LLAMA = Family(
     name="Llama",
-    model_type="llama",
+    model_types=("llama", "qwen2", "mistral"),
     parts={
         r"layers\.\d+": "sequential_layer",
         "self_attn": "rotary_attention",

@@ -4,7 +4,7 @@ from hfopt.patches.families.family import Decoder, Family
 
 OPT = Family(
     name="OPT",
-    model_type="opt",
+    model_types=("opt",),
     parts={
         r"layers\.\d+": "inline_layer",
         "self_attn": "unrotated_attention",
