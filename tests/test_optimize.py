@@ -343,7 +343,7 @@ def test_weights_of_several_dtypes_are_kept_with_their_reason() -> None:
         ({"model": "llama"}, hfopt.InvalidInput, "model is a str"),
         ({"model": None}, hfopt.InvalidInput, "model is a NoneType"),
         ({"dtype": torch.float16}, hfopt.InvalidInput, "dtype = torch.float16: .* allowed"),
-        ({"dtype": "bfloat16"}, hfopt.InvalidInput, "dtype = bfloat16"),
+        ({"dtype": "bfloat16"}, hfopt.InvalidInput, "dtype = 'bfloat16'"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
