@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from packaging.version import Version
+
 GENERATION = "generation/utils.py"
 CRITERIA = "generation/stopping_criteria.py"
 CACHES = "cache_utils.py"
@@ -266,22 +268,24 @@ def _giving(name: str, expression: str) -> Callable[[ast.Call], None]:
 @dataclass(frozen=True)
 class Variant:
     """edit: what is different. is_neutral: stock's results are those of the installed release. keeps_version: it calls
-    itself what the installed release does, as a checkout of its sources may."""
+    itself what the installed release does, as a checkout of its sources may. since: the first release that has what it
+    changes."""
 
     edit: Callable[[Release], None]
     is_neutral: bool
     is_slow: bool = False
     keeps_version: bool = False
+    since: str = "4.57"
 
 
 VARIANTS: dict[str, Variant] = {}
 
 
 def variant(
-    *, neutral: bool, slow: bool = False, keeps_version: bool = False
+    *, neutral: bool, slow: bool = False, keeps_version: bool = False, since: str = "4.57"
 ) -> Callable[[Callable[[Release], None]], Callable[[Release], None]]:
     def enter(edit: Callable[[Release], None]) -> Callable[[Release], None]:
-        VARIANTS[edit.__name__] = Variant(edit, neutral, slow, keeps_version)
+        VARIANTS[edit.__name__] = Variant(edit, neutral, slow, keeps_version, since)
         return edit
 
     return enter
@@ -291,6 +295,8 @@ def make(name: str, folder: Path) -> None:
     """Write the release of this name into an empty folder; raises Inapplicable."""
     release, made = Release(), VARIANTS[name]
     major, minor, *_ = release.version.split(".")
+    if Version(release.version) < Version(made.since):
+        raise Inapplicable(f"it is older than {made.since}")
     made.edit(release)
     if not made.keeps_version:
         release.set_version(f"{major}.{int(minor) + 1}.0+{name.replace('_', '.')}")
@@ -1292,7 +1298,7 @@ def cache_counts(release: Release) -> None:
     release[OPT.path].replace(r"if position_ids is None:", "if True:", inside=function)
 
 
-@variant(neutral=True)
+@variant(neutral=True, since="5.23")
 def rows_remembered(release: Release) -> None:
     """One family remembers of each row of a prompt where it begins, to find the positions behind it."""
     function = f"{OPT.decoder}.forward"
@@ -1307,7 +1313,7 @@ def rows_remembered(release: Release) -> None:
     )
 
 
-@variant(neutral=True, slow=True)
+@variant(neutral=True, slow=True, since="5.23")
 def rows_remembered_in_the_cache(release: Release) -> None:
     """The same, beside the keys."""
     rows_remembered(release)
@@ -1317,7 +1323,7 @@ def rows_remembered_in_the_cache(release: Release) -> None:
     release[OPT.path].replace(r"\bself\.begins\b", f"{name}.begins", inside=f"{OPT.decoder}.forward", count=2)
 
 
-@variant(neutral=True, slow=True)
+@variant(neutral=True, slow=True, since="5.23")
 def keys_laid_out_otherwise(release: Release) -> None:
     """[rows, tokens, heads, channels]."""
     source = release[CACHES]
@@ -1342,7 +1348,7 @@ def keys_laid_out_otherwise(release: Release) -> None:
         )
 
 
-@variant(neutral=True, slow=True)
+@variant(neutral=True, slow=True, since="5.23")
 def keys_laid_out_by_one_family(release: Release) -> None:
     """It tells the cache how its keys are laid out."""
     source = release[CACHES]
@@ -1470,7 +1476,7 @@ def tokens_renamed(release: Release) -> None:
         )
 
 
-@variant(neutral=True, slow=True)
+@variant(neutral=True, slow=True, since="5.24")
 def mask_is_an_object(release: Release) -> None:
     """Attention unpacks it."""
     release[MASKS].text += """
@@ -1493,7 +1499,7 @@ class MaskOfTokens:
         )
 
 
-@variant(neutral=True, slow=True)
+@variant(neutral=True, slow=True, since="5.23")
 def positions_from_one(release: Release) -> None:
     """`generate` counts them so, and a table has one row less before its first."""
     release[GENERATION].replace(
@@ -1508,7 +1514,7 @@ def positions_from_one(release: Release) -> None:
     )
 
 
-@variant(neutral=True, slow=True)
+@variant(neutral=True, slow=True, since="5.23")
 def mask_grown_in_preparation(release: Release) -> None:
     """It stays that of the prompt between steps."""
     source = release[GENERATION]
@@ -1573,7 +1579,7 @@ def time_criterion_renamed(release: Release) -> None:
         source.replace(r"import MaxTimeCriteria as MaxTimeCriteria", "import TimeLimit as TimeLimit")
 
 
-@variant(neutral=True, slow=True)
+@variant(neutral=True, slow=True, since="5.23")
 def counts_filled_in_later(release: Release) -> None:
     """How many results there are to be is None until `generate` goes on."""
     release["generation/configuration_utils.py"].replace(r'^ +"num_return_sequences": 1,\n', "")
@@ -1584,7 +1590,7 @@ def counts_filled_in_later(release: Release) -> None:
     )
 
 
-@variant(neutral=True, slow=True)
+@variant(neutral=True, slow=True, since="5.24")
 def mask_prepared(release: Release) -> None:
     """What the tokens see of each other goes into the model, instead of which of them are seen."""
     release[GENERATION].replace(
@@ -1615,7 +1621,7 @@ class _Nothing:
 """
 
 
-@variant(neutral=False, slow=True)
+@variant(neutral=False, slow=True, since="5.23")
 def attention_configured_in_a_helper(release: Release) -> None:
     """A function outside of the modules reads a field of the configuration, which one family has."""
     release["integrations/sdpa_attention.py"].replace(
