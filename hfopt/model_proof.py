@@ -6,7 +6,6 @@ class prepares for each step, what it keeps in its cache or of its prompts, what
 
 import functools
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from hfopt import generation
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.generation import Verdict
+from hfopt.host import is_capture
 from hfopt.patches.shadow import shadow
 from hfopt.patches.walk import Walk
 
@@ -73,12 +73,13 @@ def _can_be_asked(model: Any) -> bool:
     """Whether it continues texts, and by no code but its own."""
     if model.config.is_encoder_decoder or model.main_input_name != "input_ids" or model.device.type != "cpu":
         return False
-    modules = list(model.modules())
-    # a hook says that somebody will look; what it does may not be for such tokens
-    return not any(
-        any(name in vars(module) for name in _WRAPPED) or module._forward_hooks or module._forward_pre_hooks
-        for module in modules
-    )
+    return not any(map(_has_code_around, model.modules()))
+
+
+def _has_code_around(module: nn.Module) -> bool:
+    """Whether others have put code around its calls, which may not be for such tokens."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(name in vars(module) for name in _WRAPPED) or not all(map(is_capture, hooks))
 
 
 class _Asked:
@@ -156,9 +157,7 @@ def _shake(model: Any) -> None:
         output[..., ::2] *= 1 + torch.finfo(output.dtype).eps
         return output
 
-    embedding = model.get_input_embeddings()
-    vars(embedding)["_forward_hooks"] = OrderedDict()  # a shadow has those of the model
-    embedding.register_forward_hook(shaken)
+    model.get_input_embeddings().register_forward_hook(shaken)
 
 
 class _Trial(NamedTuple):

@@ -33,7 +33,7 @@ ALLOWED = {
     "patches": {"errors", "host", "functional", "cache", "modules", "quantization"},
     "progress": {"kernels"},
     "generation": {"errors", "host", "functional", "cache", "private_file", "progress"},
-    "model_proof": {"errors", "generation", "patches"},
+    "model_proof": {"errors", "generation", "host", "patches"},
     "report": {"errors", "model_proof", "env", "functional", "patches", "generation", "progress"},
     "calibration": {"errors", "quantization", "progress"},
     "optimize": {

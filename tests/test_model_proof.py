@@ -248,3 +248,26 @@ def test_shadows() -> None:
     with torch.no_grad():
         found, expected = original(**given).logits, llama(num_hidden_layers=5)(**given).logits
     assert isinstance(found, Tensor) and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
+def test_outputs_of_inner_modules_are_collected_once(name: str) -> None:
+    """transformers leaves hooks on the modules of a model that is asked for them."""
+    model, stock = llama(attn_implementation="eager"), llama(attn_implementation="eager")
+    with torch.no_grad():
+        for n_optimized in range(2):
+            found, expected = (each(**prompts(), **{name: True}) for each in (model, stock))
+            field = name.removeprefix("output_")
+            assert len(found[field]) == len(expected[field])
+            hfopt.optimize(model, strict=True)
+            assert model.hfopt.by_module is None, n_optimized
+
+
+def test_what_a_forward_keeps_stays_with_the_shadow() -> None:
+    model = llama()
+    hooked, tables = shadow(model), [dict(module._buffers) for module in model.modules()]
+    for module in hooked.modules():
+        module.register_buffer("more", torch.zeros(1), persistent=False)
+        module.register_forward_hook(lambda *given: None)
+    assert [dict(module._buffers) for module in model.modules()] == tables
+    assert not any(module._forward_hooks for module in model.modules())

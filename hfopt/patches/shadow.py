@@ -18,6 +18,7 @@ _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
+_TABLES = (*_HOOKS, "_parameters", "_buffers")  # which a forward may add to
 
 
 def shadow(
@@ -53,6 +54,7 @@ def _twin(module: nn.Module, is_original: bool, depth: int | None, known: dict[i
     kind: Any = original_class(module) if is_original else type(module)
     twin = known[id(module)] = kind.__new__(kind)
     state, children = dict(vars(module)), list(module._modules.items())
+    state.update((name, state[name].copy()) for name in _TABLES)
     if isinstance(module, nn.ModuleList) and len(children) == depth and _are_layers(module):
         children = children[:_ENOUGH]
     state["_modules"] = {
