@@ -17,6 +17,7 @@ from hfopt import generation
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.generation import Verdict
 from hfopt.host import is_capture
+from hfopt.patches.probe import allowed, shaken
 from hfopt.patches.shadow import shadow
 from hfopt.patches.walk import Walk
 
@@ -24,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Of the largest logit, and the share of rows and steps that have to be as near: rounding may choose other experts.
 _TOLERANCES = {torch.float32: (1e-3, 1.0), torch.bfloat16: (5e-2, 0.75)}
-# More is allowed, up to a limit, where the original itself answers a last-bit change with more.
-_NOISE_FACTOR, _NOISE_LIMIT = 2.0, 0.1
 _LENGTH, _N_PADDED, _N_NEW, _N_BEAMS = 12, 3, 3, 2
 # what the code of others may have been put around
 _WRAPPED = ("forward", "_hf_hook")
@@ -43,19 +42,16 @@ def verdict_on(walk: Walk, model: Any) -> Verdict:
     if not _can_be_asked(model):
         return Verdict()
 
-    def trial(ask: Callable[..., Steps | Exception], *arguments: Any) -> "_Trial":
-        return _Trial(
-            ask(original, None),
-            lambda: ask(shaken, None),
-            ask(shadow(model, is_short=True, is_exact=True), *arguments),
-        )
+    def trial(ask: Callable[..., Steps | Exception], **ours: Any) -> "_Trial":
+        swapped = shadow(model, is_short=True, is_exact=True)
+        return _Trial(ask(original), lambda: ask(unsteady), ask(swapped, **ours))
 
-    original, shaken = (shadow(model, is_original=True, is_short=True, is_exact=True) for _ in range(2))
-    _shake(shaken)
-    if walk.swapped_now and (reason := trial(_read, None).difference(model)) is not None:
+    original, unsteady = (shadow(model, is_original=True, is_short=True, is_exact=True) for _ in range(2))
+    _shake(unsteady)
+    if walk.swapped_now and (reason := trial(_read).difference(model)) is not None:
         walk.refuse(f"the model as a whole {reason}")
     asked = _Asked()
-    requests = trial(_generated, asked)
+    requests = trial(_generated, programs=asked)
     if isinstance(requests.expected, Exception):
         return Verdict()
     if (reason := requests.difference(model)) is not None:
@@ -122,12 +118,12 @@ def _outcome(ask: Callable[[], Steps]) -> Steps | Exception:
         return error
 
 
-def _read(model: Any, programs: None) -> Steps | Exception:
+def _read(model: Any) -> Steps | Exception:
     """Logits of the last token of each prompt, [rows, vocabulary]; or what a call without a cache raises."""
     return _outcome(lambda: (model(**_prompts(model), use_cache=False, return_dict=True).logits[:, -1],))
 
 
-def _generated(model: Any, programs: Any) -> Steps | Exception:
+def _generated(model: Any, programs: Any = None) -> Steps | Exception:
     """Logits of each step of beams behind the prompts, [rows, vocabulary]; or what the request raises.
 
     programs: for our loops and cache; None for transformers' own.
@@ -151,13 +147,7 @@ def _generated(model: Any, programs: Any) -> Steps | Exception:
 
 def _shake(model: Any) -> None:
     """Change half of what its tokens look up in the last bit."""
-
-    def shaken(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        output = output.clone()
-        output[..., ::2] *= 1 + torch.finfo(output.dtype).eps
-        return output
-
-    model.get_input_embeddings().register_forward_hook(shaken)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: shaken(output))
 
 
 class _Trial(NamedTuple):
@@ -183,9 +173,9 @@ class _Trial(NamedTuple):
         error = float(errors.quantile(share))
         if error <= tolerance:
             return None
-        shaken = self.shaken()
-        noise = 0.0 if isinstance(shaken, Exception) else float(_errors(self.expected, shaken).max())
-        if error <= _NOISE_FACTOR * min(noise, _NOISE_LIMIT):
+        again = self.shaken()
+        noise = 0.0 if isinstance(again, Exception) else float(_errors(self.expected, again).max())
+        if error <= allowed(noise):
             return None
         return f"gives logits that differ by {float(errors.max()):.2g} of the largest"
 

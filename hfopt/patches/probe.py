@@ -34,6 +34,18 @@ _FAR = 1024  # keys and values of a long text, at least
 TABLE = "embed_positions"  # a buffer that has the angles of as many positions as it has rows
 
 
+def shaken(numbers: torch.Tensor) -> torch.Tensor:
+    """The same numbers, half of them changed in the last bit."""
+    numbers = numbers.clone()
+    numbers[..., ::2] *= 1 + torch.finfo(numbers.dtype).eps
+    return numbers
+
+
+def allowed(noise: float) -> float:
+    """The difference that may come of rounding, where shaken inputs change the original's own answer by `noise`."""
+    return _NOISE_FACTOR * min(noise, _NOISE_LIMIT)
+
+
 @dataclass(frozen=True)
 class Step:
     """Inputs of a forward: hidden_states [2, n_new, hidden_size], a mask, position_ids [2, n_new]. is_padded: the first
@@ -78,9 +90,7 @@ class Scene:
     def hidden_states(self, *shape: int) -> torch.Tensor:
         """Random normal numbers times the scale; a shaken scene changes half of them in the last bit."""
         numbers = (torch.randn(shape, generator=self._generator) * self._scale).to(self._dtype)
-        if self._shaken:
-            numbers[..., ::2] *= 1 + torch.finfo(self._dtype).eps
-        return numbers
+        return shaken(numbers) if self._shaken else numbers
 
     def rotary(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """What the model's own rotary module gives for these positions."""
@@ -198,10 +208,10 @@ def prove(
         tolerance = _TOLERANCES[dtype]
         if proof.figure > tolerance:
             module.__class__ = original
-            shaken = _outcome(pattern, plain, spec, scene(new_cache(), shaken=True))
-            noise = _compare(expected, shaken).figures
+            again = _outcome(pattern, plain, spec, scene(new_cache(), shaken=True))
+            noise = _compare(expected, again).figures
             if any(
-                figure > max(tolerance, _NOISE_FACTOR * min(noise.get(name, 0.0), _NOISE_LIMIT))
+                figure > max(tolerance, allowed(noise.get(name, 0.0)))
                 for name, figure in proof.figures.items()
             ):
                 figure = f"{proof.figure:.2g}"

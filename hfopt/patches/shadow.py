@@ -62,11 +62,11 @@ def _twin(module: nn.Module, is_original: bool, depth: int | None, known: dict[i
     }
     if "forward" in state and not has_own_forward(module):
         del state["forward"]  # accelerate leaves behind what is bound to the model's own module
-    if isinstance(module, Replacement):
-        record = module._hfopt
-        state["_hfopt"] = Record(record.spec, record.proof, "hfopt", record.form, record.facts)
     if is_original:
         state.pop("_hfopt", None)
+    elif isinstance(module, Replacement):
+        record = module._hfopt
+        state["_hfopt"] = Record(record.spec, record.proof, "hfopt", record.form, record.facts)
     vars(twin).update(state)
     return twin
 
