@@ -2,7 +2,7 @@
 
 import hfopt.host  # noqa: F401  (first: it says so if the installed transformers is too old)  # isort: split
 from hfopt.cache import IndirectCache
-from hfopt.config import HfoptConfig
+from hfopt.checkpoints.hf_config import HfoptConfig
 from hfopt.embedded import embedded_model
 from hfopt.errors import (
     CacheFull,

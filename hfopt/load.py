@@ -15,15 +15,15 @@ import accelerate
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from hfopt._cache_codes import check_kv_cache
+from hfopt.cache.codes import check_kv_cache
 from hfopt.calibration import Calibration, Calibrator
-from hfopt.checkpoint import FLOATS, Checkpoint
-from hfopt.config import HfoptConfig
+from hfopt.checkpoints.foreign import READERS
+from hfopt.checkpoints.hf_config import HfoptConfig
+from hfopt.checkpoints.reader import FLOATS, Checkpoint
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.host import Config
 from hfopt.optimize import optimize
 from hfopt.progress import progress
-from hfopt.quantization.checkpoints import READERS
 
 if TYPE_CHECKING:
     from hfopt.quantization import Format, QuantizationConfig
@@ -64,8 +64,8 @@ def load(
     Raises InvalidInput for arguments, UnsupportedModel for checkpoints that hfopt does not read, and CorruptCheckpoint
     where a file is damaged, tensors are missing, have another shape than the configuration says, or hold NaN or Inf.
     """
-    from hfopt.quantizer import declare
-    from hfopt.weights import Weights
+    from hfopt.checkpoints.fill import Weights
+    from hfopt.checkpoints.hf_quantizer import declare
 
     if not isinstance(path_or_id, str | os.PathLike):
         raise InvalidInput(f"path_or_id={path_or_id!r}: a folder or an id of the Hub is needed")

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hfopt import env, generation
-from hfopt._cache_codes import check_kv_cache
+from hfopt import generation
+from hfopt.cache.codes import check_kv_cache
 from hfopt.calibration import Calibration, Calibrator
+from hfopt.checkpoints.hf_quantizer import declare
 from hfopt.errors import InvalidInput, UnsupportedDevice, UnsupportedModel
+from hfopt.machine import env
 from hfopt.progress import compile_progress, progress
 from hfopt.quantization import Format, InputStatistics, QuantizationConfig, config_of
-from hfopt.quantizer import declare
 from hfopt.report import Report
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def optimize(
         from hfopt.functional.choice import check_kernels
         from hfopt.model_proof import verdict_on
         from hfopt.patches.packing import Packing
-        from hfopt.patches.programs import Programs
         from hfopt.patches.walk import Walk
+        from hfopt.program.programs import Programs
 
         _check(model, dtype)
         check_kernels("kernels", kernels)

@@ -19,7 +19,7 @@ def compile_progress() -> Iterator[None]:
     It is transformers' own kind of bar: `transformers.utils.logging.disable_progress_bar()` hides it.
     """
     global _depth
-    from hfopt.kernels import _jit  # here, because `import hfopt` must not load Numba
+    from hfopt.kernels.jit import launch as jit  # here, because `import hfopt` must not load Numba
 
     with _lock:
         outermost, _depth = _depth == 0, _depth + 1
@@ -31,14 +31,14 @@ def compile_progress() -> Iterator[None]:
         bars[0].update()
 
     if outermost:
-        _jit.compile_listeners.append(count)
+        jit.compile_listeners.append(count)
     try:
         yield
     finally:
         with _lock:
             _depth -= 1
         if outermost:
-            _jit.compile_listeners.remove(count)
+            jit.compile_listeners.remove(count)
         for bar in bars:
             bar.close()
 

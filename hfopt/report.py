@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hfopt import env, generation
+from hfopt import generation
 from hfopt.errors import InvalidInput
+from hfopt.machine import env
 
 if TYPE_CHECKING:
-    from hfopt.functional import Listing
     from hfopt.functional.choice import Choice
     from hfopt.patches.packing import Quantized
     from hfopt.patches.walk import Kept, Swapped, Walk
+    from hfopt.program.listing import Listing
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -223,7 +224,7 @@ def explain(model: nn.Module) -> Report:
 
 def _steps(model: nn.Module) -> tuple[str | None, Listing | None]:
     """In words, why decode steps of a swapped model go module by module; or the program that they run."""
-    from hfopt.patches.programs import Programs
+    from hfopt.program.programs import Programs
 
     generator = generation.generator_of(model)
     if generator is None:

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from hfopt.checkpoints.hf_quantizer import declare
 from hfopt.errors import InvalidInput
-from hfopt.quantizer import declare
 
 
 def save(model: PreTrainedModel, folder: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hfopt import functional
-from hfopt._cache_codes import quantised
 from hfopt.cache import Appended
+from hfopt.cache.codes import quantised
 from hfopt.functional import Mask
 from tests import reference
 from tests.reference import assert_as_exact_as_torch, bits

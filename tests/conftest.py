@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hfopt import limits
+from hfopt.bench import roofline
 from hfopt.functional import choice, choice_file
 from tests import other_machines
 
@@ -50,7 +50,7 @@ def _nothing_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick_limits() -> Iterator[None]:
     """What the machine can do at most is measured in a moment, in its caches: any figure will do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limits, "_MIN_BUFFER", 1 << 20)
-        patch.setattr(limits, "_last_level_cache", lambda: 0)
-        patch.setattr(limits.MultiplyAdd, "_ROUNDS", 5)
+        patch.setattr(roofline, "_MIN_BUFFER", 1 << 20)
+        patch.setattr(roofline, "_last_level_cache", lambda: 0)
+        patch.setattr(roofline.MultiplyAdd, "_ROUNDS", 5)
         yield

@@ -7,7 +7,7 @@ import functools
 import json
 from typing import Any
 
-from hfopt.kernels import _target
+from hfopt.kernels.jit import cpu
 from tests import fresh
 
 _PROGRAM = """
@@ -19,7 +19,7 @@ from tests.quantized_cases import FORMATS, expected, noise, quantized_x, weights
 from tests.test_kernels_quantized import _case
 
 path, *checks = sys.argv[1:]
-assert path == _target.PATH and not _target.HAS_AVX512_VNNI, _target.PATH
+assert path == cpu.PATH and not cpu.HAS_AVX512_VNNI, cpu.PATH
 found = {}
 if "selftest" in checks:
     found["wrong"] = [result for result in selftest.run() if not result[1]]
@@ -42,7 +42,7 @@ OTHERS: dict[str, tuple[str, str | None]] = {"portable": ("generic", None), "AVX
 
 def is_possible(features: str | None) -> bool:
     """Whether this machine could run them."""
-    return not features or _target.FEATURES.issuperset(each.lstrip("+") for each in features.split(","))
+    return not features or cpu.FEATURES.issuperset(each.lstrip("+") for each in features.split(","))
 
 
 def begin(name: str, features: str | None, path: str, *checks: str) -> fresh.Process:

@@ -20,7 +20,7 @@ import hfopt
 from hfopt import model_proof
 from hfopt.generation import PROGRAMS
 from hfopt.model_proof import verdict_on
-from hfopt.patches import programs, rehearsal
+from hfopt.program import programs, rehearsal
 from tests.generation_cases import (
     IS_WHOLE,
     NOT_WHOLE,

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hfopt
-from hfopt.cli import accuracy, main
-from hfopt.cli.accuracy_sums import Sums
+from hfopt.bench import accuracy
+from hfopt.bench.accuracy_sums import Sums
+from hfopt.cli import main
 from tests.generation_cases import CACHE
 
 Array = NDArray[np.float64]

@@ -10,8 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hfopt import limits
-from hfopt.cli import bench_cases, bench_rows, load_cost, main, measure, models
+from hfopt.bench import cases as bench_cases
+from hfopt.bench import load_cost, measure, roofline
+from hfopt.bench import rows as bench_rows
+from hfopt.cli import main
+from hfopt.console import models
 from tests import fresh
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
@@ -86,7 +89,7 @@ def samples_of(
 
 
 def test_a_decode_row(model: LlamaForCausalLM, pair: measure.Pair) -> None:
-    needed = limits.bytes_per_step(model, 1, 10, 1, 4)
+    needed = roofline.bytes_per_step(model, 1, 10, 1, 4)
     # the second half of the run had half the bandwidth
     stock = [sample(9.0, [0.4, 0.4, 9.0], needed * 10), sample(9.0, [0.8, 0.8, 0.1], needed * 5)]
     optimized = [sample(9.0, [0.2, 0.2, 0.2], needed * 10), sample(9.0, [0.4, 0.4, 0.4], needed * 5)]
@@ -104,7 +107,7 @@ def test_a_row_with_a_length_of_its_own(model: LlamaForCausalLM, pair: measure.P
     row = bench_rows.ROWS["decode-bf16-8k"]
     workload = bench_cases.Workload(8192, 4, filled=True)
     assert row.workloads(10, 4) == [workload]
-    needed = limits.bytes_per_step(model, 1, 8192, 1, 4)
+    needed = roofline.bytes_per_step(model, 1, 8192, 1, 4)
     samples = samples_of([sample(9.0, [0.4], needed * 10)], [sample(9.0, [0.2], needed * 10)], workload)
     figures = bench_rows.figures_of(row, pair, samples, 10, 4, (1.0, 1.0))
     assert figures["optimized"]["limit"] == pytest.approx(0.5)
@@ -134,7 +137,7 @@ def test_rows_name_their_models() -> None:
 
 
 def test_a_prefill_row(model: LlamaForCausalLM, pair: measure.Pair) -> None:
-    operations = limits.prefill_operations(model, 1, 10)
+    operations = roofline.prefill_operations(model, 1, 10)
     row = bench_rows.ROWS["prefill-bf16"]
     samples = samples_of([sample(0.5, [1.0])], [sample(0.25, [1.0])])
     figures = bench_rows.figures_of(row, pair, samples, 10, 4, rates=(operations * 4, operations * 16))
@@ -178,7 +181,7 @@ def test_the_models_of_a_format_have_the_same_weights(name: str) -> None:
 def test_a_row_of_a_format_counts_the_bytes_of_each_model() -> None:
     config = LlamaConfig(**WIDE)
     pair = measure.pair_of(lambda: models.random_model(config, torch.bfloat16), "int8")
-    stock, packed = (limits.bytes_per_step(model, 1, 10, 1, 4) for model in (pair.stock, pair.optimized))
+    stock, packed = (roofline.bytes_per_step(model, 1, 10, 1, 4) for model in (pair.stock, pair.optimized))
     assert 0.5 * stock < packed < 0.6 * stock
     samples = samples_of([sample(9.0, [0.4], stock * 10)], [sample(9.0, [0.1], packed * 20)])
     figures = bench_rows.figures_of(bench_rows.ROWS["decode-int8"], pair, samples, 10, 4, (1.0, 1.0))
@@ -214,7 +217,9 @@ def test_a_cache_of_codes_compares_with_one_of_floats(pair: measure.Pair) -> Non
     samples |= samples_of([sample(1.0, [0.2])], [sample(1.0, [0.08])], codes)
     figures = bench_rows.figures_of(row, pair, samples, 10, 4, (1.0, 1.0))
     assert (figures["stock"]["over_one"], figures["optimized"]["over_one"]) == pytest.approx((1.0, 0.8))
-    fewer = limits.bytes_per_token_in_cache(pair.stock) - limits.bytes_per_token_in_cache(pair.stock, "int8")
+    fewer = roofline.bytes_per_token_in_cache(pair.stock) - roofline.bytes_per_token_in_cache(
+        pair.stock, "int8"
+    )
     saved = bench_cases.bytes_of(pair.stock, codes, "next", False) - bench_cases.bytes_of(
         pair.stock, codes, "next", True
     )
@@ -239,7 +244,7 @@ def test_cases_alternate_on_one_model_and_are_left_as_the_last_asks(
     monkeypatch.setattr(measure.hfopt, "optimize", lambda model, kv_cache: seen.append("optimize"))
     monkeypatch.setattr(measure.hfopt, "restore", lambda model: seen.append("restore"))
     monkeypatch.setattr(
-        measure.limits, "BandwidthMeter", lambda: iter_meter([9.0, 9.0, 4.0, 2.0, 1.0, 1.0, 3.0])
+        measure.roofline, "BandwidthMeter", lambda: iter_meter([9.0, 9.0, 4.0, 2.0, 1.0, 1.0, 3.0])
     )
     cases = bench_cases.cases_of(model, [bench_cases.Workload(5, 3)])
     samples = measure.alternate(measure.Pair(model, model), cases, repetitions=2, warmup=1)

@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hfopt
-from hfopt import limits
-from hfopt.cli import bench_growth, bench_plot, main, measure
-from hfopt.cli.bench_cases import Workload, cases_of, filled_cache, has_positions
+from hfopt.bench import growth as bench_growth
+from hfopt.bench import measure, roofline
+from hfopt.bench import plot as bench_plot
+from hfopt.bench.cases import Workload, cases_of, filled_cache, has_positions
+from hfopt.cli import main
 from tests.generation_cases import CACHE
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
@@ -85,7 +87,7 @@ def test_operations_of_a_step_are_those_that_torch_counts(model: LlamaForCausalL
     cache = filled_cache(model, Workload(20, 1, n_rows=3, filled=True), optimized=False)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(3, 1, dtype=torch.long), **{CACHE: cache})
-    assert counter.get_total_flops() == limits.step_operations(model, 3, 21)
+    assert counter.get_total_flops() == roofline.step_operations(model, 3, 21)
 
 
 def test_points_grow_alone() -> None:

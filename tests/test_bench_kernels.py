@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from hfopt import limits
-from hfopt.cli import bench_kernels, kernel_case, kernel_cases, main
-from hfopt.cli.kernel_case import Call, Case, Sizes, Target
+from hfopt.bench import kernel_case, kernel_cases, roofline
+from hfopt.bench import kernels as bench_kernels
+from hfopt.bench.kernel_case import Call, Case, Sizes, Target
+from hfopt.cli import main
 from hfopt.functional import rms_norm
 from hfopt.kernels import peak
 
@@ -272,8 +273,8 @@ def test_multiply_codes_multiplies_and_adds() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_the_arithmetic_of_a_run_is_counted(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits.MultiplyAdd, "_ROUNDS", 1)
-    most = limits.MultiplyAdd(dtype)
+    monkeypatch.setattr(roofline.MultiplyAdd, "_ROUNDS", 1)
+    most = roofline.MultiplyAdd(dtype)
     most.run()
     per_unit = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}[dtype]
     tile = peak.DEPTH * peak.ROWS * peak.COLUMNS
@@ -282,6 +283,6 @@ def test_the_arithmetic_of_a_run_is_counted(dtype: torch.dtype, monkeypatch: pyt
 
 def test_the_meter_reads_what_it_is_given() -> None:
     tensors = [torch.ones(4096, dtype=torch.bfloat16), torch.ones(512, 4)]
-    meter = limits.BandwidthMeter(tensors)
+    meter = roofline.BandwidthMeter(tensors)
     assert meter.n_bytes == 2 * 8192
     assert meter.measure(passes=1) > 0

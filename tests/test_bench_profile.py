@@ -9,10 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hfopt
-from hfopt.cli import bench_profile, main
-from hfopt.cli.bench_cases import Workload, cases_of
-from hfopt.cli.bench_profile import ReadyStep, Round
-from hfopt.functional import Instruction
+from hfopt.bench import profile as bench_profile
+from hfopt.bench.cases import Workload, cases_of
+from hfopt.bench.profile import ReadyStep, Round
+from hfopt.cli import main
+from hfopt.program.listing import Instruction
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
 

@@ -27,9 +27,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hfopt import _cache_layer, _linux, _memory
 from hfopt.cache import Appended, IndirectCache
+from hfopt.cache import layer as layer_file
 from hfopt.errors import CacheFull, InvalidInput
+from hfopt.machine import linux, memory
 from tests import cache_cases
 from tests.cache_cases import HEAD_DIM, N_HEADS, N_LAYERS, operate, random_states
 from tests.generation_cases import CACHE, cache_of
@@ -625,10 +626,10 @@ def test_a_request_beyond_memory_changes_nothing():
 
 def test_growth_is_modest_when_memory_is_short(monkeypatch):
     column_bytes = 2 * N_HEADS * HEAD_DIM * 4
-    monkeypatch.setattr(_cache_layer, "_UNCHECKED_BYTES", 0)
+    monkeypatch.setattr(layer_file, "_UNCHECKED_BYTES", 0)
     cache = IndirectCache()
     cache.append(0, 1, 640, N_HEADS, HEAD_DIM, torch.float32)
-    monkeypatch.setattr(_cache_layer, "available_memory", lambda: 704 * column_bytes)
+    monkeypatch.setattr(layer_file, "available_memory", lambda: 704 * column_bytes)
     assert cache.append(0, 1, 1, N_HEADS, HEAD_DIM, torch.float32).trunk.shape[3] == 704
     with pytest.raises(
         CacheFull, match=f"{768 * column_bytes:,} bytes more; {704 * column_bytes:,} bytes are"
@@ -638,9 +639,9 @@ def test_growth_is_modest_when_memory_is_short(monkeypatch):
 
 
 def test_the_first_layer_asks_for_all(monkeypatch):
-    monkeypatch.setattr(_cache_layer, "_UNCHECKED_BYTES", 0)
+    monkeypatch.setattr(layer_file, "_UNCHECKED_BYTES", 0)
     one_layer = 64 * 2 * N_HEADS * HEAD_DIM * 4
-    monkeypatch.setattr(_cache_layer, "available_memory", lambda: one_layer * N_LAYERS - 1)
+    monkeypatch.setattr(layer_file, "available_memory", lambda: one_layer * N_LAYERS - 1)
     cache = IndirectCache(LlamaConfig(num_hidden_layers=N_LAYERS))
     with pytest.raises(CacheFull, match=f"{one_layer * N_LAYERS:,} bytes more"):
         cache.append(0, 1, 5, N_HEADS, HEAD_DIM, torch.float32)
@@ -677,13 +678,13 @@ def test_available_memory(tmp_path, monkeypatch, files, available):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(_linux, "PROC", tmp_path)
-    monkeypatch.setattr(_linux, "CGROUP", tmp_path)
-    assert _memory.available_memory() == available
+    monkeypatch.setattr(linux, "PROC", tmp_path)
+    monkeypatch.setattr(linux, "CGROUP", tmp_path)
+    assert memory.available_memory() == available
 
 
 def test_available_memory_of_this_machine():
-    assert 1 << 20 < _memory.available_memory() <= sys.maxsize
+    assert 1 << 20 < memory.available_memory() <= sys.maxsize
 
 
 # Notes of a step

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfopt
 from hfopt import calibration as calibration_module
+from hfopt.bench.accuracy_sums import Sums
 from hfopt.calibration import Calibrator
-from hfopt.cli.accuracy_sums import Sums
 from hfopt.errors import InvalidInput
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import InputStatistics, Int4, Int8, QuantizationConfig, block_inputs
@@ -195,7 +195,7 @@ def test_nothing_of_it_is_saved(tmp_path: Path) -> None:
 
 
 def test_loading_packs_again_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hfopt.weights import Weights
+    from hfopt.checkpoints.fill import Weights
 
     addresses: dict[str, int] = {}
     original = Weights.quantise_again

@@ -13,7 +13,7 @@ import torch
 
 from hfopt.errors import InvalidInput
 from hfopt.functional import choice, choice_file, trials
-from hfopt.kernels import _jit
+from hfopt.kernels.jit import launch as jit
 
 _path, _measure = choice_file.path, choice._measure  # the real ones: conftest puts others in their place
 
@@ -213,10 +213,10 @@ def test_the_file_lies_beside_the_kernels_unless_others_can_write_there(
     measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(choice_file, "path", _path)
-    monkeypatch.setattr(_jit, "cache_folder", _jit.cache_folder.__wrapped__)
+    monkeypatch.setattr(jit, "cache_folder", jit.cache_folder.__wrapped__)
     monkeypatch.setenv("HFOPT_CACHE_DIR", str(tmp_path / "base"))
     assert takes_torch()
-    folder, _ = _jit.cache_folder()
+    folder, _ = jit.cache_folder()
     assert folder is not None
     (file,) = folder.iterdir()
     assert file.name.startswith("choices-")

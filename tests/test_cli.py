@@ -24,10 +24,11 @@ from transformers import (
 
 import hfopt
 from hfopt.cache import IndirectCache
-from hfopt.cli import doctor, main, models, run
+from hfopt.cli import doctor, main, run
+from hfopt.console import models
+from hfopt.console.shapes import SHAPES
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int8
-from hfopt.shapes import SHAPES
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
 

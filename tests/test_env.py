@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from hfopt import _linux, env, limits
+from hfopt.bench import roofline
+from hfopt.machine import env, linux
 from tests import fresh
 
 CPU_PATH = "from hfopt import env; print(env.cpu_path())"
@@ -90,8 +91,8 @@ def test_cpu_quota_is_the_smallest_of_all_groups(
     for name, content in {"self/cgroup": membership, **files}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    monkeypatch.setattr(_linux, "PROC", tmp_path)
-    monkeypatch.setattr(_linux, "CGROUP", tmp_path)
+    monkeypatch.setattr(linux, "PROC", tmp_path)
+    monkeypatch.setattr(linux, "CGROUP", tmp_path)
     assert env.cpu_quota() == cores
 
 
@@ -141,10 +142,10 @@ def test_a_step_reads_an_embedding_only_as_the_lm_head(tied: bool) -> None:
     model = llama(tied)
     layer = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 72 + 2 * 48
     weights = 4 * (3 * layer + 48 + 101 * 48)
-    assert sum(weight.nbytes for weight in limits.read_weights(model)) == weights
+    assert sum(weight.nbytes for weight in roofline.read_weights(model)) == weights
     token = 4 * 2 * 3 * 2 * 12  # float32, keys and values, layers, heads, channels
-    assert limits.bytes_per_token_in_cache(model) == token
-    assert limits.bytes_per_step(model, 2, 10, 8, 6) == weights + token * (2 * 10 + 8 * 3)
+    assert roofline.bytes_per_token_in_cache(model) == token
+    assert roofline.bytes_per_step(model, 2, 10, 8, 6) == weights + token * (2 * 10 + 8 * 3)
 
 
 def test_position_tables_are_not_read() -> None:
@@ -157,7 +158,7 @@ def test_position_tables_are_not_read() -> None:
         max_position_embeddings=1000,
         word_embed_proj_dim=16,
     )
-    read = limits.read_weights(OPTForCausalLM(config))
+    read = roofline.read_weights(OPTForCausalLM(config))
     assert max(weight.shape[0] for weight in read) == 50
 
 
@@ -165,14 +166,14 @@ def test_prefill_operations_are_two_a_weight_and_token() -> None:
     model = llama(tied=True)
     layer = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 72
     attention = 3 * 2 * 2 * 48 * 10 * 10 / 2
-    assert limits.prefill_operations(model, 2, 10) == 2 * (2 * 3 * layer * 10 + attention + 2 * 101 * 48)
+    assert roofline.prefill_operations(model, 2, 10) == 2 * (2 * 3 * layer * 10 + attention + 2 * 101 * 48)
 
 
 def test_bandwidth_is_the_size_of_the_buffer_over_the_time_of_a_pass() -> None:
-    meter = limits.BandwidthMeter()
+    meter = roofline.BandwidthMeter()
     begin = time.perf_counter()
     rate = meter.measure(passes=2)
     seconds = time.perf_counter() - begin
     # three passes went by, the fastest of which counts
-    assert rate >= 2 * limits._MIN_BUFFER / seconds
+    assert rate >= 2 * roofline._MIN_BUFFER / seconds
     assert rate < 1e13

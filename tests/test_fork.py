@@ -14,9 +14,9 @@ _START = """
 import ctypes, json, os, select, signal, sys, threading, types
 if "without torch's OpenMP" in sys.argv:
     # what the module is like in a process without such a runtime
-    sys.modules["hfopt.kernels._openmp"] = types.SimpleNamespace(RUNTIME=None)
-    import hfopt.kernels
-    hfopt.kernels._openmp = sys.modules["hfopt.kernels._openmp"]
+    sys.modules["hfopt.kernels.jit.openmp"] = types.SimpleNamespace(RUNTIME=None)
+    import hfopt.kernels.jit
+    hfopt.kernels.jit.openmp = sys.modules["hfopt.kernels.jit.openmp"]
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -222,7 +222,7 @@ def loads_kernels_itself():
     expected[:] = results()
     return answer_of(compared)
 answers = {"before kernels are loaded": answer_of(loads_kernels_itself)}
-import hfopt.kernels._jit
+import hfopt.kernels.jit.launch
 answers["torch"] = answer_of(compared)
 answers["kernel"] = answer_of(lambda: list(linear().shape))
 print(json.dumps(answers))

@@ -14,10 +14,11 @@ from transformers import DynamicCache, GenerationMixin, LlamaForCausalLM, Stoppi
 from transformers.generation import BaseStreamer
 
 import hfopt
-from hfopt import host, private_file
+from hfopt import host
 from hfopt.cache import IndirectCache
 from hfopt.generation import PROGRAMS, proof
 from hfopt.generation.proof_cases import CASES, OTHER_LOOPS
+from hfopt.machine import private_file
 from tests.generation_cases import (
     CACHE,
     FAMILIES,

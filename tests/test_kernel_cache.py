@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hfopt.kernels import _kernel_cache
+from hfopt.kernels.jit import disk_cache
 from tests import fresh
 
 # Runs one kernel, and says what became of the cache.
@@ -17,13 +17,13 @@ class Keep(logging.Handler):
     def emit(self, record): messages.append(record.getMessage())
 logging.getLogger("hfopt").addHandler(Keep())
 from hfopt import functional
-from hfopt.kernels import _jit
+from hfopt.kernels import jit
 compiled = []
-_jit.compile_listeners.append(compiled.append)
+jit.compile_listeners.append(compiled.append)
 x, weight = torch.randn(2, 64), torch.rand(64)
 exact = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
 right = torch.allclose(functional.rms_norm(x, weight, 1e-5), exact, atol=1e-5)
-folder, reason = _jit.cache_folder()
+folder, reason = jit.cache_folder()
 print(json.dumps([right, compiled, messages, folder and str(folder), reason]))
 """
 
@@ -101,14 +101,14 @@ def test_off() -> None:
 def test_the_folder_is_named_by_sources_in_folders_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(_kernel_cache, "__file__", str(tmp_path / "_kernel_cache.py"))
-    keys = [_kernel_cache._content_key()]
+    monkeypatch.setattr(disk_cache, "__file__", str(tmp_path / "jit" / "disk_cache.py"))
+    keys = [disk_cache._content_key()]
     for place, text in (("linear/tile.py", "1"), ("linear/tile.py", "2"), ("attention/tile.py", "2")):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).write_text(text)
-        keys.append(_kernel_cache._content_key())
+        keys.append(disk_cache._content_key())
     (tmp_path / "linear/tile.py").rename(tmp_path / "tile.py")
-    assert len({*keys, _kernel_cache._content_key()}) == 5
+    assert len({*keys, disk_cache._content_key()}) == 5
 
 
 def test_kernels_of_one_name_have_files_of_their_own(tmp_path: Path) -> None:
@@ -116,6 +116,6 @@ def test_kernels_of_one_name_have_files_of_their_own(tmp_path: Path) -> None:
         def tile() -> None: ...
 
         tile.__module__ = module
-        return _kernel_cache._PrivateCacheImpl(tile, tmp_path).filename_base
+        return disk_cache._PrivateCacheImpl(tile, tmp_path).filename_base
 
     assert named("hfopt.kernels.linear.tile") != named("hfopt.kernels.attention.tile")

@@ -11,11 +11,13 @@ from hfopt import functional
 from hfopt.cache import Appended, IndirectCache
 from hfopt.errors import InvalidInput
 from hfopt.functional import Mask
-from hfopt.kernels import attention, attention_prefill, cache_record
-from hfopt.kernels._attention_cache import open_cache
-from hfopt.kernels._decode_plan import scratch_bytes
-from hfopt.kernels._jit import launch
-from hfopt.kernels._pointer import address_as, pointer
+from hfopt.kernels.attention import cache_record
+from hfopt.kernels.attention import decode as attention
+from hfopt.kernels.attention import prefill as attention_prefill
+from hfopt.kernels.attention.cache_view import open_cache
+from hfopt.kernels.attention.plan import scratch_bytes
+from hfopt.kernels.jit.launch import launch
+from hfopt.kernels.simd.pointer import address_as, pointer
 from tests import reference
 from tests.attention_cases import (
     CACHES,

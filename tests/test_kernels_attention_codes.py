@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hfopt import functional
-from hfopt._cache_codes import dequantised, quantised
 from hfopt.cache import Appended, IndirectCache
+from hfopt.cache.codes import dequantised, quantised
 from hfopt.errors import InvalidInput
 from hfopt.functional import Mask
 from tests import reference

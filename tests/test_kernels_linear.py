@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from hfopt.errors import InvalidInput
 from hfopt.functional.activation import ACTIVATIONS
 from hfopt.functional.linear import LinearWeights, linear
-from hfopt.kernels import linear as kernels
-from hfopt.kernels.linear_tiles import linear_tiles
+from hfopt.kernels.linear import rows as kernels
+from hfopt.kernels.linear.tiles import linear_tiles
 
 DTYPES = [torch.float32, torch.bfloat16]
 # around every boundary: rows of a tile (1, 2, 4), of two, three and more tiles (8, 12, 16), the last row whose weights are

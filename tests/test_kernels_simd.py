@@ -4,13 +4,13 @@ import numba
 import numpy as np
 import pytest
 
-from hfopt.kernels import _jit
-from hfopt.kernels._functions import exp
-from hfopt.kernels._pointer import load, pointer, store
-from hfopt.kernels._simd import LANES
+from hfopt.kernels.jit import launch as jit
+from hfopt.kernels.simd.functions import exp
+from hfopt.kernels.simd.pointer import load, pointer, store
+from hfopt.kernels.simd.types import LANES
 
 
-@numba.njit(**_jit.OPTIONS)
+@numba.njit(**jit.OPTIONS)
 def _exp(x: np.ndarray, out: np.ndarray) -> None:
     for k in range(0, x.size, LANES):
         store(pointer(out), k, exp(load(pointer(x), k)))

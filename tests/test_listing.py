@@ -8,9 +8,9 @@ import torch
 from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import hfopt
-from hfopt import limits
-from hfopt.functional import Instruction, Listing
-from hfopt.functional.step import StepScratch
+from hfopt.bench import roofline
+from hfopt.program.listing import Instruction, Listing
+from hfopt.program.run import StepScratch
 
 LINE = Instruction("linear", None, "8 → 8", "silu", (0,), 64, n_bytes=128)
 
@@ -98,11 +98,11 @@ def test_a_step_reads_every_weight_once(name: str, dtype: torch.dtype) -> None:
     model = hfopt.optimize(models()[name].eval().to(dtype))
     program = hfopt.explain(model).program
     assert program is not None
-    read = sum(weight.nbytes for weight in limits.read_weights(model))
+    read = sum(weight.nbytes for weight in roofline.read_weights(model))
     assert sum(line.n_bytes for line in program.instructions) == read
     looked_up = {line.name: line.row_bytes for line in program.instructions if line.row_bytes}
     assert looked_up.keys() <= {"look up", "add looked up"} and program.n_bytes > read
-    assert program.cached_bytes == limits.bytes_per_token_in_cache(model)
+    assert program.cached_bytes == roofline.bytes_per_token_in_cache(model)
     assert sum(line.writes is None for line in program.instructions) == 1
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import hfopt
-import hfopt.quantizer
+import hfopt.checkpoints.hf_quantizer
 from hfopt.errors import CorruptCheckpoint, HfoptError, InvalidInput, UnsupportedModel
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
@@ -199,10 +199,10 @@ def test_patterns_that_name_nothing_are_told(folder, caplog):
 
 
 def test_large_matrices_are_quantised_in_slices(folder, monkeypatch):
-    import hfopt.weights
+    import hfopt.checkpoints.fill
 
     expected = hfopt.load(folder, quantization=Int4(group=32, symmetric=False))
-    monkeypatch.setattr(hfopt.weights, "SLICE", 1 << 12)
+    monkeypatch.setattr(hfopt.checkpoints.fill, "SLICE", 1 << 12)
     assert same_tensors(hfopt.load(folder, quantization=Int4(group=32, symmetric=False)), expected)
     half = hfopt.load(folder, dtype=torch.bfloat16)
     assert torch.equal(half.lm_head.weight, hfopt.load(folder).lm_head.weight.bfloat16())
@@ -274,7 +274,7 @@ def test_checkpoints_of_other_tools(tmp_path, write, bits, group, options):
 
 
 def test_from_pretrained_of_transformers_4_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(hfopt.quantizer, "ConversionOps", object)
+    monkeypatch.setattr(hfopt.checkpoints.hf_quantizer, "ConversionOps", object)
     with pytest.raises(UnsupportedModel, match=r"from_pretrained of transformers 4 .* hfopt.load reads"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=hfopt.HfoptConfig())
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hfopt import _numba
+from hfopt.kernels import release
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,7 +92,7 @@ def _check(found: dict[str, Any], *words: str) -> None:
 
 def test_another_release_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     found = _with_numba(tmp_path, "0.70.1", "raise SystemError('_internal')")
-    _check(found, "numba 0.70.1 is installed", f"numba{_numba.RANGE}", "pip install")
+    _check(found, "numba 0.70.1 is installed", f"numba{release.RANGE}", "pip install")
     assert not found["numba"]
 
 
@@ -108,7 +108,7 @@ def test_a_release_that_does_not_load_is_a_clear_error(tmp_path: Path) -> None:
 def _obstacle_of(version: str) -> str | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metadata, "version", lambda name: version)
-        return _numba.obstacle()
+        return release.obstacle()
 
 
 @pytest.mark.parametrize("version", ["0.68.0", "0.68.12", "0.68.2.dev0", "0.68.1+local"])
@@ -119,7 +119,7 @@ def test_releases_in_the_range(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.61.2", "0.67.1", "0.68.0rc1", "0.69.0rc1", "0.69.0", "1.0"])
 def test_releases_out_of_the_range(version: str) -> None:
     obstacle = _obstacle_of(version)
-    assert obstacle is not None and f"numba {version} is installed" in obstacle and _numba.RANGE in obstacle
+    assert obstacle is not None and f"numba {version} is installed" in obstacle and release.RANGE in obstacle
 
 
 def test_no_numba_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,18 +127,18 @@ def test_no_numba_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    obstacle = _numba.obstacle()
-    assert obstacle is not None and "numba is not installed" in obstacle and _numba.RANGE in obstacle
+    obstacle = release.obstacle()
+    assert obstacle is not None and "numba is not installed" in obstacle and release.RANGE in obstacle
 
 
 def test_the_range_is_that_of_the_package() -> None:
-    assert f'"numba{_numba.RANGE}"' in (ROOT / "pyproject.toml").read_text()
+    assert f'"numba{release.RANGE}"' in (ROOT / "pyproject.toml").read_text()
 
 
 # ---- insides ----------------------------------------------------------------------------------------------------------
 
 KERNELS = ROOT / "hfopt" / "kernels"  # nothing else imports Numba: see test_imports
-INSIDERS = {"_compiler.py", "_kernel_cache.py"}
+INSIDERS = {"compiler.py", "disk_cache.py"}
 PUBLIC_MODULES = ("numba.types", "numba.extending", "numba.config", "numba.errors", "llvmlite.ir")
 PUBLIC_NAMES = ("njit", "carray", "threading_layer", "get_num_threads", "set_num_threads", "__version__")
 FLAGS = {"nogil", "fastmath", "error_model", "boundscheck"}  # of njit

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from hfopt.checkpoints.foreign import read_linear
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.quantization import Int4, Int8
-from hfopt.quantization.checkpoints import read_linear
 from tests.checkpoint_cases import Known, awq, compressed, gptq, tensor
 
 LAYER = "model.layers.3.mlp.down_proj"

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification
 
 import hfopt
-from hfopt import limits
+from hfopt.bench import roofline
 from hfopt.errors import InvalidInput, UnsupportedModel
-from hfopt.patches.decoder import build
 from hfopt.patches.quantized import BUFFERS, QuantizedLinear, empty_linear, quantize_linear
+from hfopt.program.decoder import build
 from hfopt.quantization import NF4, Format, InputStatistics, Int4, Int8, Packed, QuantizationConfig
 from tests.generation_cases import (
     FAMILIES,
@@ -262,12 +262,12 @@ def test_the_listing_counts_packed_bytes() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_limit_of_a_step_counts_packed_bytes(tied: bool) -> None:
     stock = llama(tie_word_embeddings=tied)
-    operations = limits.step_operations(stock, 2, 10), limits.prefill_operations(stock, 2, 10)
+    operations = roofline.step_operations(stock, 2, 10), roofline.prefill_operations(stock, 2, 10)
     model = hfopt.optimize(copy.deepcopy(stock), quantization=Int4(group=32))
     norms = sum(each.nbytes for name, each in model.named_parameters() if "norm" in name)
     packed = sum(each.n_bytes for each in model.hfopt.quantized)
-    assert sum(each.nbytes for each in limits.read_weights(model)) == packed + norms
-    assert (limits.step_operations(model, 2, 10), limits.prefill_operations(model, 2, 10)) == operations
+    assert sum(each.nbytes for each in roofline.read_weights(model)) == packed + norms
+    assert (roofline.step_operations(model, 2, 10), roofline.prefill_operations(model, 2, 10)) == operations
 
 
 # ---- which ---------------------------------------------------------------------------------------------------

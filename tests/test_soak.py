@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hfopt
-from hfopt import env
+from hfopt.machine import env
 from tests.generation_cases import llama
 
 pytestmark = pytest.mark.slow

@@ -5,10 +5,10 @@ import heapq
 import numpy as np
 import pytest
 
-from hfopt.kernels import linear_tiles
-from hfopt.kernels._jit import launch
-from hfopt.kernels._parallel import body, next_share, parallel_for
-from hfopt.kernels._pointer import pointer
+from hfopt.kernels.jit.launch import launch
+from hfopt.kernels.jit.parallel import body, next_share, parallel_for
+from hfopt.kernels.linear import tiles as linear_tiles
+from hfopt.kernels.simd.pointer import pointer
 
 THREADS = [1, 2, 3, 4, 7, 8, 16, 31, 64, 127, 128]
 

@@ -10,7 +10,7 @@ import torch
 import hfopt
 from hfopt.cache import IndirectCache
 from hfopt.generation import PROGRAMS
-from hfopt.kernels.linear import ROW_LIMIT
+from hfopt.kernels.linear.rows import ROW_LIMIT
 from tests.generation_cases import (
     CACHE,
     FAMILIES,

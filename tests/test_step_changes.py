@@ -19,7 +19,7 @@ import hfopt
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import choice, choice_file
 from hfopt.generation import PROGRAMS
-from hfopt.patches.watch import Watch
+from hfopt.program.watch import Watch
 from tests.change_cases import register, registered
 from tests.generation_cases import (
     CACHE,

@@ -8,14 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfopt import functional
-from hfopt._cache_layer import Buffers
 from hfopt.cache import AppendedEverywhere, IndirectCache
+from hfopt.cache.layer import Buffers
 from hfopt.errors import InvalidInput
-from hfopt.functional import Builder, LinearWeights, Program, Slot, StepScratch, Table
+from hfopt.functional import LinearWeights
 from hfopt.generation import PROGRAMS
 from hfopt.kernels import step as kernels
-from hfopt.kernels.linear import ROW_LIMIT
+from hfopt.kernels.linear.rows import ROW_LIMIT
+from hfopt.program import run as program_run
+from hfopt.program.builder import Builder
+from hfopt.program.program import Program, Table
+from hfopt.program.run import StepScratch
+from hfopt.program.writer import Slot
 from tests.generation_cases import (
     CACHE,
     FAMILIES,
@@ -70,7 +74,7 @@ def everywhere(appended: Any) -> AppendedEverywhere:
 def step(**arguments: Any) -> Tensor:
     """A step whose layers are given one by one."""
     appended = arguments.pop("appended")
-    return functional.step(
+    return program_run.step(
         appended=appended if isinstance(appended, AppendedEverywhere) else everywhere(appended), **arguments
     )
 
@@ -326,7 +330,7 @@ def test_positions_outside_the_tables(name: str, position: int) -> None:
         cache.append(layer, 1, 1, built.n_kv_heads, built.head_dim, torch.float32) for layer in range(2)
     ]
     with pytest.raises(InvalidInput, match="no such rows"):
-        functional.step(StepScratch(built, 1), np.array([1]), np.array([position]), everywhere(appended))
+        program_run.step(StepScratch(built, 1), np.array([1]), np.array([position]), everywhere(appended))
 
 
 @pytest.mark.parametrize("name", ["gptj", "opt"])
@@ -386,7 +390,7 @@ def test_nothing_is_written_around_arena_and_logits(
                 )  # what `step` makes
             tokens = np.arange(n_rows)
             positions = np.arange(n_rows, dtype=np.int64)
-            results.append(functional.step(scratch, tokens, positions, everywhere(appended)).clone())
+            results.append(program_run.step(scratch, tokens, positions, everywhere(appended)).clone())
         if is_guarded:
             assert (memory[:first] == 0xA5).all() and (memory[first + size :] == 0xA5).all()
             assert (logits[:guard] == 0xA5).all() and (logits[guard + n_bytes :] == 0xA5).all()

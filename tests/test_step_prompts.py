@@ -12,14 +12,15 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hfopt import functional
 from hfopt.cache import AppendedEverywhere, IndirectCache
 from hfopt.errors import CacheFull, InvalidInput
-from hfopt.functional import Mask, Program
+from hfopt.functional import Mask
 from hfopt.generation import PROGRAMS
 from hfopt.generation import prefill as generation
-from hfopt.kernels.linear import ROW_LIMIT
-from hfopt.patches import programs
+from hfopt.kernels.linear.rows import ROW_LIMIT
+from hfopt.program import programs
+from hfopt.program import run as program_run
+from hfopt.program.program import Program
 from tests.generation_cases import (
     CACHE,
     FAMILIES,
@@ -285,8 +286,8 @@ def test_positions_that_the_model_has_not(name: str, is_second: bool, passes: li
 
 
 def test_no_memory_for_the_cache(small: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hfopt._cache_layer._UNCHECKED_BYTES", 0)
-    monkeypatch.setattr("hfopt._cache_layer.available_memory", lambda: 1000)
+    monkeypatch.setattr("hfopt.cache.layer._UNCHECKED_BYTES", 0)
+    monkeypatch.setattr("hfopt.cache.layer.available_memory", lambda: 1000)
     cache = IndirectCache(small.config)
     with pytest.raises(CacheFull):
         generated(small, {**prompts(2), **GREEDY, CACHE: cache})
@@ -347,20 +348,20 @@ def test_a_prompt_is_refused(name: str) -> None:
     for layer in layers:
         layer[:] = 7.0
     with pytest.raises(InvalidInput):
-        functional.prefill(**{**arguments, **WRONG[name](arguments)})
+        program_run.prefill(**{**arguments, **WRONG[name](arguments)})
     assert all((layer == 7.0).all() for layer in layers)
-    assert functional.prefill(**arguments).isfinite().all()
+    assert program_run.prefill(**arguments).isfinite().all()
     for layer in layers:
         assert not (layer[:, :, :, :5] == 7.0).any() and (layer[:, :, :, 5:] == 7.0).all()
 
 
 def test_scratch_of_a_prompt_makes_no_step() -> None:
-    scratch = functional.StepScratch(program(), 1, 2)
+    scratch = program_run.StepScratch(program(), 1, 2)
     with pytest.raises(InvalidInput, match="scratch"):
-        functional.step(scratch, np.zeros(1, np.int64), np.zeros(1, np.int64), appended(1, 1))
+        program_run.step(scratch, np.zeros(1, np.int64), np.zeros(1, np.int64), appended(1, 1))
     for sizes in ((0, 2), (2, 0), (-1, 2), (2, -1)):
         with pytest.raises(InvalidInput, match="n_rows"):
-            functional.StepScratch(program(), *sizes)
+            program_run.StepScratch(program(), *sizes)
 
 
 def token_by_token(made: Program, tokens: np.ndarray, cache: IndirectCache) -> Tensor:
@@ -368,8 +369,8 @@ def token_by_token(made: Program, tokens: np.ndarray, cache: IndirectCache) -> T
     for column in range(tokens.shape[1]):
         layers = [cache.append(layer, len(tokens), 1, *HEADS[1:], made.dtype) for layer in range(2)]
         positions = np.full(len(tokens), column)
-        scratch = functional.StepScratch(made, len(tokens))
-        logits = functional.step(scratch, tokens[:, column], positions, everywhere(layers))
+        scratch = program_run.StepScratch(made, len(tokens))
+        logits = program_run.step(scratch, tokens[:, column], positions, everywhere(layers))
     return logits
 
 
@@ -377,7 +378,7 @@ def token_by_token(made: Program, tokens: np.ndarray, cache: IndirectCache) -> T
 def test_a_prompt_is_its_tokens_one_by_one(n_new: int) -> None:
     arguments = given(2, n_new)
     arguments["tokens"] %= N_TOKENS
-    ours = functional.prefill(**arguments)
+    ours = program_run.prefill(**arguments)
     assert ours.shape == (2, 1, N_LOGITS)
     theirs = token_by_token(arguments["program"], arguments["tokens"], IndirectCache())
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -405,7 +406,7 @@ def test_nothing_is_written_around_arena_and_logits(
         first = -(-(memory.ctypes.data + guard) // 64) * 64 - memory.ctypes.data
         logits = np.full(n_bytes + 2 * guard, 0xA5, np.uint8)
         out = torch.from_numpy(logits)[guard : guard + n_bytes].view(dtype).view(n_rows, 1, built.n_logits)
-        begin: Any = functional.StepScratch.__init__
+        begin: Any = program_run.StepScratch.__init__
 
         def moved(self: Any, *args: Any, begin: Any = begin, at: int = memory.ctypes.data + first) -> None:
             begin(self, *args)
@@ -415,11 +416,11 @@ def test_nothing_is_written_around_arena_and_logits(
 
         with monkeypatch.context() as patch:
             if is_guarded:
-                patch.setattr(functional.StepScratch, "__init__", moved)
+                patch.setattr(program_run.StepScratch, "__init__", moved)
                 patch.setattr(
-                    sys.modules[functional.prefill.__module__], "_empty_logits", lambda scratch, out=out: out
+                    sys.modules[program_run.prefill.__module__], "_empty_logits", lambda scratch, out=out: out
                 )
-            found = functional.prefill(built, tokens, np.arange(n_new)[None], room, Mask("causal"))
+            found = program_run.prefill(built, tokens, np.arange(n_new)[None], room, Mask("causal"))
             results.append(found.clone())
         if is_guarded:
             assert (memory[:first] == 0xA5).all() and (memory[first + size :] == 0xA5).all()

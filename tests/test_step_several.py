@@ -17,8 +17,9 @@ import hfopt
 from hfopt import functional
 from hfopt.cache import IndirectCache
 from hfopt.errors import InvalidInput
-from hfopt.functional import Ends, StepScratch
 from hfopt.generation import decoding
+from hfopt.program import run as program_run
+from hfopt.program.run import Ends, StepScratch
 from tests.generation_cases import (
     CACHE,
     FAMILIES,
@@ -44,7 +45,7 @@ WHOLE = {"do_sample": False, "return_dict_in_generate": True}
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens a row each call of `choose` made."""
     found: list[int] = []
-    original = functional.choose
+    original = program_run.choose
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         chosen = original(*args, **kwargs)
@@ -74,7 +75,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
             n_steps = 1
 
-        original = functional.choose
+        original = program_run.choose
 
         def noting(*args: Any, **kwargs: Any) -> Any:
             chosen = original(*args, **kwargs)
@@ -292,7 +293,7 @@ def chosen(n_rows: int, n_steps: int, ends: Ends | None = None, *, of: Any = Non
         "appended": appended,
         "ends": ends,
     }
-    return functional.choose(**{**arguments, **changes}), cache
+    return program_run.choose(**{**arguments, **changes}), cache
 
 
 def test_one_step_after_the_other() -> None:
@@ -303,7 +304,7 @@ def test_one_step_after_the_other() -> None:
     for index in range(1, len(together)):
         appended = cache.append_everywhere(2, 1, *HEADS[1:], torch.float32)
         scratch = StepScratch(made, 2)
-        (one,) = functional.choose(scratch, tokens[-1], np.arange(2) + index, appended)
+        (one,) = program_run.choose(scratch, tokens[-1], np.arange(2) + index, appended)
         tokens.append(one)
     assert np.array_equal(together, np.stack(tokens))
 
@@ -353,4 +354,4 @@ def test_a_step_with_logits_is_one() -> None:
         cache.append(layer, 1, 1, *layout)
     appended: Any = cache.append_everywhere(1, 2, *layout)
     with pytest.raises(InvalidInput, match="2 tokens"):
-        functional.step(StepScratch(program(), 1), np.zeros(1, np.int64), np.zeros(1, np.int64), appended)
+        program_run.step(StepScratch(program(), 1), np.zeros(1, np.int64), np.zeros(1, np.int64), appended)

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import torch
 
-from hfopt import env, functional
-from hfopt.kernels import _openmp
+from hfopt import functional
+from hfopt.kernels.jit import openmp
+from hfopt.machine import env
 
 _WITHOUT_RUNTIME = """
 import sys, types
 # what the module is like in a process without an OpenMP runtime
-sys.modules["hfopt.kernels._openmp"] = types.SimpleNamespace(RUNTIME=None)
+sys.modules["hfopt.kernels.jit.openmp"] = types.SimpleNamespace(RUNTIME=None)
 import threading, torch
-import hfopt.kernels
-hfopt.kernels._openmp = sys.modules["hfopt.kernels._openmp"]
+import hfopt.kernels.jit
+hfopt.kernels.jit.openmp = sys.modules["hfopt.kernels.jit.openmp"]
 from hfopt import functional
-from hfopt.kernels import _jit
+from hfopt.kernels import jit
 x, weight = torch.randn(3, 96), torch.randn(70, 96)
 exact, weights = x @ weight.T, functional.LinearWeights.of([weight], [None])
 results = {}
@@ -30,7 +31,7 @@ threads = [threading.Thread(target=work, args=(name,)) for name in range(3)]
 assert len(results) == 3
 for result in results.values():
     torch.testing.assert_close(result, exact, atol=1e-4, rtol=1e-4)
-print(_jit.threading_layer())
+print(jit.threading_layer())
 """
 
 
@@ -47,7 +48,7 @@ def test_without_an_openmp_runtime_numbas_layer_serves_several_threads(tmp_path:
 
 
 def test_no_second_pool_is_loaded() -> None:
-    assert _openmp.RUNTIME is not None  # torch for Linux brings one
+    assert openmp.RUNTIME is not None  # torch for Linux brings one
     x, weight = torch.randn(3, 96), torch.randn(70, 96)
     functional.linear(x, functional.LinearWeights.of([weight], [None]))
     assert env.threading_layer() == "torch's OpenMP"

@@ -19,7 +19,7 @@ from hfopt.cli import main
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import LinearWeights, Mask, choice
 from hfopt.functional.activation import ACTIVATIONS
-from hfopt.kernels.linear import ROW_LIMIT
+from hfopt.kernels.linear.rows import ROW_LIMIT
 from hfopt.patches.replacement import Replacement
 from tests import reference
 from tests.generation_cases import FAMILIES, gptj, llama, prompts

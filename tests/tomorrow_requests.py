@@ -118,7 +118,7 @@ def _answers(is_installed: bool) -> dict[str, Any]:
     assert "hfopt" not in sys.modules
     try:
         import hfopt
-        from hfopt import private_file
+        from hfopt.machine import private_file
     except Exception:  # noqa: BLE001
         return {**found, "broken": traceback.format_exc()}
     if not is_installed:  # what is found out here is of no use to this machine

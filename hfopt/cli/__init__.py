@@ -17,7 +17,10 @@ _ABOUT = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import accuracy, bench, doctor, explain, run, warmup
+    from hfopt.bench import accuracy
+    from hfopt.bench import command as bench
+
+    from . import doctor, explain, run, warmup
 
     commands = {
         "run": run,
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         sys.stderr.write('hfopt: the command line needs rich: pip install "hfopt[cli]"\n')
         return 2
-    from .output import show_messages
+    from hfopt.console.output import show_messages
 
     show_messages()
     args = _parser().parse_args(arguments)

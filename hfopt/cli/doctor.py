@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from packaging.version import Version
 
-from hfopt import env, generation, host, limits
-
-from .output import progress, say, show_table
+from hfopt import generation, host
+from hfopt.bench import roofline
+from hfopt.console.output import progress, say, show_table
+from hfopt.machine import env
 
 _OLDEST = {"transformers": host.OLDEST}
 
@@ -34,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     with progress("Testing the kernels (the first time on a machine they are compiled)"):
         results = selftest.run()
     with progress("Measuring the memory bandwidth and the thread pool"):
-        bandwidth = limits.BandwidthMeter().measure()
-        pool = limits.launch_cost()
+        bandwidth = roofline.BandwidthMeter().measure()
+        pool = roofline.launch_cost()
     _show([*_machine(), *_kernels(bandwidth, *pool)])
     show_table(
         ["kernel", "result", "detail"],

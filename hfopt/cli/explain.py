@@ -3,10 +3,9 @@
 import argparse
 
 import hfopt
+from hfopt.console.arguments import add_model_arguments, add_quantization, load_model
+from hfopt.console.output import progress, say, write_json
 from hfopt.errors import InvalidInput
-
-from .output import progress, say, write_json
-from .run import add_model_arguments, add_quantization, load_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,60 +10,24 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import hfopt
-from hfopt import limits
-from hfopt.cache import KV_CACHES
+from hfopt.bench import roofline
+from hfopt.bench.measure import Case, Pair, Sample, Summary, alternate, generate, paired_ratio
+from hfopt.console import models, prompts
+from hfopt.console.arguments import (
+    DTYPES,
+    add_kv_cache,
+    add_model_arguments,
+    add_quantization,
+    load_model,
+    positive,
+)
+from hfopt.console.output import progress, say, write_json
 from hfopt.errors import InvalidInput
-from hfopt.quantization import FORMATS
-
-from . import models, prompts
-from .measure import Case, Pair, Sample, Summary, alternate, generate, paired_ratio
-from .output import progress, say, write_json
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _BEAMS = 4
 _STOCK, _OPTIMIZED = "stock", "optimized"
-
-
-def positive(text: str) -> int:
-    """The argparse type of counts."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that choose a model, `model_id` apart."""
-    parser.add_argument(
-        "--random-weights",
-        metavar="CONFIG",
-        help=f"random weights instead of a checkpoint: a config.json or one of {', '.join(models.SHAPES)}",
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code from the checkpoint (default: never)"
-    )
-
-
-def add_quantization(parser: argparse.ArgumentParser, what: str) -> None:
-    """The flag --quantization."""
-    parser.add_argument(
-        "--quantization",
-        choices=sorted(FORMATS),
-        metavar="NAME",
-        help=f"{what}: {', '.join(sorted(FORMATS))} (default: weights stay as they are)",
-    )
-
-
-def add_kv_cache(parser: argparse.ArgumentParser, what: str) -> None:
-    """The flag --kv-cache."""
-    parser.add_argument(
-        "--kv-cache",
-        choices=[kind for kind in KV_CACHES if kind is not None],
-        help=f"{what} as 8-bit codes (default: as they are)",
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,17 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The stock model that the flags ask for; random weights have no tokenizer."""
-    dtype = DTYPES[args.dtype]
-    if args.random_weights is None:
-        return models.load(args.model_id or hfopt.embedded_model(), dtype, args.trust_remote_code)
-    if args.model_id is not None:
-        raise InvalidInput("--model-id and --random-weights exclude each other")
-    with progress(f"Making random weights of {args.random_weights}"):
-        return models.random_model(models.named_config(args.random_weights), dtype), None
-
-
 def _load_pair(args: argparse.Namespace) -> tuple[Pair, PreTrainedTokenizerBase | None]:
     """The stock model and the optimised one. Where that is quantised, the stock model is loaded for --compare alone."""
     if args.quantization is None:
@@ -169,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     n_rows, n_new = args.batch_size, args.max_new_tokens
     lengths = n_rows, inputs["input_ids"].shape[1], n_rows * options["num_beams"], n_new
     summaries = {
-        name: Summary.of(samples[name], n_rows, n_new, limits.bytes_per_step(model, *lengths, kv_cache))
+        name: Summary.of(samples[name], n_rows, n_new, roofline.bytes_per_step(model, *lengths, kv_cache))
         for name, model, kv_cache in (
             (_STOCK, pair.stock, None),
             (_OPTIMIZED, pair.optimized, args.kv_cache),

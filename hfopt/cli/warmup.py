@@ -3,10 +3,9 @@
 import argparse
 
 import hfopt
-from hfopt import env
-
-from .output import progress, say
-from .run import add_kv_cache, add_quantization
+from hfopt.console.arguments import add_kv_cache, add_quantization
+from hfopt.console.output import progress, say
+from hfopt.machine import env
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfopt.kernels import activation as codes
+from hfopt.kernels.linear import activation as codes
 
 
 class Activation(NamedTuple):

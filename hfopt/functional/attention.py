@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfopt._cache_codes import dequantised
+from hfopt.cache.codes import dequantised
 from hfopt.errors import InvalidInput
-from hfopt.kernels import attention as decode
-from hfopt.kernels import attention_prefill as prefill
+from hfopt.kernels.attention import decode, prefill
 
 from .checks import ELEMENTS, prepare_threads
 from .choice import Kernels, takes_torch

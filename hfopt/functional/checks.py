@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
-from hfopt.kernels import _jit, _openmp
+from hfopt.kernels.jit import launch as jit
+from hfopt.kernels.jit import openmp
 
 # Empty arrays whose type tells a kernel what is at the addresses that it gets; bfloat16 as its bits.
 ELEMENTS: dict[torch.dtype, np.ndarray] = {
@@ -105,5 +106,5 @@ def array_of(tensor: Tensor) -> np.ndarray:
 
 def prepare_threads() -> None:
     """Let the launches of this Python thread use as many threads as torch does."""
-    if not _openmp.RUNTIME:  # the pool of torch knows
-        _jit.use_threads(torch.get_num_threads())
+    if not openmp.RUNTIME:  # the pool of torch knows
+        jit.use_threads(torch.get_num_threads())

@@ -22,9 +22,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
-from hfopt._memory import available_memory
 from hfopt.errors import InvalidInput
-from hfopt.kernels.linear import ROW_LIMIT
+from hfopt.kernels.linear.rows import ROW_LIMIT
+from hfopt.machine.memory import available_memory
 
 from . import choice_file
 from .checks import DTYPES

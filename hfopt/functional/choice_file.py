@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hfopt import env, private_file
+from hfopt.machine import env, private_file
 
 _ENTRIES = "ratios"
 _LARGEST = 1e6  # ratio that a file may hold

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hfopt.errors import InvalidInput
-from hfopt.kernels import linear as kernels
-from hfopt.kernels.linear_tiles import linear_tiles
+from hfopt.kernels.linear import rows as kernels
+from hfopt.kernels.linear.tiles import linear_tiles
 
 from .activation import ACTIVATIONS, CODES
 from .checks import (

@@ -9,17 +9,11 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
-from hfopt.kernels.quantized import MOST_TERMS
-from hfopt.kernels.quantized import quantized_linear as quantized_kernel
+from hfopt.kernels.linear.quantized import MOST_TERMS
+from hfopt.kernels.linear.quantized import quantized_linear as quantized_kernel
 
 from .activation import CODES
-from .checks import (
-    ELEMENTS,
-    address_of,
-    check_array,
-    check_floats,
-    prepare_threads,
-)
+from .checks import ELEMENTS, address_of, check_array, check_floats, prepare_threads
 from .choice import Kernels
 from .linear import Fingerprint, prepare_call
 

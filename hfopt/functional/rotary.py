@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hfopt.errors import InvalidInput
 from hfopt.kernels import rope as kernels
-from hfopt.kernels.cache_record import BRANCH, TRUNK, record_of
+from hfopt.kernels.attention.cache_record import BRANCH, TRUNK, record_of
 
 from .checks import CODES, ELEMENTS, address_of, check_array, check_floats, prepare_threads
 

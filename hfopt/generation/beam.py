@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from .. import host
+from hfopt import host
+
 from ._types import Ids, Model, Outputs
 from .choice import continuations, select
 from .sequences import Sequences

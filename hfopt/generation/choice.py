@@ -6,7 +6,7 @@ The kernels are imported at the first call, because `import hfopt` must not load
 import torch
 from torch import Tensor
 
-from .. import host
+from hfopt import host
 
 
 def _is_readable(logits: Tensor) -> bool:
@@ -17,7 +17,7 @@ def argmax(logits: Tensor) -> Tensor:
     """The first index of the largest logit of each row: [n_rows, n_tokens] to int64 [n_rows]."""
     if not _is_readable(logits):
         return torch.argmax(logits, dim=-1)
-    from ..functional.sampling import argmax as kernel
+    from hfopt.functional.sampling import argmax as kernel
 
     return kernel(logits)
 
@@ -33,7 +33,7 @@ def continuations(logits: Tensor, beam_scores: Tensor, n_candidates: int) -> tup
     """
     n_scores = beam_scores.shape[1] * logits.shape[1]
     if _is_readable(logits):
-        from ..functional.sampling import log_softmax_top_k
+        from hfopt.functional.sampling import log_softmax_top_k
 
         # one more than wanted tells whether the last one has an equal
         n_best = min(n_candidates + 1, n_scores)

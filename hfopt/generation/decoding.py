@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import host
-from ..cache import IndirectCache
-from ..errors import InvalidInput
+from hfopt import host
+from hfopt.cache import IndirectCache
+from hfopt.errors import InvalidInput
+
 from ._types import Model
 from .prompt import share_prompts, unshare_prompts
 from .proof import refusals
 from .verdict import Verdict, verdict_of
 
 if TYPE_CHECKING:
-    from ..functional import Program, StepScratch
+    from hfopt.program.program import Program
+    from hfopt.program.run import StepScratch
 
 PROGRAMS = "_hfopt_programs"  # attribute of an optimized model
 
@@ -98,9 +100,9 @@ class Decoding:
         self._is_alone = is_alone
         self._scratch: StepScratch | None = None
         # not at the top, because `import hfopt` must not load Numba; not in each step, because that takes time
-        from .. import functional
+        from hfopt.program import run
 
-        self._functional = functional
+        self._run_of = run
 
     @classmethod
     def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], **options: Any) -> Decoding | None:
@@ -161,9 +163,7 @@ class Decoding:
         choosing = self._choosing
         assert choosing is not None
         begin = time.perf_counter()
-        chosen = self._run(
-            program, tokens, n_steps, self._functional.Ends(finished, choosing.pad, choosing.ends)
-        )
+        chosen = self._run(program, tokens, n_steps, self._run_of.Ends(finished, choosing.pad, choosing.ends))
         if chosen is None:
             return False
         self._n_steps, self._seconds = len(chosen), (time.perf_counter() - begin) / len(chosen)
@@ -196,14 +196,14 @@ class Decoding:
             return None
         scratch = self._scratch
         if scratch is None or scratch.program is not program or scratch.n_rows != n_rows:
-            scratch = self._scratch = self._functional.StepScratch(program, n_rows)
+            scratch = self._scratch = self._run_of.StepScratch(program, n_rows)
         positions = self._positions
         if len(positions) != n_rows:  # one stands for all rows
             positions = self._positions = np.repeat(positions, n_rows)
         mask = self._mask(appended.first.trunk_len + appended.first.branch_len)
         given = scratch, tokens, positions, appended, mask
         try:
-            return self._functional.step(*given) if ends is None else self._functional.choose(*given, ends)
+            return self._run_of.step(*given) if ends is None else self._run_of.choose(*given, ends)
         except InvalidInput:
             self._cache.crop(-n_steps)  # its columns have not been written
             raise

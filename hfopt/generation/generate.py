@@ -14,9 +14,10 @@ from typing import Any
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 
-from .. import host
-from ..cache import IndirectCache
-from ..progress import compile_progress
+from hfopt import host
+from hfopt.cache import IndirectCache
+from hfopt.progress import compile_progress
+
 from ._types import Model
 from .binding import Bound
 from .decoding import PROGRAMS

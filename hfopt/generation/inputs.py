@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import host
-from ..errors import InvalidInput
+from hfopt import host
+from hfopt.errors import InvalidInput
+
 from ._types import Model
 
 _INDICES = (torch.int64, torch.int32)  # the types that an embedding takes

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
-from .. import host
+from hfopt import host
+
 from ._types import Model
 from .beam import beam_search
 from .inputs import check_counts

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
-from .. import host
-from ..cache import IndirectCache
+from hfopt import host
+from hfopt.cache import IndirectCache
+
 from ._types import Model, Outputs
 from .decoding import LOOKS_INSIDE, PROGRAMS, are_near, has_hooks, wanted
 from .prompt import share_prompts, unshare_prompts
 
 if TYPE_CHECKING:
-    from ..functional import Mask, Program
+    from hfopt.functional import Mask
+    from hfopt.program.program import Program
 
 _READ = {"input_ids", "position_ids", "attention_mask"}
 _FIXED = {"logits_to_keep": 1, "use_cache": True, "return_dict": True}
@@ -101,7 +103,7 @@ class _Text(NamedTuple):
     def read(self, program: Program, cache: IndirectCache) -> Tensor | None:
         """Logits [n_rows, 1, n_logits]; None, with nothing changed, for a long text, and if layers hold different tokens."""
         # not at the top, because `import hfopt` must not load Numba
-        from .. import functional
+        from hfopt.program import run
 
         n_rows, n_new = self.tokens.shape
         listing, n_keys = program.listing, self.n_past + n_new
@@ -116,7 +118,7 @@ class _Text(NamedTuple):
             each.numpy().astype(np.int64, copy=False) for each in (self.tokens, self.positions)
         )
         try:
-            return functional.prefill(program, tokens, positions, appended, self._mask())
+            return run.prefill(program, tokens, positions, appended, self._mask())
         except BaseException:  # its columns have not been written
             if self.n_past:
                 cache.crop(-n_new)
@@ -126,7 +128,7 @@ class _Text(NamedTuple):
 
     def _mask(self) -> Mask:
         """What transformers makes of `seen`, in the form that `prepare_mask` gives it."""
-        from ..functional import Mask
+        from hfopt.functional import Mask
 
         if self.seen is None or bool((self.seen != 0).all()):
             return Mask("causal")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import host
-from ..cache import IndirectCache
+from hfopt import host
+from hfopt.cache import IndirectCache
 
 # Batch-first arguments of a text decoder. Any other tensor means that rows may differ in a way not seen here.
 _BATCH_FIRST = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")

@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-from .. import host, private_file
-from ..errors import ForkedProcess, KernelError
+from hfopt import host
+from hfopt.errors import ForkedProcess, KernelError
+from hfopt.machine import private_file
+
 from ._types import Model
 from .proof_cases import CASES, COMMON, OTHER_LOOPS, Case, tiny_model
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, StoppingCriteria
 from transformers.generation import BaseStreamer
 
-from .. import host
+from hfopt import host
+
 from ._types import Model, Outputs
 
 GREEDY, SAMPLING, BEAMS, BEAM_SAMPLING = "greedy search", "sampling", "beam search", "beam sampling"

@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.generation import BaseStreamer
 
-from ..errors import HostError
-from ..host import cached_length, installed
+from hfopt.errors import HostError
+from hfopt.host import cached_length, installed
 
 
 class Unfit(Exception):

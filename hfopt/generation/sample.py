@@ -7,7 +7,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
-from .. import host
+from hfopt import host
+
 from ._types import Ids, Model, Outputs
 from .choice import argmax
 from .decoding import Choosing

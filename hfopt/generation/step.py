@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin
 
-from .. import host
-from ..errors import HostError, InvalidInput
+from hfopt import host
+from hfopt.errors import HostError, InvalidInput
+
 from ._types import Model, Outputs
 from .decoding import Choosing, Decoding
 from .inputs import position_limit

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from ..host import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, PrefixConstrainedLogitsProcessor
+from hfopt.host import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, PrefixConstrainedLogitsProcessor
+
 from .latency import TokenClock
 
 

@@ -1,10 +1,10 @@
 """Arrays in, arrays out: the kernels, compiled by Numba. Importing any of them raises KernelError where Numba is not fit."""
 
-from .. import _numba
-from ..errors import KernelError
+from hfopt.errors import KernelError
+from hfopt.kernels import release
 
 # before Numba is loaded: another release may fail in ways that say nothing
-_obstacle = _numba.obstacle()
+_obstacle = release.obstacle()
 if _obstacle is not None:
     raise KernelError(_obstacle)
 try:

@@ -6,11 +6,20 @@ between the two; everything else is float32, rounded once.
 
 import numpy as np
 
-from ._jit import launch
-from ._parallel import body, parallel_for, threads_for
-from ._pointer import address_as, load_part, load_two, pointer, prefetch_two, shifted, store_part, store_two
-from ._simd import LANES
-from ._vector import fma, splat, sum_lanes, where_part
+from .jit.launch import launch
+from .jit.parallel import body, parallel_for, threads_for
+from .simd.pointer import (
+    address_as,
+    load_part,
+    load_two,
+    pointer,
+    prefetch_two,
+    shifted,
+    store_part,
+    store_two,
+)
+from .simd.types import LANES
+from .simd.vector import fma, splat, sum_lanes, where_part
 
 STEP = 2 * LANES
 _PARALLEL_SIZE = 1 << 16  # elements; below, more threads cost more than they save

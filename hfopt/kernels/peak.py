@@ -4,14 +4,14 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from . import _compiler
-from ._integer_dot import emit_dot_bytes
-from ._jit import launch
-from ._parallel import body, parallel_for, usable_threads
-from ._pointer import load, pointer, prefetch, shifted, store_scalar
-from ._simd import I32X, INTP, LANES, emit_load, emit_splat
-from ._tile import _outlined, outer_tile
-from ._vector import splat, sum_lanes
+from .jit import compiler
+from .jit.launch import launch
+from .jit.parallel import body, parallel_for, usable_threads
+from .simd.integer_dot import emit_dot_bytes
+from .simd.pointer import load, pointer, prefetch, shifted, store_scalar
+from .simd.tile import _outlined, outer_tile
+from .simd.types import I32X, INTP, LANES, emit_load, emit_splat
+from .simd.vector import splat, sum_lanes
 
 # 32-bit units of one round of `multiply_add`; with 14 rows and 2 vectors all operands stay in an L1 cache
 DEPTH, ROWS, COLUMNS = 128, 14, 2 * LANES
@@ -72,14 +72,14 @@ def _integer_tile(typingctx, a, b, out):
 
     def emit(builder, args):
         a, b, out = args
-        slots = [_compiler.alloca_once(builder, I32X) for _ in range(ROWS * COLUMNS // LANES)]
+        slots = [compiler.alloca_once(builder, I32X) for _ in range(ROWS * COLUMNS // LANES)]
         for slot in slots:
             builder.store(ir.Constant(I32X, None), slot)
 
         def place(row, width, column):
             return builder.add(builder.mul(row, ir.Constant(INTP, width)), ir.Constant(INTP, column))
 
-        with _compiler.for_range(builder, ir.Constant(INTP, DEPTH)) as loop:
+        with compiler.for_range(builder, ir.Constant(INTP, DEPTH)) as loop:
             columns = range(0, COLUMNS, LANES)
             codes = [emit_load(builder, b, place(loop.index, COLUMNS, j), I32X, 4) for j in columns]
             for i in range(ROWS):

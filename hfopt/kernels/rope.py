@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._attention_pack import absmax
-from ._attention_tile import where_up_to
-from ._jit import launch
-from ._parallel import body, parallel_for, threads_for
-from ._pointer import (
+from .attention.cache_record import ADDRESS, COLUMNS, HEAD_DIM, KV_HEADS, ROWS, SCALES
+from .attention.pack import absmax
+from .attention.tile import where_up_to
+from .jit.launch import launch
+from .jit.parallel import body, parallel_for, threads_for
+from .simd.pointer import (
     address_as,
     floats_at,
     load,
@@ -22,9 +23,8 @@ from ._pointer import (
     store_part,
     store_scalar,
 )
-from ._simd import LANES
-from ._vector import absolute, doubled, fence, fma, rotated_pairs, splat
-from .cache_record import ADDRESS, COLUMNS, HEAD_DIM, KV_HEADS, ROWS, SCALES
+from .simd.types import LANES
+from .simd.vector import absolute, doubled, fence, fma, rotated_pairs, splat
 
 NONE, HALF, INTERLEAVED = range(3)
 

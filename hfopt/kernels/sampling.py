@@ -9,10 +9,10 @@ A NaN counts as the largest value, and of equal values the first wins, as in tor
 import numpy as np
 from numba import carray
 
-from ._functions import exp
-from ._jit import launch
-from ._parallel import body, parallel_for, threads_for
-from ._pointer import (
+from .jit.launch import launch
+from .jit.parallel import body, parallel_for, threads_for
+from .simd.functions import exp
+from .simd.pointer import (
     address_as,
     floats_at,
     integers_at,
@@ -23,8 +23,8 @@ from ._pointer import (
     pointer,
     shifted,
 )
-from ._simd import LANES
-from ._vector import fence, lane, lanes_from, larger, max_lanes, maximum, splat, sum_lanes, where_part
+from .simd.types import LANES
+from .simd.vector import fence, lane, lanes_from, larger, max_lanes, maximum, splat, sum_lanes, where_part
 
 BLOCK = 1024
 _PARALLEL_SIZE = 1 << 15  # logits; below, more threads cost more than they save

@@ -7,18 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import (
-    activation,
-    attention,
-    attention_prefill,
-    cache_record,
-    linear,
-    linear_tiles,
-    norm,
-    quantized,
-    rope,
-    sampling,
-)
+from . import norm, rope, sampling
+from .attention import cache_record
+from .attention import decode as attention
+from .attention import prefill as attention_prefill
+from .linear import activation, quantized
+from .linear import rows as linear
+from .linear import tiles as linear_tiles
 
 Array = NDArray[Any]
 Case = Callable[[type], float]

@@ -9,11 +9,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._attention_cache import open_cache, valid_rows
-from ._decode_plan import layout_of
-from ._jit import launch
-from ._parallel import body, parallel_for, threads_for
-from ._pointer import (
+from .attention.cache_record import BRANCH, LENGTH, TRUNK
+from .attention.cache_view import open_cache, valid_rows
+from .attention.decode import attend_rows
+from .attention.plan import layout_of
+from .attention.prefill import Seen, attend_tokens, most_scratch, plan_tokens
+from .jit.launch import launch
+from .jit.parallel import body, parallel_for, threads_for
+from .linear.quantized import multiply_quantized, quantized_scratch
+from .linear.quantized_strip import Quantized
+from .linear.rows import ROW_LIMIT, Linear, multiply_rows, rows_scratch
+from .linear.tiles import multiply_tiles, tiles_scratch
+from .norm import add_row, layer_norm, rms_norm
+from .rope import rotate_and_store_rows
+from .sampling import argmax
+from .simd.pointer import (
     address_as,
     address_of,
     bytes_at,
@@ -24,18 +34,8 @@ from ._pointer import (
     shifted,
     store_part,
 )
-from ._quantized_strip import Quantized
-from ._simd import LANES
-from ._tile import units_ratio
-from .attention import attend_rows
-from .attention_prefill import Seen, attend_tokens, most_scratch, plan_tokens
-from .cache_record import BRANCH, LENGTH, TRUNK
-from .linear import ROW_LIMIT, Linear, multiply_rows, rows_scratch
-from .linear_tiles import multiply_tiles, tiles_scratch
-from .norm import add_row, layer_norm, rms_norm
-from .quantized import multiply_quantized, quantized_scratch
-from .rope import rotate_and_store_rows
-from .sampling import argmax
+from .simd.tile import units_ratio
+from .simd.types import LANES
 
 LOOK_UP, ADD_LOOKED_UP, RMS_NORM, LAYER_NORM, LINEAR, ROTATE_AND_STORE, ATTEND, TAKE_LAST = range(8)
 QUANTIZED_LINEAR, PERMUTE, MULTIPLY = range(8, 11)

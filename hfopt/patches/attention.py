@@ -11,7 +11,6 @@ import torch
 from hfopt import functional
 from hfopt.cache import IndirectCache
 from hfopt.errors import InvalidInput, UnsupportedModel
-from hfopt.functional import Builder, Slot, Table
 from hfopt.host import ROLES
 from hfopt.patches.guards import attention_kind, attention_obstacle, wants_attentions
 from hfopt.patches.linear import (
@@ -24,6 +23,9 @@ from hfopt.patches.linear import (
 )
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
 from hfopt.patches.replacement import Replacement
+from hfopt.program.builder import Builder
+from hfopt.program.program import Table
+from hfopt.program.writer import Slot
 
 Rotary = tuple[torch.Tensor | None, torch.Tensor | None]
 # (cache, number of tokens in it, dtype) -> cos and sin of the new tokens

@@ -13,7 +13,6 @@ import torch
 
 from hfopt import functional
 from hfopt.errors import UnsupportedModel
-from hfopt.functional import Builder, Slot
 from hfopt.host import ROLES
 from hfopt.patches.activation import match_activation
 from hfopt.patches.attention import Attention, RotaryAttention, TableAttention, UnrotatedAttention
@@ -22,6 +21,8 @@ from hfopt.patches.linear import can_multiply, is_linear, read_children, weights
 from hfopt.patches.mlp import Mlp, activate, activation_of
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
 from hfopt.patches.replacement import Replacement, is_swapped, is_usable
+from hfopt.program.builder import Builder
+from hfopt.program.writer import Slot
 
 
 @dataclass(frozen=True)

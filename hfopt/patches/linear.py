@@ -9,11 +9,13 @@ from torch import nn
 
 from hfopt import functional
 from hfopt.errors import InvalidInput, UnsupportedModel
-from hfopt.functional import Builder, LinearWeights, MixedWeights, QuantizedWeights, Slot, Weights
+from hfopt.functional import LinearWeights, MixedWeights, QuantizedWeights, Weights
 from hfopt.patches.guards import DO_NOTHING, are_readable, is_bare
 from hfopt.patches.pattern import Pattern
 from hfopt.patches.quantized import QuantizedLinear, read_quantized
 from hfopt.patches.replacement import Record, Replacement, original_class
+from hfopt.program.builder import Builder
+from hfopt.program.writer import Slot
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from hfopt import functional
 from hfopt.errors import UnsupportedModel
-from hfopt.functional import Builder, Slot, Weights
+from hfopt.functional import Weights
 from hfopt.patches.activation import fused_activation, match_activation
 from hfopt.patches.linear import (
     are_others_bare,
@@ -22,6 +22,8 @@ from hfopt.patches.linear import (
 )
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, takes_one_input
 from hfopt.patches.replacement import Record, Replacement
+from hfopt.program.builder import Builder
+from hfopt.program.writer import Slot
 
 
 @dataclass(frozen=True)

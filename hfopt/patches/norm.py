@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from hfopt import functional
-from hfopt.functional import Builder, Slot
 from hfopt.patches.guards import is_readable
 from hfopt.patches.pattern import Pattern, attributes, takes_one_input
 from hfopt.patches.replacement import Replacement
+from hfopt.program.builder import Builder
+from hfopt.program.writer import Slot
 
 
 @dataclass(frozen=True)

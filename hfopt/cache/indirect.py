@@ -1,0 +1,228 @@
+"""IndirectCache: a `transformers` cache in which rows share keys and values, and reordering moves none.
+
+A layer holds two buffers. The *trunk* has the tokens that were read before rows diverged, one row per prompt;
+the *branch* has those after that, one row per logical row (a beam, say): the two segments of
+https://arxiv.org/abs/2401.05391. A `RowMap`, one for all layers, names the physical row in which a logical
+row finds its trunk and each of its branch tokens, so a step of beam search rewrites some integers, no more.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from hfopt.cache.codes import KV_CACHES, check_kv_cache
+from hfopt.cache.layer import Appended, AppendedEverywhere, Buffers, IndirectLayer
+from hfopt.cache.row_map import RowMap
+from hfopt.errors import InvalidInput
+from hfopt.host import Config, DynamicLayer
+
+__all__ = ["KV_CACHES", "Appended", "AppendedEverywhere", "Buffers", "IndirectCache"]
+
+T = TypeVar("T")
+
+
+class IndirectCache(DynamicCache):
+    """A `DynamicCache` whose reordering moves no key and no value, and whose rows can share a prompt.
+
+    Args:
+        config: of the model; names the layers. Those that are not full attention stay transformers' own.
+        copies: rows that each prompt is for (`num_beams` or `num_return_sequences`). Above 1, the rows that
+            arrive first are prompts; `fork`, or the first update of `copies` times as many rows, makes
+            `copies` rows of each.
+        kv_cache: "int8" stores keys and values as 8-bit codes with a scale for each token and head, in half the memory of
+            bfloat16; None as they are.
+
+    Raises `InvalidInput` if `copies` is below 1, and for another `kv_cache`.
+    """
+
+    def __init__(self, config: Config | None = None, *, copies: int = 1, kv_cache: str | None = None) -> None:
+        if copies < 1:
+            raise InvalidInput(f"copies = {copies}: at least 1 is needed")
+        check_kv_cache(kv_cache)
+        super().__init__(config=config)
+        self.copies, self.kv_cache = copies, kv_cache
+        self._rows = RowMap()
+        self._memo: dict[str, tuple[Tensor, Any]] = {}
+        self.layers: list[Any]
+        self.layer_class_to_replicate: Any
+        if self.layer_class_to_replicate is not None:
+            self.layer_class_to_replicate = functools.partial(IndirectLayer, self._rows, kv_cache=kv_cache)
+        n_following = sum(type(layer) is DynamicLayer for layer in self.layers)
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                n_following -= 1
+                self.layers[index] = IndirectLayer(self._rows, n_following, kv_cache=kv_cache)
+
+    @property
+    def n_rows(self) -> int:
+        """Logical rows (prompts, until they are forked); 0 while the cache is empty."""
+        return next((layer.n_rows for layer in self._indirect() if layer.get_seq_length() > 0), 0)
+
+    def _indirect(self) -> Iterator[IndirectLayer]:
+        return (layer for layer in self.layers if isinstance(layer, IndirectLayer))
+
+    def append(
+        self, layer_idx: int, n_rows: int, n_new: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> Appended:
+        """Make room for `n_new` tokens a row in a layer, and count them as stored. The caller writes them.
+
+        Raises `InvalidInput` for rows, heads or a dtype that do not fit what is stored, and `CacheFull`,
+        before anything is changed, if the buffers would grow beyond the available memory.
+        """
+        if layer_idx >= len(self.layers) and self.layer_class_to_replicate is not None:
+            self.layers += [self.layer_class_to_replicate() for _ in range(layer_idx + 1 - len(self.layers))]
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, IndirectLayer):
+            raise InvalidInput(f"layer_idx = {layer_idx}: only `update` extends a {type(layer).__name__}")
+        if self.copies > 1:
+            self._fork_for(n_rows)
+        return layer.append(n_rows, n_new, n_kv_heads, head_dim, dtype)
+
+    def append_everywhere(
+        self, n_rows: int, n_new: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> AppendedEverywhere | None:
+        """`append` tokens in every layer; None, with nothing changed, unless all hold the same tokens and rows, or none.
+
+        Raises as `append`.
+        """
+        if self.copies > 1:
+            self._fork_for(n_rows)
+        if not self.is_even(n_rows) and not self._is_empty():
+            return None
+        layers, layout = self.layers, (n_kv_heads, head_dim, dtype)
+        have_room = all(layer.has_room(n_new, layout) for layer in layers)
+        first = layers[0].append(n_rows, n_new, *layout)
+        for layer in layers[1:]:
+            if have_room:
+                layer.trunk_len, layer.branch_len = first.trunk_len, first.branch_len
+            else:
+                layer.append(n_rows, n_new, *layout)
+        return AppendedEverywhere(first, [layer.buffers for layer in layers])
+
+    def is_even(self, n_rows: int) -> bool:
+        """Whether all layers have buffers with the same tokens, at least one, of the same n_rows rows."""
+        rows, layers = self._rows, self.layers
+        if not layers or not isinstance(layers[0], IndirectLayer):
+            return False
+        trunk_len, branch_len = layers[0].trunk_len, layers[0].branch_len
+        for layer in layers:
+            if not isinstance(layer, IndirectLayer) or layer.rows is not rows or layer.trunk is None:
+                return False
+            if layer.trunk_len != trunk_len or layer.branch_len != branch_len:
+                return False
+        return trunk_len > 0 and rows.n_rows == n_rows
+
+    def _is_empty(self) -> bool:
+        """Whether all layers have room for the first tokens of the same rows."""
+        rows, layers = self._rows, self.layers
+        are_ours = all(isinstance(layer, IndirectLayer) and layer.rows is rows for layer in layers)
+        return bool(layers) and are_ours and not any(layer.get_seq_length() for layer in layers)
+
+    def newest(self) -> list[Tensor]:
+        """Views of the last token that every layer of an even cache holds, [2, n_rows, n_kv_heads, head_dim] and scales."""
+        return [part for layer in self._indirect() for part in layer.newest()]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store [n_rows, n_kv_heads, n_new, head_dim], and return all keys and all values of the layer.
+
+        For attention code that knows nothing of trunks. A view as long as every row reads its own trunk row,
+        gathered after that, and dequantised from codes. Raises as `append`.
+        """
+        if self.copies > 1:
+            self._fork_for(key_states.shape[0])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def fork(self) -> None:
+        """Make `copies` rows of each prompt, side by side. Does nothing while empty, or a second time."""
+        if self.copies > 1 and self.n_rows > 0:
+            repeats, self.copies = self.copies, 1
+            self.batch_repeat_interleave(repeats)
+
+    def _fork_for(self, n_rows: int) -> None:
+        if n_rows == self.n_rows * self.copies:
+            self.fork()
+
+    def memo(self, tag: str, tensor: Tensor | None, build: Callable[[], T]) -> T:
+        """`build()`, remembered under `tag` while `tensor` is the very same object (for None, not at all)."""
+        entry = self._memo.get(tag)
+        if entry is not None and entry[0] is tensor:
+            return entry[1]
+        built = build()
+        if tensor is None:
+            self._memo.pop(tag, None)
+        else:
+            self._memo[tag] = (tensor, built)
+        return built
+
+    def _settled(self) -> list[RowMap]:
+        """The maps in use, after every layer whose branch is shorter than its companions' has got its own.
+
+        Columns that only some layers have filled would otherwise be reordered before the others fill them.
+        """
+        stored = [layer for layer in self._indirect() if layer.trunk is not None]
+        companions: dict[int, list[IndirectLayer]] = {}
+        for layer in stored:
+            companions.setdefault(id(layer.rows), []).append(layer)
+        for layers in companions.values():
+            rows = layers[0].rows
+            rows.n_branch = max(layer.branch_len for layer in layers)
+            for layer in layers:
+                if layer.branch_len < rows.n_branch:
+                    layer.own_rows()
+        return list({id(layer.rows): layer.rows for layer in stored if layer.get_seq_length() > 0}.values())
+
+    def _rearrange(self, method: str, argument: Any) -> None:
+        if self.is_even(self._rows.n_rows):
+            self._rows.n_branch = self.layers[0].branch_len
+            getattr(self._rows, method)(argument)
+            return
+        for rows in self._settled():
+            getattr(rows, method)(argument)
+        for layer in self.layers:
+            if not isinstance(layer, IndirectLayer) or layer.trunk is None:
+                getattr(layer, method)(argument)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row r continues row `beam_idx[r]`."""
+        if self.copies > 1 and beam_idx.shape[0] == self.n_rows:
+            self.copies = 1  # every beam brought a prompt of its own
+        self.fork()
+        self._rearrange("reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row becomes `repeats` rows, side by side."""
+        self.fork()
+        self._rearrange("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`."""
+        self.fork()
+        self._rearrange("batch_select_indices", indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens of every row."""
+        for layer in self.layers:
+            if isinstance(layer, IndirectLayer) and layer.trunk is not None:
+                layer.shorten(tokens_to_remove)
+            else:
+                layer.crop(tokens_to_remove)
+        self._settled()
+
+    def reset(self) -> None:
+        """Forget all tokens and release their memory."""
+        super().reset()
+        self._memo.clear()
+        self._rows.start(0)
+        for layer in self._indirect():
+            layer.rows = self._rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memo": {}}

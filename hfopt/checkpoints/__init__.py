@@ -1,0 +1,1 @@
+"""Checkpoints: read, renamed, filled into models, written; and those of other tools."""

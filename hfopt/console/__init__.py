@@ -1,0 +1,1 @@
+"""What commands in a terminal share: output, models, prompts."""

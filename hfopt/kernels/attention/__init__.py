@@ -1,0 +1,1 @@
+"""Attention over the cache: one new token a row (`decode`), many (`prefill`)."""

@@ -1,0 +1,159 @@
+"""The blocks of keys and values of a chunk of decode attention, and which rows see the same ones.
+
+Blocks of 16 keys are read where they are, if they follow each other and all are seen. Others (those of the
+branch, and those of which a mask hides some) are gathered first, without what is hidden, so that NaN or Inf
+there cannot reach a result. The scales of codes are gathered in any case, in the order of the keys.
+"""
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from hfopt.kernels.jit.parallel import body, inlined
+from hfopt.kernels.simd.pointer import (
+    address_of,
+    as_units,
+    bytes_at,
+    copy_codes,
+    load,
+    load_part,
+    prefetch,
+    shifted,
+    store,
+    store_part,
+)
+from hfopt.kernels.simd.tile import _stack_block, units_ratio
+from hfopt.kernels.simd.types import F32, LANES
+from hfopt.kernels.simd.vector import splat
+
+from .cache_view import key_of, scale_of
+from .elements import BLOCK
+from .lanes import seen_keys, set_address
+from .pack import copy_row
+
+MOST_KEYS = 256  # of a chunk; also a literal in `_decode_chunk`, in the sizes of stacks
+_ZERO = np.float32(0.0)
+_ONE = np.float32(1.0)
+
+
+@body
+def seen_of(problem, place, first, count):
+    """Bits of `count` <= 16 keys, those that the row at a place sees; first: token number of the first."""
+    if problem.mask == 0:
+        return (1 << count) - 1
+    return seen_keys(bytes_at(problem.mask), problem.order[place] * problem.mask_row + first, count)
+
+
+@intrinsic
+def stack_factors(typingctx, scales):
+    """Room on the stack of the calling body for the scales of a chunk, float32 [4, MOST_KEYS]: of the listed keys, of their
+    values, and of those of both that were copied; None for None.
+    """
+    result = types.none if scales is types.none else types.CPointer(types.float32)
+
+    def codegen(context, builder, sig, args):
+        if result is types.none:
+            return context.get_dummy_value()
+        block = _stack_block(builder, F32, 4 * MOST_KEYS)
+        block.align = 64
+        return builder.bitcast(block, F32.as_pointer())
+
+    return result(scales), codegen
+
+
+@body
+def _copy_factors(scales, to_values, n, factors):
+    """n <= 16 scales of keys, and of their values."""
+    store_part(factors, 0, n, load_part(scales, 0, n))
+    store_part(factors, MOST_KEYS, n, load_part(scales, to_values, n))
+
+
+@body
+def _hold(source, scales, n, size, target, padded):
+    """n rows of `size` elements as rows of `padded` elements, with zeros behind them; scales: None if they are no codes."""
+    if scales is not None:
+        for i in range(n):
+            for k in range(0, padded, LANES):
+                here, there = shifted(source, i * size + k), shifted(target, i * padded + k)
+                copy_codes(here, max(min(size - k, LANES), 0), there)
+    elif size == padded:
+        units, held = as_units(source, source), as_units(target, target)
+        for k in range(0, n * padded // units_ratio(source), LANES):
+            store(held, k, load(units, k))
+    else:
+        for i in range(n):
+            copy_row(shifted(source, i * size), size, _ONE, shifted(target, i * padded), padded)
+
+
+@inlined
+def list_blocks(problem, item, scales, place, first, n, keys, values, room, factors):
+    """Addresses of blocks of those of n keys from token `first` of an item's segment on that the row at a place sees.
+
+    Returns how many keys these are, and writes hidden ones nowhere. room: for copies of n keys and values. scales: those
+    of the segment; factors: see `stack_factors`.
+    """
+    cache, size, padded = problem.cache, problem.cache.size, problem.padded
+    segment, in_trunk, p, kv_head = item.segment, item.in_trunk, item.row, item.kv_head
+    start = first if in_trunk else cache.trunk.n_tokens + first
+    held_values = shifted(room, problem.plan.chunk * padded)
+    n_blocks = 0
+    n_held = 0
+    for t in range(0, n, BLOCK):
+        count = min(n - t, BLOCK)
+        seen = seen_of(problem, place, start + t, count)
+        if in_trunk and size == padded and seen == (1 << BLOCK) - 1:
+            key = key_of(segment, p, kv_head, first + t, size)
+            set_address(keys, n_blocks, address_of(key))
+            set_address(values, n_blocks, address_of(shifted(key, segment.to_values)))
+            if scales is not None:
+                here = shifted(scales, scale_of(segment, p, kv_head, first + t))
+                _copy_factors(here, segment.to_value_scales, BLOCK, shifted(factors, n_blocks * BLOCK))
+                prefetch(here, problem.plan.chunk)
+                prefetch(here, segment.to_value_scales + problem.plan.chunk)
+            n_blocks += 1
+        else:
+            together = count if in_trunk and seen == (1 << count) - 1 else 1
+            for token in range(first + t, first + t + count, together):
+                if seen >> (token - first - t) & 1:
+                    row = p if in_trunk else cache.table[problem.order[place] * cache.table_row + token]
+                    key = key_of(segment, row, kv_head, token, size)
+                    _hold(key, scales, together, size, shifted(room, n_held * padded), padded)
+                    value = shifted(key, segment.to_values)
+                    _hold(value, scales, together, size, shifted(held_values, n_held * padded), padded)
+                    if scales is not None:
+                        here = shifted(scales, scale_of(segment, row, kv_head, token))
+                        held_factors = shifted(factors, 2 * MOST_KEYS + n_held)
+                        _copy_factors(here, segment.to_value_scales, together, held_factors)
+                    n_held += together
+    n_seen = n_blocks * BLOCK + n_held
+    n_copied = n_held
+    n_held = (n_held + BLOCK - 1) // BLOCK * BLOCK
+    # scores of no key are overwritten, but values have a weight of 0
+    if scales is not None:
+        for k in range(n_copied * padded, n_held * padded, LANES):
+            copy_codes(held_values, 0, shifted(held_values, k))
+        store_part(factors, 3 * MOST_KEYS + n_copied, n_held - n_copied, splat(_ZERO))
+    else:
+        for k in range(n_copied * padded, n_held * padded, LANES):
+            store(held_values, k, splat(_ZERO))
+    for t in range(0, n_held, BLOCK):
+        if scales is not None:
+            held_factors = shifted(factors, 2 * MOST_KEYS + t)
+            _copy_factors(held_factors, MOST_KEYS, BLOCK, shifted(factors, n_blocks * BLOCK))
+        set_address(keys, n_blocks, address_of(shifted(room, t * padded)))
+        set_address(values, n_blocks, address_of(shifted(held_values, t * padded)))
+        n_blocks += 1
+    return n_seen
+
+
+@inlined
+def rows_alike(problem, begin, end, first, n):
+    """Whether the rows at places begin ... end see the same ones of n keys."""
+    alike = True
+    if problem.mask != 0:
+        for t in range(first, first + n, BLOCK):
+            count = min(first + n - t, BLOCK)
+            seen = seen_of(problem, begin, t, count)
+            for place in range(begin + 1, end):
+                alike &= seen_of(problem, place, t, count) == seen
+    return alike

@@ -1,0 +1,262 @@
+"""Decode attention: one new token a row over all keys, reached through the rows of the cache.
+
+The keys are split into chunks. For each chunk, queries that read the same keys (the query heads of one key
+head; in the trunk of the cache also the rows of one prompt) are worked on together, and leave an unfinished
+softmax: the largest score, the sum of the exponentials, and the weighted sum of the values. Those of a span of chunks
+are merged as it is read; in the end the spans of each query are joined, in order (https://arxiv.org/abs/2311.01282,
+with the indirect rows of https://arxiv.org/abs/2401.05391).
+
+Here are the items of work; how it is cut is in `_decode_plan`, what is done with a chunk in `_decode_chunk`.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hfopt.kernels.jit.launch import launch
+from hfopt.kernels.jit.parallel import (
+    arrive,
+    arrived,
+    body,
+    inlined,
+    next_index,
+    next_share,
+    parallel_for,
+    usable_threads,
+)
+from hfopt.kernels.simd.pointer import (
+    address_as,
+    address_of,
+    as_units,
+    floats_at,
+    integers_at,
+    load,
+    load_scalar,
+    pointer,
+    shifted,
+    store_part,
+    store_scalar,
+)
+from hfopt.kernels.simd.tile import units_ratio
+from hfopt.kernels.simd.types import LANES
+from hfopt.kernels.simd.vector import fma, lane, splat
+
+from .cache_view import Cache, key_of, open_cache, valid_rows
+from .chunk import MAX, SEEN, SUM, Item, attend_chunk
+from .plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_trunk_row
+from .tile import weight_of
+
+_PATIENCE = 5000  # looks at what the others have done
+_NOTHING = np.float32(-np.inf)
+_ZERO = np.float32(0.0)
+_ONE = np.float32(1.0)
+_LOG2_E = np.float32(1.4426950408889634)
+
+
+class _Problem(NamedTuple):
+    """What all items of work share."""
+
+    q: Any  # pointer to the queries of row 0
+    q_row: Any  # elements from there to row 1
+    n_rows: Any
+    n_groups: Any  # of rows that share their trunk
+    group: Any  # query heads of a key head
+    cache: Cache
+    mask: Any  # address of the bytes, or 0
+    mask_row: Any  # bytes from a row to the next
+    scale: Any  # for powers of 2 instead of e
+    plan: Plan
+    padded: Any  # channels of a head, with zeros up to whole vectors of units
+    order: Any  # row numbers, sorted by trunk row; "place" is a place in it
+    starts: Any  # order[starts[g]:starts[g + 1]] read one row of the trunk
+    partials: Any  # float32 [n_kv_heads, places, group, spans, padded + 16], see MAX
+
+
+# ---- an item of work -------------------------------------------------------------------------------------------------
+
+
+@inlined
+def item_of(problem, index):
+    """Item number `index`; those of the trunk are the first ones."""
+    cache, plan, starts = problem.cache, problem.plan, problem.starts
+    n_trunk_items = cache.n_kv_heads * problem.n_groups * plan.trunk.n_spans
+    if index < n_trunk_items:
+        cut, segment, in_trunk = plan.trunk, cache.trunk, True
+        stream = index // cut.n_spans
+        span = slot = index - stream * cut.n_spans
+        kv_head = stream // problem.n_groups
+        group = stream - kv_head * problem.n_groups
+        begin, end = starts[group], starts[group + 1]
+        row = cache.trunk_row[problem.order[begin]]
+    else:
+        cut, segment, in_trunk = plan.branch, cache.branch, False
+        stream = (index - n_trunk_items) // cut.n_spans
+        span = index - n_trunk_items - stream * cut.n_spans
+        slot = plan.trunk.n_spans + span
+        begin = stream // cache.n_kv_heads
+        kv_head, end, row = stream - begin * cache.n_kv_heads, begin + 1, 0
+    first, last = span * cut.n_chunks // cut.n_spans, (span + 1) * cut.n_chunks // cut.n_spans
+    return Item(segment, in_trunk, row, kv_head, begin, end, first, last, slot)
+
+
+@inlined
+def _first_key(problem, item, chunk):
+    """Address of the first key of a chunk in the trunk, or 0."""
+    if not item.in_trunk:
+        return 0
+    cache = problem.cache
+    return address_of(key_of(item.segment, item.row, item.kv_head, chunk * problem.plan.chunk, cache.size))
+
+
+@inlined
+def attend_item(problem, item, next_key, room):
+    """All chunks of an item, while what is read next in the trunk is asked for; next_key: what follows the item, or 0."""
+    for chunk in range(item.first, item.last):
+        key = _first_key(problem, item, chunk + 1) if chunk + 1 < item.last else next_key
+        attend_chunk(problem, item, chunk, key, room)
+
+
+# ---- all items -------------------------------------------------------------------------------------------------------
+
+
+@body
+def join_partials(partials, n_slots, step, size, stats, like, out):
+    """out = the values weighted by the softmax over all slots of one query, `step` apart; 0 if no key is
+    visible. stats: place of the statistics behind the values.
+    """
+    largest = _NOTHING
+    seen = False
+    for slot in range(n_slots):
+        here = shifted(partials, slot * step + stats)
+        if load_scalar(here, SEEN) > _ZERO:
+            seen = True
+            if load_scalar(here, MAX) > largest:
+                largest = load_scalar(here, MAX)
+    shift = _ZERO if largest == _NOTHING else largest
+    total = _ZERO
+    for slot in range(n_slots):
+        here = shifted(partials, slot * step + stats)
+        if load_scalar(here, SEEN) > _ZERO:
+            weight = lane(weight_of(splat(load_scalar(here, MAX) - shift), like), 0)
+            total += weight * load_scalar(here, SUM)
+            store_scalar(here, MAX, weight)
+    inverse = splat(_ONE / total)
+    for column in range(0, size, LANES):
+        value = splat(_ZERO)
+        for slot in range(n_slots):
+            here = shifted(partials, slot * step)
+            if load_scalar(here, stats + SEEN) > _ZERO:
+                weight = splat(load_scalar(here, stats + MAX))
+                value = fma(weight, load(here, column), value)
+        if seen:
+            value = value * inverse
+        store_part(out, column, min(size - column, LANES), value)
+
+
+@inlined
+def _join(index, problem, out):
+    cache, plan = problem.cache, problem.plan
+    n_queries = problem.n_rows * problem.group
+    n_slots = plan.trunk.n_spans + plan.branch.n_spans
+    kv_head, query = index // n_queries, index % n_queries
+    partial_size = problem.padded + LANES
+    here = shifted(problem.partials, index * n_slots * partial_size)
+    head = kv_head * problem.group + query % problem.group
+    row = problem.order[query // problem.group]
+    target = shifted(out, (row * cache.n_kv_heads * problem.group + head) * cache.size)
+    join_partials(here, n_slots, partial_size, cache.size, problem.padded, as_units(out, out), target)
+
+
+@body
+def _attend_task(worker, problem, counters, rooms, room_size, out):
+    """Takes items while there are any, and joins partials when all items are done.
+
+    A second launch would wait for all threads. Here one that has no item left waits for a while only; the last one sees
+    that it is, and joins what others have left.
+    """
+    room = address_as(rooms + worker * room_size, problem.q)
+    n_items, n_done = problem.plan.n_items, 0
+    index = next_index(counters)
+    while index < n_items:
+        following = next_index(counters)
+        next_key = 0
+        if following < n_items:
+            after = item_of(problem, following)
+            next_key = _first_key(problem, after, after.first)
+        attend_item(problem, item_of(problem, index), next_key, room)
+        n_done += 1
+        index = following
+    done, joined = shifted(counters, DONE), shifted(counters, JOINED)
+    arrive(done, n_done)
+    n_looks = 0
+    while arrived(done) < n_items and n_looks < _PATIENCE:
+        n_looks += 1
+    if arrived(done) == n_items:
+        n_queries = problem.n_rows * problem.group * problem.cache.n_kv_heads
+        first, end = next_share(joined, n_queries, problem.plan.threads)
+        while first < end:
+            for query in range(first, end):
+                _join(query, problem, out)
+            first, end = next_share(joined, n_queries, problem.plan.threads)
+
+
+@body
+def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scale, scratch, threads, out):
+    """out[r, head] = softmax(scale * q[r, head] . keys of row r) values of row r; 0 for a row without
+    visible keys.
+
+    The cache must name valid rows. Pointers to q, rows `q_row` elements apart, and to out [n_rows, n_heads size];
+    addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes` for so many threads, on a 64-byte
+    boundary.
+    """
+    item_size = 4 // units_ratio(q)
+    places = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads)
+    counters, order = integers_at(scratch), integers_at(scratch + places.order)
+    starts = shifted(order, n_rows)
+    n_groups = sort_by_trunk_row(cache.trunk_row, n_rows, order, starts)
+    plan = plan_rows(cache, n_rows, n_groups, n_heads, places.chunk, threads)
+    counters[0] = counters[DONE] = counters[JOINED] = 0
+    problem = _Problem(
+        q,
+        q_row,
+        n_rows,
+        n_groups,
+        n_heads // cache.n_kv_heads,
+        cache,
+        mask,
+        mask_row,
+        scale * _LOG2_E,
+        plan,
+        places.padded,
+        order,
+        starts,
+        floats_at(scratch + places.partials),
+    )
+    shared = problem, counters, scratch + places.rooms, places.room, out
+    parallel_for(_attend_task, plan.threads, plan.threads, shared)
+
+
+@launch
+def attend_decode(
+    like, held, qkv, n_rows, record, trunk_len, branch_len, trunk_row, table, mask, scale, n_heads, out
+):
+    """`attend_rows`; returns 0, or 1 and does nothing if the cache names rows that it has not.
+
+    Addresses of qkv [n_rows, (n_heads + 2 n_kv_heads) size], queries first, and of out [n_rows, n_heads size], of the
+    type of `like`, float32 or bfloat16 bits; the cache of the `cache_record` is of that of `held`, the same, or int8 for
+    codes. Rows and table as in `cache.Appended`; mask uint8 [n_rows, 1, keys or more], empty if all are seen.
+    """
+    q, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
+    rows = pointer(trunk_row), pointer(table), table.shape[1]
+    cache = open_cache(pointer(held), pointer(record), trunk_len, branch_len, *rows)
+    if not valid_rows(cache, n_rows):
+        return 1
+    threads, item_size = usable_threads(), 4 // units_ratio(q)
+    needed = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads).n_bytes
+    room = np.empty(needed // 8 + 9, np.int64)
+    scratch = (address_of(pointer(room)) + 63) // 64 * 64
+    seen = address_of(pointer(mask)) if mask.size > 0 else 0, mask.shape[2]
+    q_row = (n_heads + 2 * cache.n_kv_heads) * cache.size
+    attend_rows(cache, q, q_row, n_rows, n_heads, *seen, np.float32(scale), scratch, threads, out)
+    room[0] = 0  # the last use of the scratch: it must live until here
+    return 0

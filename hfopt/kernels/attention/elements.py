@@ -1,0 +1,76 @@
+"""Register tiles of decode attention, each unrolled by one intrinsic.
+
+A tile is 1, 2 or 4 queries, side by side in a vector of 16 units (float32, or pairs of bfloat16): each has
+`width` = 16 / queries lanes. A key goes through them in segments of `width` units, broadcast to all queries,
+so that little is left to be added across lanes, and a vector of results holds `width` keys of each query.
+
+Keys and values come in blocks of 16 rows, `stride` units apart, at addresses that a list names.
+
+Codes meet queries and weights of bfloat16 models as 16-bit integers, in pairs as bfloat16 does, or meet four queries as two
+8-bit digits of these, for which nothing is widened: that takes fewer instructions than making bfloat16 of codes, and
+rounding to 16 bits costs less than rounding to bfloat16 does. With float32 they are widened to that. Either way their scales
+are left to the caller.
+"""
+
+import llvmlite.ir as ir
+from numba import types
+from numba.extending import intrinsic
+
+from hfopt.kernels.jit import cpu
+from hfopt.kernels.simd import types as simd
+from hfopt.kernels.simd.integer_dot import emit_dot_shorts
+from hfopt.kernels.simd.pointer import _is_codes, emit_integers
+from hfopt.kernels.simd.tile import _constant, _dot, _is_pairs
+from hfopt.kernels.simd.types import F32X, I8, I16, I32X, LANES
+
+BLOCK = LANES  # rows of a block
+_SHORTS = ir.VectorType(I16, 2 * LANES)
+_AGAIN = 4096  # bytes; measured: 2048 and 8192 are worse
+
+
+def _emit_ahead(builder, row, index, ahead):
+    """Asks for the line `ahead` bytes behind unit `index` of a row, and again for the one 4 KiB behind it.
+
+    A core has room for few requests and drops those that find none; the second asks for what was dropped.
+    """
+    here = builder.bitcast(builder.gep(row, [index]), ir.IntType(8).as_pointer())
+    simd.emit_prefetch(builder, here, ahead)
+    simd.emit_prefetch(builder, here, _constant(_AGAIN))
+
+
+def _emit_block(builder, addresses, index, unit):
+    address = builder.load(builder.gep(addresses, [index]))
+    return builder.inttoptr(address, unit.as_pointer())
+
+
+def _emit_codes(builder, row, place, pairs):
+    """16 units of the codes from row + place on."""
+    if not pairs:
+        return emit_integers(builder, simd.emit_load(builder, row, place, simd.I8X, 1))
+    codes = simd.emit_load(builder, row, place, ir.VectorType(I8, 2 * LANES), 1)
+    return builder.bitcast(builder.sext(codes, _SHORTS), I32X)
+
+
+def _add_product(builder, slot, a, b):
+    """`_add_into`, or for sums of integers that of pairs of them."""
+    total = builder.load(slot)
+    if total.type == F32X:
+        builder.store(_dot(builder, total, a, b), slot)
+    elif cpu.HAS_AVX512_VNNI:
+        # since LLVM 22 the operands are of 16 bits; it upgrades this older form when it parses it
+        total = simd.emit_call(builder, "llvm.x86.avx512.vpdpwssd.512", I32X, [total, a, b])
+        builder.store(total, slot)
+    else:
+        products = emit_dot_shorts(builder, *(builder.bitcast(x, _SHORTS) for x in (a, b)))
+        builder.store(builder.add(total, products), slot)
+
+
+def _kind(pairs, codes):
+    return f"{'pairs' if pairs else 'floats'}{'.codes' if codes else ''}"
+
+
+@intrinsic
+def takes_integers(typingctx, like, codes):
+    """Whether codes meet queries and weights of this type as integers."""
+    yes = ir.Constant(ir.IntType(1), _is_pairs(like) and _is_codes(codes))
+    return types.boolean(like, codes), lambda context, builder, sig, args: yes

@@ -1,0 +1,346 @@
+"""Prefill attention: several new tokens a row, in blocks of keys with an online softmax
+(https://arxiv.org/abs/2205.14135).
+
+Queries lie along the lanes of vectors: a *tile* is up to 48 of them, the query heads of one key head at some
+positions. So keys and values are read a number at a time, as they are, and the softmax needs nothing across lanes:
+
+    scores[key, query] = sum over channels of keys[key, channel] queries[channel, query]
+    sums[channel, query] = sum over keys of values[key, channel] weights[key, query]
+
+In bfloat16 both products run on pairs of neighbours (channels, then keys), and weights are rounded to bfloat16.
+An item of work is some tiles of one key head; threads take items until none is left. Each query meets the blocks of
+keys in order, whatever the items are, so the bits depend on nothing else.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hfopt.kernels.jit.launch import launch
+from hfopt.kernels.jit.parallel import body, next_index, parallel_for, threads_for, usable_threads
+from hfopt.kernels.simd.pointer import (
+    address_as,
+    address_of,
+    as_units,
+    floats_at,
+    integers_at,
+    load,
+    load_scalar,
+    pointer,
+    pointer_as,
+    shifted,
+    store,
+    store_part,
+    store_scalar,
+)
+from hfopt.kernels.simd.tile import transpose_block, units_ratio
+from hfopt.kernels.simd.types import LANES
+from hfopt.kernels.simd.vector import splat, sum_lanes
+
+from .cache_view import open_cache, valid_rows
+from .pack import BLOCK, find_keys, pack_queries, pack_values, rounded
+from .softmax import (
+    LIMIT,
+    STATS,
+    TILE,
+    TOP,
+    TOTAL,
+    add_infinite,
+    add_values,
+    hide_later,
+    hide_masked,
+    score_keys,
+    weigh_keys,
+)
+from .tile import where_bytes
+
+ALL, CAUSAL, BYTES = range(3)
+
+_ITEM_FLOATS = 3 << 16  # of the queries and sums of an item, which stay in an L2 cache
+_ITEMS = 4  # of a thread at least, if there are as many tiles: threads should end together
+_PARALLEL_SIZE = 1 << 17  # multiply-adds; below, more threads cost more than they save
+_LOG2_E = 1.4426950408889634
+_NOTHING = np.float32(-np.inf)
+_LINE = 64  # bytes
+_ZERO = np.float32(0.0)
+_ONE = np.float32(1.0)
+
+
+class Seen(NamedTuple):
+    """Which keys the new tokens see."""
+
+    kind: Any  # ALL, CAUSAL: those up to the token itself, or BYTES
+    bytes: Any  # pointer to uint8 [n_rows, n_new, n_keys], 0 for what is hidden
+    n_new: Any
+    n_keys: Any
+
+
+class _Plan(NamedTuple):
+    """How the work is split."""
+
+    n_tiles: Any  # of a row and key head
+    n_parts: Any  # items that they make
+    threads: Any
+    room: Any  # floats of scratch of a thread
+
+
+@body
+def count_seen(seen, row, begin, end, first, n):
+    """How many bytes of the mask are not 0, for positions begin to end and n keys from `first` on."""
+    total = splat(_ZERO)
+    for position in range(begin, end):
+        start = (row * seen.n_new + position) * seen.n_keys + first
+        for j in range(0, n, LANES):
+            total = total + where_bytes(seen.bytes, start + j, n - j, splat(_ONE), splat(_ZERO))
+    return sum_lanes(total)
+
+
+@body
+def visible_keys(seen, row, begin, end, n_past, first, n):
+    """(of n keys those up to the last that positions begin to end may see, those up to which all see all)."""
+    if seen.kind == CAUSAL:
+        return max(min(n, n_past + end - first), 0), max(min(n, n_past + begin + 1 - first), 0)
+    if seen.kind == BYTES:
+        count = count_seen(seen, row, begin, end, first, n)
+        return (n if count > _ZERO else 0), (n if count == np.float32((end - begin) * n) else 0)
+    return n, n
+
+
+@body
+def finish_tile(sums, stats, seen, n_heads, row, kv_head, group, q_begin, q_end, width, size, rows, out):
+    """out = sums / totals; 0 for a query that saw no key. rows: room for 16 rows."""
+    padded = rounded(size, LANES)
+    for column in range(0, width, LANES):
+        for channel in range(0, padded, LANES):
+            source = shifted(sums, channel * width + column)
+            transpose_block(source, width, shifted(rows, channel), padded)
+        for i in range(min(q_end - q_begin - column, LANES)):
+            position, head = (q_begin + column + i) // group, (q_begin + column + i) % group
+            total = load_scalar(stats, TOTAL * TILE + column + i)
+            inverse = _ONE / total
+            # a query may also have seen keys of which none has a weight: NaN is the answer then
+            if seen.kind == BYTES and total == _ZERO:
+                count = count_seen(seen, row, position, position + 1, 0, seen.n_keys)
+                inverse = inverse if count > _ZERO else _ZERO
+            token = (row * seen.n_new + position) * n_heads + kv_head * group + head
+            target = shifted(out, token * size)
+            for k in range(0, size, LANES):
+                store_part(target, k, min(size - k, LANES), load(rows, i * padded + k) * splat(inverse))
+
+
+@body
+def start_tile(q_begin, q_end, group, width, size, sums, stats):
+    """Sums and statistics of a tile that has seen nothing."""
+    for place in range(0, rounded(size, LANES) * width, LANES):
+        store(sums, place, splat(_ZERO))
+    for i in range(width):
+        position = min(q_begin + i, q_end - 1) // group - q_begin // group
+        store_scalar(stats, TOP * TILE + i, _NOTHING)
+        store_scalar(stats, TOTAL * TILE + i, _ZERO)
+        store_scalar(stats, LIMIT * TILE + i, np.float32(position))
+
+
+@body
+def tile_place(tile, n_queries):
+    """(first query, end of its queries, lanes) of a tile."""
+    q_begin = tile * TILE
+    q_end = min(q_begin + TILE, n_queries)
+    return q_begin, q_end, rounded(q_end - q_begin, LANES)
+
+
+@body
+def scratch(n_tiles, size, p):
+    """Floats of scratch of an item: (queries, sums and statistics of n_tiles tiles; scores, keys, values; rows)."""
+    units = rounded(size, LANES * units_ratio(p)) // units_ratio(p)
+    channels = rounded(size, LANES)
+    keys = BLOCK * units_ratio(p)
+    return (
+        n_tiles * TILE * units,
+        n_tiles * TILE * channels,
+        n_tiles * TILE * STATS,
+        keys * TILE,
+        keys * units,
+        BLOCK * channels,
+        LANES * channels,
+    )
+
+
+@body
+def attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, room, out):
+    """One item: tiles begin to end of one row and key head. room: as `scratch` says."""
+    size, n_new, scales = cache.size, seen.n_new, cache.trunk.scales
+    group = n_heads // cache.n_kv_heads
+    n_keys = seen.n_keys
+    n_queries, n_past = n_new * group, n_keys - n_new
+    qkv_row = (n_heads + 2 * cache.n_kv_heads) * size
+    per_unit = units_ratio(qkv)
+    units, channels = rounded(size, LANES * per_unit) // per_unit, rounded(size, LANES)
+    sizes = scratch(end - begin, size, qkv)
+    sums = shifted(room, sizes[0])
+    stats = shifted(sums, sizes[1])
+    scores = shifted(stats, sizes[2])
+    key_room = shifted(scores, sizes[3])
+    value_room = shifted(key_room, sizes[4])
+    rows = shifted(value_room, sizes[5])
+    queries, weights, values = as_units(room, qkv), as_units(scores, qkv), as_units(value_room, qkv)
+    key_rows, query_rows = pointer_as(key_room, qkv), pointer_as(rows, qkv)
+
+    # queries take the sign of the scale, so that the largest product has the largest score
+    sign = _ONE if scale > _ZERO else -_ONE
+    power = np.float32(abs(np.float64(scale)) * _LOG2_E)
+    if scale == _ZERO:
+        sign, power = _ZERO, _ONE
+    for tile in range(begin, end):
+        q_begin, q_end, width = tile_place(tile, n_queries)
+        place = (tile - begin) * TILE
+        target = shifted(queries, place * units)
+        pack_queries(
+            qkv, qkv_row, n_new, row, kv_head, group, q_begin, q_end, width, size, sign, query_rows, target
+        )
+        start_tile(
+            q_begin, q_end, group, width, size, shifted(sums, place * channels), shifted(stats, place * STATS)
+        )
+
+    last = n_keys
+    if seen.kind == CAUSAL:
+        last = n_past + (tile_place(end - 1, n_queries)[1] - 1) // group + 1
+    for first in range(0, last, BLOCK * per_unit):
+        n = min(last - first, BLOCK * per_unit)
+        packed, finite = False, True
+        keys, stride = key_rows, size
+        for tile in range(begin, end):
+            q_begin, q_end, width = tile_place(tile, n_queries)
+            t_begin, t_end = q_begin // group, (q_end - 1) // group + 1
+            own, shared = visible_keys(seen, row, t_begin, t_end, n_past, first, n)
+            if own == 0:
+                continue
+            if not packed:
+                keys, stride = find_keys(cache, scales, row, kv_head, first, n, size, key_rows)
+                finite = pack_values(cache, scales, row, kv_head, first, n, size, False, values)
+                if not finite:
+                    pack_values(cache, scales, row, kv_head, first, n, size, True, values)
+                packed = True
+            place = (tile - begin) * TILE
+            own_sums, own_stats = shifted(sums, place * channels), shifted(stats, place * STATS)
+            block = as_units(keys, qkv)
+            score_keys(shifted(queries, place * units), width, block, stride // per_unit, size, own, scores)
+            if shared < own and seen.kind == CAUSAL:
+                hide_later(
+                    scores, width, shared, own, first - n_past - t_begin, shifted(own_stats, LIMIT * TILE)
+                )
+            elif shared < own:
+                hide_masked(scores, width, own, seen, row, group, q_begin, q_end, first)
+            weigh_keys(scores, width, own, power, weights, own_sums, size, own_stats)
+            add_values(weights, width, own, values, size, own_sums)
+            if not finite:
+                add_infinite(weights, width, own, cache, scales, row, kv_head, first, size, own_sums)
+
+    for tile in range(begin, end):
+        q_begin, q_end, width = tile_place(tile, n_queries)
+        place = (tile - begin) * TILE
+        own_sums, own_stats = shifted(sums, place * channels), shifted(stats, place * STATS)
+        finish_tile(
+            own_sums, own_stats, seen, n_heads, row, kv_head, group, q_begin, q_end, width, size, rows, out
+        )
+
+
+@body
+def _attend_task(worker, counter, plan, qkv, n_rows, cache, seen, scale, n_heads, room, out):
+    n_sequences = n_rows * cache.n_kv_heads
+    n_parts, n_tiles = plan.n_parts, plan.n_tiles
+    here = shifted(room, worker * plan.room)
+    while True:
+        item = next_index(counter)
+        if item >= n_parts * n_sequences:
+            break
+        # the last positions see most keys: long items first, so that short ones fill up the end
+        part, index = n_parts - 1 - item // n_sequences, item % n_sequences
+        row, kv_head = index // cache.n_kv_heads, index % cache.n_kv_heads
+        begin, end = part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts
+        attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, here, out)
+
+
+@body
+def _plan(like, n_rows, n_new, n_heads, n_kv_heads, size, threads):
+    n_sequences = n_rows * n_kv_heads
+    n_tiles = (n_new * (n_heads // n_kv_heads) + TILE - 1) // TILE
+    threads = max(min(threads, n_sequences * n_tiles), 1)
+    most = max(_ITEM_FLOATS // (2 * TILE * size), 1)
+    item_tiles = min(n_sequences * n_tiles // (_ITEMS * threads) + 1, most)
+    n_parts = (n_tiles + item_tiles - 1) // item_tiles
+    sizes = scratch((n_tiles + n_parts - 1) // n_parts, size, like)
+    n_floats = sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] + sizes[5] + sizes[6]  # whole cache lines
+    return _Plan(n_tiles, n_parts, threads, n_floats)
+
+
+@body
+def plan_tokens(like, cache, n_rows, n_new, n_heads, threads):
+    """How `attend_tokens` is to do its work, on no more than so many threads; like: a pointer as to the queries."""
+    n_keys = cache.trunk.n_tokens + cache.branch.n_tokens
+    work = n_rows * n_new * n_heads * n_keys * cache.size
+    threads = min(threads, threads_for(threads, work, _PARALLEL_SIZE))
+    return _plan(like, n_rows, n_new, n_heads, cache.n_kv_heads, cache.size, threads)
+
+
+@body
+def _scratch_of(plan):
+    return _LINE + 4 * plan.threads * plan.room
+
+
+@body
+def most_scratch(like, n_rows, n_new, n_heads, n_kv_heads, size, threads):
+    """Bytes of scratch of `attend_tokens` on up to so many threads, whatever the number of keys."""
+    most = 0
+    for n in range(1, threads + 1):  # fewer have longer items
+        most = max(most, _scratch_of(_plan(like, n_rows, n_new, n_heads, n_kv_heads, size, n)))
+    return most
+
+
+@body
+def attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, scale, room, out):
+    """`attention.attend_rows` for several new tokens a row, the last ones of the row's keys.
+
+    Pointers to qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size] and out [n_rows n_new, n_heads size]; address of
+    `most_scratch` bytes, on a 64-byte boundary.
+    """
+    counter = integers_at(room)
+    counter[0] = 0
+    arguments = counter, plan, qkv, n_rows, cache, seen, scale, n_heads, floats_at(room + _LINE), out
+    parallel_for(_attend_task, plan.threads, plan.threads, arguments)
+
+
+@launch
+def attend_prefill(
+    like,
+    held,
+    qkv,
+    n_rows,
+    n_new,
+    record,
+    trunk_len,
+    branch_len,
+    trunk_row,
+    table,
+    kind,
+    mask,
+    scale,
+    n_heads,
+    out,
+):
+    """As `attention.attend_decode` for n_new tokens a row, the last ones of the row's keys.
+
+    qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size]; kind: ALL keys are seen, CAUSAL: those up to the
+    token itself, or BYTES: what mask, uint8 [n_rows, n_new, keys], says; out [n_rows n_new, n_heads size].
+    """
+    qkv, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
+    rows = pointer(trunk_row), pointer(table), table.shape[1]
+    cache = open_cache(pointer(held), pointer(record), trunk_len, branch_len, *rows)
+    if not valid_rows(cache, n_rows):
+        return 1
+    plan = plan_tokens(qkv, cache, n_rows, n_new, n_heads, usable_threads())
+    seen = Seen(kind, pointer(mask), n_new, trunk_len + branch_len)
+    room = np.empty(_scratch_of(plan) // 8 + 9, np.int64)
+    scratch = (address_of(pointer(room)) + _LINE - 1) // _LINE * _LINE
+    attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, np.float32(scale), scratch, out)
+    room[0] = 0  # the last use of the scratch: it must live until here
+    return 0

@@ -1,0 +1,38 @@
+"""The machine that kernels are compiled for.
+
+An LLVM intrinsic for an instruction that the *compilation target* lacks makes LLVM abort the process, so features are
+read from Numba's target settings (`NUMBA_CPU_NAME`, `NUMBA_CPU_FEATURES`), and from the host only where those are unset.
+"""
+
+from numba import config
+
+from .compiler import get_host_cpu_features, get_host_cpu_name, llvm_version_info
+
+LLVM_VERSION: tuple[int, ...] = tuple(llvm_version_info)
+
+
+def _target_features() -> frozenset[str]:
+    if config.CPU_FEATURES is not None:
+        listed = config.CPU_FEATURES.split(",")
+        return frozenset(name.strip()[1:] for name in listed if name.strip().startswith("+"))
+    if config.CPU_NAME not in (None, "", "host"):
+        return frozenset()
+    return frozenset(name for name, present in get_host_cpu_features().items() if present)
+
+
+FEATURES = _target_features()
+CPU_NAME: str = config.CPU_NAME or get_host_cpu_name()
+HAS_AVX512_BF16 = {"avx512f", "avx512bf16"} <= FEATURES
+HAS_AVX512_BW = {"avx512f", "avx512bw"} <= FEATURES
+HAS_AVX512_VNNI = {"avx512f", "avx512vnni"} <= FEATURES
+HAS_AVX2 = HAS_AVX512_BW or "avx2" in FEATURES
+HAS_AVX_VNNI = "avxvnni" in FEATURES or {"avx512vl", "avx512vnni"} <= FEATURES  # of 32 bytes
+
+if HAS_AVX512_BF16:
+    PATH = "AVX-512 BF16"
+elif "avx512f" in FEATURES:
+    PATH = "AVX-512"
+elif {"avx2", "fma"} <= FEATURES:
+    PATH = "AVX2"
+else:
+    PATH = "portable"

@@ -1,0 +1,1 @@
+"""Linear layers: few rows, tiles of many, and both over quantised weights."""

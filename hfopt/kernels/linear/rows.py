@@ -1,0 +1,339 @@
+"""Linear layers: y = epilogue(x W^T + b) over one or several weight matrices in one launch.
+
+The matrices stay where the model has them, `[out, in]` row-major; a launch gets their addresses in a table of int64,
+one row a matrix: (weight address, bias address or 0, out features, first output column).
+
+A *block* is 16 output columns of one matrix, with `gated` the same 16 columns of both matrices. Each output value is
+summed by one thread in a fixed order, so the bits do not depend on the number of threads.
+
+Here are blocks, their epilogue, and the kernel of few rows, which reads the weights where they are; `linear_tiles` has
+the one of many rows.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hfopt.kernels.jit.launch import launch
+from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
+from hfopt.kernels.simd import tile
+from hfopt.kernels.simd.pointer import address_as, as_units, load_part, pointer, shifted, store, store_part
+from hfopt.kernels.simd.types import LANES
+
+from .activation import activate
+
+WEIGHT, BIAS, SIZE, COLUMN = range(4)
+_FIELDS = 4
+
+ROW_LIMIT = 64  # most rows of `linear_rows`; a literal below, in the size of its stack
+_SHORT_ROW = 48  # chunks, 3 KB
+_ROW_STEP = 64  # chunks whose products with 1 or 2 rows are one sum
+_PARALLEL_SIZE = 1 << 16  # elements to pack, or multiply-adds; below, more threads cost more than they save
+
+
+class Linear(NamedTuple):
+    """The matrices of a layer, and what becomes of the sums over their rows."""
+
+    size: Any  # features of x
+    table: Any  # pointer to int64 [n_matrices, 4]
+    n_matrices: Any
+    gated: Any
+    code: Any  # from `activation`
+    residuals: Any  # pointer to the addresses of arrays like out
+    n_residuals: Any
+    out: Any  # pointer to [rows, width]
+    width: Any
+
+
+class Columns(NamedTuple):
+    """The output columns of a block."""
+
+    count: Any  # 16, or fewer at the end of a matrix
+    bias: Any  # address of the first one's, or 0
+    gate_bias: Any
+    place: Any  # of the first one in a row of out
+
+
+class _Rows(NamedTuple):
+    """x as `_pack_chunks` packs it."""
+
+    packed: Any
+    n_packed: Any  # rows there
+    n_rows: Any  # of x
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@body
+def field_of(layer, matrix, field):
+    """A number in the table of matrices."""
+    return layer.table[matrix * _FIELDS + field]
+
+
+@body
+def blocks_of(layer, matrix):
+    """Blocks of a matrix."""
+    return (field_of(layer, matrix, SIZE) + LANES - 1) // LANES
+
+
+@body
+def count_blocks(layer):
+    """Number of blocks."""
+    if layer.gated:
+        return blocks_of(layer, 0)
+    blocks = 0
+    for matrix in range(layer.n_matrices):
+        blocks += blocks_of(layer, matrix)
+    return blocks
+
+
+@body
+def find_block(layer, index):
+    """(matrix, first row in it) of the index-th block; with `gated` the second matrix."""
+    if layer.gated:
+        return 1, index * LANES
+    matrix = 0
+    while index >= blocks_of(layer, matrix):
+        index -= blocks_of(layer, matrix)
+        matrix += 1
+    return matrix, index * LANES
+
+
+@body
+def weight_rows(layer, matrix, first):
+    """Pointer to the rows of a matrix from `first` on."""
+    return shifted(address_as(field_of(layer, matrix, WEIGHT), layer.out), first * layer.size)
+
+
+@body
+def _offset(address, count, like):
+    """address + count elements of `like`, 0 staying 0."""
+    if address == 0:
+        return address
+    return address + count * (4 // tile.units_ratio(like))
+
+
+@body
+def columns_of(layer, matrix, first):
+    """The columns of the block that starts at a row of a matrix."""
+    count = min(field_of(layer, matrix, SIZE) - first, LANES)
+    bias = _offset(field_of(layer, matrix, BIAS), first, layer.out)
+    gate_bias = _offset(field_of(layer, 0, BIAS), first, layer.out)
+    place = first if layer.gated else field_of(layer, matrix, COLUMN) + first
+    return Columns(count, bias, gate_bias, place)
+
+
+@body
+def finish(layer, columns, row, value, gate):
+    """Epilogue of a block in one row: bias, activation, gate, residuals, rounding, store.
+
+    `value` belongs to the only matrix, or with `gated` to the second one, and `gate` to the first.
+    """
+    out, count = layer.out, columns.count
+    place = row * layer.width + columns.place
+    if columns.bias != 0:
+        value = value + load_part(address_as(columns.bias, out), 0, count)
+    if layer.gated:
+        if columns.gate_bias != 0:
+            gate = gate + load_part(address_as(columns.gate_bias, out), 0, count)
+        value = activate(gate, layer.code) * value
+    else:
+        value = activate(value, layer.code)
+    for r in range(layer.n_residuals):
+        value = value + load_part(address_as(layer.residuals[r], out), place, count)
+    if count == LANES:
+        store(out, place, value)
+    else:
+        store_part(out, place, count, value)
+
+
+# ---- few rows --------------------------------------------------------------------------------------------------------
+
+
+@body
+def _pack_chunks(row, x, n_rows, size, target, n_packed):
+    """One row of x among n_packed, chunk by chunk (16 units of every row, then the next 16); see `tile.dot_tile`.
+
+    Rows from n_rows on, and what is behind the end of a row, become zero.
+    """
+    per_unit = tile.units_ratio(x)
+    n_units = (size + per_unit - 1) // per_unit
+    source = shifted(x, row * size)
+    whole = size // (per_unit * LANES) if row < n_rows else 0
+    for chunk in range(whole):
+        tile.copy_chunk(source, chunk * LANES * per_unit, target, (chunk * n_packed + row) * LANES)
+    for unit in range(whole * LANES, (n_units + LANES - 1) // LANES * LANES):
+        valid = min(per_unit, size - unit * per_unit) if row < n_rows else 0
+        place = (unit // LANES * n_packed + row) * LANES + unit % LANES
+        tile.copy_unit(source, unit * per_unit, valid, target, place)
+
+
+@body
+def _packed_rows(n_rows):
+    """Rows of packed x: tiles have 1, 2 or 4 rows, and up to 8 rows cost what memory costs in any case."""
+    return n_rows if n_rows <= 2 else (n_rows + 3) // 4 * 4
+
+
+@body
+def _steps(n_rows):
+    """(chunks of all columns of a block that are worked on before the next ones; chunks that are asked for in advance).
+
+    The part of x in use stays in the L1 cache; the distances were measured.
+    """
+    if n_rows <= 2:
+        return _ROW_STEP, 64
+    if n_rows > 32:
+        return 8, 32
+    return (32, 64) if n_rows == 4 else (16, 32)
+
+
+@body
+def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, near, sums, more):
+    """Products of all packed rows of x with eight rows of w for 1 or 2 rows of x, with four for more."""
+    x_step = n_rows * LANES
+    if n_rows == 1:
+        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, sums, more, 1, 8, 8, 8)
+    elif n_rows == 2:
+        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, sums, more, 2, 8, 8, 8)
+    elif n_rows == 4:
+        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, sums, more, 4, 4, 4, 4)
+    else:
+        # the requests are spread over the tiles, since a core can only wait for so many lines at a time
+        asked = 0
+        for row in range(0, n_rows, 4):
+            x_here, out = shifted(x, row * LANES), shifted(sums, row * LANES * LANES)
+            there, soon = shifted(ahead, asked % 4 * size), shifted(near, asked % 4 * size)
+            if n_rows == 8 or (n_rows == 12 and row == 0):
+                tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, soon, out, more, 4, 4, 2, 2)
+                asked += 2
+            else:
+                tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, soon, out, more, 4, 4, 1, 1)
+                asked += 1
+
+
+@body
+def _dot_in_order(x, size, w, n_columns, following, sums):
+    """`_dot_block` for 1 row of x and short ones of w: in the order of memory, which a core's own prefetcher follows.
+
+    Measured 6 to 19 % faster for rows of 1.5 KB, as fast for 4 KB, and slower for long ones.
+    """
+    width = LANES * tile.units_ratio(w)
+    whole, end, distance = size // width, n_columns * size, 16 * width
+    for column in range(n_columns):
+        out = shifted(sums, column * LANES)
+        first = 0
+        while True:
+            last = min(first + _ROW_STEP, whole)
+            tail = size - whole * width if last == whole else 0
+            place, chunks, more = column * size + first * width, last - first, first > 0
+            x_here, w_here = shifted(x, first * LANES), shifted(w, place)
+            behind = place + distance - end
+            ahead = shifted(following, behind) if behind >= 0 else shifted(w_here, distance)
+            tile.dot_tile(x_here, LANES, w_here, size, chunks, tail, ahead, ahead, out, more, 1, 1, 1, 0)
+            first = last
+            if first == whole:
+                break
+
+
+@body
+def _dot_block(x, n_rows, size, w, n_columns, following, sums):
+    """sums[i, j, :] = partial sums of x[i] . w[j] for all packed rows and up to 16 columns.
+
+    Several rows of w pass at a time, and what comes later is asked for early, into the L2 cache: the same columns further
+    on in these rows, and in the end the first ones of the block at `following`. What comes next is asked for once more.
+    """
+    width = LANES * tile.units_ratio(w)
+    whole = size // width
+    if n_rows == 1 and whole <= _SHORT_ROW:
+        _dot_in_order(x, size, w, n_columns, following, sums)
+        return
+    step, distance = _steps(n_rows)
+    together = 8 if n_rows <= 2 else 4
+    first = 0
+    while True:
+        last = min(first + step, whole)
+        tail = size - whole * width if last == whole else 0
+        chunks, more = last - first, first > 0
+        x_here = shifted(x, first * n_rows * LANES)
+        column = 0
+        while column < n_columns:
+            w_here, out = shifted(w, column * size + first * width), shifted(sums, column * LANES)
+            if column + together <= n_columns:
+                if first + distance < whole:
+                    ahead = shifted(w_here, distance * width)
+                else:
+                    passed = max(first + distance - (whole + step - 1) // step * step, 0)
+                    ahead = shifted(following, column * size + passed * width)
+                if column + together < n_columns:
+                    near = shifted(w_here, together * size)
+                elif last < whole:
+                    near = shifted(w, last * width)
+                else:
+                    near = following
+                _dot_columns(x_here, n_rows, w_here, size, chunks, tail, ahead, near, out, more)
+                column += together
+            else:
+                for row in range(n_rows):
+                    x_row, to = shifted(x_here, row * LANES), shifted(out, row * LANES * LANES)
+                    x_step = n_rows * LANES
+                    tile.dot_tile(x_row, x_step, w_here, size, chunks, tail, w, w, to, more, 1, 1, 0, 0)
+                column += 1
+        first = last
+        if first == whole:
+            break
+
+
+@body
+def _rows_block(index, rows, layer):
+    """One block of up to 64 rows, straight from the row-major weights."""
+    sums = tile.stack_floats(64 * 16 * 16)
+    gate = tile.stack_floats(64 * 16 * 16)
+    x, n_packed, size = rows.packed, rows.n_packed, layer.size
+    matrix, first = find_block(layer, index)
+    columns = columns_of(layer, matrix, first)
+    w = weight_rows(layer, matrix, first)
+    if layer.gated:
+        _dot_block(x, n_packed, size, weight_rows(layer, 0, first), columns.count, w, gate)
+        following = weight_rows(layer, 0, first + LANES)
+    else:
+        following = weight_rows(layer, matrix, first + LANES)
+    _dot_block(x, n_packed, size, w, columns.count, following, sums)
+    for row in range(rows.n_rows):
+        value = tile.sum_rows(shifted(sums, row * LANES * LANES))
+        other = tile.sum_rows(shifted(gate, row * LANES * LANES)) if layer.gated else value
+        finish(layer, columns, row, value, other)
+
+
+@body
+def rows_scratch(x, n_rows, size):
+    """float32 of scratch that `multiply_rows` needs."""
+    per_unit = tile.units_ratio(x)
+    return ((size + per_unit - 1) // per_unit + LANES) * _packed_rows(n_rows) + LANES
+
+
+@body
+def multiply_rows(x, n_rows, layer, scratch):
+    """layer.out = epilogue(x W^T + b) for 1 to 64 rows at x; scratch: pointer to `rows_scratch` float32."""
+    size, n_packed = layer.size, _packed_rows(n_rows)
+    packed = as_units(shifted(scratch, tile.to_cache_line(scratch)), x)
+    packing = (x, n_rows, size, packed, n_packed)
+    parallel_for(_pack_chunks, threads_for(n_packed, n_rows * size, _PARALLEL_SIZE), n_packed, packing)
+    n_blocks = count_blocks(layer)
+    threads = threads_for(n_blocks, n_rows * size * n_blocks * LANES, _PARALLEL_SIZE)
+    parallel_for(_rows_block, threads, n_blocks, (_Rows(packed, n_packed, n_rows), layer))
+
+
+@launch
+def linear_rows(like, x, n_rows, size, table, gated, code, residuals, out, width):
+    """out = epilogue(x W^T + b) for 1 to 64 rows.
+
+    Addresses of x [n_rows, size] and out [n_rows, width] of the type of `like`, float32 or bfloat16 bits; table int64
+    [matrices, 4]; residuals int64 addresses of arrays like out; code from `activation`.
+    """
+    x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
+    addresses, n_residuals = pointer(residuals), residuals.shape[0]
+    layer = Linear(size, pointer(table), table.shape[0], gated, code, addresses, n_residuals, out, width)
+    room = np.empty(rows_scratch(x, n_rows, size), np.float32)
+    multiply_rows(x, n_rows, layer, pointer(room))
+    room[0] = 0  # the last use of the scratch: it must live until here

@@ -1,0 +1,1 @@
+"""Vectors: types, loads and stores, functions and products of small tiles."""

@@ -1,0 +1,92 @@
+"""A decoder as a flat program: the instructions for new tokens, over weights where they are and one scratch arena.
+
+Nothing of a request is in a `Program`: threads share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfopt.errors import InvalidInput
+from hfopt.functional.checks import check_contiguous, check_floats
+from hfopt.functional.linear import Weights
+from hfopt.kernels import step as kernels
+
+from .listing import Listing
+
+
+class Table:
+    """Contiguous [n, size] of which instructions look up rows. build(n): the table with at least n rows, if it can grow."""
+
+    def __init__(self, rows: Tensor, build: Callable[[int], Tensor] | None = None) -> None:
+        _check_rows(rows)
+        self.rows = rows
+        self._build = build
+
+    @property
+    def grows(self) -> bool:
+        """Whether it can have more rows."""
+        return self._build is not None
+
+    def reach(self, n: int) -> Tensor:
+        """The table, with n rows if it can have them."""
+        rows = self.rows
+        if len(rows) < n and self._build is not None:
+            known, rows = rows, self._build(n)
+            _check_rows(rows)
+            if rows.dtype is not known.dtype or rows.shape[1] != known.shape[1]:
+                given, needed = f"{rows.dtype} [{rows.shape[1]}]", f"{known.dtype} [{known.shape[1]}]"
+                raise InvalidInput(f"a table has become {given}: {needed} is needed")
+            self.rows = rows
+        return rows
+
+
+def _check_rows(rows: Tensor) -> None:
+    check_floats("rows", rows)
+    check_contiguous("rows", rows)
+    if rows.ndim != 2:
+        raise InvalidInput(f"rows has shape {tuple(rows.shape)}: [n, size] is needed")
+
+
+class Program(NamedTuple):
+    """The way of new tokens through a decoder.
+
+    code int64 [n, columns], formats int64 [n or 0, columns], scalars float64 [n]: see `kernels.step`. row_bytes: of the
+    arena, for each new token. kept: what owns the addresses in the code.
+    """
+
+    dtype: torch.dtype
+    code: np.ndarray
+    formats: np.ndarray
+    scalars: np.ndarray
+    tables: tuple[Table, ...]
+    row_bytes: int
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    n_logits: int
+    listing: Listing
+    kept: tuple[Weights | Tensor, ...]
+    linears: frozenset[int]  # operations of linear layers that there are
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it has quantised layers."""
+        return kernels.QUANTIZED_LINEAR in self.linears
+
+    @property
+    def has_floats(self) -> bool:
+        """Whether it has linear layers that are not quantised."""
+        return kernels.LINEAR in self.linears
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Those that the code has addresses of."""
+        for each in self.kept:
+            for tensor in (each,) if isinstance(each, Tensor) else each.tensors:
+                if tensor is not None:
+                    yield tensor

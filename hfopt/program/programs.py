@@ -1,0 +1,142 @@
+"""What `optimize` leaves on a model for prompts and decode steps: the program of the model as it is now."""
+
+import logging
+import threading
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from hfopt.errors import UnsupportedModel
+from hfopt.functional import Kernels
+from hfopt.functional.choice import is_known_for_torch, takes_torch
+from hfopt.host import captured_outputs
+from hfopt.patches.guards import is_plain_inference
+from hfopt.program.decoder import build
+from hfopt.program.listing import Listing
+from hfopt.program.program import Program
+from hfopt.program.rehearsal import difference
+from hfopt.program.watch import Watch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Made:
+    """What was made of a model while `watch` holds. rehearsed: kinds of cache with which the program was tried."""
+
+    watch: Watch
+    program: Program | None
+    reason: str | None
+    rehearsed: set[str | None] = field(default_factory=set)
+
+
+class Programs:
+    """Makes the program of a model when it is first asked for, and anew when the model has changed.
+
+    Copies and pickles start empty. kv_cache: of the caches that requests of this model get.
+    """
+
+    def __init__(self, kernels: Kernels, kv_cache: str | None = None) -> None:
+        self._kernels: Kernels = kernels
+        self._kv_cache = kv_cache
+        self._lock = threading.Lock()
+        self._made: _Made | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[Kernels, str | None]]:
+        return Programs, (self._kernels, self._kv_cache)
+
+    def of(
+        self, model: nn.Module, n_rows: int, n_new: int = 1, kv_cache: str | None = None
+    ) -> Program | None:
+        """The program for n_new tokens in each of n_rows rows; None if they have to go module by module.
+
+        It has given the bits of the modules, with this kind of cache.
+        """
+        if not is_plain_inference(model, (), {}) or captured_outputs() is not None:
+            return None
+        program = self._rehearsed(model, kv_cache).program
+        if program is None:
+            return None
+        return None if self._leaves_to_torch(program, n_rows, n_new) else program
+
+    def _leaves_to_torch(self, program: Program, n_rows: int, n_new: int) -> bool:
+        """Whether modules would compute something in torch's kernels: there may be one answer for all tokens and another
+        for the last ones, of which there are logits.
+        """
+        by, dtype = self._kernels, program.dtype
+        if by == "hfopt":
+            return False
+        if program.has_floats and takes_torch(by, "linear", dtype, n_rows):
+            return True
+        if n_new == 1:
+            return False
+        n_tokens = n_rows * n_new
+        return takes_torch(by, "attention", dtype, n_new) or (
+            program.has_floats and takes_torch(by, "linear", dtype, n_tokens)
+        )
+
+    def holds(self, program: Program) -> bool:
+        """Whether this is still the model's program, for the next step of a request that runs no code of its user.
+
+        What can be different then is what another thread has changed, and it is enough to find that some steps later.
+        """
+        made = self._made
+        if made is None or made.program is not program or _global_forward_hooks or _global_forward_pre_hooks:
+            return False
+        return made.watch.holds_in_part()
+
+    def _current(self, model: nn.Module) -> _Made:
+        made = self._made
+        if made is None or not made.watch.holds():
+            made = self._make(model)
+        return made
+
+    def _make(self, model: nn.Module) -> _Made:
+        with self._lock:
+            watch = Watch(model)
+            try:
+                made = _Made(watch, build(model), None)
+            except UnsupportedModel as error:
+                made = _Made(watch, None, str(error))
+                logger.info("Decode steps go module by module: %s.", error)
+            self._made = made
+            return made
+
+    def _rehearsed(self, model: nn.Module, kv_cache: str | None) -> _Made:
+        """The current one, tried with random tokens. Only in plain inference: otherwise modules take other ways."""
+        made = self._current(model)
+        if made.program is not None and kv_cache not in made.rehearsed:
+            with self._lock:
+                program = made.program
+                if program is not None and kv_cache not in made.rehearsed:
+                    reason = difference(model, program, kv_cache)
+                    made.rehearsed.add(kv_cache)
+                    if reason is not None:
+                        made.program, made.reason = None, reason
+                        logger.warning("Decode steps go module by module: %s.", reason)
+        return made
+
+    def refutation(self, model: nn.Module) -> str | None:
+        """In words, what the program gives otherwise than the modules; None if nothing, or if there is none."""
+        with torch.no_grad():
+            if not is_plain_inference(model, (), {}):
+                return None
+        made = self._rehearsed(model, self._kv_cache)
+        return made.reason if made.rehearsed else None
+
+    def shown(self, model: nn.Module) -> tuple[str | None, Listing | None]:
+        """(in words, why steps of this model go module by module, or None; the program for people to read)."""
+        with torch.no_grad():
+            is_plain = is_plain_inference(model, (), {})
+        made = self._rehearsed(model, self._kv_cache) if is_plain else self._current(model)
+        reason, program = made.reason, made.program
+        if program is not None and program.has_floats:
+            if self._kernels == "torch":
+                reason = "its Linears run in torch's kernels"
+            elif self._kernels == "auto" and is_known_for_torch("linear", program.dtype, 1):
+                reason = "torch's kernels were measured to be faster for Linears of one row"
+        if reason is None and not is_plain:
+            reason = "autocast, a trace or hooks on all modules are on"
+        return reason, None if made.program is None else made.program.listing

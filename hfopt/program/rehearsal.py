@@ -1,0 +1,158 @@
+"""The rehearsal of a program: random tokens go through it and through the model's modules, and must come out the same.
+
+A prompt and a token behind it go through the first layers, a token behind a long text through all of them: what a decoder
+does only there (another scale, a window) shows in no first step.
+"""
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hfopt import host
+from hfopt.cache import IndirectCache
+from hfopt.errors import ForkedProcess, KernelError
+from hfopt.functional import Mask
+from hfopt.patches.shadow import shadow
+from hfopt.program import run as program_run
+from hfopt.program.decoder import build
+from hfopt.program.program import Program
+from hfopt.program.run import StepScratch
+
+_FAR = 4096  # positions
+_MOST_BYTES = 32 << 20  # in the cache of the long text
+_N_PROMPT, _N_PADDED = 20, 2
+# whatever the configuration asks for
+_OPTIONAL = {"logits_to_keep": 1, "output_attentions": False, "output_hidden_states": False}
+
+
+def difference(model: nn.Module, program: Program, kv_cache: str | None = None) -> str | None:
+    """In words, what this program of a model gives otherwise than the modules; None if nothing.
+
+    kv_cache: of the caches that it is tried with. Raises KernelError and ForkedProcess, which say nothing about the model.
+    """
+    if host.cache_argument(type(model).forward) is None:
+        return "its forward has no argument that is known as its cache"
+    generator = torch.Generator().manual_seed(1)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            short = shadow(model, is_short=True)
+            near = _Stage(short, build(short), kv_cache, generator).near()
+            far = _Stage(shadow(model), program, kv_cache, generator).far()
+            for name, theirs, ours in itertools.chain(near, far):
+                if theirs.dtype is not ours.dtype or theirs.shape != ours.shape:
+                    return f"it gives {name} of another kind than its modules"
+                if not torch.equal(
+                    theirs.contiguous().view(torch.uint8), ours.contiguous().view(torch.uint8)
+                ):
+                    return f"it gives other {name} than its modules"
+    except (KernelError, ForkedProcess):
+        raise
+    except Exception as error:  # noqa: BLE001  (whatever a foreign forward raises)
+        return f"it could not be tried ({type(error).__name__}: {error})"
+    return None
+
+
+_Parts: TypeAlias = tuple[str, Tensor, Tensor]  # what it is, by the modules, by the program
+
+
+class _Stage(NamedTuple):
+    """A model and its program, and what they are told."""
+
+    model: Any
+    program: Program
+    kv_cache: str | None
+    generator: torch.Generator
+
+    def near(self) -> Iterator[_Parts]:
+        """A prompt of two rows, one of them padded, and one more token in each."""
+        seen = torch.ones(2, _N_PROMPT + 1, dtype=torch.bool)
+        seen[1, :_N_PADDED] = False
+        theirs, ours = self._cache(), self._cache()
+        n_prompt = _N_PROMPT
+        positions = (seen.cumsum(1) - 1).clamp(0, self._n_indices - 1)
+        tokens = self._tokens(2, n_prompt)
+        expected = self._call(theirs, tokens, positions[:, :n_prompt], seen[:, :n_prompt])
+        mask = seen[:, None, :n_prompt] & torch.ones(n_prompt, n_prompt, dtype=torch.bool).tril()
+        hidden = Mask("bytes", mask.contiguous().view(torch.uint8).numpy())
+        appended = ours.append_everywhere(2, n_prompt, *self._layout)
+        assert appended is not None, "an empty cache takes a prompt"
+        given = tokens.numpy(), positions[:, :n_prompt].numpy(), appended, hidden
+        yield "logits of a prompt", expected, program_run.prefill(self.program, *given)
+        yield from self._step(theirs, ours, positions[:, n_prompt:], seen, "of a step")
+        for their, our in zip(theirs.layers, ours.layers, strict=True):
+            for one, other in ((their.keys, our.keys), (their.values, our.values)):
+                assert one is not None and other is not None
+                yield "keys and values", one.transpose(1, 2)[seen], other.transpose(1, 2)[seen]
+
+    def far(self) -> Iterator[_Parts]:
+        """One more token behind a text as long as is cheap, far from its beginning."""
+        program = self.program
+        n_heads, head_dim, dtype = self._layout
+        token_bytes = 2 * n_heads * head_dim * dtype.itemsize * program.n_layers
+        n_past = max(1, min(_FAR - 1, _MOST_BYTES // token_bytes))
+        keys, values = torch.randn(2, 1, n_heads, n_past, head_dim, generator=self.generator).to(dtype)
+        cache = self._cache()
+        for layer_idx in range(program.n_layers):
+            cache.update(keys, values, layer_idx)
+        seen = torch.ones(1, n_past + 1, dtype=torch.bool)
+        seen[0, 0] = False
+        positions = torch.tensor([[min(_FAR, self._n_indices) - 1]])
+        yield from self._step(cache, None, positions, seen, "behind a long text")
+
+    def _step(
+        self, theirs: IndirectCache, ours: IndirectCache | None, positions: Tensor, seen: Tensor, where: str
+    ) -> Iterator[_Parts]:
+        """One more token a row; ours: the program's cache, None if it takes that of the modules after them."""
+        n_rows = len(seen)
+        tokens = self._tokens(n_rows, 1)
+        expected = self._call(theirs, tokens, positions, seen)
+        written = [each.clone() for each in theirs.newest()]
+        if ours is None:
+            theirs.crop(-1)
+            ours = theirs
+        appended = ours.append_everywhere(n_rows, 1, *self._layout)
+        assert appended is not None, "an even cache takes a step"
+        given = tokens[:, 0].numpy(), positions[:, 0].numpy(), appended, seen.numpy().astype(np.uint8)
+        yield f"logits {where}", expected, program_run.step(StepScratch(self.program, n_rows), *given)
+        for one, other in zip(written, ours.newest(), strict=True):
+            yield f"keys and values {where}", one, other
+
+    @property
+    def _layout(self) -> tuple[int, int, torch.dtype]:
+        return self.program.n_kv_heads, self.program.head_dim, self.program.dtype
+
+    @property
+    def _n_indices(self) -> int:
+        """Tokens and positions below this are in all tables."""
+        return min(len(table.rows) for table in self.program.tables if not table.grows)
+
+    def _tokens(self, *shape: int) -> Tensor:
+        return torch.randint(self._n_indices, shape, generator=self.generator)
+
+    def _cache(self) -> IndirectCache:
+        cache = IndirectCache(self.model.config.get_text_config(decoder=True), kv_cache=self.kv_cache)
+        del cache.layers[self.program.n_layers :]
+        return cache
+
+    def _call(self, cache: IndirectCache, tokens: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
+        """Logits of the last token, by the modules."""
+        forward = type(self.model).forward
+        parameters = inspect.signature(forward).parameters.values()
+        takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        named = {each.name for each in parameters}
+        outputs = self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=seen.long(),
+            use_cache=True,
+            return_dict=True,
+            **{str(host.cache_argument(forward)): cache},
+            **{name: value for name, value in _OPTIONAL.items() if takes_any or name in named},
+        )
+        logits: Tensor = outputs.logits
+        return logits[:, -1:]

@@ -1,0 +1,273 @@
+"""The prompt of a request and its decode steps: a program, run over the request's own scratch."""
+
+import functools
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfopt.errors import InvalidInput
+from hfopt.functional.attention import KINDS, Mask, check_lengths, checked_bytes
+from hfopt.functional.checks import ELEMENTS, prepare_threads
+from hfopt.functional.rotary import held_by, record_of_buffers
+from hfopt.kernels import step as kernels
+from hfopt.kernels.attention import cache_record as records
+from hfopt.kernels.attention.prefill import BYTES
+
+from .program import Program
+from .writer import LINE
+
+if TYPE_CHECKING:
+    from hfopt.cache import AppendedEverywhere, Buffers
+
+__all__ = ["Ends", "StepScratch", "choose", "prefill", "step"]
+
+_NO_MASK = np.empty((0, 0), np.uint8)
+_NO_ENDS = np.empty(0, np.int64)
+
+
+class StepScratch:
+    """What a request keeps between its steps for a program: the arena, scratch of the kernels, and what they are told of
+    tables and cache.
+
+    n_new: tokens of a row in each call.
+
+    The memory that the program reads stays alive with it, even if a thread gives a parameter other memory in the meantime.
+    """
+
+    def __init__(self, program: Program, n_rows: int, n_new: int = 1) -> None:
+        """Raises `InvalidInput` if there are no rows or no tokens."""
+        if n_rows < 1 or n_new < 1:
+            raise InvalidInput(f"n_rows is {n_rows} and n_new {n_new}: at least 1 is needed")
+        self.program = program
+        self.n_rows, self.n_new = n_rows, n_new
+        self.ids = np.zeros((2, n_rows * n_new), np.int64)
+        self.none_finished = np.zeros(n_rows, np.bool_)
+        self.threads = torch.get_num_threads()
+        sizes = n_rows, n_new, program.n_kv_heads, program.head_dim, self.threads
+        self.scratch_bytes: int = kernels.scratch_bytes(
+            ELEMENTS[program.dtype], program.code, program.formats, *sizes
+        )
+        self._arena = np.empty(program.row_bytes * n_rows * n_new + self.scratch_bytes + LINE, np.uint8)
+        self.arena = -(-self._arena.ctypes.data // LINE) * LINE
+        self.scratch = self.arena + program.row_bytes * n_rows * n_new
+        self.tables = np.zeros((len(program.tables), 2), np.int64)
+        self.held = ELEMENTS[program.dtype]  # tells of which type the elements of the cache are
+        self.records = np.zeros((program.n_layers, records.LENGTH), np.int64)
+        self._least: list[int] = []  # of each number in the records
+        self._n_positions = 0
+        self._rows: list[Tensor] = []
+        self._buffers: list[Buffers] = []
+        self._storages = [tensor.untyped_storage() for tensor in program.tensors()]
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        """Room for logits that nobody keeps, [n_rows, 1, n_logits]."""
+        return torch.empty((self.n_rows, 1, self.program.n_logits), dtype=self.program.dtype)
+
+    def reach(self, n_positions: int) -> None:
+        """Let tables have a row for each of so many positions, if they grow."""
+        if n_positions > self._n_positions:
+            tables = self.program.tables
+            rows = self._rows = [table.reach(n_positions) for table in tables]
+            self.tables[:] = [(each.data_ptr(), len(each)) for each in rows]
+            growing = (len(each) for each, table in zip(rows, tables, strict=True) if table.grows)
+            self._n_positions = min(growing, default=sys.maxsize)
+
+    def read(self, appended: "AppendedEverywhere") -> None:
+        """Note where the cache has its layers. Raises `InvalidInput` unless the new tokens fit into all of them."""
+        program, n_rows = self.program, self.n_rows
+        first, buffers = appended
+        if len(buffers) != program.n_layers:
+            raise InvalidInput(f"appended has {len(buffers)} layers: {program.n_layers} are needed")
+        if first.n_new < 1 or len(first.trunk_row) != n_rows:
+            given = f"{first.n_new} tokens of {len(first.trunk_row)} rows"
+            raise InvalidInput(f"appended has {given}: tokens of {n_rows} rows are needed")
+        if buffers != self._buffers:
+            layout = program.dtype, program.n_kv_heads, program.head_dim
+            held = {held_by(each, program.dtype).dtype for each in buffers}
+            if len(held) > 1:
+                raise InvalidInput(f"appended has layers of {held}: all have to be of one type")
+            self.held = held_by(buffers[0], program.dtype)
+            self.records[:] = [record_of_buffers(each, *layout) for each in buffers]
+            self._buffers = buffers
+            self._least = self.records.min(0).tolist()
+        check_lengths(first, n_rows)
+        part, length = (
+            (records.BRANCH, first.branch_len) if first.in_branch else (records.TRUNK, first.trunk_len)
+        )
+        longest = self._least[records.TRUNK + records.COLUMNS], self._least[records.BRANCH + records.COLUMNS]
+        is_stored = first.trunk_len <= longest[0] and first.branch_len <= longest[1]
+        if not is_stored or length < first.n_new or self._least[part + records.ROWS] < n_rows:
+            raise InvalidInput(
+                f"appended ends at columns {first.trunk_len} of {longest[0]} and {first.branch_len} of {longest[1]}: "
+                f"room for {first.n_new} tokens of {n_rows} rows is needed"
+            )
+
+
+class Ends(NamedTuple):
+    """What becomes of rows that end: `pad` follows in those that are finished, bool [n_rows]; `tokens` end the others.
+
+    finished: None where no row is.
+    """
+
+    finished: np.ndarray | None
+    pad: int
+    tokens: np.ndarray  # int64
+
+
+def prefill(
+    program: Program,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    appended: "AppendedEverywhere",
+    mask: Mask,
+) -> Tensor:
+    """Logits [n_rows, 1, n_logits] of the last of n_new tokens a row; the keys and values of all are written to the cache.
+
+    tokens: int64 [n_rows, n_new]; positions: int64 [1 or n_rows, n_new]; appended: all layers after they made room for the
+    tokens. Raises `InvalidInput`.
+    """
+    n_new = appended.first.n_new
+    if tokens.dtype != np.int64 or tokens.ndim != 2 or tokens.shape[1] != n_new:
+        raise InvalidInput(f"tokens is {tokens.dtype} {tokens.shape}: int64 [rows, {n_new}] is needed")
+    n_rows = len(tokens)
+    if positions.dtype != np.int64 or positions.shape not in ((1, n_new), (n_rows, n_new)):
+        given = f"{positions.dtype} {positions.shape}"
+        raise InvalidInput(f"positions is {given}: int64 [1 or {n_rows}, {n_new}] is needed")
+    scratch = StepScratch(program, n_rows, n_new)
+    scratch.read(appended)
+    hidden = checked_bytes(mask, appended.first, n_rows, n_new)
+    # of as many dimensions as for a step: one variant of the kernel
+    hidden = hidden.reshape(n_rows, -1) if hidden.size else _NO_MASK
+    logits, chosen = _empty_logits(scratch), np.empty((0, n_rows), np.int64)
+    positions = np.broadcast_to(positions, tokens.shape)
+    _run(scratch, tokens, positions, appended, KINDS[mask.kind], hidden, logits, chosen)
+    return logits
+
+
+def step(
+    scratch: StepScratch,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    appended: "AppendedEverywhere",
+    mask: np.ndarray | None = None,
+) -> Tensor:
+    """Logits [n_rows, 1, n_logits] of one new token a row, whose keys and values are written to the cache.
+
+    tokens: int64 [n_rows]; positions: int64 [n_rows]; appended: all layers after they made room for the token; mask: uint8
+    [n_rows, keys], 0 for what is hidden. Raises `InvalidInput`.
+    """
+    if appended.first.n_new != 1:
+        raise InvalidInput(f"appended has {appended.first.n_new} tokens: one is needed")
+    logits, chosen = _empty_logits(scratch), np.empty((0, scratch.n_rows), np.int64)
+    hidden = _checked(scratch, tokens, positions, appended, mask)
+    _run(scratch, tokens, positions, appended, BYTES, hidden, logits, chosen)
+    return logits
+
+
+def choose(
+    scratch: StepScratch,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    appended: "AppendedEverywhere",
+    mask: np.ndarray | None = None,
+    ends: Ends | None = None,
+) -> np.ndarray:
+    """`argmax` of these logits, and of those of the tokens that it gives, and so on: int64 [n_steps, n_rows].
+
+    As many steps as appended has new tokens; fewer if a row ends or a token has no place in the model's tables, and then the
+    caller takes back the rest of the room. Other arguments as in `step`, the mask for the keys of the last one.
+    """
+    chosen = np.empty((appended.first.n_new, scratch.n_rows), np.int64)
+    hidden = _checked(scratch, tokens, positions, appended, mask)
+    n_steps = _run(scratch, tokens, positions, appended, BYTES, hidden, scratch.logits, chosen, ends)
+    return chosen[:n_steps]
+
+
+def _empty_logits(scratch: StepScratch) -> Tensor:
+    return torch.empty((scratch.n_rows, 1, scratch.program.n_logits), dtype=scratch.program.dtype)
+
+
+def _checked(
+    scratch: StepScratch,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    appended: "AppendedEverywhere",
+    mask: np.ndarray | None,
+) -> np.ndarray:
+    """The mask of decode steps as the kernel reads it."""
+    n_rows, first = scratch.n_rows, appended.first
+    if scratch.n_new != 1:
+        raise InvalidInput(f"scratch is for {scratch.n_new} tokens of a row: one is needed")
+    for name, given in (("tokens", tokens), ("positions", positions)):
+        if given.dtype != np.int64 or given.shape != (n_rows,):
+            raise InvalidInput(f"{name} is {given.dtype} {given.shape}: int64 {(n_rows,)} is needed")
+    scratch.read(appended)
+    if mask is None:
+        return _NO_MASK
+    n_keys = first.trunk_len + first.branch_len
+    if mask.dtype != np.uint8 or mask.ndim != 2 or len(mask) != n_rows or mask.shape[1] < n_keys:
+        shape = f"{mask.dtype} {mask.shape}"
+        raise InvalidInput(f"mask is {shape}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
+    return np.ascontiguousarray(mask)
+
+
+def _run(
+    scratch: StepScratch,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    appended: "AppendedEverywhere",
+    kind: int,
+    hidden: np.ndarray,
+    logits: Tensor,
+    chosen: np.ndarray,
+    ends: Ends | None = None,
+) -> int:
+    program, ids, first = scratch.program, scratch.ids, appended.first
+    n_rows, n_steps = scratch.n_rows, max(len(chosen), 1)
+    known, pad, end_tokens = ends or (None, 0, _NO_ENDS)
+    finished = scratch.none_finished if known is None else known
+    if finished.dtype != np.bool_ or finished.shape != (n_rows,):
+        raise InvalidInput(f"finished is {finished.dtype} {finished.shape}: bool {(n_rows,)} is needed")
+    if end_tokens.dtype != np.int64 or end_tokens.ndim != 1:
+        raise InvalidInput(f"ends are {end_tokens.dtype} {end_tokens.shape}: int64 [n] is needed")
+    ids[0], ids[1] = tokens.reshape(-1), positions.reshape(-1)
+    scratch.reach(int(ids[1].max()) + n_steps)
+    in_trunk = 0 if first.in_branch else n_steps - 1
+    prepare_threads()
+    outcome: int = kernels.run_step(
+        ELEMENTS[program.dtype],
+        scratch.held,
+        program.code,
+        program.formats if program.is_quantized else None,
+        program.scalars,
+        n_rows,
+        scratch.n_new,
+        scratch.arena,
+        scratch.scratch,
+        scratch.threads,
+        scratch.tables,
+        ids,
+        scratch.records,
+        first.trunk_len - in_trunk,
+        first.branch_len - (n_steps - 1 - in_trunk),
+        first.in_branch,
+        first.trunk_row,
+        first.table,
+        kind,
+        hidden,
+        logits.data_ptr(),
+        program.n_logits,
+        chosen,
+        finished,
+        pad,
+        end_tokens,
+    )
+    if outcome == -kernels.UNKNOWN_INDEX:
+        raise InvalidInput(f"tokens {ids[0]} at positions {ids[1]}: the model's tables have no such rows")
+    if outcome < 0:
+        raise InvalidInput("the cache names rows that it has not")
+    return outcome
