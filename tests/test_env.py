@@ -16,7 +16,7 @@ from hfopt.bench import roofline
 from hfopt.machine import env, linux
 from tests import fresh
 
-CPU_PATH = "from hfopt import env; print(env.cpu_path())"
+CPU_PATH = "from hfopt.machine import env; print(env.cpu_path())"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def restricted() -> dict[str, Any]:
     """What env says in a new process on one core, without a cache folder, that ran no kernel."""
     code = (
         "import json, os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"
-        "from hfopt import env; cores = env.usable_cores();"
+        "from hfopt.machine import env; cores = env.usable_cores();"
         "print(json.dumps([cores.usable, cores.reason, env.cache_folder(), env.threading_layer()]))"
     )
     keys = ("cores", "reason", "cache folder", "layer")

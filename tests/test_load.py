@@ -471,7 +471,8 @@ def test_saved_folders_that_were_damaged(tmp_path):
 
 MEASURE = """
 import json, sys, torch, hfopt
-from hfopt import calibration, env
+from hfopt import calibration
+from hfopt.machine import env
 from hfopt.quantization import format
 calibration._BUDGET, format.FEEDBACK_SLICE = 1 << 24, 1 << 20
 options = json.loads(sys.argv[3])

@@ -11,7 +11,8 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfopt.errors import InvalidInput
-from hfopt.quantization import Format, QuantizationConfig, check_fits, config_of, misfit, resolve
+from hfopt.quantization import Format, QuantizationConfig, config_of, resolve
+from hfopt.quantization.plan import Layer, Plan, plan
 
 METHOD = "hfopt"
 
@@ -73,35 +74,24 @@ class HfoptConfig(QuantizationConfigMixin):
             path: self.format_of(path, is_head=linear is head) for path, linear in linears_of(model).items()
         }
 
-    def plan(
-        self, model: PreTrainedModel, done: Collection[str] = ()
-    ) -> tuple[dict[str, Format], dict[str, str]]:
-        """(formats of linear layers by their paths, why others are left as they are); but for those that are done.
+    def plan(self, model: PreTrainedModel, done: Collection[str] = ()) -> Plan:
+        """What becomes of the linear layers of a model, but for those that are done.
 
         Raises InvalidInput for a format that fits no layer.
         """
         self.quantization.warn_of_unused(model)
         head, decoder = model.get_output_embeddings(), set(model.base_model.modules())
-        formats: dict[str, Format] = {}
-        left: dict[str, str] = {}
-        misfits: dict[str, tuple[Format, str]] = {}
-        for path, linear in model.named_modules():
-            if not isinstance(linear, nn.Linear) or path in done:
-                continue
-            format = self.format_of(path, is_head=linear is head)
-            if linear is not head and linear not in decoder:
-                left[path] = "it is outside the decoder"
-            elif isinstance(format, str):
-                left[path] = format
-            elif type(linear) is not nn.Linear:
-                left[path] = f"it is a {type(linear).__name__}"
-            elif (reason := misfit(format, linear.in_features)) is not None:
-                left[path] = reason
-                misfits[path] = format, reason
-            else:
-                formats[path] = format
-        check_fits(formats.values(), misfits)
-        return formats, left
+        layers = {
+            path: Layer(
+                linear.in_features,
+                is_head=linear is head,
+                in_decoder=linear in decoder,
+                obstacle=None if type(linear) is nn.Linear else f"it is a {type(linear).__name__}",
+            )
+            for path, linear in model.named_modules()
+            if isinstance(linear, nn.Linear) and path not in done
+        }
+        return plan(layers, self)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -13,7 +13,8 @@ from hfopt.patches.guards import DTYPES, has_own_forward
 from hfopt.patches.linear import Linear
 from hfopt.patches.quantized import QuantizedLinear, quantize_linear, unquantize_linear
 from hfopt.patches.replacement import Replacement, original_class, swap, unswap
-from hfopt.quantization import Format, InputStatistics, QuantizationConfig, check_fits, misfit
+from hfopt.quantization import Format, InputStatistics, QuantizationConfig
+from hfopt.quantization.plan import Layer, plan
 
 
 @dataclass(frozen=True)
@@ -38,43 +39,16 @@ class Packing:
     """
 
     def __init__(self, model: nn.Module, config: QuantizationConfig) -> None:
-        self.left: dict[str, str] = {}
         config.warn_of_unused(model)
         self._model = model
+        formats, self.left = plan(_layers(model), config)
         self._planned: dict[str, tuple[Any, Format]] = {}
-        self._misfits: dict[str, tuple[Format, str]] = {}
-        head, decoder = head_of(model), set(_decoder(model).modules())
-        for path, module in model.named_modules():
-            if module in decoder or module is head:
-                if isinstance(module, nn.Linear):
-                    self._plan(path, module, config.format_of(path, is_head=module is head))
-            elif isinstance(module, nn.Linear):
-                self.left[path] = "it is outside the decoder"
-        used = {each.format for each in model.modules() if isinstance(each, QuantizedLinear)}
-        check_fits(used.union(format for _, format in self._planned.values()), self._misfits)
-
-    def _plan(self, path: str, module: Any, format: Format | str) -> None:
-        if isinstance(module, QuantizedLinear):
-            if module.format != format:
-                asked = f"{format} is asked for" if isinstance(format, Format) else format
-                raise InvalidInput(
-                    f"quantization: {path} is quantised as {module.format} already, but {asked}; "
-                    "load the model again for another config"
-                )
-            return
-        if isinstance(format, str):
-            self.left[path] = format
-            return
-        reason = _obstacle(self._model, path, module)
-        if reason is None and (reason := misfit(format, module.in_features)) is not None:
-            self._misfits[path] = format, reason
-        if reason is not None:
-            self.left[path] = reason
-            return
-        ends = torch.stack(module.weight.detach().aminmax())
-        if not bool(ends.isfinite().all()):
-            raise InvalidInput(f"{path}.weight must be finite to be quantised: it has NaN or Inf")
-        self._planned[path] = module, format
+        for path, format in formats.items():
+            module: Any = model.get_submodule(path)
+            ends = torch.stack(module.weight.detach().aminmax())
+            if not bool(ends.isfinite().all()):
+                raise InvalidInput(f"{path}.weight must be finite to be quantised: it has NaN or Inf")
+            self._planned[path] = module, format
 
     def __len__(self) -> int:
         return len(self._planned)
@@ -105,6 +79,23 @@ class Packing:
                 swap(module, Linear, record)
 
 
+def _layers(model: nn.Module) -> dict[str, Layer]:
+    """What a plan needs to know of the Linears of a model."""
+    head, decoder = head_of(model), set(_decoder(model).modules())
+    layers = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            packed = module.format if isinstance(module, QuantizedLinear) else None
+            layers[path] = Layer(
+                module.in_features,
+                is_head=module is head,
+                in_decoder=module in decoder,
+                obstacle=None if packed is not None else _obstacle(model, path, module),
+                packed=packed,
+            )
+    return layers
+
+
 def head_of(model: nn.Module) -> nn.Module | None:
     """The Linear that gives logits."""
     for module in model.modules():
@@ -129,9 +120,11 @@ def _obstacle(model: nn.Module, path: str, module: nn.Linear) -> str | None:
         return "its forward is wrapped (accelerate, tensor parallelism)"
     if _is_adapter(model, path):
         return "it is a part of an adapter"
-    weight = module._parameters["weight"]
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is no parameter"  # but computed from others, by `weight_norm` for example
     if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
-        return f"its weight is a {type(weight).__name__}, {getattr(weight, 'dtype', None)}"
+        return f"its weight is a {type(weight).__name__}, {weight.dtype}"
     return None
 
 

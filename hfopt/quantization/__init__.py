@@ -6,7 +6,7 @@ from hfopt.quantization.format import FORMATS, Format, from_dict, register, reso
 from hfopt.quantization.int4 import Int4
 from hfopt.quantization.int8 import Int8
 from hfopt.quantization.nf4 import NF4
-from hfopt.quantization.packed import Packed, check_fits, layout_of, misfit, packed_from
+from hfopt.quantization.packed import Packed, layout_of, misfit, packed_from
 
 __all__ = [
     "FORMATS",
@@ -18,7 +18,6 @@ __all__ = [
     "Packed",
     "QuantizationConfig",
     "block_inputs",
-    "check_fits",
     "config_of",
     "from_dict",
     "layout_of",

@@ -1,6 +1,6 @@
 """A packed matrix: what kernels read, what files hold."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,16 +71,6 @@ def misfit(format: "Format", in_features: int) -> str | None:
     if format.group is None or in_features % format.group == 0:
         return None
     return f"groups of {format.group} do not divide its {in_features} inputs"
-
-
-def check_fits(used: Collection["Format"], misfits: Mapping[str, tuple["Format", str]]) -> None:
-    """Raises InvalidInput for a format that no layer of a model has got, because none of those it was for can have it.
-
-    misfits: format and reason by the path of the layer.
-    """
-    for path, (format, reason) in misfits.items():
-        if format not in used:
-            raise InvalidInput(f"quantization: {format} fits no layer that it is for ({path}: {reason})")
 
 
 def layout_of(format: "Format", out_features: int, in_features: int, *, ordered: bool = False) -> Layout:
