@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hfopt.functional.activation import ACTIVATIONS
-from hfopt.functional.quantized import QuantizedMatrix, QuantizedWeights
+from hfopt.functional.quantized import QuantizedWeights
+from hfopt.quantization import QuantizedMatrix
 
 NF4 = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)
 

@@ -25,7 +25,7 @@ IMPORTS: dict[str, set[str]] = {
     "warmup": {"functional", "optimize", "quantization"},
     "checkpoints": {"errors", "machine", "patches", "quantization"},
     "console": {"cache", "errors", "host", "quantization"},
-    "functional": {"cache", "errors", "kernels", "machine"},
+    "functional": {"cache", "errors", "kernels", "machine", "quantization"},
     "model_proof": {"errors", "generation", "host", "patches"},
     "patches": {"cache", "errors", "functional", "host", "program", "quantization"},
     "program": {"cache", "errors", "functional", "host", "kernels", "patches"},

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hfopt.errors import InvalidInput
 from hfopt.functional.activation import ACTIVATIONS
-from hfopt.functional.quantized import Compute, QuantizedMatrix, QuantizedWeights, quantized_linear
+from hfopt.functional.quantized import Compute, QuantizedWeights, quantized_linear
 from hfopt.kernels.linear.quantized import MOST_TERMS
 from hfopt.kernels.linear.quantized import quantized_linear as quantized_kernel
+from hfopt.quantization import QuantizedMatrix
 from tests.quantized_cases import FORMATS, NF4, Format, Matrix, expected, noise, quantized_x, weights_of
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 24, 63, 64, 65, 130, 264, 265, 300]

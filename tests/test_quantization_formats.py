@@ -20,6 +20,7 @@ from hfopt.quantization import (
     Int8,
     Packed,
     QuantizationConfig,
+    QuantizedMatrix,
     from_dict,
     layout_of,
     packed_from,
@@ -91,6 +92,48 @@ def test_every_array_is_aligned_and_padded_with_nothing(format):
     wide = packed_from(format, 32, packed.codes.shape[1] * 32 // format.bits, packed.tensors())
     beyond = format.unpack(wide)
     assert not beyond[17:].any() and not beyond[:, packed.in_features :].any()
+
+
+def matrix_of(packed):
+    return QuantizedMatrix(packed.out_features, **packed.tensors())
+
+
+@every_format
+def test_rows_of_a_matrix_are_views_of_whole_blocks(format):
+    """Both halves of a fused weight, for example; with few groups, zero points of some blocks are not aligned."""
+    inputs = inputs_for(format)
+    packed = format.pack(random(8 * 16 + 5, inputs))
+    values = format.unpack(packed)
+    for first, n in ((0, 64), (64, 64), (16, 32), (48, 16), (64, 69), (0, 133)):
+        rows = matrix_of(packed).rows(first, n)
+        starts = [
+            len(tensor[: first // 16].reshape(-1).view(torch.uint8)) for tensor in packed.tensors().values()
+        ]
+        if any(start % 64 for start in starts):
+            assert rows is None and first % 64
+            continue
+        part = Packed(format, n, inputs, **rows.tensors)
+        assert torch.equal(format.unpack(part), values[first : first + n])
+        for name, tensor in rows.tensors.items():
+            assert tensor.untyped_storage().data_ptr() == packed.tensors()[name].untyped_storage().data_ptr()
+            assert tensor.data_ptr() % 64 == 0
+
+
+def test_rows_that_no_view_can_be_made_of():
+    matrix = matrix_of(Int8(group=64, symmetric=False).pack(random(64, 64)))
+    assert matrix.rows(16, 16) is None  # a group of 16 rows has 16 bytes of zero points
+    assert matrix.rows(8, 16) is None and matrix.rows(0, 8) is None
+    for first, n in ((0, 65), (-16, 16), (64, 16), (16, 0)):
+        with pytest.raises(InvalidInput, match="rows from 0 to 64 are there"):
+            matrix.rows(first, n)
+
+
+def test_rows_keep_the_order_of_inputs():
+    packed = Int4(group=32).pack(random(32, 128))
+    order = torch.randperm(128, dtype=torch.int32, generator=torch.Generator().manual_seed(2))
+    matrix = QuantizedMatrix(32, **packed.tensors(), order=order)
+    rows = matrix.rows(16, 16)
+    assert rows is not None and rows.order is order
 
 
 @every_format

@@ -1,5 +1,7 @@
 """`quantization.plan`: which layer gets which format, and why others are left."""
 
+from typing import Any
+
 import pytest
 from torch import nn
 
@@ -64,6 +66,6 @@ def test_a_format_that_fits_no_layer_is_refused():
 def test_a_weight_that_is_computed_from_others_is_left():
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     nn.utils.weight_norm(model[0])
-    report = hfopt.optimize(model, quantization="int8").hfopt
+    report: Any = hfopt.optimize(model, quantization="int8").hfopt
     assert report.left == {"0": "its weight is no parameter"}
     assert [each.path for each in report.quantized] == ["1"]

@@ -16,7 +16,8 @@ from transformers import LlamaForSequenceClassification
 import hfopt
 from hfopt.bench import roofline
 from hfopt.errors import InvalidInput, UnsupportedModel
-from hfopt.patches.quantized import BUFFERS, QuantizedLinear, empty_linear, quantize_linear
+from hfopt.patches.quantized import BUFFERS, QuantizedLinear, empty_linear, quantize_linear, read_matrices
+from hfopt.patches.replacement import Record
 from hfopt.program.decoder import build
 from hfopt.quantization import NF4, Format, InputStatistics, Int4, Int8, Packed, QuantizationConfig
 from tests.generation_cases import (
@@ -147,6 +148,26 @@ def test_inputs_in_another_order() -> None:
         expected = nn.functional.linear(x[:, order.long()], packed.format.unpack(packed), linear.bias)
         torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(linear.weight[:, order.long()], packed.format.unpack(packed))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", FORMATS)
+def test_halves_of_a_fused_weight_are_read_in_place(name: str) -> None:
+    """As the gate and up projections are that some models keep in one Linear."""
+    fused = nn.Linear(256, 128).eval()
+    quantize_linear(fused, FORMATS[name].pack(fused.weight))
+    assert isinstance(fused, QuantizedLinear)
+    halves = [half for first in (0, 64) if (half := fused.matrix.rows(first, 64)) is not None]
+    biases = fused.bias.split(64)
+    record = Record(None)
+    weights = read_matrices(record, "gate and up", fused.format, 256, halves, biases)
+    assert weights is not None
+    x = torch.randn(3, 256)
+    assert torch.equal(weights.multiply(x), fused(x))
+    gate, up = fused(x).split(64, dim=-1)
+    gated = weights.multiply(x, activation="silu", gated=True)
+    torch.testing.assert_close(gated, nn.functional.silu(gate) * up)
+    assert read_matrices(record, "gate and up", fused.format, 256, halves, biases) is weights
 
 
 # ---- in one call ---------------------------------------------------------------------------------------------

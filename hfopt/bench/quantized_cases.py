@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from hfopt.functional import QuantizedMatrix, QuantizedWeights, quantized_linear
+from hfopt.functional import QuantizedWeights, quantized_linear
 from hfopt.functional.quantized import terms_of
-from hfopt.quantization import FORMATS, Format, Packed, config_of
+from hfopt.quantization import FORMATS, Format, Packed, QuantizedMatrix, config_of
 
 from .kernel_case import PEAK, STREAM, Call, Case, Sizes, Target, each, peak, random, rounds_up, stream
 
@@ -30,11 +30,9 @@ def _packed(format: Format, shape: tuple[int, int]) -> Packed:
 
 
 def _record(packed: Packed) -> QuantizedWeights:
-    """Of a copy of a matrix."""
+    """What kernels read, of a copy of a matrix."""
     copies = {name: tensor.clone() for name, tensor in packed.tensors().items()}
-    matrix = QuantizedMatrix(
-        packed.out_features, copies["codes"], copies["row_scales"], copies.get("scales"), copies.get("zeros")
-    )
+    matrix = QuantizedMatrix(packed.out_features, **copies)
     format = packed.format
     return QuantizedWeights.of(
         [matrix],

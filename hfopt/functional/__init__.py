@@ -10,7 +10,7 @@ from .choice import Kernels
 from .linear import LinearWeights, Weights, linear
 from .mixed import MixedWeights
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from .quantized import QuantizedMatrix, QuantizedWeights, quantized_linear
+from .quantized import QuantizedWeights, quantized_linear
 from .rotary import rotate_and_store
 from .sampling import argmax, log_softmax_top_k
 
@@ -20,7 +20,6 @@ __all__ = [
     "LinearWeights",
     "Mask",
     "MixedWeights",
-    "QuantizedMatrix",
     "QuantizedWeights",
     "Weights",
     "add_layer_norm",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 from hfopt.kernels.linear.quantized import MOST_TERMS
 from hfopt.kernels.linear.quantized import quantized_linear as quantized_kernel
+from hfopt.quantization.layout import ALIGNMENT, Layout, QuantizedMatrix, layout
 
 from .activation import CODES
 from .checks import ELEMENTS, address_of, check_array, check_floats, prepare_threads
@@ -20,43 +21,30 @@ from .linear import Fingerprint, prepare_call
 Compute = Literal["int8", "float"]
 
 _COMPUTE = ("float", "int8")
-_ROWS = 16  # of a block
-_UNIT = 64  # bytes
-_ALIGNMENT = 64  # bytes
 
 
-class QuantizedMatrix(NamedTuple):
-    """One packed matrix [out_features, in]: blocks of 16 rows, and units of 4 (8-bit codes) or 8 inputs (4 bits).
-
-    value[o, k] = (code[o, k] - zero[o, g]) * scale[o, g] * row_scale[o] with g = k // group; with levels,
-    level[code[o, k]] * scale[o, g] * row_scale[o].
-    """
-
-    out_features: int
-    codes: Tensor  # uint8 [blocks, units, 64]; byte 4 j + i of a unit is input i of row j, 4 + i in the upper 4 bits
-    row_scales: Tensor  # float32 [blocks, 16]
-    scales: Tensor | None  # float16 [blocks, groups, 16]; None where `group` is None
-    zeros: (
-        Tensor | None
-    )  # uint8 [blocks, groups, 16]; None where all zero points are 128 (8 bits) or 8 (4 bits)
-    order: Tensor | None = None  # int32 [in]: column k of the codes belongs to input order[k]
+def _addresses(name: str, matrix: QuantizedMatrix, parts: Layout, group: int | None) -> dict[str, int]:
+    """Addresses of the tensors of a packed matrix, which must be those of a layout."""
+    for part in ("scales", "zeros"):
+        if (getattr(matrix, part) is not None) != (part in parts):
+            raise InvalidInput(
+                f"{name}.{part} is {'missing' if part in parts else 'given'}: with group={group} there are "
+                f"{'no ' if group is None else ''}scales, and zero points in all matrices or in none"
+            )
+    return {
+        part: _check_part(f"{name}.{part}", getattr(matrix, part), shape, dtype)
+        for part, (shape, dtype) in parts.items()
+    }
 
 
-def _check_part(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    *,
-    finite: bool = False,
-) -> int:
-    """Address of a part of a packed matrix."""
+def _check_part(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Address of a tensor of a packed matrix."""
     address = check_array(name, tensor, shape, dtype)
-    if address % _ALIGNMENT:
+    if address % ALIGNMENT:
         raise InvalidInput(
-            f"{name} starts {address % _ALIGNMENT} bytes behind a multiple of {_ALIGNMENT}: none are allowed"
+            f"{name} starts {address % ALIGNMENT} bytes behind a multiple of {ALIGNMENT}: none are allowed"
         )
-    if finite and not bool(tensor.isfinite().all()):
+    if dtype.is_floating_point and not bool(tensor.isfinite().all()):
         place = (~tensor.isfinite()).nonzero()[0].tolist()
         raise InvalidInput(f"{name} is {float(tensor[tuple(place)])} at {place}: it must be finite")
     return address
@@ -117,43 +105,23 @@ class QuantizedWeights:
             raise InvalidInput(
                 f"matrices and biases have {len(matrices)} and {len(biases)} entries: as many are needed"
             )
-        if bits not in (4, 8):
-            raise InvalidInput(f"bits is {bits!r}: 4 or 8 is allowed")
-        if in_features < 1:
-            raise InvalidInput(f"in_features is {in_features!r}: a positive number is needed")
-        _check_group(group, in_features)
-        with_zeros = matrices[0].zeros is not None
+        _check_sizes(bits, in_features, group)
+        has_zeros = matrices[0].zeros is not None
         table, scaling = np.zeros((len(matrices), 4), np.int64), np.zeros((len(matrices), 3), np.int64)
-        n_units = -(-in_features // (32 // bits))
-        n_groups = in_features // (group or in_features)
         column = 0
         dtype = _dtype_of(biases)
         for index, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
             name, size = f"matrices[{index}]", matrix.out_features
             if size < 1:
                 raise InvalidInput(f"{name}.out_features is {size!r}: a positive number is needed")
-            n_blocks = -(-size // _ROWS)
-            for part, wanted in (("scales", group is not None), ("zeros", with_zeros)):
-                if (getattr(matrix, part) is not None) != wanted:
-                    raise InvalidInput(
-                        f"{name}.{part} is {'missing' if wanted else 'given'}: with group={group} there are "
-                        f"{'no ' if group is None else ''}scales, and zero points in all matrices or in none"
-                    )
-            codes = _check_part(f"{name}.codes", matrix.codes, (n_blocks, n_units, _UNIT), torch.uint8)
-            shape = (n_blocks, n_groups, _ROWS)
-            scales = zeros = 0
-            if matrix.scales is not None:
-                scales = _check_part(f"{name}.scales", matrix.scales, shape, torch.float16, finite=True)
-            if matrix.zeros is not None:
-                zeros = _check_part(f"{name}.zeros", matrix.zeros, shape, torch.uint8)
-            rows = _check_part(
-                f"{name}.row_scales", matrix.row_scales, (n_blocks, _ROWS), torch.float32, finite=True
-            )
+            parts = layout(size, in_features, bits, group, has_zeros=has_zeros, ordered=False)
+            places = _addresses(name, matrix, parts, group)
             address = 0 if bias is None else check_array(f"biases[{index}]", bias, (size,), dtype)
-            table[index], scaling[index] = (codes, address, size, column), (scales, zeros, rows)
+            table[index] = places["codes"], address, size, column
+            scaling[index] = places.get("scales", 0), places.get("zeros", 0), places["row_scales"]
             column += size
         order = _common_order([matrix.order for matrix in matrices], in_features)
-        shifted = _shift_levels(levels, bits, with_zeros)
+        shifted = _shift_levels(levels, bits, has_zeros)
         tensors = (*(part for matrix in matrices for part in matrix[1:]), *biases)
         return cls(
             table=table,
@@ -202,7 +170,7 @@ def _common_order(orders: Sequence[Tensor | None], in_features: int) -> Tensor |
 
 
 def _dtype_of(biases: Sequence[Tensor | None]) -> torch.dtype | None:
-    """That of the first bias."""
+    """dtype of the first bias; None without any."""
     for index, bias in enumerate(biases):
         if bias is not None:
             check_floats(f"biases[{index}]", bias)
@@ -210,7 +178,11 @@ def _dtype_of(biases: Sequence[Tensor | None]) -> torch.dtype | None:
     return None
 
 
-def _check_group(group: int | None, in_features: int) -> None:
+def _check_sizes(bits: int, in_features: int, group: int | None) -> None:
+    if bits not in (4, 8):
+        raise InvalidInput(f"bits is {bits!r}: 4 or 8 is allowed")
+    if in_features < 1:
+        raise InvalidInput(f"in_features is {in_features!r}: a positive number is needed")
     if group is None:
         return
     allowed = group > 0 and group % 32 == 0
@@ -222,13 +194,13 @@ def _check_group(group: int | None, in_features: int) -> None:
         raise InvalidInput(f"group is {group}: it must divide in_features, {in_features}")
 
 
-def _shift_levels(levels: Sequence[int] | None, bits: int, with_zeros: bool) -> Tensor | None:
+def _shift_levels(levels: Sequence[int] | None, bits: int, has_zeros: bool) -> Tensor | None:
     """Levels as unsigned bytes with the zero point 128."""
     if levels is None:
         return None
-    if bits != 4 or with_zeros:
+    if bits != 4 or has_zeros:
         raise InvalidInput(
-            f"levels are given with bits={bits}{' and zero points' if with_zeros else ''}: they need 4 bits and none"
+            f"levels are given with bits={bits}{' and zero points' if has_zeros else ''}: they need 4 bits and none"
         )
     if len(levels) != 16 or not all(-127 <= level <= 127 for level in levels):
         raise InvalidInput(f"levels is {list(levels)}: 16 integers from -127 to 127 are needed")

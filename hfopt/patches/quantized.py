@@ -9,15 +9,14 @@ from torch.nn import functional as F
 
 from hfopt import functional
 from hfopt.errors import InvalidInput
-from hfopt.functional import QuantizedMatrix, QuantizedWeights
+from hfopt.functional import QuantizedWeights
 from hfopt.patches.guards import is_plain_inference, is_readable
 from hfopt.patches.replacement import Record
 from hfopt.quantization import Format, Packed, layout_of
-from hfopt.quantization.layout import aligned
+from hfopt.quantization.layout import PARTS, QuantizedMatrix, aligned
 
 PREFIX = "quantized_"  # of the names of the buffers
-_NAMES = ("codes", "row_scales", "scales", "zeros", "order")
-BUFFERS = tuple(PREFIX + name for name in _NAMES)
+BUFFERS = tuple(PREFIX + name for name in PARTS)
 
 
 class QuantizedLinear(nn.Linear):
@@ -40,14 +39,12 @@ class QuantizedLinear(nn.Linear):
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         buffers: Any = self._buffers
-        return {name: buffers[PREFIX + name] for name in _NAMES if PREFIX + name in buffers}
+        return {name: buffers[PREFIX + name] for name in PARTS if PREFIX + name in buffers}
 
     @property
     def matrix(self) -> QuantizedMatrix:
         """What kernels read."""
-        tensors = self._tensors()
-        parts = {name: tensors.get(name) for name in ("scales", "zeros", "order")}
-        return QuantizedMatrix(self.out_features, tensors["codes"], tensors["row_scales"], **parts)
+        return QuantizedMatrix(self.out_features, **self._tensors())
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -159,12 +156,29 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def read_quantized(record: Record, role: str, linears: Sequence[QuantizedLinear]) -> QuantizedWeights | None:
     """The packed matrices of these Linears as one record, or None where kernels cannot read them together."""
-    matrices = [linear.matrix for linear in linears]
+    format, in_features = linears[0].format, linears[0].in_features
+    if any(linear.format != format for linear in linears):
+        record.weights.pop(role, None)
+        return None
     biases = [linear._parameters["bias"] for linear in linears]
-    format, order = linears[0].format, matrices[0].order
-    are_alike = all(linear.format == format for linear in linears) and all(
-        _equal(order, matrix.order) for matrix in matrices
-    )
+    return read_matrices(record, role, format, in_features, [linear.matrix for linear in linears], biases)
+
+
+def read_matrices(
+    record: Record,
+    role: str,
+    format: Format,
+    in_features: int,
+    matrices: Sequence[QuantizedMatrix],
+    biases: Sequence[torch.Tensor | None],
+) -> QuantizedWeights | None:
+    """Matrices of one format, such as `QuantizedLinear.matrix` or rows of it, as one record under `role`.
+
+    The record is made anew when it does not read exactly these tensors any more. None where kernels cannot read them
+    together.
+    """
+    order = matrices[0].order
+    are_alike = all(_equal(order, matrix.order) for matrix in matrices)
     known = record.weights.get(role)
     if (
         are_alike
@@ -181,7 +195,7 @@ def read_quantized(record: Record, role: str, linears: Sequence[QuantizedLinear]
         known = record.weights[role] = QuantizedWeights.of(
             matrices,
             biases,
-            in_features=linears[0].in_features,
+            in_features=in_features,
             bits=format.bits,
             group=format.group,
             levels=format.levels,

@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from hfopt.errors import InvalidInput
-from hfopt.quantization.layout import BLOCK, UNIT_BYTES, ceil_div, inputs_per_unit
+from hfopt.quantization.layout import PARTS, Layout, layout
 
 if TYPE_CHECKING:
     from hfopt.quantization.format import Format
-
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
     """A weight matrix [out_features, in_features] in a format, arranged as `layout` says.
 
-    value[o, order[k]] = (code[o, k] - zero[o, g]) * scale[o, g] * row_scale[o] with g = k // group.
+    value[o, order[k]] = (code[o, k] - zero[o, g]) * scale[o, g] * row_scale[o] with g = k // group; where codes are
+    indices into `levels` of the format, level[code[o, k]] stands in place of the difference.
 
     Without groups there are no `scales`; without `zeros` the zero point is half of the codes' range, 128 or 8. Rows
     behind the last one have scale 0, inputs behind the last one hold the zero point. A scale may be negative.
@@ -58,8 +57,7 @@ class Packed:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are there, by name."""
-        names = ("codes", "row_scales", "scales", "zeros", "order")
-        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        return {name: tensor for name in PARTS if (tensor := getattr(self, name)) is not None}
 
     @property
     def nbytes(self) -> int:
@@ -79,30 +77,18 @@ def layout_of(format: "Format", out_features: int, in_features: int, *, ordered:
         raise InvalidInput(
             f"group must divide the number of inputs: {format} does not fit a matrix with {in_features} inputs"
         )
-    n_blocks = ceil_div(out_features, BLOCK)
-    n_groups = in_features // (format.group or in_features)
-    n_units = ceil_div(in_features, inputs_per_unit(format.bits))
-    layout: Layout = {
-        "codes": ((n_blocks, n_units, UNIT_BYTES), torch.uint8),
-        "row_scales": ((n_blocks, BLOCK), torch.float32),
-    }
-    if format.group is not None:
-        layout["scales"] = ((n_blocks, n_groups, BLOCK), torch.float16)
-    if format.has_zeros:
-        layout["zeros"] = ((n_blocks, n_groups, BLOCK), torch.uint8)
-    if ordered:
-        layout["order"] = ((in_features,), torch.int32)
-    return layout
+    return layout(
+        out_features, in_features, format.bits, format.group, has_zeros=format.has_zeros, ordered=ordered
+    )
 
 
 def packed_from(
     format: "Format", out_features: int, in_features: int, tensors: Mapping[str, torch.Tensor]
 ) -> Packed:
     """The matrix of tensors that `Packed.tensors` gave, as a file holds them."""
-    known = {"codes", "row_scales", "scales", "zeros", "order"}
-    if unknown := tensors.keys() - known:
+    if unknown := tensors.keys() - set(PARTS):
         raise InvalidInput(
-            f"a packed matrix has no tensors {sorted(unknown)}; they are among {sorted(known)}"
+            f"a packed matrix has no tensors {sorted(unknown)}; they are among {sorted(PARTS)}"
         )
     if missing := {"codes", "row_scales"} - tensors.keys():
         raise InvalidInput(f"a packed matrix needs the tensors {sorted(missing)}")
