@@ -27,8 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hfopt.cache import Appended, IndirectCache
-from hfopt.cache import layer as layer_file
+from hfopt.cache import Appended, IndirectCache, storage
 from hfopt.errors import CacheFull, InvalidInput
 from hfopt.machine import linux, memory
 from tests import cache_cases
@@ -626,10 +625,10 @@ def test_a_request_beyond_memory_changes_nothing():
 
 def test_growth_is_modest_when_memory_is_short(monkeypatch):
     column_bytes = 2 * N_HEADS * HEAD_DIM * 4
-    monkeypatch.setattr(layer_file, "_UNCHECKED_BYTES", 0)
+    monkeypatch.setattr(storage, "_UNCHECKED_BYTES", 0)
     cache = IndirectCache()
     cache.append(0, 1, 640, N_HEADS, HEAD_DIM, torch.float32)
-    monkeypatch.setattr(layer_file, "available_memory", lambda: 704 * column_bytes)
+    monkeypatch.setattr(storage, "available_memory", lambda: 704 * column_bytes)
     assert cache.append(0, 1, 1, N_HEADS, HEAD_DIM, torch.float32).trunk.shape[3] == 704
     with pytest.raises(
         CacheFull, match=f"{768 * column_bytes:,} bytes more; {704 * column_bytes:,} bytes are"
@@ -639,9 +638,9 @@ def test_growth_is_modest_when_memory_is_short(monkeypatch):
 
 
 def test_the_first_layer_asks_for_all(monkeypatch):
-    monkeypatch.setattr(layer_file, "_UNCHECKED_BYTES", 0)
+    monkeypatch.setattr(storage, "_UNCHECKED_BYTES", 0)
     one_layer = 64 * 2 * N_HEADS * HEAD_DIM * 4
-    monkeypatch.setattr(layer_file, "available_memory", lambda: one_layer * N_LAYERS - 1)
+    monkeypatch.setattr(storage, "available_memory", lambda: one_layer * N_LAYERS - 1)
     cache = IndirectCache(LlamaConfig(num_hidden_layers=N_LAYERS))
     with pytest.raises(CacheFull, match=f"{one_layer * N_LAYERS:,} bytes more"):
         cache.append(0, 1, 5, N_HEADS, HEAD_DIM, torch.float32)

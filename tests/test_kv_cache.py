@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, MistralConfig, MistralForCausalLM
 
 import hfopt
-from hfopt.cache import IndirectCache
-from hfopt.cache import layer as layer_file
+from hfopt.cache import IndirectCache, storage
 from hfopt.cache.codes import dequantised, quantised
 from hfopt.errors import CacheFull, InvalidInput
 from tests.cache_cases import HEAD_DIM, N_HEADS, N_LAYERS, Pair, operate, random_states
@@ -367,13 +366,13 @@ def test_keys_that_autograd_records_and_what_follows() -> None:
 
 
 def test_memory_is_counted_with_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_file, "_UNCHECKED_BYTES", 0)
+    monkeypatch.setattr(storage, "_UNCHECKED_BYTES", 0)
     one_layer = 64 * 2 * N_HEADS * (HEAD_DIM + 4)
     cache = IndirectCache(LlamaConfig(num_hidden_layers=N_LAYERS), kv_cache="int8")
-    monkeypatch.setattr(layer_file, "available_memory", lambda: one_layer * N_LAYERS - 1)
+    monkeypatch.setattr(storage, "available_memory", lambda: one_layer * N_LAYERS - 1)
     with pytest.raises(CacheFull, match=f"{one_layer * N_LAYERS:,} bytes more"):
         cache.append(0, 1, 5, N_HEADS, HEAD_DIM, torch.float32)
-    monkeypatch.setattr(layer_file, "available_memory", lambda: one_layer * N_LAYERS)
+    monkeypatch.setattr(storage, "available_memory", lambda: one_layer * N_LAYERS)
     cache.append(0, 1, 5, N_HEADS, HEAD_DIM, torch.float32)
     layer: Any = cache.layers[0]
     assert layer.trunk.nbytes + layer.trunk_scales.nbytes == one_layer

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfopt.cache import AppendedEverywhere, IndirectCache
-from hfopt.cache.layer import Buffers
+from hfopt.cache import AppendedEverywhere, Buffers, IndirectCache
 from hfopt.errors import InvalidInput
 from hfopt.functional import LinearWeights
 from hfopt.generation import PROGRAMS

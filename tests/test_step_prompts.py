@@ -286,8 +286,8 @@ def test_positions_that_the_model_has_not(name: str, is_second: bool, passes: li
 
 
 def test_no_memory_for_the_cache(small: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hfopt.cache.layer._UNCHECKED_BYTES", 0)
-    monkeypatch.setattr("hfopt.cache.layer.available_memory", lambda: 1000)
+    monkeypatch.setattr("hfopt.cache.storage._UNCHECKED_BYTES", 0)
+    monkeypatch.setattr("hfopt.cache.storage.available_memory", lambda: 1000)
     cache = IndirectCache(small.config)
     with pytest.raises(CacheFull):
         generated(small, {**prompts(2), **GREEDY, CACHE: cache})

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from hfopt.cache.appended import Appended, AppendedEverywhere, Buffers
 from hfopt.cache.codes import KV_CACHES, check_kv_cache
-from hfopt.cache.layer import Appended, AppendedEverywhere, Buffers, IndirectLayer
+from hfopt.cache.layer import IndirectLayer
 from hfopt.cache.row_map import RowMap
 from hfopt.errors import InvalidInput
 from hfopt.host import Config, DynamicLayer

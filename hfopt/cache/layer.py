@@ -3,74 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hfopt.cache.codes import dequantised, quantised
-from hfopt.cache.row_map import RowMap, rounded
-from hfopt.errors import CacheFull, InvalidInput
+from hfopt.cache.appended import Appended, Buffers
+from hfopt.cache.codes import dequantised
+from hfopt.cache.row_map import RowMap, gathered
+from hfopt.cache.storage import DTYPES, Layout, Segment, bits, grown, layout_of, no_columns, write
+from hfopt.errors import InvalidInput
 from hfopt.host import DynamicLayer
-from hfopt.machine.memory import advise_huge_pages, available_memory
 
-Layout: TypeAlias = tuple[int, int, torch.dtype]  # (n_kv_heads, head_dim, dtype)
-
-_UNCHECKED_BYTES = 1 << 26  # growth that is too small to ask the system about
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # those with a numpy view
 _CROPS_TO_LENGTH = "tokens_to_remove" not in inspect.signature(DynamicLayer.crop).parameters  # transformers 4
-
-
-class Buffers:
-    """The two buffers of a layer until one of them changes, with what `functional` found out about them.
-
-    The scales are those of 8-bit codes. checked: (dtype, n_kv_heads, head_dim) that they have been found to have. record:
-    see `kernels.cache_record`.
-    """
-
-    def __init__(
-        self,
-        trunk: np.ndarray,
-        branch: np.ndarray,
-        trunk_scales: np.ndarray | None = None,
-        branch_scales: np.ndarray | None = None,
-    ) -> None:
-        self.trunk, self.branch = trunk, branch
-        self.trunk_scales, self.branch_scales = trunk_scales, branch_scales
-        self.trunk_columns = 0 if trunk is None else trunk.shape[3]
-        self.branch_rows, self.branch_columns = (0, 0) if branch is None else branch.shape[1:4:2]
-        self.checked: tuple[torch.dtype, int, int] | None = None
-        self.record: Any = None
-
-
-class Appended(NamedTuple):
-    """One layer after room was made for `n_new` tokens a row; the arrays are views of what is stored.
-
-    Token `t` of logical row `r` is `trunk[:, trunk_row[r], :, t]` for `t < trunk_len`; later tokens are
-    `branch[:, table[r, b], :, b]` with `b = t - trunk_len`. The new ones belong into row `r` and the columns
-    `[len - n_new, len)`. Columns beyond the length hold arbitrary bits. bfloat16 comes as uint16; or all are int8 codes, to
-    be multiplied by the scale of their token and head.
-    """
-
-    trunk: np.ndarray  # [2, n_prompts, n_kv_heads, columns, head_dim], keys then values
-    branch: np.ndarray  # [2, >= 1, n_kv_heads, columns, head_dim]; no columns as long as there is no branch
-    trunk_len: int  # with the new tokens, if they belong there
-    branch_len: int
-    in_branch: bool  # whether the new tokens belong into the branch
-    n_new: int
-    trunk_row: np.ndarray  # int32 [n_rows]
-    table: np.ndarray  # int32 [n_rows, >= branch_len], C-contiguous
-    buffers: Buffers | None = None  # if trunk and branch are those of a cache, which are checked once
-    trunk_scales: np.ndarray | None = None  # of codes: float32 [2, n_prompts, n_kv_heads, columns]
-    branch_scales: np.ndarray | None = None
-
-
-class AppendedEverywhere(NamedTuple):
-    """All layers after room was made in each for new tokens of the same rows, behind the same tokens."""
-
-    first: Appended
-    buffers: list[Buffers]  # of each layer
 
 
 class IndirectLayer(DynamicLayer):
@@ -103,7 +48,7 @@ class IndirectLayer(DynamicLayer):
 
     def _view(self) -> None:
         parts = self.trunk, self.branch, self.trunk_scales, self.branch_scales
-        self.buffers = Buffers(*(_bits(part) for part in parts))
+        self.buffers = Buffers(*(bits(part) for part in parts))
 
     # What is stored
 
@@ -138,15 +83,11 @@ class IndirectLayer(DynamicLayer):
     def _read(self, trunk: Tensor, branch: Tensor) -> Tensor:
         """What the rows read of [rows, n_kv_heads, columns, ...]."""
         rows, trunk = self.rows, trunk[:, :, : self.trunk_len]
-        if rows.is_identity:
-            return trunk
-        trunk = trunk.index_select(0, torch.from_numpy(rows.trunk_row))
-        if self.branch_len == 0:
-            return trunk
-        table = torch.from_numpy(rows.table[:, : self.branch_len].astype(np.int64))
-        # the two indices bring [n_rows, branch_len] to the front
-        gathered = branch[table, :, torch.arange(self.branch_len)]
-        return torch.cat([trunk, gathered.transpose(1, 2)], dim=2)
+        return (
+            trunk
+            if rows.is_identity
+            else gathered(trunk, branch, rows.trunk_row, rows.table[:, : self.branch_len])
+        )
 
     def _become_plain(self) -> None:
         if self.trunk is not None:
@@ -155,7 +96,7 @@ class IndirectLayer(DynamicLayer):
             self._keys, self._values = keys, values
 
     def _plain_layout(self) -> Layout | None:
-        return None if self._keys is None or self._values is None else _layout(self._keys, self._values)
+        return None if self._keys is None or self._values is None else layout_of(self._keys, self._values)
 
     @property
     def n_rows(self) -> int:
@@ -232,62 +173,26 @@ class IndirectLayer(DynamicLayer):
             return
 
         dtype = layout[2]
-        if dtype not in _DTYPES:
-            raise InvalidInput(f"dtype = {dtype}: allowed are {', '.join(map(str, _DTYPES))}")
-        trunk, trunk_scales = self._grown(*self._no_columns(n_rows, layout), n_rows, length + n_new)
+        if dtype not in DTYPES:
+            raise InvalidInput(f"dtype = {dtype}: allowed are {', '.join(map(str, DTYPES))}")
+        trunk, trunk_scales = self._grown(*no_columns(n_rows, layout, self.kv_cache), n_rows, length + n_new)
         if length > 0 and self._keys is not None and self._values is not None:
             known = torch.stack([self._keys.detach(), self._values.detach()])
-            _write(trunk, trunk_scales, n_rows, 0, known)
+            write(trunk, trunk_scales, n_rows, 0, known)
         if self.rows.n_rows == 0:
             self.rows.start(n_rows)
         elif not self.rows.is_identity or self.rows.n_rows != n_rows:
             self.rows = RowMap(n_rows)
         self._drop()
         self.trunk, self.trunk_scales = trunk, trunk_scales
-        self.branch, self.branch_scales = self._no_columns(1, layout)
+        self.branch, self.branch_scales = no_columns(1, layout, self.kv_cache)
         self.trunk_len, self._layout = length, layout
         self.dtype, self.device, self.is_initialized = dtype, trunk.device, True
         self._view()
 
-    def _no_columns(self, n_rows: int, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        """Room for no token."""
-        n_kv_heads, head_dim, dtype = layout
-        shape = 2, n_rows, n_kv_heads, 0
-        if self.kv_cache is None:
-            return _empty((*shape, head_dim), dtype), None
-        return _empty((*shape, head_dim), torch.int8), _empty(shape, torch.float32)
-
-    def _grown(
-        self, buffer: Tensor | None, scales: Tensor | None, n_rows: int, length: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """A buffer, and its scales if it has some, for more rows or columns, with the same content."""
+    def _grown(self, buffer: Tensor | None, scales: Tensor | None, n_rows: int, length: int) -> Segment:
         assert buffer is not None
-        _, old_rows, n_kv_heads, old_columns, head_dim = buffer.shape
-        n_rows = max(n_rows, old_rows)
-        vector_bytes = head_dim * buffer.element_size() + (0 if scales is None else scales.element_size())
-        column_bytes = 2 * n_rows * n_kv_heads * vector_bytes
-        old_bytes = buffer.nbytes + (0 if scales is None else scales.nbytes)
-
-        def needed(n_columns: int) -> int:
-            added = n_columns * column_bytes - old_bytes
-            return n_columns * column_bytes + self.n_following * added
-
-        least = max(rounded(length), old_columns)
-        n_columns = max(least, rounded(old_columns * 3 // 2)) if length > old_columns else old_columns
-        if needed(n_columns) > _UNCHECKED_BYTES and needed(n_columns) > (available := available_memory()):
-            n_columns = least
-            if needed(n_columns) > available:
-                raise CacheFull(
-                    f"keys and values of {length:,} tokens in {n_rows:,} rows need "
-                    f"{needed(n_columns):,} bytes more; {available:,} bytes are available"
-                )
-
-        def moved(part: Tensor) -> Tensor:
-            grown = _empty((2, n_rows, n_kv_heads, n_columns, *part.shape[4:]), part.dtype)
-            grown[:, :old_rows, :, :old_columns] = part
-            return grown
-
-        return moved(buffer), None if scales is None else moved(scales)
+        return grown(buffer, scales, n_rows, length, self.n_following)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -305,7 +210,7 @@ class IndirectLayer(DynamicLayer):
         class, as for `output_attentions`); a copy that stayed would take the memory that codes are there to save.
         """
         # While autograd records, writing in place would change what it has saved.
-        layout = None if torch.is_grad_enabled() else _layout(key_states, value_states)
+        layout = None if torch.is_grad_enabled() else layout_of(key_states, value_states)
         if self.trunk is not None:
             fits = layout == self._layout
         else:
@@ -325,7 +230,7 @@ class IndirectLayer(DynamicLayer):
             buffer[0, :n_rows, :, length - n_new : length] = key_states
             buffer[1, :n_rows, :, length - n_new : length] = value_states
         else:
-            _write(buffer, scales, n_rows, length - n_new, torch.stack([key_states, value_states]))
+            write(buffer, scales, n_rows, length - n_new, torch.stack([key_states, value_states]))
         return self._gathered(0), self._gathered(1)
 
     # The rest of DynamicLayer, on a map of its own: other layers must not see it
@@ -390,42 +295,3 @@ class IndirectLayer(DynamicLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._view()
-
-
-def _layout(keys: Tensor, values: Tensor) -> Layout | None:
-    """The layout of keys and values that the buffers can hold, else None."""
-    if (
-        keys.shape != values.shape
-        or keys.dtype != values.dtype
-        or keys.dtype not in _DTYPES
-        or keys.device.type != "cpu"
-        or values.device.type != "cpu"
-        or type(keys) is not Tensor
-        or type(values) is not Tensor
-    ):
-        return None
-    return keys.shape[1], keys.shape[3], keys.dtype
-
-
-def _write(buffer: Tensor, scales: Tensor | None, n_rows: int, first: int, stored: Tensor) -> None:
-    """Keys and values [2, n_rows, n_kv_heads, n_new, head_dim] to the columns from `first` on."""
-    columns = slice(first, first + stored.shape[3])
-    if scales is None:
-        buffer[:, :n_rows, :, columns] = stored
-    else:
-        buffer[:, :n_rows, :, columns], scales[:, :n_rows, :, columns] = quantised(stored)
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    # An inference tensor could not be written to any more after the caller has left `torch.inference_mode`.
-    with torch.inference_mode(False):
-        buffer = torch.empty(shape, dtype=dtype, device="cpu")
-    if not torch.compiler.is_compiling():  # a traced buffer has no address yet
-        advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
-    return buffer
-
-
-def _bits(buffer: Tensor | None) -> Any:
-    if buffer is None:
-        return None
-    return (buffer.view(torch.uint16) if buffer.dtype == torch.bfloat16 else buffer).numpy()

@@ -69,3 +69,18 @@ class RowMap:
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(torch.arange(self.n_rows)[indices, ...])
+
+
+def gathered(trunk: Tensor, branch: Tensor, trunk_row: np.ndarray, table: np.ndarray) -> Tensor:
+    """What logical rows read of two buffers [rows, n_kv_heads, columns, ...]: [n_rows, n_kv_heads, length, ...].
+
+    trunk: its columns up to the length. trunk_row: int32 [n_rows]. table: int32 [n_rows, branch_len].
+    The result is a view of the trunk where all of its rows are read in order, and nothing else.
+    """
+    if trunk.shape[0] != len(trunk_row) or not np.array_equal(trunk_row, np.arange(len(trunk_row))):
+        trunk = trunk.index_select(0, torch.from_numpy(trunk_row))
+    if not table.shape[1]:
+        return trunk
+    # the two indices bring [n_rows, branch_len] to the front
+    read = branch[torch.from_numpy(table.astype(np.int64)), :, torch.arange(table.shape[1])]
+    return torch.cat([trunk, read.transpose(1, 2)], dim=2)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hfopt.cache.codes import dequantised
+from hfopt.cache.row_map import gathered
 from hfopt.errors import InvalidInput
 from hfopt.kernels.attention import decode, prefill
 
@@ -130,11 +131,12 @@ def _attend_in_torch(
 ) -> Tensor | None:
     """`attend` by `scaled_dot_product_attention`; None if a mask hides something that is not finite."""
     n_rows, n_new, _ = qkv.shape
-    stored = _gathered(appended, n_rows, qkv.dtype)
-    keys, values = stored
+    keys, values = _gathered(appended, n_rows, qkv.dtype)
     n_keys = keys.shape[2]
     # 0 * NaN is NaN, and torch multiplies by the weights of hidden keys too
-    if mask.kind != "none" and not (stored.amin().isfinite() and stored.amax().isfinite()):
+    if mask.kind != "none" and not all(
+        bool(bound.isfinite()) for part in (keys, values) for bound in part.aminmax()
+    ):
         return None
     seen = None
     if mask.kind == "bytes":
@@ -153,30 +155,25 @@ def _attend_in_torch(
     return heads.transpose(1, 2).flatten(2)
 
 
-def _gathered(appended: "Appended", n_rows: int, dtype: torch.dtype) -> Tensor:
-    """Keys and values as the rows read them, [2, n_rows, n_kv_heads, n_keys, head_dim]; a view if they are in order."""
-    trunk, branch = (
-        _floats(*part, dtype)
-        for part in ((appended.trunk, appended.trunk_scales), (appended.branch, appended.branch_scales))
-    )
+def _gathered(appended: "Appended", n_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values as the rows read them, [n_rows, n_kv_heads, n_keys, head_dim]; views if they are in order."""
     trunk_row, table = appended.trunk_row[:n_rows], appended.table[:n_rows, : appended.branch_len]
-    for rows, n_stored in ((trunk_row, trunk.shape[1]), (table, branch.shape[1])):
-        if rows.size and not 0 <= rows.min() <= rows.max() < n_stored:
+    for rows, stored in ((trunk_row, appended.trunk), (table, appended.branch)):
+        if rows.size and not 0 <= rows.min() <= rows.max() < stored.shape[1]:
             raise InvalidInput(_WRONG_ROWS)
-    trunk = trunk[:, :, :, : appended.trunk_len]
-    if trunk.shape[1] != n_rows or not np.array_equal(trunk_row, np.arange(n_rows)):
-        trunk = trunk.index_select(1, torch.from_numpy(trunk_row))
-    if not appended.branch_len:
-        return trunk
-    # the two indices bring [n_rows, branch_len] to the front
-    indices, columns = torch.from_numpy(table.astype(np.int64)), torch.arange(appended.branch_len)
-    return torch.cat([trunk, branch[:, indices, :, columns].permute(2, 0, 3, 1, 4)], dim=3)
 
+    def read(trunk: np.ndarray, branch: np.ndarray, of: torch.dtype) -> Tensor:
+        columns = torch.from_numpy(trunk)[:, :, : appended.trunk_len]
+        return gathered(columns.view(of), torch.from_numpy(branch).view(of), trunk_row, table)
 
-def _floats(elements: np.ndarray, scales: np.ndarray | None, dtype: torch.dtype) -> Tensor:
-    if scales is None:
-        return torch.from_numpy(elements).view(dtype)
-    return dequantised(torch.from_numpy(elements), torch.from_numpy(scales), dtype)
+    def floats(which: int) -> Tensor:
+        trunk, branch = appended.trunk[which], appended.branch[which]
+        if appended.trunk_scales is None or appended.branch_scales is None:
+            return read(trunk, branch, dtype)
+        scales = read(appended.trunk_scales[which], appended.branch_scales[which], torch.float32)
+        return dequantised(read(trunk, branch, torch.int8), scales, dtype)
+
+    return floats(0), floats(1)
 
 
 def checked_bytes(mask: Mask, appended: "Appended", n_rows: int, n_new: int) -> np.ndarray:

@@ -1,0 +1,102 @@
+"""Memory of keys and values: made, grown and written to, as floats or as codes with scales."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hfopt.cache.codes import quantised
+from hfopt.cache.row_map import rounded
+from hfopt.errors import CacheFull
+from hfopt.machine.memory import advise_huge_pages, available_memory
+
+Layout: TypeAlias = tuple[int, int, torch.dtype]  # (n_kv_heads, head_dim, dtype)
+# elements [2, n_rows, n_kv_heads, columns, head_dim], keys then values; of codes their scales, float32 without head_dim
+Segment: TypeAlias = tuple[Tensor, Tensor | None]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # those with a numpy view
+_UNCHECKED_BYTES = 1 << 26  # growth that is too small to ask the system about
+
+
+def layout_of(keys: Tensor, values: Tensor) -> Layout | None:
+    """The layout of keys and values that a segment can hold, else None."""
+    if (
+        keys.shape != values.shape
+        or keys.dtype != values.dtype
+        or keys.dtype not in DTYPES
+        or keys.device.type != "cpu"
+        or values.device.type != "cpu"
+        or type(keys) is not Tensor
+        or type(values) is not Tensor
+    ):
+        return None
+    return keys.shape[1], keys.shape[3], keys.dtype
+
+
+def no_columns(n_rows: int, layout: Layout, kv_cache: str | None) -> Segment:
+    """A segment without columns."""
+    n_kv_heads, head_dim, dtype = layout
+    shape = 2, n_rows, n_kv_heads, 0
+    if kv_cache is None:
+        return _empty((*shape, head_dim), dtype), None
+    return _empty((*shape, head_dim), torch.int8), _empty(shape, torch.float32)
+
+
+def grown(elements: Tensor, scales: Tensor | None, n_rows: int, length: int, n_following: int) -> Segment:
+    """A segment with more rows or columns and the same content. n_following: layers that will grow by as much.
+
+    Raises `CacheFull` if they need more memory than there is.
+    """
+    _, old_rows, n_kv_heads, old_columns, head_dim = elements.shape
+    n_rows = max(n_rows, old_rows)
+    vector_bytes = head_dim * elements.element_size() + (0 if scales is None else scales.element_size())
+    column_bytes = 2 * n_rows * n_kv_heads * vector_bytes
+    old_bytes = elements.nbytes + (0 if scales is None else scales.nbytes)
+
+    def needed(n_columns: int) -> int:
+        added = n_columns * column_bytes - old_bytes
+        return n_columns * column_bytes + n_following * added
+
+    least = max(rounded(length), old_columns)
+    n_columns = max(least, rounded(old_columns * 3 // 2)) if length > old_columns else old_columns
+    if needed(n_columns) > _UNCHECKED_BYTES and needed(n_columns) > (available := available_memory()):
+        n_columns = least
+        if needed(n_columns) > available:
+            raise CacheFull(
+                f"keys and values of {length:,} tokens in {n_rows:,} rows need "
+                f"{needed(n_columns):,} bytes more; {available:,} bytes are available"
+            )
+
+    def moved(part: Tensor) -> Tensor:
+        target = _empty((2, n_rows, n_kv_heads, n_columns, *part.shape[4:]), part.dtype)
+        target[:, :old_rows, :, :old_columns] = part
+        return target
+
+    return moved(elements), None if scales is None else moved(scales)
+
+
+def write(elements: Tensor, scales: Tensor | None, n_rows: int, first: int, stored: Tensor) -> None:
+    """Put keys and values [2, n_rows, n_kv_heads, n_new, head_dim] into the columns from `first` on."""
+    columns = slice(first, first + stored.shape[3])
+    if scales is None:
+        elements[:, :n_rows, :, columns] = stored
+    else:
+        elements[:, :n_rows, :, columns], scales[:, :n_rows, :, columns] = quantised(stored)
+
+
+def bits(part: Tensor | None) -> Any:
+    """The part as numpy sees it, bfloat16 as uint16."""
+    if part is None:
+        return None
+    return (part.view(torch.uint16) if part.dtype == torch.bfloat16 else part).numpy()
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    # An inference tensor could not be written to any more after the caller has left `torch.inference_mode`.
+    with torch.inference_mode(False):
+        buffer = torch.empty(shape, dtype=dtype, device="cpu")
+    if not torch.compiler.is_compiling():  # a traced buffer has no address yet
+        advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
+    return buffer
