@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hfopt.errors import InvalidInput
 from hfopt.progress import progress
 from hfopt.quantization import InputStatistics, block_inputs
+from hfopt.words import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ class Calibrator:
                 last[:] = x, name
             owners.setdefault(name, last[1])
 
-        self._read([self._pieces[0][:, :1]], {name: (linear, note) for name, linear in linears.items()})
+        hooks = {name: (linear, note) for name, linear in linears.items()}
+        self._read([self._pieces[0][:, :1]], hooks, lambda: None)
         shared: dict[str, list[str]] = {}
         for name in linears:
             shared.setdefault(owners.get(name, name), []).append(name)
@@ -107,8 +109,8 @@ class Calibrator:
             products[name].baddbmm_(blocks.mT, blocks)
             counts[name] += blocks.shape[1]
 
-        pieces = progress(self._pieces, "hfopt reads texts for calibration", len(self._pieces), "texts")
-        self._read(pieces, {owner: (linears[owner], add) for owner in batch})
+        with progress("hfopt reads texts for calibration", len(self._pieces), "texts") as advance:
+            self._read(self._pieces, {owner: (linears[owner], add) for owner in batch}, advance)
         result: dict[str, InputStatistics | None] = {}
         for owner, names in batch.items():
             statistics = None
@@ -122,13 +124,17 @@ class Calibrator:
 
     @torch.no_grad()
     def _read(
-        self, pieces: Any, hooks: Mapping[str, tuple[nn.Module, Callable[[str, torch.Tensor], None]]]
+        self,
+        pieces: Sequence[torch.Tensor],
+        hooks: Mapping[str, tuple[nn.Module, Callable[[str, torch.Tensor], None]]],
+        advance: Callable[[], None],
     ) -> None:
-        """Let the model read, and tell what the layers are given."""
+        """Let the model read, and tell what the layers are given. advance: called after each piece."""
         model: Any = self._model
         with _evaluation(model), _hooked(hooks):
             for piece in pieces:
                 model(input_ids=piece, use_cache=False)
+                advance()
 
 
 @contextmanager
@@ -149,7 +155,7 @@ def _hooked(hooks: Mapping[str, tuple[nn.Module, Callable[[str, torch.Tensor], N
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Without dropout; every module is in its own mode again afterwards."""
+    """Turn dropout off in the block; every module is in its own mode again afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -162,7 +168,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 def _token_ids(
     model: PreTrainedModel, texts: Sequence[Any], options: Mapping[str, Any]
 ) -> Iterator[torch.Tensor]:
-    """Of every text, [1, tokens]."""
+    """Token ids of every text, [1, tokens]."""
     table: Any = model.get_input_embeddings()
     n_ids = len(table.weight)
     tokenizer: Any = None
@@ -198,7 +204,7 @@ def _integers(name: str, values: Any) -> torch.Tensor:
 
 
 def _tokenizer(model: PreTrainedModel, options: Mapping[str, Any]) -> Any:
-    """That of the folder or id which the model comes from."""
+    """Tokenizer of the folder or id that the model comes from."""
     source = model.config.name_or_path
     hint = "give token ids in place of texts"
     if not source:
@@ -208,7 +214,6 @@ def _tokenizer(model: PreTrainedModel, options: Mapping[str, Any]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InvalidInput(
-            f"calibration holds texts, and {source} has no tokenizer ({reason}): {hint}"
+            f"calibration holds texts, and {source} has no tokenizer ({first_line(error)}): {hint}"
         ) from error

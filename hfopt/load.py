@@ -24,6 +24,7 @@ from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.host import Config
 from hfopt.optimize import optimize
 from hfopt.progress import progress
+from hfopt.words import in_words
 
 if TYPE_CHECKING:
     from hfopt.quantization import Format, QuantizationConfig
@@ -98,9 +99,9 @@ def load(
     optimize(model.eval(), kv_cache=kv_cache)
     if calibrator is not None:
         batches = calibrator.measure({path: weights.linears[path] for path in weights.quantised})
-        packed = (path for batch in batches for path in weights.quantise_again(batch))
-        for _ in progress(packed, "hfopt quantises weights", len(weights.quantised)):
-            pass
+        with progress("hfopt quantises weights", len(weights.quantised)) as advance:
+            for batch in batches:
+                weights.quantise_again(batch, advance)
     report: Any = model.hfopt
     model.__dict__["hfopt"] = replace(report, left=weights.left)
     return model
@@ -110,19 +111,12 @@ def _config(source: str, options: dict[str, Any]) -> Config:
     try:
         return AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # of the file's values too, which may be any
-        reason = _reason(error)
+        reason = in_words(error)
         if os.path.isdir(source):
             raise CorruptCheckpoint(f"{source}: its config.json cannot be used ({reason})") from error
         raise InvalidInput(
             f"path_or_id={source!r} is neither a folder nor an id of the Hub that can be loaded ({reason})"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """In one line."""
-    first, *others = str(error).strip().splitlines() or ["no message"]
-    more = f" {others[0].strip()}" if others and first.endswith(":") else ""
-    return f"{type(error).__name__}: {first}{more}"
 
 
 def _stored_quantization(source: str, config: Config) -> dict[str, Any]:
@@ -158,7 +152,7 @@ def _empty_model(source: str, config: Config, dtype: torch.dtype, options: dict[
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     except Exception as error:
         raise UnsupportedModel(
-            f"{source} is no causal language model of transformers ({_reason(error)})"
+            f"{source} is no causal language model of transformers ({in_words(error)})"
         ) from error
     if dtype is torch.bfloat16:
         _keep_in_float32(model)

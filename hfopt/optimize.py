@@ -112,9 +112,9 @@ def optimize(
     walk.use(kernels)
     if packing is not None:
         # last, because there is no way back from here
-        packed = (path for batch in batches for path in packing.apply(batch, keep_original=keep_original))
-        for _ in progress(packed, "hfopt quantises weights", len(packing)):
-            pass
+        with progress("hfopt quantises weights", len(packing)) as advance:
+            for batch in batches:
+                packing.apply(batch, advance, keep_original=keep_original)
         if generator is not None:
             declare(generator)
     left = {} if packing is None else packing.left

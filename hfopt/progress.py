@@ -1,13 +1,12 @@
-"""Progress of what takes seconds: that kernels are compiled, once on a machine, and that weights are quantised."""
+"""Bars for what takes seconds: compiling kernels, once on a machine, and quantising weights."""
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers.utils.logging import tqdm
 
-Item = TypeVar("Item")
 _lock = threading.Lock()
 _depth = 0
 
@@ -43,6 +42,8 @@ def compile_progress() -> Iterator[None]:
             bar.close()
 
 
-def progress(items: Iterable[Item], description: str, total: int, unit: str = "weights") -> Iterator[Item]:
-    """The items, with such a bar on standard error if they take longer than a moment."""
-    yield from tqdm(items, desc=description, total=total, unit=f" {unit}", delay=0.5)
+@contextmanager
+def progress(description: str, total: int, unit: str = "weights") -> Iterator[Callable[[], None]]:
+    """Shows such a bar if the block takes longer than a moment; yields what advances it."""
+    with tqdm(desc=description, total=total, unit=f" {unit}", delay=0.5) as bar:
+        yield bar.update

@@ -14,6 +14,7 @@ from torch import nn
 from hfopt import generation
 from hfopt.errors import InvalidInput
 from hfopt.machine import env
+from hfopt.words import dtype_name
 
 if TYPE_CHECKING:
     from hfopt.functional.choice import Choice
@@ -70,7 +71,7 @@ class Report:
         by_module, program = _steps(walk.model)
         generator = generation.generator_of(walk.model)
         kv_cache = None if generator is None else generation.kv_cache_of(generator)
-        dtypes = Counter(str(weight.dtype).removeprefix("torch.") for weight in walk.model.parameters())
+        dtypes = Counter(dtype_name(weight.dtype) for weight in walk.model.parameters())
         return cls(
             model_class=type(walk.model).__qualname__,
             dtype=", ".join(sorted(dtypes)) or "no parameters",

@@ -17,6 +17,7 @@ import torch
 
 from hfopt.bench import roofline
 from hfopt.functional import choice, choice_file
+from hfopt.machine import env
 from tests import other_machines
 
 
@@ -51,6 +52,6 @@ def quick_limits() -> Iterator[None]:
     """What the machine can do at most is measured in a moment, in its caches: any figure will do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "_MIN_BUFFER", 1 << 20)
-        patch.setattr(roofline, "_last_level_cache", lambda: 0)
+        patch.setattr(env, "last_level_cache", lambda: 0)
         patch.setattr(roofline.MultiplyAdd, "_ROUNDS", 5)
         yield

@@ -200,10 +200,10 @@ def test_loading_packs_again_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     addresses: dict[str, int] = {}
     original = Weights.quantise_again
 
-    def quantise_again(self: Weights, inputs: Any) -> Any:
+    def quantise_again(self: Weights, inputs: Any, advance: Any) -> Any:
         model = self.model
         addresses.update({name: each.data_ptr() for name, each in quantized_tensors(model).items()})
-        return original(self, inputs)
+        return original(self, inputs, advance)
 
     monkeypatch.setattr(Weights, "quantise_again", quantise_again)
     config = QuantizationConfig(Int4(), head=None, skip=("*.k_proj",))

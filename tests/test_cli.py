@@ -27,6 +27,7 @@ from hfopt.cache import IndirectCache
 from hfopt.cli import doctor, main, run
 from hfopt.console import models
 from hfopt.console.shapes import SHAPES
+from hfopt.machine import env
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int8
 
@@ -262,7 +263,10 @@ def test_the_script_runs_the_embedded_model() -> None:
         [sys.executable, str(script), *arguments], capture_output=True, text=True, cwd="/", check=False
     )
     assert finished.returncode == 0, finished.stderr
-    model, tokenizer = models.load(hfopt.embedded_model(), torch.float32)
+    model, tokenizer = (
+        models.load(hfopt.embedded_model(), torch.float32),
+        models.load_tokenizer(hfopt.embedded_model()),
+    )
     inputs = tokenizer(prompt, return_tensors="pt")
     generating: Any = model
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -324,6 +328,7 @@ def test_a_broken_folder_is_named_in_one_line(
     DAMAGES[damage](folder)
     with pytest.raises(hfopt.CorruptCheckpoint):
         models.load(str(folder), torch.float32)
+        models.load_tokenizer(str(folder))
     capsys.readouterr()
     assert str(folder) in fails(capsys, "run", "-m", str(folder))
 
@@ -466,6 +471,17 @@ def test_explain_prints_the_report(config_file: str, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
 
 
+def test_explain_needs_no_tokenizer(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "weights alone"
+    shutil.copytree(checkpoint, folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert main(["explain", str(folder)]) == 0
+    assert "a decode step is one call" in capsys.readouterr().out
+
+
 def test_explain_tells_what_a_format_does(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["explain", "--random-weights", config_file, "--quantization", "int8"]
     assert main(arguments) == 0
@@ -520,6 +536,12 @@ def test_doctor_tests_the_kernels_and_names_the_machine(capsys: pytest.CaptureFi
         assert line in output
     layer = re.search(r"^Threading layer +(.+)$", output, re.MULTILINE)
     assert layer and layer.group(1).strip() in ("torch's OpenMP", "omp", "tbb", "workqueue")
+
+
+def test_doctor_advises_against_other_work() -> None:
+    cores = env.usable_cores().usable
+    assert any(f"keeps {cores:.1f} cores busy" in line for line in doctor._advice(cores))
+    assert not any("busy" in line for line in doctor._advice(0.4 * cores))
 
 
 @pytest.mark.parametrize(

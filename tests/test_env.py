@@ -96,6 +96,35 @@ def test_cpu_quota_is_the_smallest_of_all_groups(
     assert env.cpu_quota() == cores
 
 
+def test_busy_cores_are_those_of_this_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two cores that this process may run on, one and a half are busy; what a third one does counts for nothing."""
+    monkeypatch.setattr(linux, "PROC", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2}, raising=False)
+    (tmp_path / "stat").write_text(
+        "cpu 9 9 9 9 9 9 9 9 9 9\ncpu0 100 0 0 50 0 0 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0 0 0\ncpu2 7 0 0 9 0 0 0 0 0 0\nctxt 12\n"
+    )
+
+    def pass_time(seconds: float) -> None:
+        (tmp_path / "stat").write_text(
+            "cpu 9 9 9 9 9 9 9 9 9 9\n"
+            "cpu0 120 5 5 50 0 10 0 10 0 0\ncpu1 50 0 0 0 0 0 0 0 0 0\ncpu2 32 0 0 19 15 0 0 0 0 0\nctxt 12\n"
+        )
+
+    monkeypatch.setattr(env.time, "sleep", pass_time)
+    assert env.busy_cores() == 1.5
+    monkeypatch.setattr(linux, "PROC", tmp_path / "none")
+    assert env.busy_cores() == 0
+
+
+def test_the_largest_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linux, "CACHES", tmp_path)
+    assert env.last_level_cache() == 0
+    for index, size in enumerate(("48K", "2048K", "1024K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert env.last_level_cache() == 2048 << 10
+
+
 def test_openmp_copies_name_the_one_that_torch_brought() -> None:
     torch.ones(1000).sum()
     copies = env.openmp_copies()

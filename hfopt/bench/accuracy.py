@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 import hfopt
 from hfopt import host
 from hfopt.console import prompts
-from hfopt.console.arguments import add_kv_cache, add_model_arguments, load_model
+from hfopt.console.arguments import add_kv_cache, add_model_arguments, load_model, load_tokenizer
 from hfopt.console.output import progress, say, show_table, write_json
 from hfopt.errors import InvalidInput
 
@@ -116,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code."""
     forms = _forms(args)
     text = None if args.random_weights is not None else read_text("--text", args.text or heldout())
-    reference, tokenizer = load_model(_in_float32(args))
+    tokenizer = load_tokenizer(args)
+    reference = load_model(_in_float32(args))
     readings = _readings(args, reference, _token_ids(args, reference, tokenizer, text))
     total = len(forms) * sum(len(reading.windows) for reading in readings)
     lines: list[Line] = []
@@ -230,7 +231,7 @@ def _windows(ids: torch.Tensor, length: int) -> list[tuple[torch.Tensor, torch.T
 
 
 def _make(args: argparse.Namespace, form: Form) -> PreTrainedModel:
-    model, _ = load_model(args)
+    model = load_model(args)
     if not form.is_optimized:
         return model
     return hfopt.optimize(model, quantization=form.quantization, calibration=form.calibration)

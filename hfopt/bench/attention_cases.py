@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from hfopt.cache import Appended, IndirectCache
 from hfopt.functional import attend, prepare_mask
+from hfopt.words import dtype_name
 
 from .kernel_case import (
     DTYPES,
@@ -18,7 +19,6 @@ from .kernel_case import (
     Sizes,
     Target,
     each,
-    name_of,
     peak,
     random,
     rounds_up,
@@ -119,7 +119,7 @@ def attention_cases(sizes: Sizes) -> Iterator[Case]:
     limits = STREAM + PEAK
     for dtype in DTYPES:
         for heads in sizes.heads:
-            text = f"{name_of(dtype)} {heads[0]}/{heads[1]}×{heads[2]}"
+            text = f"{dtype_name(dtype)} {heads[0]}/{heads[1]}×{heads[2]}"
             yield Case(
                 f"{text}, {sizes.keys} keys",
                 partial(_decode, sizes, dtype, heads),

@@ -12,6 +12,7 @@ from hfopt.console.output import progress, say, show_table, write_json
 from hfopt.errors import InvalidInput
 from hfopt.machine import env
 from hfopt.quantization import config_of
+from hfopt.words import dtype_name
 
 from . import first_use, load_cost
 from . import growth as bench_growth
@@ -169,7 +170,7 @@ def _measure(
 ) -> dict[str, Any]:
     """The figures of the rows of one model, and all samples."""
     shape, n_layers = source
-    name = str(dtype).removeprefix("torch.") if quantization is None else quantization
+    name = dtype_name(dtype) if quantization is None else quantization
     with progress(f"Making random weights of {shape} in {name}"):
         pair = pair_of(lambda: models.random_model(models.named_config(shape, n_layers), dtype), quantization)
     model = pair.stock
@@ -185,7 +186,7 @@ def _measure(
         "samples": {
             "shape": shape,
             "layers": model.config.num_hidden_layers,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "quantization": quantization,
             "peak_rates": rates,
             "cases": {case: [sample.to_dict() for sample in chosen] for case, chosen in samples.items()},

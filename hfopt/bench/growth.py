@@ -13,6 +13,7 @@ from hfopt.console import models
 from hfopt.console.output import progress, say, show_table, write_json
 from hfopt.errors import InvalidInput
 from hfopt.machine import env
+from hfopt.words import dtype_name
 
 from . import plot as bench_plot
 from .cases import Part, Workload, bytes_of, cases_of, cells_of, compared, has_positions, operations_of
@@ -132,7 +133,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "configuration": {
             "layers": n_layers,
             "new tokens": _NEW_TOKENS,
-            "dtype": str(_DTYPE).removeprefix("torch."),
+            "dtype": dtype_name(_DTYPE),
             "threading layer": env.threading_layer(),
             "left out": ", ".join(point.title for point in all_points if point not in points) or "nothing",
         },

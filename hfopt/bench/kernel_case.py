@@ -86,11 +86,6 @@ STREAM = ("torch.sum", "own read")
 PEAK = ("multiply-add",)
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """Its name without torch's."""
-    return str(dtype).removeprefix("torch.")
-
-
 def random(dtype: torch.dtype, *shape: int) -> Tensor:
     """Random numbers in memory of its own, one block of them again and again."""
     out = torch.empty(shape, dtype=dtype)

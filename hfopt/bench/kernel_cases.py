@@ -18,6 +18,7 @@ from hfopt.functional import (
     rms_norm,
     rotate_and_store,
 )
+from hfopt.words import dtype_name
 
 from .attention_cases import attention_cases, filled
 from .kernel_case import (
@@ -31,7 +32,6 @@ from .kernel_case import (
     again,
     each,
     launched,
-    name_of,
     peak,
     random,
     rounds_up,
@@ -86,7 +86,7 @@ def linear_cases(sizes: Sizes) -> Iterator[Case]:
     """A few rows, bound by the weights that stream by; many rows, bound by arithmetic."""
     for dtype in DTYPES:
         for shape in (sizes.features[::-1], sizes.features):
-            text = f"{name_of(dtype)} {shape[0]}×{shape[1]}"
+            text = f"{dtype_name(dtype)} {shape[0]}×{shape[1]}"
             few = [Target(_title(1), _title(1), "share", 0.92, limits=STREAM)]
             few += [
                 Target(_title(n_rows), _title(n_rows), "slower", wanted, _title(1), STREAM + PEAK)
@@ -149,19 +149,19 @@ def small_cases(sizes: Sizes) -> Iterator[Case]:
         width = sizes.features[0]
         for name, function in (("rms_norm", _rms_norm), ("layer_norm", _layer_norm)):
             yield Case(
-                f"{name_of(dtype)} {sizes.norm_rows}×{width}",
+                f"{dtype_name(dtype)} {sizes.norm_rows}×{width}",
                 partial(_norm, sizes, dtype, function),
                 (Target(name, "hfopt", "share", 0.8, limits=("copy_",)),),
             )
         n_heads, n_kv_heads, head_dim = heads = sizes.heads[0]
         yield Case(
-            f"{name_of(dtype)} {n_heads}/{n_kv_heads}×{head_dim}, {sizes.norm_rows} tokens",
+            f"{dtype_name(dtype)} {n_heads}/{n_kv_heads}×{head_dim}, {sizes.norm_rows} tokens",
             partial(_rotary, sizes, dtype, heads),
             (Target("rotary + cache write", "hfopt", "share", 0.8, limits=("copy_",)),),
         )
         shape = sizes.features[::-1]
         yield Case(
-            f"{name_of(dtype)} 2×{shape[0]}×{shape[1]}",
+            f"{dtype_name(dtype)} 2×{shape[0]}×{shape[1]}",
             partial(_gated, sizes, dtype, shape),
             (Target("silu(gate) × up, 1 row", "hfopt", "share", 0.8, limits=STREAM),),
         )

@@ -17,8 +17,9 @@ from hfopt.bench import roofline
 from hfopt.console.output import progress, say, show_table, write_json
 from hfopt.errors import InvalidInput
 from hfopt.machine import env
+from hfopt.words import dtype_name
 
-from .kernel_case import DTYPES, FULL, QUICK, Call, Case, Target, name_of
+from .kernel_case import DTYPES, FULL, QUICK, Call, Case, Target
 from .kernel_cases import GROUPS
 
 Samples = dict[str, list[float]]  # seconds of each call, a round each
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace, machine: dict[str, Any]) -> int:
         for name, case in cases:
             rows += [{"group": name} | row for row in measure(case, sizes.repetitions, sizes.seconds)]
             advance()
-    peaks = {name_of(dtype): roofline.MultiplyAdd(dtype).measure() for dtype in (*DTYPES, torch.int8)}
+    peaks = {dtype_name(dtype): roofline.MultiplyAdd(dtype).measure() for dtype in (*DTYPES, torch.int8)}
     report: dict[str, Any] = {
         "configuration": machine
         | {

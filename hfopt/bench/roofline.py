@@ -8,12 +8,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from hfopt.machine import env
 
 _MIN_BUFFER = 256 << 20
 _RESTS, _REST = 15, 0.02  # how often, seconds
@@ -23,16 +24,6 @@ _UNITS = {
     torch.bfloat16: (torch.uint32, torch.float32),
     torch.int8: (torch.int32, torch.int32),
 }
-
-
-def _last_level_cache() -> int:
-    """Bytes of the largest CPU cache; 0 where the system does not say."""
-    sizes = [0]
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        if text.endswith("K"):
-            sizes.append(int(text[:-1]) << 10)
-    return max(sizes)
 
 
 class BandwidthMeter:
@@ -47,7 +38,7 @@ class BandwidthMeter:
     def __init__(self, tensors: Sequence[torch.Tensor] = ()) -> None:
         self._buffers = [tensor.view(-1).view(torch.float32) for tensor in tensors]
         if not tensors:
-            size = max(_MIN_BUFFER, 4 * _last_level_cache())
+            size = max(_MIN_BUFFER, 4 * env.last_level_cache())
             self._buffers = [torch.ones(size // 4)]
         self._arrays = [buffer.numpy() for buffer in self._buffers]
         self._sums = torch.empty(torch.get_num_threads()).numpy()
@@ -97,7 +88,7 @@ class MultiplyAdd:
         self.operations = 2 * self._ROUNDS * threads * peak.DEPTH * peak.ROWS * peak.COLUMNS * per_unit
 
     def run(self) -> None:
-        """Do them."""
+        """Run them once on all threads."""
         from hfopt.kernels.jit import launch as jit
 
         jit.use_threads(torch.get_num_threads())

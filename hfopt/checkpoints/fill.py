@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -216,12 +216,14 @@ class Weights:
                     self._place(path, module, name, filled)
                     bar.update()
 
-    def quantise_again(self, inputs: Mapping[str, InputStatistics | None]) -> Iterator[str]:
-        """Replace what `fill` has quantised without knowing the inputs, in place; gives the names of layers."""
+    def quantise_again(
+        self, inputs: Mapping[str, InputStatistics | None], advance: Callable[[], None]
+    ) -> None:
+        """Replace what `fill` has quantised without knowing the inputs, in place. advance: called after each layer."""
         for path, known in inputs.items():
-            yield path
             linear: Any = self.linears[path]  # a QuantizedLinear by now
             self._pack_into(linear.packed.tensors(), path, known)
+            advance()
 
     def _own(self, path: str, module: nn.Module) -> list[str]:
         tensors = (*module._parameters, *module._buffers)

@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from hfopt.checkpoints.names import Parts
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.machine.memory import forget_pages
+from hfopt.words import first_line
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _OTHERS = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack")
@@ -62,7 +63,7 @@ class Checkpoint:
         return iter(self.tensors)
 
     def join(self, name: str, parts: Parts) -> None:
-        """Let there be a tensor that is made of others."""
+        """Add a tensor that is made of stored ones, under a name of its own; see `Parts`."""
         first = self.tensors[parts.rows[0][0]]
         headers = [[self.tensors[key][1:] for key in row] for row in parts.rows]
         for row, keys in zip(headers, parts.rows, strict=True):
@@ -80,7 +81,7 @@ class Checkpoint:
         return name in self._parts
 
     def joined(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Such a tensor in memory of its own; raises CorruptCheckpoint for NaN and Inf."""
+        """A tensor that is made of others, in memory of its own; raises CorruptCheckpoint for NaN and Inf."""
         rows, is_stacked = self._parts[name]
         out = torch.empty(self.tensors[name].shape, dtype=dtype)
         for target, row in zip(out if is_stacked else [out], rows, strict=True):
@@ -206,5 +207,4 @@ def open_files(files: Sequence[Path]) -> tuple[list[Any], dict[str, Stored]]:
 
 
 def _unknown(source: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"path_or_id={source!r} is neither a folder nor an id of the Hub that can be loaded ({reason})"
+    return f"path_or_id={source!r} is neither a folder nor an id of the Hub that can be loaded ({first_line(error)})"

@@ -25,13 +25,13 @@ def run(args: argparse.Namespace) -> int:
     obstacle = env.kernel_obstacle()
     if obstacle is not None:
         _show(_machine())
-        _give([obstacle, *_advice(os.getloadavg()[0])])
+        _give([obstacle, *_advice(env.busy_cores())])
         return 1
     # here, because these load Numba, which no other command needs at once
     from hfopt.functional import choice
     from hfopt.kernels import selftest
 
-    load = os.getloadavg()[0]  # before the tests add their own
+    busy = env.busy_cores()  # before the tests add their own work
     with progress("Testing the kernels (the first time on a machine they are compiled)"):
         results = selftest.run()
     with progress("Measuring the memory bandwidth and the thread pool"):
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             for mode in generation.MODES
         ],
     )
-    advice = [*_advice(load), *_kernel_advice()]
+    advice = [*_advice(busy), *_kernel_advice()]
     if refused:
         advice.append(
             f"{generation.in_words(refused)} Tokens are right, and slower: a newer hfopt may know this release."
@@ -126,15 +126,15 @@ def _known_features() -> str:
     return " ".join(sorted(name for name in env.features() if name.startswith(wanted))) or "none"
 
 
-def _advice(load: float) -> Iterator[str]:
+def _advice(busy: float) -> Iterator[str]:
     cores, threads = env.usable_cores(), env.threads()
     if threads > cores.usable:
         yield f"{threads} threads, {cores.usable} cores ({cores.reason}): set OMP_NUM_THREADS={cores.usable}."
     elif threads < cores.usable:
         yield f"Only {threads} of {cores.usable} usable cores are used: set OMP_NUM_THREADS={cores.usable}."
-    if load > 0.5 * cores.usable:
+    if busy > 0.5 * cores.usable:
         yield (
-            f"Other work keeps the cores busy (load {load:.1f}), and spinning threads then cost much: "
+            f"Other work keeps {busy:.1f} cores busy, and spinning threads then cost much: "
             "stop it, or set OMP_WAIT_POLICY=PASSIVE."
         )
     if len(env.openmp_copies()) > 1 and "OMP_WAIT_POLICY" not in os.environ and threads > 1:

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code."""
     if args.all_layers and not args.program:
         raise InvalidInput("--all-layers needs --program")
-    model, _ = load_model(args)
+    model = load_model(args)
     with progress("Optimizing"):
         hfopt.optimize(model, quantization=args.quantization)
     report = hfopt.explain(model)

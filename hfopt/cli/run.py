@@ -12,13 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 import hfopt
 from hfopt.bench import roofline
 from hfopt.bench.measure import Case, Pair, Sample, Summary, alternate, generate, paired_ratio
-from hfopt.console import models, prompts
+from hfopt.console import prompts
 from hfopt.console.arguments import (
     DTYPES,
     add_kv_cache,
     add_model_arguments,
     add_quantization,
     load_model,
+    load_tokenizer,
     positive,
 )
 from hfopt.console.output import progress, say, write_json
@@ -82,24 +83,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _load_pair(args: argparse.Namespace) -> tuple[Pair, PreTrainedTokenizerBase | None]:
     """The stock model and the optimised one. Where that is quantised, the stock model is loaded for --compare alone."""
+    tokenizer = load_tokenizer(args)
     if args.quantization is None:
-        model, tokenizer = load_model(args)
+        model = load_model(args)
         return Pair(model, model, args.kv_cache), tokenizer
     # first the one whose float weights are freed: both never are in memory as floats
     if args.random_weights is None:
-        source = args.model_id or hfopt.embedded_model()
-        tokenizer = models.load_tokenizer(source, args.trust_remote_code)
         optimized = hfopt.load(
-            source,
+            args.model_id or hfopt.embedded_model(),
             dtype=DTYPES[args.dtype],
             quantization=args.quantization,
             kv_cache=args.kv_cache,
             trust_remote_code=args.trust_remote_code,
         )
     else:
-        model, tokenizer = load_model(args)
+        model = load_model(args)
         optimized = hfopt.optimize(model, quantization=args.quantization, kv_cache=args.kv_cache)
-    stock = load_model(args)[0] if args.compare else optimized
+    stock = load_model(args) if args.compare else optimized
     return Pair(stock, optimized, args.kv_cache), tokenizer
 
 

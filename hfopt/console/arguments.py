@@ -55,12 +55,19 @@ def add_kv_cache(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def load_model(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The stock model that the flags ask for; random weights have no tokenizer."""
+def load_model(args: argparse.Namespace) -> PreTrainedModel:
+    """The stock model that the flags ask for."""
     dtype = DTYPES[args.dtype]
     if args.random_weights is None:
         return models.load(args.model_id or hfopt.embedded_model(), dtype, args.trust_remote_code)
     if args.model_id is not None:
         raise InvalidInput("--model-id and --random-weights exclude each other")
     with progress(f"Making random weights of {args.random_weights}"):
-        return models.random_model(models.named_config(args.random_weights), dtype), None
+        return models.random_model(models.named_config(args.random_weights), dtype)
+
+
+def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of that model; random weights have none."""
+    if args.random_weights is not None:
+        return None
+    return models.load_tokenizer(args.model_id or hfopt.embedded_model(), args.trust_remote_code)

@@ -21,22 +21,21 @@ from transformers import (
 from hfopt.console.shapes import SHAPES
 from hfopt.errors import CorruptCheckpoint, InvalidInput
 from hfopt.host import Config
+from hfopt.words import first_line, in_words
 
 # A prime: rows of a matrix that is filled with repetitions of the block then begin at different places in it.
 _BLOCK = 1_048_573
 _SCALE = 0.02
 
 
-def load(
-    model_id: str, dtype: torch.dtype, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model and tokenizer of a checkpoint folder or hub id; weights from safetensors.
+def load(model_id: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model of a checkpoint folder or hub id; weights from safetensors.
 
     Raises `CorruptCheckpoint` for a folder that is incomplete or damaged, `InvalidInput` for an id that
     cannot be loaded.
     """
-    tokenizer = load_tokenizer(model_id, trust_remote_code)
     with _named_errors(model_id):
+        _find(model_id, trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_id,
             dtype=dtype,
@@ -51,12 +50,13 @@ def load(
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in info[key])
         if names:
             raise CorruptCheckpoint(f"{model_id} {fault} {len(names)} weights, {names[0]} among them")
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def load_tokenizer(model_id: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; raises as `load` does."""
     with _named_errors(model_id):
+        _find(model_id, trust_remote_code)
         return AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust_remote_code)
 
 
@@ -66,7 +66,7 @@ def _named_errors(model_id: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = in_words(error)
         if Path(model_id).is_dir():
             raise CorruptCheckpoint(f"{model_id} cannot be loaded ({reason})") from error
         raise InvalidInput(
@@ -74,9 +74,12 @@ def _named_errors(model_id: str) -> Iterator[None]:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
+def _find(model_id: str, trust_remote_code: bool) -> None:
+    """Raises what `config.json` is missing with.
+
+    The rest is looked for file by file, and without a network each of them takes half a minute not to be found.
+    """
+    AutoConfig.from_pretrained(model_id, trust_remote_code=trust_remote_code)
 
 
 def named_config(name: str, n_layers: int | None = None) -> Config:
@@ -88,14 +91,14 @@ def named_config(name: str, n_layers: int | None = None) -> Config:
         try:
             fields = json.loads(Path(name).read_text())
         except ValueError as error:
-            raise CorruptCheckpoint(f"{name} is not a JSON file ({_first_line(error)})") from error
+            raise CorruptCheckpoint(f"{name} is not a JSON file ({first_line(error)})") from error
     else:
         raise InvalidInput(f"{name!r} is neither a config.json nor one of the shapes {', '.join(SHAPES)}")
     try:
         config = AutoConfig.for_model(**fields)
     except (TypeError, ValueError) as error:
         raise CorruptCheckpoint(
-            f"{name} is not the configuration of a known model ({_first_line(error)})"
+            f"{name} is not the configuration of a known model ({first_line(error)})"
         ) from error
     if n_layers is not None:
         config.num_hidden_layers = n_layers

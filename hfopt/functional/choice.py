@@ -25,6 +25,7 @@ import torch
 from hfopt.errors import InvalidInput
 from hfopt.kernels.linear.rows import ROW_LIMIT
 from hfopt.machine.memory import available_memory
+from hfopt.words import dtype_name
 
 from . import choice_file
 from .checks import DTYPES
@@ -223,7 +224,7 @@ def choices() -> list[Choice]:
         verdict = _known((operation, dtype, place, n_threads), stored)
         kernels = None if verdict is None else "torch" if verdict.is_torch else "hfopt"
         ratio = None if verdict is None or math.isnan(verdict.ratio) else verdict.ratio
-        found.append(Choice(operation, _name(dtype), _sizes(operation, place), kernels, ratio))
+        found.append(Choice(operation, dtype_name(dtype), _sizes(operation, place), kernels, ratio))
     return found
 
 
@@ -240,10 +241,6 @@ def _classes() -> Iterator[tuple[str, torch.dtype, int]]:
                 yield operation, dtype, place
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _sizes(operation: str, place: int) -> str:
     classes, unit = CLASSES[operation], _UNITS[operation]
     first = classes[place - 1].first
@@ -254,4 +251,4 @@ def _sizes(operation: str, place: int) -> str:
 
 
 def _label(operation: str, dtype: torch.dtype, place: int) -> str:
-    return f"{operation}, {_name(dtype)}, {_sizes(operation, place)}"
+    return f"{operation}, {dtype_name(dtype)}, {_sizes(operation, place)}"

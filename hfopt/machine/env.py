@@ -7,6 +7,7 @@ import contextlib
 import os
 import platform
 import re
+import time
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -82,6 +83,39 @@ def usable_cores() -> Cores:
     if allowed < online:
         return Cores(allowed, f"the affinity mask allows {allowed} of {online} online cores")
     return Cores(online, "all online cores")
+
+
+def busy_cores(seconds: float = 0.5) -> float:
+    """How many of the cores in the affinity mask other work keeps busy, measured while this process sleeps.
+
+    0 where the system does not say. Its own load is a mean over a minute, in which work that has ended still counts.
+    """
+    before = _core_times()
+    time.sleep(seconds)
+    after = _core_times()
+    spans = [(after[core][0] - busy, after[core][1] - total) for core, (busy, total) in before.items()]
+    return sum(busy / total for busy, total in spans if total > 0)
+
+
+def _core_times() -> dict[str, tuple[int, int]]:
+    """(time at work, time in all) of the cores in the affinity mask, since the system was started."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    names = {f"cpu{core}" for core in allowed}
+    times = {}
+    for line in linux.text(linux.PROC / "stat").splitlines():
+        name, *fields = line.split()
+        if name in names:
+            spent = [
+                int(field) for field in fields[:8]
+            ]  # user, nice, system, idle, iowait, irq, softirq, steal
+            times[name] = sum(spent) - spent[3] - spent[4], sum(spent)
+    return times
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest CPU cache; 0 where the system does not say."""
+    sizes = [linux.text(file).strip() for file in linux.CACHES.glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=0)
 
 
 def threads() -> int:

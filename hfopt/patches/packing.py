@@ -1,6 +1,6 @@
 """Which Linears of a model get packed weights, and how that is done: one after the other, in place."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,17 +58,22 @@ class Packing:
         """What is to be packed, by paths."""
         return {path: module for path, (module, _) in self._planned.items()}
 
-    def apply(self, inputs: Mapping[str, InputStatistics | None], *, keep_original: bool) -> Iterator[str]:
-        """Packs one weight after the other, whose path is given before; each float weight is freed as soon as it is packed.
+    def apply(
+        self,
+        inputs: Mapping[str, InputStatistics | None],
+        advance: Callable[[], None],
+        *,
+        keep_original: bool,
+    ) -> None:
+        """Pack one weight after the other; each float weight is freed as soon as it is packed.
 
-        inputs: the paths, and what is known of the inputs there.
+        inputs: the paths, and what is known of the inputs there. advance: called after each weight.
         Nothing else may hold the weights, records of earlier calls for example.
         """
         for module in self._model.modules():
             if isinstance(module, Replacement):
                 module._hfopt.weights.clear()
         for path, known in inputs.items():
-            yield path
             module, format = self._planned[path]
             packed = format.pack(module.weight, known)
             record = module.__dict__.get("_hfopt")
@@ -77,6 +82,7 @@ class Packing:
             quantize_linear(module, packed, keep_original=keep_original)
             if record is not None:
                 swap(module, Linear, record)
+            advance()
 
 
 def _layers(model: nn.Module) -> dict[str, Layer]:
