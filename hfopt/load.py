@@ -162,7 +162,7 @@ def _empty_model(source: str, config: Config, dtype: torch.dtype, options: dict[
 
 
 def _keep_in_float32(model: PreTrainedModel) -> None:
-    """What must not be bfloat16 by the model's class, as in `from_pretrained`."""
+    """Keep in float32 what must not be bfloat16 by the model's class, as `from_pretrained` does."""
     for pattern in model._keep_in_fp32_modules_strict or ():
         for name, tensor in model.state_dict(keep_vars=True).items():
             if re.search(pattern.replace("*", ".*"), name) and tensor.is_floating_point():

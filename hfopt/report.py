@@ -192,7 +192,7 @@ class Report:
 
 
 def explain(model: nn.Module) -> Report:
-    """What of this model runs in kernels, what does not and why; before `optimize`, what would.
+    """Report what of a model runs in kernels, what does not and why; before `optimize`, what would.
 
     Raises InvalidInput for anything but a module, and what `optimize` raises.
     """
@@ -224,7 +224,7 @@ def explain(model: nn.Module) -> Report:
 
 
 def _steps(model: nn.Module) -> tuple[str | None, Listing | None]:
-    """In words, why decode steps of a swapped model go module by module; or the program that they run."""
+    """Reason in words why decode steps of a swapped model go module by module; or the program that they run."""
     from hfopt.program.programs import Programs
 
     generator = generation.generator_of(model)

@@ -263,7 +263,7 @@ def _read_whole(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor
 
 @torch.no_grad()
 def _read(model: PreTrainedModel, form: Form, input_ids: torch.Tensor, by_token: bool) -> torch.Tensor:
-    """The same, with a cache."""
+    """Logits [tokens, vocabulary] of tokens that are read with a cache, one by one or at once."""
     cache: DynamicCache = DynamicCache(config=model.config)
     if form.is_optimized:
         cache = hfopt.IndirectCache(config=model.config, kv_cache=form.kv_cache)

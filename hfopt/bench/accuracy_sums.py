@@ -11,7 +11,7 @@ _ROWS = 32
 
 
 class Figures(NamedTuple):
-    """What the sums say of a model against its reference.
+    """Figures of a model against its reference.
 
     perplexity: exp(mean negative log-likelihood of a token), and the reference's. change: of it, by the ratio of both.
     divergence: mean KL(reference | model) of a token, in nats. agreement: share of tokens at which both hold the same
@@ -54,7 +54,7 @@ class Sums:
             self.squares += (part - exact).square_().sum().item()
 
     def figures(self) -> Figures:
-        """Of everything that was added."""
+        """Figures of everything that was added."""
         return Figures(
             perplexity=math.exp(self.nats / self.n_tokens),
             reference_perplexity=math.exp(self.reference_nats / self.n_tokens),

@@ -96,7 +96,7 @@ def lines_of(rows: dict[str, Any]) -> list[list[str]]:
 
 
 def _measured(cache_folder: str, *arguments: str) -> dict[str, Any]:
-    """What this module measures in a new process whose kernels are cached in `cache_folder`."""
+    """Measure in a new process whose kernels are cached in `cache_folder`."""
     return in_new_process(__name__, *arguments, HFOPT_CACHE_DIR=cache_folder)
 
 

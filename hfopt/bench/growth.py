@@ -90,7 +90,7 @@ class Point:
 
     @property
     def part(self) -> Part:
-        """What is timed: of a prompt its first token, else a decode step."""
+        """Name of what is timed: of a prompt its first token, else a decode step."""
         return "first" if self.series == "prompt" else "next"
 
     @property

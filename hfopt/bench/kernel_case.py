@@ -124,7 +124,7 @@ def again(function: Callable[[], object], count: int) -> Call:
 
 
 def launches_of(function: Callable[[], Any]) -> tuple[Any, list[partial]]:
-    """What the function returns, and the launches of kernels on the way, which can be made again."""
+    """Call the function; its result, and the launches of kernels on the way, which can be made again."""
     with launches() as found:
         result = function()
     return result, [partial(each.kernel, *each.arguments) for each in found]
@@ -152,6 +152,6 @@ def stream(tensors: Sequence[Tensor]) -> dict[str, Call]:
 
 
 def peak(dtype: torch.dtype) -> dict[str, Call]:
-    """As many multiply-adds of a dtype as the cores can do."""
+    """Calls that do as many multiply-adds of a dtype as the cores can."""
     most = roofline.MultiplyAdd(dtype)
     return {name: Call(most.run, n_operations=most.operations) for name in PEAK}

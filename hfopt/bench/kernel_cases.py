@@ -144,7 +144,7 @@ def _gated(sizes: Sizes, dtype: torch.dtype, shape: tuple[int, int]) -> dict[str
 
 
 def small_cases(sizes: Sizes) -> Iterator[Case]:
-    """What copying costs as much as computing, on inputs larger than the caches."""
+    """Cases whose copying costs as much as computing, on inputs larger than the caches."""
     for dtype in DTYPES:
         width = sizes.features[0]
         for name, function in (("rms_norm", _rms_norm), ("layer_norm", _layer_norm)):
@@ -223,7 +223,7 @@ def _tiny_calls(dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], object]
 
 
 def launch_cases(sizes: Sizes) -> Iterator[Case]:
-    """What a call costs beside its work: from tensors to a tensor, and of the launch alone."""
+    """Cases of the cost of a call beside its work: from tensors to a tensor, and of the launch alone."""
     for name, (shape, function) in _tiny_calls(torch.bfloat16).items():
         yield Case(
             f"bfloat16 {shape}",

@@ -26,7 +26,7 @@ Samples = dict[str, list[float]]  # seconds of each call, a round each
 Memory = dict[str, int]  # bytes that a call takes beyond its result
 
 _COLUMNS = ["kernel", "shapes", "time", "measured", "wanted", "met", "of the limit"]
-_FEWEST = 3  # rounds of a case that takes long
+_MIN_ROUNDS = 3  # rounds of a case that takes long
 _SIGNS = {"share": "≥", "rate": "≥", "faster": "≥", "slower": "≤", "seconds": "≤"}
 
 
@@ -75,7 +75,7 @@ def measure(case: Case, repetitions: int, seconds: float) -> list[dict[str, Any]
     memory = {name: 0 for name, call in calls.items() if call.result_bytes is not None}
     rounds = [_round(calls, memory)]
     fitting = int(seconds / sum(rounds[0][name] * call.times for name, call in calls.items()))
-    rounds += [_round(calls) for _ in range(max(min(repetitions, fitting), _FEWEST) - 1)]
+    rounds += [_round(calls) for _ in range(max(min(repetitions, fitting), _MIN_ROUNDS) - 1)]
     samples = {name: [seconds[name] for seconds in rounds] for name in calls}
     return [
         {"title": target.title, "shapes": case.shapes} | _figures(target, calls, samples, memory)

@@ -19,7 +19,7 @@ class Launched(NamedTuple):
 
 @contextmanager
 def launches() -> Iterator[list[Launched]]:
-    """Those in the block, in a list that grows."""
+    """Record the launches in the block, in a list that grows."""
     from hfopt.kernels.jit import (
         launch as jit,  # loads Numba, which what is to be measured may not have done yet
     )

@@ -29,11 +29,11 @@ FORMATS = {f"load-{name}": name for name in ("int8", "int4")}
 NAMES = tuple(FORMATS)
 COLUMNS = ["load", "seconds", "wanted", "result", "peak of memory", "wanted", "from the disk"]
 _WANTED = {"floats": 20.0, "saved": 2.0}  # seconds
-_MOST_BESIDE = 1e9  # bytes beside the result
+_MAX_BESIDE = 1e9  # bytes beside the result
 
 
 def figures_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """For each format, from a folder of bfloat16 and from a saved one: medians, and every sample.
+    """Measure loading in each format, from a folder of bfloat16 and from a saved one: medians, and every sample.
 
     The first process of each kind does not count: after it the files are in the system's page cache, and kernels in theirs.
     """
@@ -80,7 +80,7 @@ def lines_of(rows: dict[str, Any]) -> list[list[str]]:
                     f"≤ {_WANTED[way]:.0f} s",
                     _gigabytes(one["result"]),
                     _gigabytes(one["peak"]),
-                    f"≤ {_gigabytes(one['result'] + _MOST_BESIDE)}",
+                    f"≤ {_gigabytes(one['result'] + _MAX_BESIDE)}",
                     _gigabytes(one["fetched"]),
                 ]
             )

@@ -41,7 +41,7 @@ class Pair:
 
 
 def pair_of(make: Callable[[], PreTrainedModel], quantization: str | None) -> Pair:
-    """Of the model that `make` makes anew at each call, optimised into a format; None: its weights stay as they are."""
+    """Pair of the model that `make` makes anew at each call, optimised into a format; None: its weights stay as they are."""
     if quantization is None:
         model = make()
         return Pair(model, model)
@@ -121,7 +121,7 @@ def alternate(
 
 
 def in_new_process(module: str, *arguments: str, **environment: str) -> Any:
-    """What a module prints as JSON when a new process runs it."""
+    """Run a module in a new process; returns what it prints as JSON."""
     finished = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         env=os.environ | environment,
@@ -153,7 +153,7 @@ class Summary:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], n_rows: int, n_new: int, step_bytes: float) -> "Summary":
-        """Of samples of `n_rows` texts with `n_new` tokens each, whose steps read `step_bytes` at least."""
+        """Summary of samples of `n_rows` texts with `n_new` tokens each, whose steps read `step_bytes` at least."""
         latency = statistics.fmean(sample.total for sample in samples)
         steps = [seconds for sample in samples for seconds in sample.next]
         bandwidth = statistics.fmean(sample.bandwidth for sample in samples)

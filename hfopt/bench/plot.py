@@ -28,7 +28,7 @@ def check_target(file: str) -> None:
 
 
 def figures_from(file: str) -> dict[str, Any]:
-    """What an earlier `--growth --json` has written; raises `InvalidInput` for any other file."""
+    """Read what an earlier `--growth --json` has written; raises `InvalidInput` for any other file."""
     try:
         report = json.loads(Path(file).read_text())
     except OSError as error:

@@ -36,7 +36,7 @@ from .measure import Case
 from .rows import ROWS, formats_of
 
 ROWS_BY_DEFAULT = "decode-bf16,decode-small"
-_FEWEST_TOKENS = 3  # of which the first two are not timed
+_MIN_TOKENS = 3  # of which the first two are not timed
 _WANTED_OUTSIDE = 0.15e-3  # seconds
 _NOTICED = 1 << 16  # bytes; what reads less is not bound by memory
 
@@ -47,10 +47,10 @@ def run(args: argparse.Namespace, configuration: dict[str, Any]) -> int:
     """Measure the steps of the rows that the flags name, show and write them; the exit code."""
     names = (args.rows or ROWS_BY_DEFAULT).split(",")
     known = [name for name, row in ROWS.items() if row.part == "next" and row.num_beams == 1]
-    if not set(names) <= set(known) or args.new_tokens < _FEWEST_TOKENS:
+    if not set(names) <= set(known) or args.new_tokens < _MIN_TOKENS:
         raise InvalidInput(
             f"--rows={','.join(names)} must name some of {', '.join(known)} with --profile; "
-            f"--new-tokens={args.new_tokens} must be at least {_FEWEST_TOKENS}"
+            f"--new-tokens={args.new_tokens} must be at least {_MIN_TOKENS}"
         )
     configuration["quantization"] = formats_of(ROWS[name].quantization for name in names)
     report: dict[str, Any] = {"configuration": configuration, "profiles": {}}

@@ -30,7 +30,7 @@ def _packed(format: Format, shape: tuple[int, int]) -> Packed:
 
 
 def _record(packed: Packed) -> QuantizedWeights:
-    """What kernels read, of a copy of a matrix."""
+    """Record for kernels, of a copy of a matrix."""
     copies = {name: tensor.clone() for name, tensor in packed.tensors().items()}
     matrix = QuantizedMatrix(packed.out_features, **copies)
     format = packed.format
@@ -46,7 +46,7 @@ def _record(packed: Packed) -> QuantizedWeights:
 
 
 def _operations(format: Format, shape: tuple[int, int], n_rows: int) -> int:
-    """Of products of 8-bit integers."""
+    """Operations of a product, on 8-bit integers."""
     return 2 * n_rows * shape[0] * shape[1] * terms_of(format.compute, _DTYPE)
 
 
@@ -73,7 +73,7 @@ def _many_rows(format: Format, shape: tuple[int, int], n_rows: int) -> dict[str,
 
 
 def _targets(format: Format) -> Iterator[Target]:
-    """What is wanted holds for the default way to compute."""
+    """Targets of a format; figures are given for the default way to compute alone."""
     name = format.name if format == config_of(format.name).body else ""
     titles = [_title(format.compute, n_rows) for n_rows in _FEW_ROWS]
     yield Target(titles[0], titles[0], "share", _ONE_ROW.get(name), limits=STREAM)

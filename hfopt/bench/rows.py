@@ -47,7 +47,7 @@ class Row:
         return getattr(args, self.shape, self.shape), self.n_layers or args.layers
 
     def workload(self, prompt_tokens: int, new_tokens: int) -> Workload:
-        """What is run for the row, where rows without a length of their own have `prompt_tokens`."""
+        """Workload of the row, where rows without a length of their own have `prompt_tokens`."""
         return Workload(
             self.prompt_tokens or prompt_tokens,
             new_tokens,
@@ -172,7 +172,7 @@ def formats_of(names: Iterable[str | None]) -> str:
 
 
 def _one(workload: Workload) -> Workload:
-    """What a row with `over_one` compares with."""
+    """Row that a row with `over_one` is compared with."""
     if workload.kv_cache is not None:
         return replace(workload, kv_cache=None)
     return Workload(workload.prompt_tokens, workload.new_tokens, filled=workload.filled)

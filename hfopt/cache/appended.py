@@ -1,4 +1,4 @@
-"""What an append to the cache hands to kernels: arrays over its buffers, and which of their places are new."""
+"""Arrays that an append to the cache hands to kernels, and which of their places are new."""
 
 from __future__ import annotations
 

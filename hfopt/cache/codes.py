@@ -10,7 +10,7 @@ from hfopt.errors import InvalidInput
 
 KV_CACHES = (None, "int8")  # what `kv_cache` may be
 
-_MOST = 127
+_MAX_CODE = 127
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -30,9 +30,9 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     most = x.abs().amax(-1)
     is_finite = most <= _LARGEST
     # in float64, because kernels have no exact division in float32; limited, because 127 / absmax may be infinite
-    factor = (_MOST / most.double()).clamp(max=_LARGEST).float()
+    factor = (_MAX_CODE / most.double()).clamp(max=_LARGEST).float()
     codes = torch.where(is_finite[..., None], x * factor[..., None], 0.0).round().to(torch.int8)
-    scales = torch.where(is_finite, most * float(np.float32(1 / _MOST)), torch.nan)
+    scales = torch.where(is_finite, most * float(np.float32(1 / _MAX_CODE)), torch.nan)
     return codes, scales
 
 

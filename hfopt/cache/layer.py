@@ -64,7 +64,7 @@ class IndirectLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        """As `keys`."""
+        """Values in the form of `keys`."""
         return self._values if self.trunk is None else self._gathered(1)
 
     @values.setter
@@ -81,7 +81,7 @@ class IndirectLayer(DynamicLayer):
         return dequantised(elements, scales, self._layout[2])
 
     def _read(self, trunk: Tensor, branch: Tensor) -> Tensor:
-        """What the rows read of [rows, n_kv_heads, columns, ...]."""
+        """Gather what the rows read of [rows, n_kv_heads, columns, ...]."""
         rows, trunk = self.rows, trunk[:, :, : self.trunk_len]
         return (
             trunk
@@ -160,7 +160,7 @@ class IndirectLayer(DynamicLayer):
         return self.branch_len + n_new <= buffers.branch_columns and rows.n_rows <= buffers.branch_rows
 
     def _admit(self, n_rows: int, n_new: int, layout: Layout) -> None:
-        """What an append seldom meets: the first tokens in the buffers, or arguments that do not fit."""
+        """Prepare for what an append seldom meets: the first tokens in the buffers, or arguments that do not fit."""
         length = self.get_seq_length()
         if self.trunk is not None or length > 0:
             stored = (self.n_rows, self._layout if self.trunk is not None else self._plain_layout())

@@ -72,7 +72,7 @@ class RowMap:
 
 
 def gathered(trunk: Tensor, branch: Tensor, trunk_row: np.ndarray, table: np.ndarray) -> Tensor:
-    """What logical rows read of two buffers [rows, n_kv_heads, columns, ...]: [n_rows, n_kv_heads, length, ...].
+    """Gather what logical rows read of two buffers [rows, n_kv_heads, columns, ...]: [n_rows, n_kv_heads, length, ...].
 
     trunk: its columns up to the length. trunk_row: int32 [n_rows]. table: int32 [n_rows, branch_len].
     The result is a view of the trunk where all of its rows are read in order, and nothing else.

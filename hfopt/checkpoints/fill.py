@@ -72,7 +72,7 @@ class Weights:
         return name in self.names or (path in self.linears and part != "bias")
 
     def _tied(self) -> dict[str, list[str]]:
-        """For every name in the model, the keys of all names of the same parameter; its own comes first."""
+        """Keys of a parameter under all of its names, by each name in the model; its own comes first."""
         names: dict[int, list[str]] = {}
         for name, tensor in self.names.items():
             names.setdefault(id(tensor), []).append(name)
@@ -82,7 +82,7 @@ class Weights:
         }
 
     def _packers(self, wanted: HfoptConfig | None) -> dict[str, Callable[[], Packed]]:
-        """What makes the packed matrix of a linear layer, for every one that is to have one."""
+        """Functions that make packed matrices, by the paths of the linear layers that are to have one."""
         method = self.stored.get("quant_method")
         packers: dict[str, Callable[[], Packed]] = {}
         if method == "hfopt":
@@ -117,7 +117,7 @@ class Weights:
         return format
 
     def _check_plain(self) -> None:
-        """That every parameter is there, and of the right size."""
+        """Raise CorruptCheckpoint unless every parameter is there, and of the right size."""
         missing = []
         for name, tensor in self.names.items():
             path, _, part = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What `config.json` says of a quantised model, under `quantization_config`."""
+"""The `quantization_config` in the `config.json` of a quantised model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHOD = "hfopt"
 
 @register_quantization_config(METHOD)
 class HfoptConfig(QuantizationConfigMixin):
-    """What `from_pretrained(..., quantization_config=HfoptConfig("int8"))` takes and `config.json` holds.
+    """Formats of a model for `from_pretrained(..., quantization_config=...)`, as `config.json` holds them.
 
     body: a format or its name. head, skip: as in `QuantizationConfig`. modules: formats of single linear layers by their
     names, None for floats. ordered: the layers whose inputs are in an order of their own (`Packed.order`).
@@ -54,7 +54,7 @@ class HfoptConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, quantization: Any) -> HfoptConfig:
-        """From what `hfopt.load` and `hfopt.optimize` take."""
+        """Config from what `hfopt.load` and `hfopt.optimize` take."""
         if isinstance(quantization, cls):
             return quantization
         config = cls()
@@ -62,20 +62,20 @@ class HfoptConfig(QuantizationConfigMixin):
         return config
 
     def format_of(self, path: str, *, is_head: bool) -> Format | str:
-        """Of the linear layer at this path; or in words, why it is left."""
+        """Format for the linear layer at this path; or in words, why it is left."""
         if path in self.modules:
             return self.modules[path] or "modules names it, with None"
         return self.quantization.format_of(path, is_head=is_head)
 
     def formats_of(self, model: PreTrainedModel) -> dict[str, Format | str]:
-        """The same for all linear layers."""
+        """`format_of` all linear layers."""
         head = model.get_output_embeddings()
         return {
             path: self.format_of(path, is_head=linear is head) for path, linear in linears_of(model).items()
         }
 
     def plan(self, model: PreTrainedModel, done: Collection[str] = ()) -> Plan:
-        """What becomes of the linear layers of a model, but for those that are done.
+        """Plan the linear layers of a model, but for those that are done.
 
         Raises InvalidInput for a format that fits no layer.
         """
@@ -94,7 +94,7 @@ class HfoptConfig(QuantizationConfigMixin):
         return plan(layers, self)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields for JSON."""
         return {
             "quant_method": METHOD,
             **self.quantization.to_dict(),

@@ -39,7 +39,7 @@ _MARKS = ("hf_quantizer", "quantization_method")
 
 
 def declare(model: PreTrainedModel) -> None:
-    """Let the configuration of a model say which of its layers are quantised, so that it can be saved."""
+    """Write into the configuration of a model which of its layers are quantised, so that it can be saved."""
     config = describe(model)
     attributes: dict[str, Any] = vars(model)
     if config is None:
@@ -164,7 +164,7 @@ class HfoptQuantizer(HfQuantizer):
         return not self.pre_quantized and param_name in self.targets
 
     def get_quantize_ops(self) -> Quantize:
-        """What makes them."""
+        """Operation that packs weights while transformers reads them."""
         return Quantize(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -189,12 +189,12 @@ class HfoptQuantizer(HfQuantizer):
         return None, {"padding": padding(saved_tensors(model), {"format": "pt", "padding": ""})}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Yes."""
+        """Whether it can be saved: packed weights always can."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """No."""
+        """Whether it can be trained: packed weights have no gradients."""
         return False
 
 
@@ -207,7 +207,7 @@ class Quantize(ConversionOps):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
-        """What is left for transformers to place: a weight that is an embedding too."""
+        """Pack a weight; returns what is left for transformers to place, a weight that is an embedding too."""
         from hfopt.patches.quantized import quantize_linear
 
         ((name, values),) = input_dict.items()

@@ -1,4 +1,4 @@
-"""From the names of a checkpoint's tensors to those of a model, where transformers builds it otherwise than it was saved."""
+"""Names of a checkpoint's tensors in a model, where transformers builds it otherwise than it was saved."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Parts(NamedTuple):
 
 
 class Places(NamedTuple):
-    """What of a checkpoint goes where.
+    """Places of the tensors of a checkpoint in a model.
 
     keys: by the names that tensors have in the model. parts: the same for tensors that are made of several. unexpected:
     keys that have no place.
@@ -49,7 +49,7 @@ class Matching:
         self._transforms: list[Any] = get_model_conversion_mapping(model) if CONVERTS else []
 
     def places(self, keys: Iterable[str]) -> Places:
-        """Raises UnsupportedModel for tensors that become others in another way than by being put together."""
+        """Match keys to names; raises UnsupportedModel for tensors that become others but by being put together."""
         places = Places({}, {}, [])
         groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
         for key in sorted(keys, key=_in_order):

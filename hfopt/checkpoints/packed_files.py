@@ -64,7 +64,7 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def padding(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """What to put into the metadata of a safetensors file of these tensors for its data to begin on a 64-byte boundary.
+    """Spaces for the metadata of a safetensors file of these tensors, so that its data begin on a 64-byte boundary.
 
     A file begins with 8 bytes, then the header as JSON, filled up to a multiple of 8 bytes by spaces; the data follow
     with the largest elements first (https://github.com/huggingface/safetensors#format).

@@ -27,7 +27,7 @@ _OTHERS = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack")
 
 
 class Stored(NamedTuple):
-    """What the header of a file says of a tensor."""
+    """Header of a tensor in a file."""
 
     file: int  # -1: it is made of others
     shape: tuple[int, ...]
@@ -105,7 +105,7 @@ class Checkpoint:
 
     @staticmethod
     def forget(tensor: torch.Tensor) -> None:
-        """Let go of the pages of a tensor that `read` gave and that is not needed any more."""
+        """Release the pages of a tensor that `read` gave and that is not needed any more."""
         forget_pages(tensor.data_ptr(), tensor.nbytes)
 
 

@@ -79,7 +79,7 @@ def _give(advice: Sequence[str]) -> None:
 
 
 def _machine() -> list[list[str]]:
-    """What is known without the kernels."""
+    """Facts that are known without the kernels."""
     cores = env.usable_cores()
     return [
         ["CPU", env.cpu_model()],
@@ -113,7 +113,7 @@ def _show(rows: list[list[str]]) -> None:
 
 
 def _waiting() -> str:
-    """What the threads do between two launches, in words."""
+    """Say what the threads do between two launches."""
     settings = [f"{name}={os.environ[name]}" for name in _WAITING if name in os.environ]
     if settings:
         return f"idle threads wait as {', '.join(settings)} says"

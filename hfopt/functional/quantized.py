@@ -208,7 +208,7 @@ def _shift_levels(levels: Sequence[int] | None, bits: int, has_zeros: bool) -> T
 
 
 def terms_of(compute: str, dtype: torch.dtype) -> int:
-    """Rows of 8-bit codes that a row of x is the sum of."""
+    """Number of rows of 8-bit codes that a row of x is the sum of."""
     return 1 if compute == "int8" else MOST_TERMS[dtype.itemsize]
 
 

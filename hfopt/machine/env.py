@@ -1,4 +1,4 @@
-"""What this machine and this process offer: CPU path, cores, threads, memory, libraries.
+"""This machine and this process: CPU path, cores, threads, memory, libraries.
 
 Nothing here is measured and nothing is changed; `hfopt doctor` prints it, and reports carry parts of it.
 """
@@ -124,7 +124,10 @@ def threads() -> int:
 
 
 def threading_layer() -> str:
-    """What runs the kernels: "torch's OpenMP", or Numba's 'omp', 'tbb' or 'workqueue' ('not loaded yet' before any ran)."""
+    """Pool that runs the kernels: "torch's OpenMP", or Numba's 'omp', 'tbb' or 'workqueue'.
+
+    'not loaded yet' before any ran.
+    """
     from hfopt.kernels.jit import launch as jit
 
     return jit.threading_layer() or "not loaded yet"

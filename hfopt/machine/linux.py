@@ -1,4 +1,4 @@
-"""What Linux says about this process and its machine in files. Other systems have none of them."""
+"""Files in which Linux describes this process and its machine. Other systems have none of them."""
 
 from collections.abc import Iterator
 from pathlib import Path

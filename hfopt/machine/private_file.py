@@ -1,4 +1,4 @@
-"""JSON files beside the compiled kernels: what was found out about this machine, kept for the next process."""
+"""JSON files beside the compiled kernels: measurements of this machine, kept for the next process."""
 
 import hashlib
 import json

@@ -32,7 +32,7 @@ class Quantized:
 
 
 class Packing:
-    """What a config means for a model. left: Linears that stay as they are, and why.
+    """Linears of a model that a config gives packed weights. left: those that stay as they are, and why.
 
     Raises InvalidInput for weights that are not finite, for a model that is quantised already, otherwise, and for formats
     that fit no layer.
@@ -55,7 +55,7 @@ class Packing:
 
     @property
     def linears(self) -> dict[str, nn.Module]:
-        """What is to be packed, by paths."""
+        """Linears that are to be packed, by paths."""
         return {path: module for path, (module, _) in self._planned.items()}
 
     def apply(
@@ -86,7 +86,7 @@ class Packing:
 
 
 def _layers(model: nn.Module) -> dict[str, Layer]:
-    """What a plan needs to know of the Linears of a model."""
+    """Linears of a model, as far as a plan depends on them."""
     head, decoder = head_of(model), set(_decoder(model).modules())
     layers = {}
     for path, module in model.named_modules():
@@ -119,7 +119,7 @@ def _decoder(model: nn.Module) -> nn.Module:
 
 
 def _obstacle(model: nn.Module, path: str, module: nn.Linear) -> str | None:
-    """In words, why this Linear cannot be quantised; None if it can."""
+    """Reason in words why this Linear cannot be quantised; None if it can."""
     if original_class(module) is not nn.Linear:
         return f"it is a {type(module).__name__}"
     if "_hf_hook" in module.__dict__ or has_own_forward(module):

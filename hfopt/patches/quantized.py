@@ -43,7 +43,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def matrix(self) -> QuantizedMatrix:
-        """What kernels read."""
+        """The tensors that kernels read."""
         return QuantizedMatrix(self.out_features, **self._tensors())
 
     @property
@@ -98,7 +98,7 @@ class QuantizedLinear(nn.Linear):
 
 
 def quantize_linear(linear: nn.Linear, packed: Packed, *, keep_original: bool = False) -> None:
-    """Let the Linear compute with the packed matrix from now on; its float weight is freed, or kept in `original`.
+    """Make the Linear compute with a packed matrix; its float weight is freed, or kept in `original`.
 
     Raises InvalidInput for a matrix of another shape.
     """
@@ -111,7 +111,7 @@ def quantize_linear(linear: nn.Linear, packed: Packed, *, keep_original: bool = 
 
 
 def empty_linear(linear: nn.Linear, format: Format, *, ordered: bool = False) -> None:
-    """The same with buffers on the device `meta`, which a checkpoint is to be loaded into. ordered: with an `order`.
+    """Make the Linear a quantised one with buffers on the device `meta`, for a checkpoint. ordered: with an `order`.
 
     Raises InvalidInput for a format whose groups do not divide the inputs.
     """

@@ -58,7 +58,7 @@ class QuantizationConfig:
                 logger.warning("skip: %r names no linear layer of the model", pattern)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields for JSON."""
         head = self.head.to_dict() if isinstance(self.head, Format) else self.head
         return {"body": self.body.to_dict(), "head": head, "skip": list(self.skip)}
 

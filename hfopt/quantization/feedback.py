@@ -28,7 +28,7 @@ def block_inputs(in_features: int) -> int:
 
 
 def damping(block: int, n_tokens: int) -> float:
-    """What is added to the diagonal of H, as a share of its mean: GPTQ's 1 %, and more where few tokens were seen.
+    """Share of its mean that is added to the diagonal of H: GPTQ's 1 %, and more where few tokens were seen.
 
     The second part is what was best on the embedded model for 64 to 4,096 tokens.
     """
@@ -37,7 +37,7 @@ def damping(block: int, n_tokens: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """What packing needs to know of the inputs of a linear layer.
+    """Inputs of a linear layer, as far as packing depends on them.
 
     mean_squares: float32 [in]. order: int64 [n_blocks, block], the inputs of each block in the order in which their weights
     are rounded. factor: float32 [n_blocks, block, block], in that order the upper Cholesky factor of the inverse of H.

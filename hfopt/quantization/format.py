@@ -1,4 +1,4 @@
-"""What a weight format is: a frozen config with its arithmetic, under a name in the registry.
+"""Weight formats: each is a frozen config with its arithmetic, under a name in the registry.
 
 A new format is one file: a frozen dataclass that derives from `Format`, decorated with `register`. Its fields are
 what `config.json` holds; its methods say which scales to try, and how a quotient w / scale becomes a code and back.
@@ -71,7 +71,7 @@ class Format(ABC):
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the name under "format", and the fields."""
+        """Fields for JSON, and the name under "format"."""
         return {"format": self.name, **asdict(self)}
 
     @abstractmethod
@@ -163,7 +163,7 @@ class Format(ABC):
 
 
 def _shares(mean_squares: torch.Tensor) -> torch.Tensor:
-    """Of the largest, so that sums of them neither overflow nor vanish."""
+    """Shares of the largest, so that sums of them neither overflow nor vanish."""
     return mean_squares * reciprocal(mean_squares.max())
 
 

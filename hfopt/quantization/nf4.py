@@ -60,6 +60,6 @@ class NF4(Format):
 
 
 def steps(quotients: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """Where the tables hold these quotients; scratch has their shape."""
+    """Indices of quotients into the tables; scratch has their shape."""
     torch.mul(quotients, 2, out=scratch).add_(BOUND).clamp_(0, 2 * BOUND)
     return scratch.view(-1).to(torch.int32)  # cuts the fraction off

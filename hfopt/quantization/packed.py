@@ -65,7 +65,7 @@ class Packed:
 
 
 def misfit(format: "Format", in_features: int) -> str | None:
-    """In words, why a layer of so many inputs cannot have this format; None if it can."""
+    """Reason in words why a layer of so many inputs cannot have this format; None if it can."""
     if format.group is None or in_features % format.group == 0:
         return None
     return f"groups of {format.group} do not divide its {in_features} inputs"
@@ -85,7 +85,7 @@ def layout_of(format: "Format", out_features: int, in_features: int, *, ordered:
 def packed_from(
     format: "Format", out_features: int, in_features: int, tensors: Mapping[str, torch.Tensor]
 ) -> Packed:
-    """The matrix of tensors that `Packed.tensors` gave, as a file holds them."""
+    """Packed matrix from the tensors that `Packed.tensors` gave, as a file holds them."""
     if unknown := tensors.keys() - set(PARTS):
         raise InvalidInput(
             f"a packed matrix has no tensors {sorted(unknown)}; they are among {sorted(PARTS)}"

@@ -9,7 +9,7 @@ from hfopt.quantization.packed import misfit
 
 
 class Recipe(Protocol):
-    """What is wanted of each layer: a `QuantizationConfig` or an `HfoptConfig`."""
+    """Wishes for each layer: a `QuantizationConfig` or an `HfoptConfig`."""
 
     def format_of(self, path: str, *, is_head: bool) -> Format | str:
         """The format for the layer at this path; or in words, why it is left."""
@@ -37,7 +37,9 @@ class Plan(NamedTuple):
 
 
 def plan(layers: Mapping[str, Layer], recipe: Recipe) -> Plan:
-    """What a recipe means for these layers, given by their paths. Layers that are packed as it says are in neither part.
+    """Choose a format for each of these layers, given by their paths, or say why it is left.
+
+    Layers that are packed as the recipe says already are in neither part.
 
     Raises InvalidInput for a layer that is packed otherwise already, and for a format that no layer gets because none of
     those it is for can have it.

@@ -1,4 +1,4 @@
-"""From the integers of a checkpoint to a packed matrix, with every bit as it was."""
+"""Packed matrices from the integers of a checkpoint, with every bit as it was."""
 
 from collections.abc import Mapping
 from typing import Any
