@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hfopt import generation
 from hfopt.errors import ForkedProcess, KernelError
-from hfopt.generation import Verdict
+from hfopt.generation import Installed, StepProgram, StepPrograms, Verdict
 from hfopt.host import is_capture
 from hfopt.patches.probe import allowed, shaken
 from hfopt.patches.shadow import shadow
@@ -38,7 +38,7 @@ def verdict_on(walk: Walk, model: Any) -> Verdict:
     model: the part that generates. Raises KernelError and ForkedProcess, which say nothing about the model.
     """
     if not walk.swapped_now and generation.is_installed(model):
-        return generation.verdict_of(model)
+        return generation.installed(model).verdict
     if not _can_be_asked(model):
         return Verdict()
 
@@ -87,7 +87,7 @@ class _Asked:
     def of(self, model: nn.Module, n_rows: int, n_new: int = 1, kv_cache: str | None = None) -> None:
         self.steps += n_new == 1
 
-    def holds(self, program: Any) -> bool:
+    def holds(self, program: StepProgram) -> bool:
         return False
 
 
@@ -123,7 +123,7 @@ def _read(model: Any) -> Steps | Exception:
     return _outcome(lambda: (model(**_prompts(model), use_cache=False, return_dict=True).logits[:, -1],))
 
 
-def _generated(model: Any, programs: Any = None) -> Steps | Exception:
+def _generated(model: Any, programs: StepPrograms | None = None) -> Steps | Exception:
     """Logits of each step of beams behind the prompts, [rows, vocabulary]; or what the request raises.
 
     programs: for our loops and cache; None for transformers' own.
@@ -139,7 +139,7 @@ def _generated(model: Any, programs: Any = None) -> Steps | Exception:
     )
     generation.uninstall(model)
     if programs is not None:
-        generation.install(model, programs)
+        generation.install(model, Installed(programs))
     generate = model.generate if programs is not None else functools.partial(type(model).generate, model)
     chosen = LogitsProcessorList([_Chosen()])
     return _outcome(lambda: tuple(generate(**_prompts(model), logits_processor=chosen).logits))

@@ -101,7 +101,8 @@ def optimize(
                 if reason is not None:
                     raise UnsupportedModel(f"strict: decode steps go module by module: {reason}")
         if generator is not None:
-            generation.install(generator, programs, kv_cache, verdict)
+            state = generation.Installed(programs, kv_cache, verdict or generation.Verdict())
+            generation.install(generator, state)
         batches: Iterable[Mapping[str, InputStatistics | None]] = ()
         if packing is not None:
             linears = packing.linears

@@ -70,7 +70,7 @@ class Report:
 
         by_module, program = _steps(walk.model)
         generator = generation.generator_of(walk.model)
-        kv_cache = None if generator is None else generation.kv_cache_of(generator)
+        kv_cache = None if generator is None else generation.installed(generator).kv_cache
         dtypes = Counter(dtype_name(weight.dtype) for weight in walk.model.parameters())
         return cls(
             model_class=type(walk.model).__qualname__,
@@ -211,12 +211,12 @@ def explain(model: nn.Module) -> Report:
         walk.apply()
         try:
             if generator is not None:
-                generation.keep_verdict(generator, verdict_on(walk, generator))
+                generation.keep(generator, generation.Installed(verdict=verdict_on(walk, generator)))
             return Report.of(walk, is_applied=False, memory_before=memory)
         finally:
             walk.undo()
             if generator is not None:
-                generation.keep_verdict(generator, None)
+                generation.keep(generator, generation.NOTHING)
     now = Report.of(walk, is_applied=True, memory_before=done.memory_before, left=done.left)
     reasons = {module.path: module.reason for module in done.kept}
     kept = tuple(replace(module, reason=reasons.get(module.path, module.reason)) for module in now.kept)
@@ -230,10 +230,11 @@ def _steps(model: nn.Module) -> tuple[str | None, Listing | None]:
     generator = generation.generator_of(model)
     if generator is None:
         return "the model does not generate", None
-    refusal = generation.verdict_of(generator).refusal
+    refusal = generation.installed(generator).verdict.refusal
     if refusal is not None:
         return refusal, None
-    programs: Programs = generator.__dict__.get(generation.PROGRAMS) or Programs("hfopt")
+    found = generation.installed(generator).programs
+    programs = found if isinstance(found, Programs) else Programs("hfopt")
     reason, listing = programs.shown(generator)
     reason = reason or generation.obstacle(generator)
     return reason, listing if reason is None else None

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import (
 
 import hfopt
 from hfopt import model_proof
-from hfopt.generation import PROGRAMS
+from hfopt.generation import Installed, installed, keep
 from hfopt.model_proof import verdict_on
 from hfopt.program import programs, rehearsal
 from tests.generation_cases import (
@@ -86,14 +87,26 @@ def optimized(model: Model) -> Model:
     return hfopt.optimize(model, kernels="hfopt")
 
 
+def programs_of(model: Model) -> Any:
+    """Where requests of an optimized model take their programs from."""
+    return installed(model).programs
+
+
+def take_programs(model: Model) -> Any:
+    """Let the model's requests go module by module from now on; what they have taken their programs from."""
+    state: Installed = installed(model)
+    keep(model, replace(state, programs=None))
+    return state.programs
+
+
 @contextmanager
 def modules_alone(model: Model) -> Iterator[None]:
     """Within, the model has no program."""
-    found = model.__dict__.pop(PROGRAMS)
+    found = take_programs(model)
     try:
         yield
     finally:
-        model.__dict__[PROGRAMS] = found
+        keep(model, replace(installed(model), programs=found))
 
 
 def generated(model: Model, arguments: dict[str, Any] | None = None, **options: Any) -> Any:
@@ -109,7 +122,7 @@ def prove(model: Model) -> None:
     model.generate(**prompts(1, 4), max_new_tokens=2, do_sample=False)
     assert hfopt.explain(model).by_module is None
     with torch.no_grad():
-        assert model.__dict__[PROGRAMS].of(model, 1) is not None
+        assert programs_of(model).of(model, 1) is not None
 
 
 def bits(tensor: Tensor) -> Tensor:

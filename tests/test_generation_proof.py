@@ -16,7 +16,7 @@ from transformers.generation import BaseStreamer
 import hfopt
 from hfopt import host
 from hfopt.cache import IndirectCache
-from hfopt.generation import PROGRAMS, proof
+from hfopt.generation import proof
 from hfopt.generation.proof_cases import CASES, OTHER_LOOPS
 from hfopt.machine import private_file
 from tests.generation_cases import (
@@ -30,6 +30,7 @@ from tests.generation_cases import (
     one_thread,
     prompts,
 )
+from tests.step_cases import take_programs
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -216,7 +217,7 @@ class Heard(BaseStreamer):
 def copying(times: int = 1) -> Model:
     """An optimized model that goes module by module, and gives another cache than it is given, from now on."""
     model = hfopt.optimize(llama())
-    del model.__dict__[PROGRAMS]
+    take_programs(model)
     model.__class__ = Copying
     model.times = times
     return model

@@ -14,6 +14,7 @@ import hfopt
 from hfopt.cache import IndirectCache, storage
 from hfopt.cache.codes import dequantised, quantised
 from hfopt.errors import CacheFull, InvalidInput
+from hfopt.generation import installed
 from tests.cache_cases import HEAD_DIM, N_HEADS, N_LAYERS, Pair, operate, random_states
 from tests.generation_cases import (
     CACHE,
@@ -231,10 +232,9 @@ def test_a_model_remembers_it_and_so_do_copies(duplicate: Any) -> None:
 
 def test_it_is_forgotten() -> None:
     model = coded(llama())
-    attributes = set(hfopt.optimize(llama()).__dict__)
-    assert set(model.__dict__) - attributes == {"_hfopt_kv_cache"}
+    assert installed(model).kv_cache == "int8"
     hfopt.optimize(model)
-    assert made_cache(model).kv_cache is None
+    assert made_cache(model).kv_cache is None and installed(model).kv_cache is None
     assert "cached" not in str(hfopt.explain(model))
     hfopt.restore(coded(model))
     assert set(model.__dict__) == set(llama().__dict__)

@@ -10,7 +10,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausa
 import hfopt
 from hfopt.bench import roofline
 from hfopt.program.listing import Instruction, Listing
-from hfopt.program.run import StepScratch
+from tests.step_cases import programs_of
 
 LINE = Instruction("linear", None, "8 → 8", "silu", (0,), 64, n_bytes=128)
 
@@ -109,10 +109,10 @@ def test_a_step_reads_every_weight_once(name: str, dtype: torch.dtype) -> None:
 def test_slots_lie_in_the_scratch() -> None:
     model = hfopt.optimize(models()["gptj"].eval())
     with torch.inference_mode():
-        made = model.__dict__["_hfopt_programs"].of(model, 1)
+        made = programs_of(model).of(model, 1)
     assert made.listing == hfopt.explain(model).program
     places = {place for line in made.listing.instructions for place in (*line.reads, line.writes or 0)}
-    assert max(places) < made.listing.scratch_bytes <= StepScratch(made, 1)._arena.nbytes
+    assert max(places) < made.listing.scratch_bytes <= made.steps(1)._arena.nbytes
 
 
 def test_the_report_has_a_program_or_a_reason() -> None:

@@ -9,7 +9,6 @@ import torch
 
 import hfopt
 from hfopt.cache import IndirectCache
-from hfopt.generation import PROGRAMS
 from hfopt.kernels.linear.rows import ROW_LIMIT
 from tests.generation_cases import (
     CACHE,
@@ -37,6 +36,7 @@ from tests.step_cases import (
     modules_alone,
     optimized,
     passes,
+    programs_of,
     prove,
     rehearsals,
 )
@@ -348,7 +348,7 @@ def test_layers_in_another_order() -> None:
 @needs_programs
 def test_the_first_request_goes_by_the_program(passes: list[int], rehearsals: list[str | None]) -> None:
     model = optimized(llama())
-    assert PROGRAMS in model.__dict__ and rehearsals == [None]
+    assert programs_of(model) is not None and rehearsals == [None]
     found = generated(model, max_new_tokens=6, do_sample=False)
     assert not passes and rehearsals == [None]
     with modules_alone(model):

@@ -18,7 +18,8 @@ from transformers.generation import BaseStreamer, StoppingCriteria
 import hfopt
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import choice, choice_file
-from hfopt.generation import PROGRAMS
+from hfopt.generation import Installed, installed, keep
+from hfopt.program.programs import Programs
 from hfopt.program.watch import Watch
 from tests.change_cases import register, registered
 from tests.generation_cases import (
@@ -40,8 +41,10 @@ from tests.step_cases import (
     modules_alone,
     optimized,
     passes,
+    programs_of,
     prove,
     rehearsals,
+    take_programs,
 )
 
 __all__ = ["passes", "rehearsals"]  # fixtures
@@ -394,14 +397,15 @@ def test_what_the_rehearsal_does_not_disturb() -> None:
     model = optimized(llama())
     state, numbers = {key: value.clone() for key, value in model.state_dict().items()}, torch.get_rng_state()
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    model.__dict__[PROGRAMS] = type(model.__dict__[PROGRAMS])("auto")
+    keep(model, Installed(Programs("auto")))
+    (name,) = (name for name, value in vars(model).items() if value is installed(model))
     assert hfopt.explain(model).by_module is None
     assert torch.equal(torch.get_rng_state(), numbers)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     for module, kind, then in before:
         assert type(module) is kind
         assert {key: value for key, value in vars(module).items() if value is not then.get(key)}.keys() <= {
-            PROGRAMS
+            name
         }
 
 
@@ -601,7 +605,7 @@ def test_changed_weights_are_seen(family: str, passes: list[int], rehearsals: li
     optimized(model)
     prove(model)
     twin = copy.deepcopy(model)
-    twin.__dict__.pop(PROGRAMS)
+    take_programs(twin)
     names = [name for name, _ in stock.named_parameters() if ".1." in name or "layers" not in name]
     assert len(names) > 8
     for name in names:
@@ -641,7 +645,7 @@ def test_another_dtype(family: str, passes: list[int]) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         model.to(dtype)
         prove(model)
-        assert model.__dict__[PROGRAMS]._made.program.dtype is dtype
+        assert programs_of(model)._made.program.dtype is dtype
         assert_program_is_the_modules(model, passes, max_new_tokens=8, do_sample=False)
 
 
@@ -650,7 +654,7 @@ def test_another_dtype_in_between() -> None:
     model = optimized(llama())
     prove(model)
     twin = copy.deepcopy(model)
-    twin.__dict__.pop(PROGRAMS)
+    take_programs(twin)
     for each in (model, twin):
         streamer = ByStreamer(each, {3: lambda model: model.to(torch.bfloat16)})
         with pytest.raises(InvalidInput, match="bfloat16"):
@@ -677,7 +681,7 @@ def test_restored_in_between() -> None:
     given = {"max_new_tokens": 8, "do_sample": False}
     found = generated(model, given, streamer=ByStreamer(model, {3: restore}))
     assert torch.equal(found.sequences, generated(stock, given).sequences)
-    assert PROGRAMS not in model.__dict__
+    assert programs_of(model) is None
 
 
 # ---- the watch ---------------------------------------------------------------------------------------------

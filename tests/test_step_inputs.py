@@ -11,13 +11,11 @@ from torch import Tensor
 from hfopt.cache import AppendedEverywhere, Buffers, IndirectCache
 from hfopt.errors import InvalidInput
 from hfopt.functional import LinearWeights
-from hfopt.generation import PROGRAMS
 from hfopt.kernels import step as kernels
 from hfopt.kernels.linear.rows import ROW_LIMIT
-from hfopt.program import run as program_run
 from hfopt.program.builder import Builder
 from hfopt.program.program import Program, Table
-from hfopt.program.run import StepScratch
+from hfopt.program.run import Run
 from hfopt.program.writer import Slot
 from tests.generation_cases import (
     CACHE,
@@ -26,7 +24,7 @@ from tests.generation_cases import (
     prompts,
 )
 from tests.reference import DTYPES
-from tests.step_cases import bits, optimized, prove
+from tests.step_cases import bits, optimized, programs_of, prove
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -72,17 +70,18 @@ def everywhere(appended: Any) -> AppendedEverywhere:
 
 def step(**arguments: Any) -> Tensor:
     """A step whose layers are given one by one."""
-    appended = arguments.pop("appended")
-    return program_run.step(
+    appended, run = arguments.pop("appended"), arguments.pop("run")
+    found: Tensor = run.logits(
         appended=appended if isinstance(appended, AppendedEverywhere) else everywhere(appended), **arguments
     )
+    return found
 
 
 def given(n_rows: int = 3) -> dict[str, Any]:
     """Arguments of a step that are right."""
     cache = IndirectCache()
     return {
-        "scratch": StepScratch(program(), n_rows),
+        "run": Run(program(), n_rows),
         "tokens": np.arange(n_rows, dtype=np.int64),
         "positions": np.arange(n_rows, dtype=np.int64),
         "appended": append(cache, n_rows),
@@ -234,7 +233,7 @@ def test_a_table_that_grows_into_something_else(grown: Tensor) -> None:
 @pytest.mark.parametrize("n_rows", [-1, 0])
 def test_rows_of_scratch(n_rows: int) -> None:
     with pytest.raises(InvalidInput, match="n_rows"):
-        StepScratch(program(), n_rows)
+        Run(program(), n_rows)
 
 
 def _replaced(appended: Any, which: int = 0, **changes: Any) -> Any:
@@ -323,13 +322,13 @@ def test_tokens_outside_the_table(index: int) -> None:
 def test_positions_outside_the_tables(name: str, position: int) -> None:
     model = optimized(FAMILIES[name]())
     prove(model)
-    built = model.__dict__[PROGRAMS]._made.program
+    built = programs_of(model)._made.program
     cache = IndirectCache(model.config)
     appended = [
         cache.append(layer, 1, 1, built.n_kv_heads, built.head_dim, torch.float32) for layer in range(2)
     ]
     with pytest.raises(InvalidInput, match="no such rows"):
-        program_run.step(StepScratch(built, 1), np.array([1]), np.array([position]), everywhere(appended))
+        Run(built, 1).logits(np.array([1]), np.array([position]), everywhere(appended))
 
 
 @pytest.mark.parametrize("name", ["gptj", "opt"])
@@ -365,31 +364,31 @@ def test_nothing_is_written_around_arena_and_logits(
 ) -> None:
     model = optimized(FAMILIES[name]().to(dtype))
     prove(model)
-    built: Program = model.__dict__[PROGRAMS]._made.program
+    built: Program = programs_of(model)._made.program
     cache = IndirectCache(model.config)
     results = []
     for is_guarded in (False, True):
         appended = [
             cache.append(layer, n_rows, 1, built.n_kv_heads, built.head_dim, dtype) for layer in range(2)
         ]
-        scratch = StepScratch(built, n_rows)
+        run = Run(built, n_rows)
         arena, guard = built.row_bytes * n_rows, 256
-        size = arena + scratch.scratch_bytes
+        size = arena + run.scratch_bytes
         memory = np.full(size + 2 * guard + 64, 0xA5, np.uint8)
         n_bytes = n_rows * built.n_logits * dtype.itemsize
         logits = np.full(n_bytes + 2 * guard, 0xA5, np.uint8)
         first = -(-(memory.ctypes.data + guard) // 64) * 64 - memory.ctypes.data
         with monkeypatch.context() as patch:
             if is_guarded:
-                scratch.arena = memory.ctypes.data + first
-                scratch.scratch = scratch.arena + arena
+                run.arena = memory.ctypes.data + first
+                run.scratch = run.arena + arena
                 out = torch.from_numpy(logits)[guard : guard + n_bytes].view(dtype)
                 patch.setattr(
                     torch, "empty", lambda shape, dtype, out=out: out.view(shape)
-                )  # what `step` makes
+                )  # what `logits` makes
             tokens = np.arange(n_rows)
             positions = np.arange(n_rows, dtype=np.int64)
-            results.append(program_run.step(scratch, tokens, positions, everywhere(appended)).clone())
+            results.append(run.logits(tokens, positions, everywhere(appended)).clone())
         if is_guarded:
             assert (memory[:first] == 0xA5).all() and (memory[first + size :] == 0xA5).all()
             assert (logits[:guard] == 0xA5).all() and (logits[guard + n_bytes :] == 0xA5).all()

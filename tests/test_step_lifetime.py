@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import hfopt
-from hfopt.generation import PROGRAMS
 from tests.generation_cases import FAMILIES, Model, llama, one_thread, prompts
 from tests.step_cases import (
     MODES,
@@ -23,6 +22,7 @@ from tests.step_cases import (
     generated,
     optimized,
     passes,
+    programs_of,
     prove,
     rehearsals,
 )
@@ -69,9 +69,9 @@ def test_a_copy_has_a_program_of_its_own(name: str, how: str, passes: list[int])
     prove(model)
     expected = generated(model, max_new_tokens=8, do_sample=False).sequences
     other = COPIES[how](model)
-    assert other.__dict__[PROGRAMS] is not model.__dict__[PROGRAMS]
-    assert other.__dict__[PROGRAMS]._made is None
-    assert other.__dict__[PROGRAMS]._kernels == "hfopt"
+    assert programs_of(other) is not programs_of(model)
+    assert programs_of(other)._made is None
+    assert programs_of(other)._kernels == "hfopt"
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -101,7 +101,7 @@ def test_a_deleted_model_is_freed(name: str) -> None:
     for mode in MODES.values():
         generated(model, mode, max_new_tokens=4)
     hfopt.explain(model)
-    alive = [weakref.ref(each) for each in (*model.modules(), *model.parameters(), model.__dict__[PROGRAMS])]
+    alive = [weakref.ref(each) for each in (*model.modules(), *model.parameters(), programs_of(model))]
     del model
     assert not any(each() is not None for each in alive)
 
@@ -122,7 +122,7 @@ def test_a_replaced_part_is_freed_with_the_next_step() -> None:
 def test_a_request_leaves_no_scratch() -> None:
     model = optimized(llama())
     prove(model)
-    program = model.__dict__[PROGRAMS]._made.program
+    program = programs_of(model)._made.program
     generated(model, max_new_tokens=4)
     before = sys.getrefcount(program)
     for mode in MODES.values():
@@ -141,10 +141,10 @@ def test_restore_leaves_no_program(is_copy: bool, passes: list[int]) -> None:
     if is_copy:
         model = copy.deepcopy(model)
         prove(model)
-    programs = weakref.ref(model.__dict__[PROGRAMS])
+    programs = weakref.ref(programs_of(model))
     hfopt.restore(model)
     assert programs() is None
-    assert PROGRAMS not in model.__dict__
+    assert programs_of(model) is None
     assert vars(model).keys() == vars(llama()).keys()
     passes.clear()
     generated(model, max_new_tokens=4)

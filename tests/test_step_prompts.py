@@ -1,7 +1,6 @@
 """Prompts by the program have the bits that the modules give, in the logits and in the cache."""
 
 import copy
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hfopt.cache import AppendedEverywhere, IndirectCache
 from hfopt.errors import CacheFull, InvalidInput
 from hfopt.functional import Mask
-from hfopt.generation import PROGRAMS
 from hfopt.generation import prefill as generation
 from hfopt.kernels.linear.rows import ROW_LIMIT
 from hfopt.program import programs
@@ -45,6 +43,7 @@ from tests.step_cases import (
     modules_alone,
     optimized,
     passes,
+    programs_of,
     prove,
     rehearsals,
 )
@@ -201,11 +200,12 @@ def test_a_cache_without_layers(small: Model, passes: list[int]) -> None:
 
 
 def test_a_long_prompt(small: Model, passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    listing = small.__dict__[PROGRAMS]._made.program.listing
-    work = 2 * 30 * (listing.n_bytes + 30 * listing.cached_bytes) // 4
-    monkeypatch.setattr(generation, "_MOST_WORK", work)
+    made: Program = programs_of(small)._made.program
+    work = 2 * 30 * (made.listing.n_bytes + 30 * made.listing.cached_bytes) // 4
+    assert made.work(2, 30, 30) == work
+    monkeypatch.setattr(generation, "_MAX_WORK", work)
     assert_program_is_the_modules(small, passes, **prompts(2, 30), **GREEDY)
-    monkeypatch.setattr(generation, "_MOST_WORK", work - 1)
+    monkeypatch.setattr(generation, "_MAX_WORK", work - 1)
     prompt_by_modules(small, passes)
 
 
@@ -220,7 +220,7 @@ def test_torchs_kernels(
         asked.append((what[0], what[2]))
         return asked[-1] == (operation, size)
 
-    monkeypatch.setattr(model.__dict__[PROGRAMS], "_kernels", "auto")
+    monkeypatch.setattr(programs_of(model), "_kernels", "auto")
     monkeypatch.setattr(programs, "takes_torch", takes_torch)
     prompt_by_modules(model, passes)
     assert (operation, size) in asked
@@ -356,12 +356,12 @@ def test_a_prompt_is_refused(name: str) -> None:
 
 
 def test_scratch_of_a_prompt_makes_no_step() -> None:
-    scratch = program_run.StepScratch(program(), 1, 2)
+    run = program_run.Run(program(), 1, 2)
     with pytest.raises(InvalidInput, match="scratch"):
-        program_run.step(scratch, np.zeros(1, np.int64), np.zeros(1, np.int64), appended(1, 1))
+        run.logits(np.zeros(1, np.int64), np.zeros(1, np.int64), appended(1, 1))
     for sizes in ((0, 2), (2, 0), (-1, 2), (2, -1)):
         with pytest.raises(InvalidInput, match="n_rows"):
-            program_run.StepScratch(program(), *sizes)
+            program_run.Run(program(), *sizes)
 
 
 def token_by_token(made: Program, tokens: np.ndarray, cache: IndirectCache) -> Tensor:
@@ -369,8 +369,7 @@ def token_by_token(made: Program, tokens: np.ndarray, cache: IndirectCache) -> T
     for column in range(tokens.shape[1]):
         layers = [cache.append(layer, len(tokens), 1, *HEADS[1:], made.dtype) for layer in range(2)]
         positions = np.full(len(tokens), column)
-        scratch = program_run.StepScratch(made, len(tokens))
-        logits = program_run.step(scratch, tokens[:, column], positions, everywhere(layers))
+        logits = made.steps(len(tokens)).logits(tokens[:, column], positions, everywhere(layers))
     return logits
 
 
@@ -391,7 +390,7 @@ def test_nothing_is_written_around_arena_and_logits(
     name: str, dtype: torch.dtype, n_rows: int, n_new: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = proven(FAMILIES[name]().to(dtype))
-    built: Program = model.__dict__[PROGRAMS]._made.program
+    built: Program = programs_of(model)._made.program
     tokens = np.arange(n_rows * n_new).reshape(n_rows, n_new)
     torch.set_num_threads(2)
     guard = 256
@@ -406,7 +405,7 @@ def test_nothing_is_written_around_arena_and_logits(
         first = -(-(memory.ctypes.data + guard) // 64) * 64 - memory.ctypes.data
         logits = np.full(n_bytes + 2 * guard, 0xA5, np.uint8)
         out = torch.from_numpy(logits)[guard : guard + n_bytes].view(dtype).view(n_rows, 1, built.n_logits)
-        begin: Any = program_run.StepScratch.__init__
+        begin: Any = program_run.Run.__init__
 
         def moved(self: Any, *args: Any, begin: Any = begin, at: int = memory.ctypes.data + first) -> None:
             begin(self, *args)
@@ -416,11 +415,9 @@ def test_nothing_is_written_around_arena_and_logits(
 
         with monkeypatch.context() as patch:
             if is_guarded:
-                patch.setattr(program_run.StepScratch, "__init__", moved)
-                patch.setattr(
-                    sys.modules[program_run.prefill.__module__], "_empty_logits", lambda scratch, out=out: out
-                )
-            found = program_run.prefill(built, tokens, np.arange(n_new)[None], room, Mask("causal"))
+                patch.setattr(program_run.Run, "__init__", moved)
+                patch.setattr(program_run, "_empty_logits", lambda run, out=out: out)
+            found = built.prefill(tokens, np.arange(n_new)[None], room, Mask("causal"))
             results.append(found.clone())
         if is_guarded:
             assert (memory[:first] == 0xA5).all() and (memory[first + size :] == 0xA5).all()

@@ -14,12 +14,10 @@ from transformers import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 import hfopt
-from hfopt import functional
 from hfopt.cache import IndirectCache
 from hfopt.errors import InvalidInput
 from hfopt.generation import decoding
-from hfopt.program import run as program_run
-from hfopt.program.run import Ends, StepScratch
+from hfopt.program.run import Run
 from tests.generation_cases import (
     CACHE,
     FAMILIES,
@@ -45,14 +43,14 @@ WHOLE = {"do_sample": False, "return_dict_in_generate": True}
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens a row each call of `choose` made."""
     found: list[int] = []
-    original = program_run.choose
+    original = Run.choose
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         chosen = original(*args, **kwargs)
         found.append(len(chosen))
         return chosen
 
-    monkeypatch.setattr(functional, "choose", noting)
+    monkeypatch.setattr(Run, "choose", noting)
     return found
 
 
@@ -75,7 +73,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
             n_steps = 1
 
-        original = program_run.choose
+        original = Run.choose
 
         def noting(*args: Any, **kwargs: Any) -> Any:
             chosen = original(*args, **kwargs)
@@ -83,7 +81,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
             return chosen
 
         monkeypatch.setattr(decoding, "time", Clock)
-        monkeypatch.setattr(functional, "choose", noting)
+        monkeypatch.setattr(Run, "choose", noting)
 
     return use
 
@@ -277,7 +275,7 @@ def test_an_interruption(calls: list[int]) -> None:
 # ---- the operation -------------------------------------------------------------------------------------------------
 
 
-def chosen(n_rows: int, n_steps: int, ends: Ends | None = None, *, of: Any = None, **changes: Any) -> Any:
+def chosen(n_rows: int, n_steps: int, *, of: Any = None, **changes: Any) -> Any:
     """`choose` behind a token in every row, and the cache."""
     made = of or program()
     cache = IndirectCache()
@@ -287,13 +285,11 @@ def chosen(n_rows: int, n_steps: int, ends: Ends | None = None, *, of: Any = Non
         cache.layers[layer].trunk[:, :, :, 0] = 0.1
     appended = cache.append_everywhere(n_rows, n_steps, *layout)
     arguments = {
-        "scratch": StepScratch(made, n_rows),
         "tokens": np.arange(n_rows, dtype=np.int64),
         "positions": np.arange(n_rows, dtype=np.int64),
         "appended": appended,
-        "ends": ends,
     }
-    return program_run.choose(**{**arguments, **changes}), cache
+    return made.steps(n_rows).choose(**{**arguments, **changes}), cache
 
 
 def test_one_step_after_the_other() -> None:
@@ -303,8 +299,7 @@ def test_one_step_after_the_other() -> None:
     tokens = [alone[0]]
     for index in range(1, len(together)):
         appended = cache.append_everywhere(2, 1, *HEADS[1:], torch.float32)
-        scratch = StepScratch(made, 2)
-        (one,) = program_run.choose(scratch, tokens[-1], np.arange(2) + index, appended)
+        (one,) = made.steps(2).choose(tokens[-1], np.arange(2) + index, appended)
         tokens.append(one)
     assert np.array_equal(together, np.stack(tokens))
 
@@ -319,26 +314,25 @@ def test_tokens_that_the_table_has_not_end_a_call() -> None:
 
 
 def test_padding_follows_finished_rows() -> None:
-    ends = Ends(np.array([False, True]), 7, np.empty(0, np.int64))
     made = program()
-    found, _ = chosen(2, 5, ends, of=made)
+    found, _ = chosen(2, 5, finished=np.array([False, True]), pad=7, of=made)
     free, _ = chosen(1, 5, of=made)
     assert (found[:, 1] == 7).all()
     assert np.array_equal(found[:, 0], free[:, 0])
 
 
-WRONG_ENDS = {
-    "rows": Ends(np.zeros(1, np.bool_), 0, np.empty(0, np.int64)),
-    "finished as numbers": Ends(np.zeros(2, np.int64), 0, np.empty(0, np.int64)),
-    "end tokens of another type": Ends(np.zeros(2, np.bool_), 0, np.empty(0, np.int32)),
-    "end tokens in rows": Ends(np.zeros(2, np.bool_), 0, np.empty((1, 1), np.int64)),
+WRONG_ENDS: dict[str, dict[str, np.ndarray]] = {
+    "rows": {"finished": np.zeros(1, np.bool_)},
+    "finished as numbers": {"finished": np.zeros(2, np.int64)},
+    "end tokens of another type": {"eos": np.empty(0, np.int32)},
+    "end tokens in rows": {"eos": np.empty((1, 1), np.int64)},
 }
 
 
 @pytest.mark.parametrize("name", WRONG_ENDS)
 def test_wrong_ends(name: str) -> None:
     with pytest.raises(InvalidInput):
-        chosen(2, 2, WRONG_ENDS[name])
+        chosen(2, 2, **WRONG_ENDS[name])
 
 
 @pytest.mark.parametrize("index", [-1, N_TOKENS, 1 << 40])
@@ -354,4 +348,4 @@ def test_a_step_with_logits_is_one() -> None:
         cache.append(layer, 1, 1, *layout)
     appended: Any = cache.append_everywhere(1, 2, *layout)
     with pytest.raises(InvalidInput, match="2 tokens"):
-        program_run.step(StepScratch(program(), 1), np.zeros(1, np.int64), np.zeros(1, np.int64), appended)
+        program().steps(1).logits(np.zeros(1, np.int64), np.zeros(1, np.int64), appended)

@@ -148,14 +148,17 @@ def _program_steps() -> list[bool]:
     from hfopt.generation.decoding import Decoding
 
     found: list[bool] = []
-    step = Decoding.step
 
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs = step(self, *args, **kwargs)
-        found.append(outputs is not None)
-        return outputs
+    def noted(step: Any) -> Any:
+        def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+            outputs = step(self, *args, **kwargs)
+            found.append(outputs is not None)
+            return outputs
 
-    Decoding.step = noted  # type: ignore[method-assign]
+        return noting
+
+    Decoding.logits = noted(Decoding.logits)  # type: ignore[method-assign]
+    Decoding.choose = noted(Decoding.choose)  # type: ignore[method-assign]
     return found
 
 

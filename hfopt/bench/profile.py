@@ -18,16 +18,15 @@ import torch
 from transformers import PreTrainedModel
 
 import hfopt
-from hfopt import host
+from hfopt import generation, host
 from hfopt.bench import roofline
 from hfopt.console import models
 from hfopt.console.output import progress, say, show_table, write_json
 from hfopt.errors import InvalidInput
-from hfopt.generation import PROGRAMS
 from hfopt.kernels.jit import launch as jit
 from hfopt.machine import env
 from hfopt.program.listing import Instruction
-from hfopt.program.run import StepScratch, step
+from hfopt.program.program import Program
 
 from .cases import Workload, cases_of, filled_cache, has_positions
 from .kernel_case import launches_of
@@ -96,16 +95,17 @@ class ReadyStep:
     def __init__(self, model: PreTrainedModel, workload: Workload) -> None:
         n_rows = workload.n_rows
         cache: Any = filled_cache(model, workload, optimized=True)
-        program = model.__dict__[PROGRAMS].of(model, n_rows)
-        if program is None:
+        programs = generation.installed(model).programs
+        program = None if programs is None else programs.of(model, n_rows)
+        if not isinstance(program, Program):
             reason = hfopt.explain(model).by_module or f"a step of {n_rows} rows has other kernels"
             raise InvalidInput(f"--profile: decode steps of this model go module by module: {reason}")
         appended = cache.append_everywhere(n_rows, 1, program.n_kv_heads, program.head_dim, program.dtype)
-        scratch = StepScratch(program, n_rows)
+        run = program.steps(n_rows)
         tokens, positions = np.zeros(n_rows, np.int64), np.full(n_rows, workload.prompt_tokens)
         #: logits of the last one
-        self.logits, (launch,) = launches_of(lambda: step(scratch, tokens, positions, appended))
-        self._owners = cache, scratch  # of what the launch has the addresses of
+        self.logits, (launch,) = launches_of(lambda: run.logits(tokens, positions, appended))
+        self._owners = cache, run  # of what the launch has the addresses of
         self._launch = launch
         self.kernel: Any = launch.func
         self.instructions: Sequence[Instruction] = program.listing.instructions

@@ -1,34 +1,38 @@
 """transformers' `generate` with loops, a gate and a cache of ours."""
 
-from .decoding import PROGRAMS, obstacle
+from .decoding import obstacle
 from .generate import (
     cache_obstacle,
     generate,
     generator_of,
     install,
     is_installed,
-    kv_cache_of,
     prepare_cache,
     uninstall,
 )
 from .latency import Latency, record_latency
 from .prompt import share_prompts, unshare_prompts
 from .proof import MODES, in_words, prove, refusals
-from .verdict import Verdict, keep_verdict, verdict_of
+from .protocols import StepProgram, StepPrograms, StepRun
+from .state import NOTHING, Installed, Verdict, installed, keep
 
 __all__ = [
     "MODES",
-    "PROGRAMS",
+    "NOTHING",
+    "Installed",
     "Latency",
+    "StepProgram",
+    "StepPrograms",
+    "StepRun",
     "Verdict",
     "cache_obstacle",
     "generate",
     "generator_of",
     "in_words",
     "install",
+    "installed",
     "is_installed",
-    "keep_verdict",
-    "kv_cache_of",
+    "keep",
     "obstacle",
     "prepare_cache",
     "prove",
@@ -37,5 +41,4 @@ __all__ = [
     "share_prompts",
     "uninstall",
     "unshare_prompts",
-    "verdict_of",
 ]

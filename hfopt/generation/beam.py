@@ -15,8 +15,9 @@ from hfopt import host
 
 from ._types import Ids, Model, Outputs
 from .choice import continuations, select
+from .collected import Collected
+from .passes import Passes
 from .sequences import Sequences
-from .step import Steps
 from .stopping import Stopping, runs_foreign_code
 
 DEAD = np.float32(-1e9)  # added to the score of what must not be chosen, as in transformers
@@ -34,12 +35,8 @@ def beam_search(
 
     `input_ids` int64 [n_prompts * num_beams, prompt length]; the other arguments as there.
     """
-    wants = generation_config.return_dict_in_generate
-    scores: tuple | None = () if wants and generation_config.output_scores else None
-    logits: tuple | None = () if wants and generation_config.output_logits else None
-    attentions: tuple | None = () if wants and generation_config.output_attentions else None
-    hidden_states: tuple | None = () if wants and generation_config.output_hidden_states else None
-    keeps_log_probs = bool(logits_processor) or generation_config.do_sample or scores is not None
+    collected = Collected(generation_config)
+    keeps_log_probs = bool(logits_processor) or generation_config.do_sample or collected.scores is not None
 
     n_rows, prompt_length = input_ids.shape
     num_beams = int(generation_config.num_beams)
@@ -50,27 +47,23 @@ def beam_search(
 
     stopping = Stopping(stopping_criteria)
     is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria])
-    steps = Steps(model, generation_config, model_kwargs, is_alone=not is_foreign)
+    passes = Passes(model, generation_config, model_kwargs, is_alone=not is_foreign)
     beams = Beams(n_rows // num_beams, generation_config, prompt_length)
     sequences = Sequences(input_ids)  # grow only if somebody reads them
-    outputs = steps.prompt(input_ids)
-    reads_sequences = bool(logits_processor) or stopping.reads_sequences or not steps.plain
+    outputs = passes.prompt(input_ids)
+    reads_sequences = bool(logits_processor) or stopping.reads_sequences or passes.reads_sequences
     while True:
         next_logits = outputs.logits[:, -1]
-        if logits is not None:
+        if collected.logits is not None:
             next_logits = next_logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
-            logits += (next_logits,)
-        if attentions is not None:
-            attentions += (outputs.attentions,)
-        if hidden_states is not None:
-            hidden_states += (outputs.hidden_states,)
+            collected.add_logits(next_logits)
+        collected.add_outputs(outputs)
         del outputs  # the logits of a whole prompt may be large
 
         if keeps_log_probs:
             log_probs = torch.log_softmax(next_logits, dim=-1, dtype=torch.float32)
             log_probs = logits_processor(sequences.ids, log_probs)
-            if scores is not None:
-                scores += (log_probs,)
+            collected.add_scores(log_probs)
             top_scores, top = select(log_probs, beams.scores, n_candidates, generation_config.do_sample)
         else:
             top_scores, top = continuations(next_logits, beams.scores, n_candidates)
@@ -78,31 +71,28 @@ def beam_search(
 
         length += 1
         extended = candidates.extend(sequences.ids) if stopping.reads_sequences else None
-        hits = stopping(candidates.tokens, length, extended, scores)
+        hits = stopping(candidates.tokens, length, extended, collected.scores)
         rows, tokens = beams.advance(candidates, hits)
         if reads_sequences:
             sequences.reorder(rows)
             sequences.append(tokens)
-        steps.reorder(torch.from_numpy(rows))
+        passes.reorder(torch.from_numpy(rows))
         if beams.done:
             break
-        outputs = steps.next(tokens, sequences.ids if reads_sequences else None)
+        outputs = passes.outputs(tokens, sequences.ids if reads_sequences else None)
 
     n_best = len(range(num_beams)[: int(generation_config.num_return_sequences)])
     new_tokens, beam_indices, sequences_scores = beams.best(n_best, fill)
     prompts = input_ids.unflatten(0, (-1, num_beams))[:, :n_best].flatten(0, 1)
     best: Ids = torch.cat([prompts, new_tokens], dim=-1)
-    if not wants:
+    if not collected.is_wanted:
         return best
     return host.beam_output(
-        steps.cache,
+        passes.cache,
         sequences=best,
-        sequences_scores=sequences_scores if scores is not None else None,
-        scores=scores,
-        logits=logits,
+        sequences_scores=None if collected.scores is None else sequences_scores,
         beam_indices=beam_indices,
-        attentions=attentions,
-        hidden_states=hidden_states,
+        **collected.fields(),
     )
 
 

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hfopt import host
-from hfopt.cache import IndirectCache
+from hfopt.cache import AppendedEverywhere, IndirectCache
 from hfopt.errors import InvalidInput
 
 from ._types import Model
 from .prompt import share_prompts, unshare_prompts
 from .proof import refusals
-from .verdict import Verdict, verdict_of
-
-if TYPE_CHECKING:
-    from hfopt.program.program import Program
-    from hfopt.program.run import StepScratch
-
-PROGRAMS = "_hfopt_programs"  # attribute of an optimized model
+from .protocols import StepProgram, StepPrograms, StepRun
+from .state import Verdict, installed
 
 _OWN_HOOKS = (share_prompts, unshare_prompts)
 LOOKS_INSIDE = ("output_attentions", "output_hidden_states")
 _COLUMN_STEP = 256
 _NEAR = 1 << 14  # positions that programs may make angles for, however few tokens there are
 _CALL_SECONDS = 0.19  # at most about that: Python answers Ctrl-C between calls
-_MOST_STEPS = 32
+_MAX_STEPS = 32
 
 
 def obstacle(model: Model) -> str | None:
     """In words, why requests of this model take no steps from a program, whatever its modules are."""
     if not any(words not in refusals() for words in host.MODES.values()):
         return "transformers' own loops run"
-    verdict = verdict_of(model)
+    verdict = installed(model).verdict
     if verdict != Verdict():
         return verdict.refusal or verdict.obstacle
     if has_hooks(model):
@@ -64,108 +59,122 @@ def are_near(position_ids: Tensor, n_keys: int) -> bool:
     return bool(first >= 0 and last < max(n_keys, _NEAR))
 
 
-class Logits(NamedTuple):
-    """What a loop reads of a model's outputs; logits [n_rows, 1, n_logits]."""
+class Greedy(NamedTuple):
+    """A request that reads no logits but their `argmax`: tokens that end its rows, int64 [n], and what follows in those."""
 
-    logits: Tensor
-    attentions: None = None
-    hidden_states: None = None
-
-
-class Choosing(NamedTuple):
-    """Of a request that needs no more of its logits than their `argmax`: what ends its rows, and then fills them."""
-
-    ends: np.ndarray  # int64
+    eos: np.ndarray
     pad: int
 
 
+_Room = tuple[StepRun, np.ndarray, AppendedEverywhere, np.ndarray | None]
+
+
 class Decoding:
-    """The steps of one request behind its prompt, as far as the model has a program for them."""
+    """The steps of one request behind its prompt, as far as the model has a program for them.
+
+    positions: int64 [1 or n_rows], of the next token; seen: uint8 [n_rows, keys], or None for all. is_alone: no code of the
+    user runs between the steps, in this thread.
+    """
 
     def __init__(
         self,
         model: Model,
+        programs: StepPrograms,
         cache: IndirectCache,
         positions: np.ndarray,
         seen: np.ndarray | None,
-        *,
-        choosing: Choosing | None,
         is_alone: bool,
-    ):
-        self._model, self._cache, self._programs = model, cache, model.__dict__[PROGRAMS]
+    ) -> None:
+        self._model, self._programs, self._cache = model, programs, cache
         self._positions, self._seen = positions, seen
-        self._choosing = choosing
+        self._is_alone = is_alone
+        self._program: StepProgram | None = None
+        self._run: StepRun | None = None
         self._ahead: list[np.ndarray] = []  # tokens of steps that have been made already
         self._n_steps, self._seconds = 1, _CALL_SECONDS  # of the last call, of a step in it
-        self._is_alone = is_alone
-        self._scratch: StepScratch | None = None
-        # not at the top, because `import hfopt` must not load Numba; not in each step, because that takes time
-        from hfopt.program import run
-
-        self._run_of = run
 
     @classmethod
-    def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], **options: Any) -> Decoding | None:
-        """For a request whose next token has the position and the mask in `model_kwargs`; None if there is no program.
-
-        options: see `Steps`.
-        """
-        position_ids, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
-        if PROGRAMS not in model.__dict__ or not isinstance(cache, IndirectCache):
+    def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], *, is_alone: bool) -> Decoding | None:
+        """For a request whose next token has the last position and the mask in `model_kwargs`; None without a program."""
+        positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+        programs = installed(model).programs
+        if programs is None or not isinstance(cache, IndirectCache):
             return None
         if any(model_kwargs.get(name) for name in LOOKS_INSIDE) or wanted(model):
             return None
-        if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != 1:
+        if positions is None or positions.dim() != 2:
             return None
-        if not are_near(position_ids, cache.get_seq_length() + 1):
+        last = positions[:, -1]
+        if not are_near(last, cache.get_seq_length() + 1):
             return None
-        if mask is None:
-            seen = None
-        elif mask.shape == (cache.n_rows * cache.copies, cache.get_seq_length() + 1):
-            seen = (mask != 0).numpy()
-        else:
+        if not _spans(mask, cache):
             return None
-        positions = position_ids[:, 0].numpy().astype(np.int64)
-        seen = None if seen is None or seen.all() else seen.astype(np.uint8)
-        return cls(model, cache, positions, seen, **options)
+        seen = None if mask is None or bool((mask != 0).all()) else (mask != 0).numpy().astype(np.uint8)
+        return cls(model, programs, cache, last.numpy().astype(np.int64), seen, is_alone)
+
+    @property
+    def cache(self) -> IndirectCache:
+        """Where keys and values are."""
+        return self._cache
+
+    def fits(self, model_kwargs: dict[str, Any]) -> bool:
+        """Whether the mask in `model_kwargs` is still over what the cache holds and the next token."""
+        return _spans(model_kwargs.get("attention_mask"), self._cache)
 
     @property
     def is_ahead(self) -> bool:
         """Whether the next steps have been made already."""
         return bool(self._ahead)
 
-    def step(
-        self, tokens: np.ndarray, most: int = 1, finished: np.ndarray | None = None
-    ) -> Logits | np.ndarray | None:
-        """Logits for one more token a row, int64 [n_rows], or the tokens that are chosen from them.
+    def logits(self, tokens: np.ndarray) -> Tensor | None:
+        """Logits [n_rows, 1, n_logits] for one more token a row, int64 [n_rows].
 
-        None, with nothing changed, if modules have to do it. most: steps that may be made at once, if the tokens that are
-        chosen are those of the next step, but for padding in rows that are finished, bool [n_rows].
+        None, with nothing changed, if modules have to make the step.
         """
-        if not self._ahead:
-            program = self._program(len(tokens))
-            if program is None:
-                return None
-            if self._choosing is None:
-                logits = self._run(program, tokens)
-                if logits is None:
-                    return None
-                self._positions += 1
-                return Logits(logits)
-            if not self._choose(program, tokens, most, finished):
-                return None
+        program = self._current(len(tokens))
+        room = None if program is None else self._make_room(program, len(tokens), 1)
+        if room is None:
+            return None
+        run, positions, appended, mask = room
+        try:
+            logits = run.logits(tokens, positions, appended, mask)
+        except InvalidInput:
+            self._cache.crop(-1)  # its column has not been written
+            raise
+        self._positions += 1
+        return logits
+
+    def choose(
+        self, tokens: np.ndarray, greedy: Greedy, max_steps: int, finished: np.ndarray | None
+    ) -> np.ndarray | None:
+        """`argmax` of the logits for one more token a row: int64 [n_rows].
+
+        None, with nothing changed, if modules have to make the step. max_steps: that may be made at once, if the tokens that
+        are chosen are those of the next step, but for padding in rows that are finished, bool [n_rows].
+        """
+        if not self._ahead and not self._go_ahead(tokens, greedy, max_steps, finished):
+            return None
         self._positions += 1
         return self._ahead.pop(0)
 
-    def _choose(self, program: Program, tokens: np.ndarray, most: int, finished: np.ndarray | None) -> bool:
-        """Go ahead by as many steps as are short enough to be made in one call; False if there is no way."""
-        n_steps = max(1, min(most, _MOST_STEPS, 2 * self._n_steps, int(_CALL_SECONDS / self._seconds)))
-        choosing = self._choosing
-        assert choosing is not None
-        begin = time.perf_counter()
-        chosen = self._run(program, tokens, n_steps, self._run_of.Ends(finished, choosing.pad, choosing.ends))
-        if chosen is None:
+    def _go_ahead(
+        self, tokens: np.ndarray, greedy: Greedy, max_steps: int, finished: np.ndarray | None
+    ) -> bool:
+        """Make as many steps as are short enough to be made in one call; False if there is no way."""
+        program = self._current(len(tokens))
+        if program is None:
             return False
+        n_steps = max(1, min(max_steps, _MAX_STEPS, 2 * self._n_steps, int(_CALL_SECONDS / self._seconds)))
+        begin = time.perf_counter()
+        room = self._make_room(program, len(tokens), n_steps)
+        if room is None:
+            return False
+        run, positions, appended, mask = room
+        try:
+            chosen = run.choose(tokens, positions, appended, mask, finished, greedy.eos, greedy.pad)
+        except InvalidInput:
+            self._cache.crop(-n_steps)  # its columns have not been written
+            raise
         self._n_steps, self._seconds = len(chosen), (time.perf_counter() - begin) / len(chosen)
         if len(chosen) < n_steps:
             self._cache.crop(len(chosen) - n_steps)
@@ -176,10 +185,25 @@ class Decoding:
         """Take note of a step that the modules have made."""
         self._positions += 1
 
-    def _program(self, n_rows: int) -> Program | None:
-        scratch = self._scratch
-        if self._is_alone and scratch is not None and self._programs.holds(scratch.program):
-            program: Program = scratch.program
+    def _make_room(self, program: StepProgram, n_rows: int, n_steps: int) -> _Room | None:
+        """The run, and what it is given besides tokens, once the cache has columns for n_steps more; None if it cannot."""
+        layout = program.n_kv_heads, program.head_dim, program.dtype
+        appended = self._cache.append_everywhere(n_rows, n_steps, *layout)
+        if appended is None:
+            return None
+        run = self._run
+        if run is None or program is not self._program or run.n_rows != n_rows:
+            run = self._run = program.steps(n_rows)
+            self._program = program
+        if len(self._positions) != n_rows:  # one stands for all rows
+            self._positions = np.repeat(self._positions, n_rows)
+        mask = self._mask(appended.first.trunk_len + appended.first.branch_len)
+        return run, self._positions, appended, mask
+
+    def _current(self, n_rows: int) -> StepProgram | None:
+        """The program for the next step."""
+        program = self._program
+        if self._is_alone and program is not None and self._programs.holds(program):
             return program
         if has_hooks(self._model):
             return None
@@ -187,30 +211,14 @@ class Decoding:
         # a cache may have other layers than the model uses now
         return program if program is not None and program.n_layers == len(self._cache.layers) else None
 
-    def _run(self, program: Program, tokens: np.ndarray, n_steps: int = 1, ends: Any = None) -> Any:
-        """Logits, or with `ends` the tokens that are chosen in up to n_steps steps; None if the cache cannot take them."""
-        n_rows = len(tokens)
-        layout = program.n_kv_heads, program.head_dim, program.dtype
-        appended = self._cache.append_everywhere(n_rows, n_steps, *layout)
-        if appended is None:
-            return None
-        scratch = self._scratch
-        if scratch is None or scratch.program is not program or scratch.n_rows != n_rows:
-            scratch = self._scratch = self._run_of.StepScratch(program, n_rows)
-        positions = self._positions
-        if len(positions) != n_rows:  # one stands for all rows
-            positions = self._positions = np.repeat(positions, n_rows)
-        mask = self._mask(appended.first.trunk_len + appended.first.branch_len)
-        given = scratch, tokens, positions, appended, mask
-        try:
-            return self._run_of.step(*given) if ends is None else self._run_of.choose(*given, ends)
-        except InvalidInput:
-            self._cache.crop(-n_steps)  # its columns have not been written
-            raise
-
     def _mask(self, n_keys: int) -> np.ndarray | None:
         """uint8 [n_rows, >= n_keys]; every new token is seen."""
         seen = self._seen
         if seen is not None and seen.shape[1] < n_keys:
             seen = self._seen = np.pad(seen, ((0, 0), (0, _COLUMN_STEP)), constant_values=1)
         return seen
+
+
+def _spans(mask: Tensor | None, cache: IndirectCache) -> bool:
+    """Whether a mask [n_rows, keys] is over what the cache holds and one token more; None is over all that there is."""
+    return mask is None or mask.shape == (cache.n_rows * cache.copies, cache.get_seq_length() + 1)

@@ -20,16 +20,13 @@ from hfopt.progress import compile_progress
 
 from ._types import Model
 from .binding import Bound
-from .decoding import PROGRAMS
 from .inputs import check_inputs
 from .plan import our_cache, plan_of, takes_our_cache, their_plan
 from .prompt import share_prompts, unshare_prompts
 from .restart import Resumed, Rollback, Unfit
-from .verdict import Verdict, keep_verdict, verdict_of
+from .state import NOTHING, Installed, installed, keep
 
 logger = logging.getLogger(__name__)
-
-_KV_CACHE = "_hfopt_kv_cache"  # attribute of an optimized model
 
 
 def generator_of(model: nn.Module) -> Model | None:
@@ -40,24 +37,17 @@ def generator_of(model: nn.Module) -> Model | None:
     return None
 
 
-def install(
-    model: Model, programs: Any = None, kv_cache: str | None = None, verdict: Verdict | None = None
-) -> None:
+def install(model: Model, state: Installed = NOTHING) -> None:
     """Gives `model` our `generate`, our cache and the sharing of prompts; what its class overrides stays.
 
-    programs: a `patches.programs.Programs`, from which decode steps are taken. kv_cache: of the caches that requests get.
-    verdict: on this model.
+    state: what its requests find on it.
     """
     uninstall(model)
-    keep_verdict(model, verdict)
+    keep(model, state)
     for name, function in _BOUND.items():
         theirs = getattr(GenerationMixin, name, None)
         if theirs is not None and name not in model.__dict__ and getattr(type(model), name, None) is theirs:
             setattr(model, name, Bound(function, model, name))
-    if programs is not None:
-        model.__dict__[PROGRAMS] = programs
-    if kv_cache is not None:
-        model.__dict__[_KV_CACHE] = kv_cache
     model.register_forward_pre_hook(share_prompts, with_kwargs=True)
     model.register_forward_hook(unshare_prompts, with_kwargs=True)
 
@@ -68,9 +58,7 @@ def uninstall(model: Model) -> None:
         bound = model.__dict__.get(name)
         if isinstance(bound, Bound) and bound.function is function:
             delattr(model, name)
-    model.__dict__.pop(PROGRAMS, None)
-    model.__dict__.pop(_KV_CACHE, None)
-    keep_verdict(model, None)
+    keep(model, NOTHING)
     # found by function: the handles of a copied or unpickled model are not ours
     for hooks, flags, function in (
         (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs, share_prompts),
@@ -87,15 +75,9 @@ def is_installed(model: Model) -> bool:
     return isinstance(bound, Bound) and bound.function is generate
 
 
-def kv_cache_of(model: Model) -> str | None:
-    """`kv_cache` of the caches that requests of this model get."""
-    kind: str | None = model.__dict__.get(_KV_CACHE)
-    return kind
-
-
 def cache_obstacle(model: Model) -> str | None:
     """In words, why requests of this model get transformers' own cache; None if they get ours."""
-    if (refusal := verdict_of(model).refusal) is not None:
+    if (refusal := installed(model).verdict.refusal) is not None:
         return refusal
     if not isinstance(model.__dict__.get(host.PREPARE_CACHE), Bound):
         return "its class prepares caches of its own"
@@ -167,7 +149,7 @@ def prepare_cache(model: Model, *args: Any, **kwargs: Any) -> Any:
     if type(made) is DynamicCache and not made.offloading and _is_plain(made):
         copies = int(max(config.num_beams, config.num_return_sequences))
         text_config = model.config.get_text_config(decoder=True)
-        cache = request[name] = IndirectCache(text_config, copies=copies, kv_cache=kv_cache_of(model))
+        cache = request[name] = IndirectCache(text_config, copies=copies, kv_cache=installed(model).kv_cache)
         if config.is_assistant:
             cache.activate_past_recording()
     return result

@@ -15,7 +15,7 @@ from .beam import beam_search
 from .inputs import check_counts
 from .proof import OTHER_LOOPS, refusals
 from .sample import sample
-from .verdict import verdict_of
+from .state import installed
 
 # loop of transformers -> ours
 _LOOPS: dict[str, Callable[..., Any]] = {"_sample": sample, "_beam_search": beam_search}
@@ -36,12 +36,12 @@ class Plan(NamedTuple):
 
 def their_plan(model: Model) -> Plan:
     """For modes that we have no loop for."""
-    return Plan(None, OTHER_LOOPS not in refusals() and verdict_of(model).refusal is None)
+    return Plan(None, OTHER_LOOPS not in refusals() and installed(model).verdict.refusal is None)
 
 
 def plan_of(model: Model, arguments: Mapping[str, Any]) -> Plan:
     """The plan for a call of `generate` with these arguments, by name. Raises InvalidInput for impossible counts."""
-    if verdict_of(model).refusal is not None:
+    if installed(model).verdict.refusal is not None:
         return Plan(None, False)
     names = ("synced_gpus", "assistant_model", "streamer", "generation_config")
     synced_gpus, assistant_model, streamer, generation_config = (arguments.get(name) for name in names)

@@ -13,30 +13,53 @@ from hfopt import host
 from hfopt.cache import IndirectCache
 
 from ._types import Model, Outputs
-from .decoding import LOOKS_INSIDE, PROGRAMS, are_near, has_hooks, wanted
+from .decoding import LOOKS_INSIDE, are_near, has_hooks, wanted
 from .prompt import share_prompts, unshare_prompts
+from .protocols import StepProgram
+from .state import installed
 
 if TYPE_CHECKING:
     from hfopt.functional import Mask
-    from hfopt.program.program import Program
 
 _READ = {"input_ids", "position_ids", "attention_mask"}
 _FIXED = {"logits_to_keep": 1, "use_cache": True, "return_dict": True}
 # Multiply-adds in one call, which Ctrl-C does not interrupt: half a second to one on two cores. A longer prompt takes the
 # modules no longer.
-_MOST_WORK = 1 << 37
+_MAX_WORK = 1 << 37
 
 
 class Prefill:
-    """A model as the prefill of GenerationMixin uses it: calls go to its program where that gives what its modules would."""
+    """The prompt of a request: by the model's program where that gives what its modules would, by the model elsewhere.
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    cache: of the request. given: the cache that the model was called with, None for a call without one.
+    """
+
+    def __init__(self, model: Model, cache: Any) -> None:
+        self._model, self._cache = model, cache
+        self.given = cache
+
+    def read(
+        self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Outputs:
+        """The outputs for these tokens, of which only the logits of the last one are promised."""
+        model = self._model
+        is_first = not generation_config.is_assistant
+        arguments = input_ids, generation_config, model_kwargs
+        theirs = getattr(GenerationMixin, host.PREFILL)
+        if host.PREFILL in vars(model) or getattr(type(model), host.PREFILL) is not theirs:
+            return getattr(model, host.PREFILL)(*arguments, is_first_iteration=is_first)
+        stand_in: Any = self
+        return theirs(stand_in, *arguments, is_first_iteration=is_first)
+
+    # `GenerationMixin._prefill` prepares the prompt, in chunks if that is asked for, and calls the model: `self(...)`. With
+    # this object as its `self`, those calls come here, and whatever else it reads of `self` is the model's.
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def __call__(self, **inputs: Any) -> Outputs:
+        inputs = with_cache(self._model, inputs, self._cache)
+        self.given = host.cache_in(inputs.values())
         outputs = self._run(inputs) if self._is_plain(inputs) else None
         return self._model(**inputs) if outputs is None else outputs
 
@@ -44,7 +67,7 @@ class Prefill:
         """Whether a call asks for no more than the logits of the last token of a text, from a model that just reads it."""
         model = self._model
         given = host.cache_given(inputs)
-        if PROGRAMS not in model.__dict__ or given is None or not isinstance(given[1], IndirectCache):
+        if installed(model).programs is None or given is None or not isinstance(given[1], IndirectCache):
             return False
         if given[0] != host.cache_argument(type(model).forward) or not host.knows_causal_output():
             return False
@@ -64,8 +87,8 @@ class Prefill:
         text = _Text.of(given, cache.get_seq_length())
         if text is None:
             return None
-        programs, (n_rows, n_new) = model.__dict__[PROGRAMS], text.tokens.shape
-        program = programs.of(model, n_rows, n_new, cache.kv_cache)
+        programs, (n_rows, n_new) = installed(model).programs, text.tokens.shape
+        program = None if programs is None else programs.of(model, n_rows, n_new, cache.kv_cache)
         if program is None or len(cache.layers) != program.n_layers:
             return None
         logits = text.read(program, cache)
@@ -100,15 +123,10 @@ class _Text(NamedTuple):
             return None  # what a token sees that sees nothing depends on the kind of attention
         return cls(tokens, positions, seen, n_past)
 
-    def read(self, program: Program, cache: IndirectCache) -> Tensor | None:
+    def read(self, program: StepProgram, cache: IndirectCache) -> Tensor | None:
         """Logits [n_rows, 1, n_logits]; None, with nothing changed, for a long text, and if layers hold different tokens."""
-        # not at the top, because `import hfopt` must not load Numba
-        from hfopt.program import run
-
         n_rows, n_new = self.tokens.shape
-        listing, n_keys = program.listing, self.n_past + n_new
-        work = n_rows * n_new * (listing.n_bytes + n_keys * listing.cached_bytes) // program.dtype.itemsize
-        if work > _MOST_WORK:
+        if program.work(n_rows, n_new, self.n_past + n_new) > _MAX_WORK:
             return None
         layout = program.n_kv_heads, program.head_dim, program.dtype
         appended = cache.append_everywhere(n_rows, n_new, *layout)
@@ -118,7 +136,7 @@ class _Text(NamedTuple):
             each.numpy().astype(np.int64, copy=False) for each in (self.tokens, self.positions)
         )
         try:
-            return run.prefill(program, tokens, positions, appended, self._mask())
+            return program.prefill(tokens, positions, appended, self._mask())
         except BaseException:  # its columns have not been written
             if self.n_past:
                 cache.crop(-n_new)
@@ -128,7 +146,7 @@ class _Text(NamedTuple):
 
     def _mask(self) -> Mask:
         """What transformers makes of `seen`, in the form that `prepare_mask` gives it."""
-        from hfopt.functional import Mask
+        from hfopt.functional import Mask  # not at the top, because `import hfopt` must not load Numba
 
         if self.seen is None or bool((self.seen != 0).all()):
             return Mask("causal")
@@ -142,14 +160,15 @@ def _is_matrix(value: Any) -> TypeGuard[Tensor]:
     return type(value) is Tensor and value.is_cpu and value.dim() == 2 and value.numel() > 0
 
 
-def prefill(
-    model: Model, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> Outputs:
-    """The model's own prefill, of which only the logits of the last token are promised."""
-    is_first = not generation_config.is_assistant
-    arguments = input_ids, generation_config, model_kwargs
-    theirs = getattr(GenerationMixin, host.PREFILL)
-    if host.PREFILL in model.__dict__ or getattr(type(model), host.PREFILL) is not theirs:
-        return getattr(model, host.PREFILL)(*arguments, is_first_iteration=is_first)
-    stand_in: Any = Prefill(model)
-    return theirs(stand_in, *arguments, is_first_iteration=is_first)
+def with_cache(model: Model, inputs: dict[str, Any], cache: Any) -> dict[str, Any]:
+    """The arguments of a call, with an empty cache of ours if the model's class has left out that of the request, `cache`.
+
+    Without one, a model that is told to use a cache begins a new one. Phi-3 does so where a text outgrows the first of its
+    two rotations: all keys are computed anew.
+    """
+    is_left_out = bool(inputs.get("use_cache")) and host.cache_in(inputs.values()) is None
+    if not is_left_out or not isinstance(cache, IndirectCache):
+        return inputs
+    config = model.config.get_text_config(decoder=True)
+    empty = IndirectCache(config, copies=cache.copies, kv_cache=cache.kv_cache)
+    return {**inputs, str(host.REQUEST_CACHE): empty}

@@ -46,14 +46,14 @@ class Stopping:
         self._lengths = by_type[MaxLengthCriteria]
         ends = (criteria.eos_token_id.flatten().tolist() for criteria in by_type[EosTokenCriteria])
         self._ends = frozenset(token for each in ends for token in each)
-        self.ends = np.array(sorted(self._ends), np.int64)
+        self.eos = np.array(sorted(self._ends), np.int64)
         self._times, self._clocks = by_type[MaxTimeCriteria], by_type[TokenClock]
         self.reads_sequences = bool(self._readers)
         # transformers' own test for "finished rows are padded"; a user's criterion may have the attribute
         self.pads_finished = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
 
     def left(self, length: int) -> int:
-        """How many tokens more can follow `length` tokens, if none of them is in `ends`; 1 if that takes another look."""
+        """How many tokens more can follow `length` tokens, if none of them is in `eos`; 1 if that takes another look."""
         if self._readers or self._times or not self._lengths:
             return 1
         return int(min(limit.max_length for limit in self._lengths)) - length

@@ -6,18 +6,23 @@ Nothing of a request is in a `Program`: threads share it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
+from hfopt.functional.attention import Mask
 from hfopt.functional.checks import check_contiguous, check_floats
 from hfopt.functional.linear import Weights
 from hfopt.kernels import step as kernels
 
 from .listing import Listing
+from .run import Run, prefill
+
+if TYPE_CHECKING:
+    from hfopt.cache import AppendedEverywhere
 
 
 class Table:
@@ -90,3 +95,18 @@ class Program(NamedTuple):
             for tensor in (each,) if isinstance(each, Tensor) else each.tensors:
                 if tensor is not None:
                     yield tensor
+
+    def work(self, n_rows: int, n_new: int, n_keys: int) -> int:
+        """Multiply-adds of a call for n_new tokens in each of n_rows rows, the last of which sees n_keys keys."""
+        token_bytes = self.listing.n_bytes + n_keys * self.listing.cached_bytes
+        return n_rows * n_new * token_bytes // self.dtype.itemsize
+
+    def prefill(
+        self, tokens: np.ndarray, positions: np.ndarray, appended: AppendedEverywhere, mask: Mask
+    ) -> Tensor:
+        """Logits of the last of several new tokens a row: see `run.prefill`."""
+        return prefill(self, tokens, positions, appended, mask)
+
+    def steps(self, n_rows: int) -> Run:
+        """What makes the decode steps of a request of n_rows rows."""
+        return Run(self, n_rows)

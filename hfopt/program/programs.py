@@ -77,7 +77,7 @@ class Programs:
             program.has_floats and takes_torch(by, "linear", dtype, n_tokens)
         )
 
-    def holds(self, program: Program) -> bool:
+    def holds(self, program: object) -> bool:
         """Whether this is still the model's program, for the next step of a request that runs no code of its user.
 
         What can be different then is what another thread has changed, and it is enough to find that some steps later.

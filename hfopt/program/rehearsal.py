@@ -18,10 +18,8 @@ from hfopt.cache import IndirectCache
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.functional import Mask
 from hfopt.patches.shadow import shadow
-from hfopt.program import run as program_run
 from hfopt.program.decoder import build
 from hfopt.program.program import Program
-from hfopt.program.run import StepScratch
 
 _FAR = 4096  # positions
 _MOST_BYTES = 32 << 20  # in the cache of the long text
@@ -82,7 +80,7 @@ class _Stage(NamedTuple):
         appended = ours.append_everywhere(2, n_prompt, *self._layout)
         assert appended is not None, "an empty cache takes a prompt"
         given = tokens.numpy(), positions[:, :n_prompt].numpy(), appended, hidden
-        yield "logits of a prompt", expected, program_run.prefill(self.program, *given)
+        yield "logits of a prompt", expected, self.program.prefill(*given)
         yield from self._step(theirs, ours, positions[:, n_prompt:], seen, "of a step")
         for their, our in zip(theirs.layers, ours.layers, strict=True):
             for one, other in ((their.keys, our.keys), (their.values, our.values)):
@@ -118,7 +116,7 @@ class _Stage(NamedTuple):
         appended = ours.append_everywhere(n_rows, 1, *self._layout)
         assert appended is not None, "an even cache takes a step"
         given = tokens[:, 0].numpy(), positions[:, 0].numpy(), appended, seen.numpy().astype(np.uint8)
-        yield f"logits {where}", expected, program_run.step(StepScratch(self.program, n_rows), *given)
+        yield f"logits {where}", expected, self.program.steps(n_rows).logits(*given)
         for one, other in zip(written, ours.newest(), strict=True):
             yield f"keys and values {where}", one, other
 

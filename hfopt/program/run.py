@@ -1,8 +1,10 @@
 """The prompt of a request and its decode steps: a program, run over the request's own scratch."""
 
+from __future__ import annotations
+
 import functools
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,21 +18,22 @@ from hfopt.kernels import step as kernels
 from hfopt.kernels.attention import cache_record as records
 from hfopt.kernels.attention.prefill import BYTES
 
-from .program import Program
 from .writer import LINE
 
 if TYPE_CHECKING:
     from hfopt.cache import AppendedEverywhere, Buffers
 
-__all__ = ["Ends", "StepScratch", "choose", "prefill", "step"]
+    from .program import Program
+
+__all__ = ["Run", "prefill"]
 
 _NO_MASK = np.empty((0, 0), np.uint8)
-_NO_ENDS = np.empty(0, np.int64)
+_NO_EOS = np.empty(0, np.int64)
 
 
-class StepScratch:
-    """What a request keeps between its steps for a program: the arena, scratch of the kernels, and what they are told of
-    tables and cache.
+class Run:
+    """A program and what it needs for the rows of one request: the arena, scratch of the kernels, and what they are told of
+    tables and cache. It makes one step after the other.
 
     n_new: tokens of a row in each call.
 
@@ -63,9 +66,9 @@ class StepScratch:
         self._storages = [tensor.untyped_storage() for tensor in program.tensors()]
 
     @functools.cached_property
-    def logits(self) -> Tensor:
-        """Room for logits that nobody keeps, [n_rows, 1, n_logits]."""
-        return torch.empty((self.n_rows, 1, self.program.n_logits), dtype=self.program.dtype)
+    def _scratch_logits(self) -> Tensor:
+        """Logits that nobody keeps, [n_rows, 1, n_logits]."""
+        return _empty_logits(self)
 
     def reach(self, n_positions: int) -> None:
         """Let tables have a row for each of so many positions, if they grow."""
@@ -76,7 +79,7 @@ class StepScratch:
             growing = (len(each) for each, table in zip(rows, tables, strict=True) if table.grows)
             self._n_positions = min(growing, default=sys.maxsize)
 
-    def read(self, appended: "AppendedEverywhere") -> None:
+    def read(self, appended: AppendedEverywhere) -> None:
         """Note where the cache has its layers. Raises `InvalidInput` unless the new tokens fit into all of them."""
         program, n_rows = self.program, self.n_rows
         first, buffers = appended
@@ -106,23 +109,136 @@ class StepScratch:
                 f"room for {first.n_new} tokens of {n_rows} rows is needed"
             )
 
+    def logits(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        appended: AppendedEverywhere,
+        mask: np.ndarray | None = None,
+    ) -> Tensor:
+        """Logits [n_rows, 1, n_logits] of one new token a row, whose keys and values are written to the cache.
 
-class Ends(NamedTuple):
-    """What becomes of rows that end: `pad` follows in those that are finished, bool [n_rows]; `tokens` end the others.
+        tokens: int64 [n_rows]; positions: int64 [n_rows]; appended: all layers after they made room for the token; mask:
+        uint8 [n_rows, keys], 0 for what is hidden. Raises `InvalidInput`.
+        """
+        if appended.first.n_new != 1:
+            raise InvalidInput(f"appended has {appended.first.n_new} tokens: one is needed")
+        logits, chosen = _empty_logits(self), np.empty((0, self.n_rows), np.int64)
+        hidden = self._checked(tokens, positions, appended, mask)
+        self.call(tokens, positions, appended, BYTES, hidden, logits, chosen)
+        return logits
 
-    finished: None where no row is.
-    """
+    def choose(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        appended: AppendedEverywhere,
+        mask: np.ndarray | None = None,
+        finished: np.ndarray | None = None,
+        eos: np.ndarray = _NO_EOS,
+        pad: int = 0,
+    ) -> np.ndarray:
+        """`argmax` of these logits, and of those of the tokens that it gives, and so on: int64 [n_steps, n_rows].
 
-    finished: np.ndarray | None
-    pad: int
-    tokens: np.ndarray  # int64
+        As many steps as appended has new tokens; fewer if a row ends or a token has no place in the model's tables, and then
+        the caller takes back the rest of the columns. eos: int64 [n], tokens that end a row; finished: bool [n_rows], rows
+        that have ended and go on with `pad`, None where no row has. Others as in `logits`, the mask for the keys of the
+        last step. Raises `InvalidInput`.
+        """
+        chosen = np.empty((appended.first.n_new, self.n_rows), np.int64)
+        hidden = self._checked(tokens, positions, appended, mask)
+        if finished is not None and (finished.dtype != np.bool_ or finished.shape != (self.n_rows,)):
+            given = f"{finished.dtype} {finished.shape}"
+            raise InvalidInput(f"finished is {given}: bool {(self.n_rows,)} is needed")
+        if eos.dtype != np.int64 or eos.ndim != 1:
+            raise InvalidInput(f"eos is {eos.dtype} {eos.shape}: int64 [n] is needed")
+        logits = self._scratch_logits
+        n_steps = self.call(tokens, positions, appended, BYTES, hidden, logits, chosen, finished, eos, pad)
+        return chosen[:n_steps]
+
+    def _checked(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        appended: AppendedEverywhere,
+        mask: np.ndarray | None,
+    ) -> np.ndarray:
+        """The mask of decode steps as the kernel reads it."""
+        n_rows, first = self.n_rows, appended.first
+        if self.n_new != 1:
+            raise InvalidInput(f"scratch is for {self.n_new} tokens of a row: one is needed")
+        for name, given in (("tokens", tokens), ("positions", positions)):
+            if given.dtype != np.int64 or given.shape != (n_rows,):
+                raise InvalidInput(f"{name} is {given.dtype} {given.shape}: int64 {(n_rows,)} is needed")
+        self.read(appended)
+        if mask is None:
+            return _NO_MASK
+        n_keys = first.trunk_len + first.branch_len
+        if mask.dtype != np.uint8 or mask.ndim != 2 or len(mask) != n_rows or mask.shape[1] < n_keys:
+            shape = f"{mask.dtype} {mask.shape}"
+            raise InvalidInput(f"mask is {shape}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
+        return np.ascontiguousarray(mask)
+
+    def call(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        appended: AppendedEverywhere,
+        kind: int,
+        hidden: np.ndarray,
+        logits: Tensor,
+        chosen: np.ndarray,
+        finished: np.ndarray | None = None,
+        eos: np.ndarray = _NO_EOS,
+        pad: int = 0,
+    ) -> int:
+        """Run the program on arguments that have been checked, in the kernel's form; how many steps it has made."""
+        program, ids, first = self.program, self.ids, appended.first
+        n_rows, n_steps = self.n_rows, max(len(chosen), 1)
+        ids[0], ids[1] = tokens.reshape(-1), positions.reshape(-1)
+        self.reach(int(ids[1].max()) + n_steps)
+        in_trunk = 0 if first.in_branch else n_steps - 1
+        prepare_threads()
+        outcome: int = kernels.run_step(
+            ELEMENTS[program.dtype],
+            self.held,
+            program.code,
+            program.formats if program.is_quantized else None,
+            program.scalars,
+            n_rows,
+            self.n_new,
+            self.arena,
+            self.scratch,
+            self.threads,
+            self.tables,
+            ids,
+            self.records,
+            first.trunk_len - in_trunk,
+            first.branch_len - (n_steps - 1 - in_trunk),
+            first.in_branch,
+            first.trunk_row,
+            first.table,
+            kind,
+            hidden,
+            logits.data_ptr(),
+            program.n_logits,
+            chosen,
+            self.none_finished if finished is None else finished,
+            pad,
+            eos,
+        )
+        if outcome == -kernels.UNKNOWN_INDEX:
+            raise InvalidInput(f"tokens {ids[0]} at positions {ids[1]}: the model's tables have no such rows")
+        if outcome < 0:
+            raise InvalidInput("the cache names rows that it has not")
+        return outcome
 
 
 def prefill(
     program: Program,
     tokens: np.ndarray,
     positions: np.ndarray,
-    appended: "AppendedEverywhere",
+    appended: AppendedEverywhere,
     mask: Mask,
 ) -> Tensor:
     """Logits [n_rows, 1, n_logits] of the last of n_new tokens a row; the keys and values of all are written to the cache.
@@ -137,137 +253,16 @@ def prefill(
     if positions.dtype != np.int64 or positions.shape not in ((1, n_new), (n_rows, n_new)):
         given = f"{positions.dtype} {positions.shape}"
         raise InvalidInput(f"positions is {given}: int64 [1 or {n_rows}, {n_new}] is needed")
-    scratch = StepScratch(program, n_rows, n_new)
-    scratch.read(appended)
+    run = Run(program, n_rows, n_new)
+    run.read(appended)
     hidden = checked_bytes(mask, appended.first, n_rows, n_new)
     # of as many dimensions as for a step: one variant of the kernel
     hidden = hidden.reshape(n_rows, -1) if hidden.size else _NO_MASK
-    logits, chosen = _empty_logits(scratch), np.empty((0, n_rows), np.int64)
+    logits, chosen = _empty_logits(run), np.empty((0, n_rows), np.int64)
     positions = np.broadcast_to(positions, tokens.shape)
-    _run(scratch, tokens, positions, appended, KINDS[mask.kind], hidden, logits, chosen)
+    run.call(tokens, positions, appended, KINDS[mask.kind], hidden, logits, chosen)
     return logits
 
 
-def step(
-    scratch: StepScratch,
-    tokens: np.ndarray,
-    positions: np.ndarray,
-    appended: "AppendedEverywhere",
-    mask: np.ndarray | None = None,
-) -> Tensor:
-    """Logits [n_rows, 1, n_logits] of one new token a row, whose keys and values are written to the cache.
-
-    tokens: int64 [n_rows]; positions: int64 [n_rows]; appended: all layers after they made room for the token; mask: uint8
-    [n_rows, keys], 0 for what is hidden. Raises `InvalidInput`.
-    """
-    if appended.first.n_new != 1:
-        raise InvalidInput(f"appended has {appended.first.n_new} tokens: one is needed")
-    logits, chosen = _empty_logits(scratch), np.empty((0, scratch.n_rows), np.int64)
-    hidden = _checked(scratch, tokens, positions, appended, mask)
-    _run(scratch, tokens, positions, appended, BYTES, hidden, logits, chosen)
-    return logits
-
-
-def choose(
-    scratch: StepScratch,
-    tokens: np.ndarray,
-    positions: np.ndarray,
-    appended: "AppendedEverywhere",
-    mask: np.ndarray | None = None,
-    ends: Ends | None = None,
-) -> np.ndarray:
-    """`argmax` of these logits, and of those of the tokens that it gives, and so on: int64 [n_steps, n_rows].
-
-    As many steps as appended has new tokens; fewer if a row ends or a token has no place in the model's tables, and then the
-    caller takes back the rest of the room. Other arguments as in `step`, the mask for the keys of the last one.
-    """
-    chosen = np.empty((appended.first.n_new, scratch.n_rows), np.int64)
-    hidden = _checked(scratch, tokens, positions, appended, mask)
-    n_steps = _run(scratch, tokens, positions, appended, BYTES, hidden, scratch.logits, chosen, ends)
-    return chosen[:n_steps]
-
-
-def _empty_logits(scratch: StepScratch) -> Tensor:
-    return torch.empty((scratch.n_rows, 1, scratch.program.n_logits), dtype=scratch.program.dtype)
-
-
-def _checked(
-    scratch: StepScratch,
-    tokens: np.ndarray,
-    positions: np.ndarray,
-    appended: "AppendedEverywhere",
-    mask: np.ndarray | None,
-) -> np.ndarray:
-    """The mask of decode steps as the kernel reads it."""
-    n_rows, first = scratch.n_rows, appended.first
-    if scratch.n_new != 1:
-        raise InvalidInput(f"scratch is for {scratch.n_new} tokens of a row: one is needed")
-    for name, given in (("tokens", tokens), ("positions", positions)):
-        if given.dtype != np.int64 or given.shape != (n_rows,):
-            raise InvalidInput(f"{name} is {given.dtype} {given.shape}: int64 {(n_rows,)} is needed")
-    scratch.read(appended)
-    if mask is None:
-        return _NO_MASK
-    n_keys = first.trunk_len + first.branch_len
-    if mask.dtype != np.uint8 or mask.ndim != 2 or len(mask) != n_rows or mask.shape[1] < n_keys:
-        shape = f"{mask.dtype} {mask.shape}"
-        raise InvalidInput(f"mask is {shape}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
-    return np.ascontiguousarray(mask)
-
-
-def _run(
-    scratch: StepScratch,
-    tokens: np.ndarray,
-    positions: np.ndarray,
-    appended: "AppendedEverywhere",
-    kind: int,
-    hidden: np.ndarray,
-    logits: Tensor,
-    chosen: np.ndarray,
-    ends: Ends | None = None,
-) -> int:
-    program, ids, first = scratch.program, scratch.ids, appended.first
-    n_rows, n_steps = scratch.n_rows, max(len(chosen), 1)
-    known, pad, end_tokens = ends or (None, 0, _NO_ENDS)
-    finished = scratch.none_finished if known is None else known
-    if finished.dtype != np.bool_ or finished.shape != (n_rows,):
-        raise InvalidInput(f"finished is {finished.dtype} {finished.shape}: bool {(n_rows,)} is needed")
-    if end_tokens.dtype != np.int64 or end_tokens.ndim != 1:
-        raise InvalidInput(f"ends are {end_tokens.dtype} {end_tokens.shape}: int64 [n] is needed")
-    ids[0], ids[1] = tokens.reshape(-1), positions.reshape(-1)
-    scratch.reach(int(ids[1].max()) + n_steps)
-    in_trunk = 0 if first.in_branch else n_steps - 1
-    prepare_threads()
-    outcome: int = kernels.run_step(
-        ELEMENTS[program.dtype],
-        scratch.held,
-        program.code,
-        program.formats if program.is_quantized else None,
-        program.scalars,
-        n_rows,
-        scratch.n_new,
-        scratch.arena,
-        scratch.scratch,
-        scratch.threads,
-        scratch.tables,
-        ids,
-        scratch.records,
-        first.trunk_len - in_trunk,
-        first.branch_len - (n_steps - 1 - in_trunk),
-        first.in_branch,
-        first.trunk_row,
-        first.table,
-        kind,
-        hidden,
-        logits.data_ptr(),
-        program.n_logits,
-        chosen,
-        finished,
-        pad,
-        end_tokens,
-    )
-    if outcome == -kernels.UNKNOWN_INDEX:
-        raise InvalidInput(f"tokens {ids[0]} at positions {ids[1]}: the model's tables have no such rows")
-    if outcome < 0:
-        raise InvalidInput("the cache names rows that it has not")
-    return outcome
+def _empty_logits(run: Run) -> Tensor:
+    return torch.empty((run.n_rows, 1, run.program.n_logits), dtype=run.program.dtype)

@@ -1,0 +1,53 @@
+"""What is left on a model for its requests."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from .protocols import StepPrograms
+
+_ATTRIBUTE = "_hfopt_generation"  # of an optimized model
+
+
+class Verdict(NamedTuple):
+    """What the proof of a whole model says of its requests.
+
+    refusal: why they run in transformers' own loops, over its own cache. obstacle: why their steps are none that a program
+    could take. Both in words, or None.
+    """
+
+    refusal: str | None = None
+    obstacle: str | None = None
+
+
+UNKNOWN = Verdict()
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What requests of a model find on it, and copies and pickles of the model have too.
+
+    programs: that prompts and decode steps are taken from, None if modules make them. kv_cache: of the caches that requests
+    get. verdict: on this model.
+    """
+
+    programs: StepPrograms | None = None
+    kv_cache: str | None = None
+    verdict: Verdict = UNKNOWN
+
+
+NOTHING = Installed()
+
+
+def installed(model: nn.Module) -> Installed:
+    """What there is for requests of this model: `NOTHING` unless it is optimised."""
+    found: Installed = vars(model).get(_ATTRIBUTE, NOTHING)
+    return found
+
+
+def keep(model: nn.Module, state: Installed) -> None:
+    """Leave `state` on the model in place of what is there; `NOTHING` takes that away."""
+    vars(model).pop(_ATTRIBUTE, None)
+    if state != NOTHING:
+        vars(model)[_ATTRIBUTE] = state
