@@ -1,5 +1,6 @@
 """Classes that prepare their own steps: a program makes those for which they prepare what a plain step gets."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import DynamicCache, LlamaForCausalLM, Phi3Config, Phi3ForCaus
 import hfopt
 from hfopt.cache import IndirectCache
 from hfopt.errors import UnsupportedModel
+from hfopt.generation import install
 from tests.generation_cases import (
     CACHE,
     VOCABULARY,
@@ -169,7 +171,9 @@ def test_each_step_is_prepared_once() -> None:
 @pytest.mark.parametrize("kind", BY_MODULES)
 def test_what_is_said_of_it(kind: type) -> None:
     if kind is Other:
-        with pytest.raises(UnsupportedModel, match="its class has other ways to prepare or to make the steps"):
+        with pytest.raises(
+            UnsupportedModel, match="its class has other ways to prepare or to make the steps"
+        ):
             hfopt.optimize(of_class(kind), strict=True)
         assert "its class has other ways" in str(optimized(of_class(kind)).hfopt.by_module)
     else:
@@ -196,7 +200,7 @@ def test_a_cache_of_the_user_that_is_dropped(kind: type, n_past: int) -> None:
     ids = prompts(1, PLACE + 3)["input_ids"]
     lengths, found = [], []
     for each, length in ((stock, PLACE - 1), (model, PLACE - 1), (stock, PLACE + 3), (model, PLACE + 3)):
-        cache = DynamicCache(config=each.config) if each is stock else kind(each.config)
+        cache = (DynamicCache if each is stock else kind)(config=each.config)
         with torch.no_grad():
             each(input_ids=ids[:, :n_past], use_cache=True, **{CACHE: cache})
         given = {"max_new_tokens": 8, "do_sample": False, CACHE: cache}
@@ -242,14 +246,18 @@ def test_phi3_over_its_boundary(mode: str, length: int, monkeypatch: pytest.Monk
     dropped: list[int] = []
     forward = Phi3ForCausalLM.forward
 
+    @functools.wraps(forward)
     def noting(self: Any, **inputs: Any) -> Any:
         if inputs["input_ids"].shape[1] > 32:
             dropped.append(inputs["input_ids"].shape[1])
         return forward(self, **inputs)
 
-    stock, model = phi3(), optimized(phi3())
+    stock, looped, model = phi3(), phi3(), optimized(phi3())
+    install(looped)
     monkeypatch.setattr(Phi3ForCausalLM, "forward", noting)
-    expected, found = results(stock, model, **prompts(2, length), **MODES[mode], max_new_tokens=40)
-    assert dropped == [max(33, length)] * 2
-    assert isinstance(cache_of(found), IndirectCache)
-    assert_same(found, expected)
+    given = {**prompts(2, length), **MODES[mode], "max_new_tokens": 40}
+    expected, same, found = results(stock, looped, model, **given)
+    assert dropped == [max(33, length)] * 3
+    assert all(isinstance(cache_of(each), IndirectCache) for each in (same, found))
+    assert_same(same, expected)
+    assert torch.equal(found.sequences, expected.sequences)  # rounding may turn two beams round
