@@ -84,6 +84,15 @@ class Moving(LlamaForCausalLM):
         return inputs
 
 
+class Hiding(LlamaForCausalLM):
+    """Hides a token from one length on, in the mask that it is given."""
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        if input_ids.shape[1] == PLACE:
+            kwargs["attention_mask"][:, 7] = 0
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+
 class Copying(LlamaForCausalLM):
     """Goes on with a copy of its cache at one length."""
 
@@ -113,6 +122,7 @@ BY_MODULES: dict[type, list[int]] = {
     Rereading: [2],
     Adding: [2] + [1] * (N_BEHIND - 1),
     Moving: [1] * N_BEHIND,
+    Hiding: [1] * N_BEHIND,
     Copying: [1] * N_BEHIND,
     Other: [1] * N_STEPS,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,7 +73,8 @@ _Room = tuple[StepRun, np.ndarray, AppendedEverywhere, np.ndarray | None]
 class Decoding:
     """The steps of one request behind its prompt, as far as the model has a program for them.
 
-    positions: int64 [1 or n_rows], of the next token; seen: uint8 [n_rows, keys], or None for all. is_alone: no code of the
+    positions: int64 [1 or n_rows], of the next token; mask: uint8 [n_rows, keys], 0 for what is hidden,
+    or None. is_alone: no code of the
     user runs between the steps, in this thread.
     """
 
@@ -82,11 +84,11 @@ class Decoding:
         programs: StepPrograms,
         cache: IndirectCache,
         positions: np.ndarray,
-        seen: np.ndarray | None,
+        mask: np.ndarray | None,
         is_alone: bool,
     ) -> None:
         self._model, self._programs, self._cache = model, programs, cache
-        self._positions, self._seen = positions, seen
+        self._positions, self._mask = positions, mask
         self._is_alone = is_alone
         self._program: StepProgram | None = None
         self._run: StepRun | None = None
@@ -95,7 +97,7 @@ class Decoding:
 
     @classmethod
     def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], *, is_alone: bool) -> Decoding | None:
-        """For a request whose next token has the last position and the mask in `model_kwargs`; None without a program."""
+        """Begin behind a prompt, with the last position and the mask in `model_kwargs`; None if no program can."""
         positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
         programs = installed(model).programs
         if programs is None or not isinstance(cache, IndirectCache):
@@ -109,17 +111,23 @@ class Decoding:
             return None
         if not _spans(mask, cache):
             return None
-        seen = None if mask is None or bool((mask != 0).all()) else (mask != 0).numpy().astype(np.uint8)
-        return cls(model, programs, cache, last.numpy().astype(np.int64), seen, is_alone)
+        shown = None if mask is None or bool((mask != 0).all()) else (mask != 0).numpy().astype(np.uint8)
+        return cls(model, programs, cache, last.numpy().astype(np.int64), shown, is_alone)
 
     @property
     def cache(self) -> IndirectCache:
         """Where keys and values are."""
         return self._cache
 
-    def fits(self, model_kwargs: dict[str, Any]) -> bool:
-        """Whether the mask in `model_kwargs` is still over what the cache holds and the next token."""
-        return _spans(model_kwargs.get("attention_mask"), self._cache)
+    def fits(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the position and the mask that the model would be given for the next token are the program's."""
+        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        if positions is None or not (positions[:, -1].numpy() == self._positions).all():
+            return False
+        if mask is None or not _spans(mask, self._cache):
+            return mask is None and self._mask is None
+        ours, theirs = self._mask_over(mask.shape[1]), (mask != 0).numpy()
+        return bool(theirs.all()) if ours is None else np.array_equal(ours[:, : mask.shape[1]], theirs)
 
     @property
     def is_ahead(self) -> bool:
@@ -160,7 +168,7 @@ class Decoding:
     def _go_ahead(
         self, tokens: np.ndarray, greedy: Greedy, max_steps: int, finished: np.ndarray | None
     ) -> bool:
-        """Make as many steps as are short enough to be made in one call; False if there is no way."""
+        """Make as many steps as are short enough for one call; False if modules have to."""
         program = self._current(len(tokens))
         if program is None:
             return False
@@ -182,7 +190,7 @@ class Decoding:
         return True
 
     def skip(self) -> None:
-        """Take note of a step that the modules have made."""
+        """Count a step that the modules have made."""
         self._positions += 1
 
     def _make_room(self, program: StepProgram, n_rows: int, n_steps: int) -> _Room | None:
@@ -197,7 +205,7 @@ class Decoding:
             self._program = program
         if len(self._positions) != n_rows:  # one stands for all rows
             self._positions = np.repeat(self._positions, n_rows)
-        mask = self._mask(appended.first.trunk_len + appended.first.branch_len)
+        mask = self._mask_over(appended.first.trunk_len + appended.first.branch_len)
         return run, self._positions, appended, mask
 
     def _current(self, n_rows: int) -> StepProgram | None:
@@ -211,12 +219,12 @@ class Decoding:
         # a cache may have other layers than the model uses now
         return program if program is not None and program.n_layers == len(self._cache.layers) else None
 
-    def _mask(self, n_keys: int) -> np.ndarray | None:
-        """uint8 [n_rows, >= n_keys]; every new token is seen."""
-        seen = self._seen
-        if seen is not None and seen.shape[1] < n_keys:
-            seen = self._seen = np.pad(seen, ((0, 0), (0, _COLUMN_STEP)), constant_values=1)
-        return seen
+    def _mask_over(self, n_keys: int) -> np.ndarray | None:
+        """uint8 [n_rows, >= n_keys]; no new token is hidden."""
+        mask = self._mask
+        if mask is not None and mask.shape[1] < n_keys:
+            mask = self._mask = np.pad(mask, ((0, 0), (0, _COLUMN_STEP)), constant_values=1)
+        return mask
 
 
 def _spans(mask: Tensor | None, cache: IndirectCache) -> bool:

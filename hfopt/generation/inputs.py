@@ -36,7 +36,10 @@ class _Prompt(NamedTuple):
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], table: Tensor | None) -> "_Prompt | None":
-        """None if `generate` starts from its own begin token, and if nobody knows where. table: of the token embedding."""
+        """Find the prompt in `arguments`; None if `generate` starts from its own begin token, and if nobody knows where.
+
+        table: of the token embedding.
+        """
         inputs, embeds = arguments.get("inputs"), arguments.get("inputs_embeds")
         ids: Any = inputs if inputs is not None else arguments.get("input_ids")
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
@@ -142,7 +145,7 @@ def _check_mask(mask: Any) -> None:
 
 
 def _check_new(prompt: _Prompt, table: Tensor | None) -> None:
-    """That there are new tokens, and in the embedding; it does not look up the others."""
+    """Check that there are new tokens, and in the embedding; it does not look up the others."""
     tokens, new = prompt.tokens, prompt.new
     given = f"{prompt.name} of shape {tuple(tokens.shape)}"
     if not tokens.numel():
@@ -165,7 +168,7 @@ def _check_new(prompt: _Prompt, table: Tensor | None) -> None:
 
 
 def _check_shapes(model: Model, prompt: _Prompt) -> None:
-    """That positions, or what they are made of, are enough for the new tokens, which are the last; or one is for all."""
+    """Check that positions, or what they are made of, are enough for the new tokens, which are the last; or one for all."""
     mask, positions = prompt.mask, prompt.positions
     n_rows, n_new = prompt.new.shape[:2]
     if positions is not None:

@@ -32,7 +32,8 @@ class Logits(NamedTuple):
 
 
 class Passes:
-    """Calls the model with what `generate` prepared (`model_kwargs`), or takes a program's results where they are the same.
+    """The forward passes of one request: calls of the model with what `generate` prepared (`model_kwargs`), or a program's
+    results where they are the same.
 
     After the prompt, a text decoder with a cache needs one token, one position and one more column of the mask: that is
     built directly. Where the class has a method of its own for that (`reads_sequences`), it prepares each step from all
@@ -147,14 +148,12 @@ class Passes:
         decoding = self._decoding
         if decoding is None or decoding.cache is not self.cache:
             return None
-        if inputs is None or (
-            decoding.fits(self.model_kwargs) and self._is_plain(inputs, torch.tensor(tokens))
-        ):
+        if inputs is None or (self._is_plain(inputs, torch.tensor(tokens)) and decoding.fits(inputs)):
             return decoding
         return None
 
     def _note_step(self) -> None:
-        """Let `model_kwargs` be, at once or when the model is called again, what they are behind a step of a program."""
+        """Count a step of a program, for which `model_kwargs` are updated at once, or when the model is called again."""
         if self.reads_sequences:
             self._update(host.causal_output(None, self.cache))
         else:
@@ -204,7 +203,7 @@ class Passes:
         return inputs | {"input_ids": tokens[:, None], str(host.REQUEST_CACHE): self.cache}
 
     def _advance(self, n_steps: int) -> None:
-        """Let `model_kwargs` be what the step after so many more is given."""
+        """Update `model_kwargs` for so many more plain steps."""
         given = self.model_kwargs
         if given.get("position_ids") is not None:
             given["position_ids"] = given["position_ids"] + n_steps

@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 
 
 def their_plan(model: Model) -> Plan:
-    """For modes that we have no loop for."""
+    """The plan for modes that we have no loop for."""
     return Plan(None, OTHER_LOOPS not in refusals() and installed(model).verdict.refusal is None)
 
 

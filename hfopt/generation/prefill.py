@@ -79,7 +79,7 @@ class Prefill:
         return not wanted(model) and not has_hooks(model)
 
     def _run(self, inputs: dict[str, Any]) -> Outputs | None:
-        """None if modules have to do it, with nothing changed but what they change first."""
+        """The outputs of a program; None if modules have to do it, with nothing changed but what they change first."""
         model, cache = self._model, host.cache_in(inputs.values())
         assert isinstance(cache, IndirectCache)
         shared = share_prompts(model, (), inputs)
@@ -99,29 +99,29 @@ class Prefill:
 
 
 class _Text(NamedTuple):
-    """New tokens [n_rows, n_new] behind n_past others, their positions [1 or n_rows, n_new], and which tokens are seen."""
+    """New tokens [n_rows, n_new] behind n_past others, their positions [1 or n_rows, n_new], and a mask."""
 
     tokens: Tensor
     positions: Tensor
-    seen: Tensor | None  # [n_rows, n_past + n_new]
+    mask: Tensor | None  # [n_rows, n_past + n_new]
     n_past: int
 
     @classmethod
     def of(cls, inputs: dict[str, Any], n_past: int) -> _Text | None:
-        """None if the arguments have another form."""
-        tokens, positions, seen = (
+        """Read the arguments of a call; None if they have another form."""
+        tokens, positions, mask = (
             inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask")
         )
-        if not _is_matrix(tokens) or not _is_matrix(positions) or not (seen is None or _is_matrix(seen)):
+        if not _is_matrix(tokens) or not _is_matrix(positions) or not (mask is None or _is_matrix(mask)):
             return None
         n_rows, n_new = tokens.shape
         if positions.shape not in ((1, n_new), (n_rows, n_new)) or not are_near(positions, n_past + n_new):
             return None
-        if seen is not None and seen.shape != (n_rows, n_past + n_new):
+        if mask is not None and mask.shape != (n_rows, n_past + n_new):
             return None
-        if seen is not None and not bool((seen != 0).any(dim=1).all()):
+        if mask is not None and not bool((mask != 0).any(dim=1).all()):
             return None  # what a token sees that sees nothing depends on the kind of attention
-        return cls(tokens, positions, seen, n_past)
+        return cls(tokens, positions, mask, n_past)
 
     def read(self, program: StepProgram, cache: IndirectCache) -> Tensor | None:
         """Logits [n_rows, 1, n_logits]; None, with nothing changed, for a long text, and if layers hold different tokens."""
@@ -136,7 +136,7 @@ class _Text(NamedTuple):
             each.numpy().astype(np.int64, copy=False) for each in (self.tokens, self.positions)
         )
         try:
-            return program.prefill(tokens, positions, appended, self._mask())
+            return program.prefill(tokens, positions, appended, self._causal_mask())
         except BaseException:  # its columns have not been written
             if self.n_past:
                 cache.crop(-n_new)
@@ -144,16 +144,16 @@ class _Text(NamedTuple):
                 cache.reset()
             raise
 
-    def _mask(self) -> Mask:
-        """What transformers makes of `seen`, in the form that `prepare_mask` gives it."""
+    def _causal_mask(self) -> Mask:
+        """The mask that transformers makes of `mask` for each new token, in the form that `prepare_mask` gives it."""
         from hfopt.functional import Mask  # not at the top, because `import hfopt` must not load Numba
 
-        if self.seen is None or bool((self.seen != 0).all()):
+        if self.mask is None or bool((self.mask != 0).all()):
             return Mask("causal")
-        n_new, n_keys = self.tokens.shape[1], self.seen.shape[1]
+        n_new, n_keys = self.tokens.shape[1], self.mask.shape[1]
         causal = torch.ones(n_new, n_keys, dtype=torch.bool).tril_(self.n_past)
-        seen = (self.seen != 0)[:, None] & causal
-        return Mask("bytes", seen.contiguous().view(torch.uint8).numpy())
+        each = (self.mask != 0)[:, None] & causal
+        return Mask("bytes", each.contiguous().view(torch.uint8).numpy())
 
 
 def _is_matrix(value: Any) -> TypeGuard[Tensor]:

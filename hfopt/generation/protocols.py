@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # `import hfopt` must not load Numba
 
 
 class StepRun(Protocol):
-    """The decode steps of one request by a program, and the memory that it keeps between them.
+    """A program in one request: its decode steps, and the memory that it keeps between them.
 
     tokens, positions: int64 [n_rows]; appended: all layers of the cache after they made room for the new tokens; mask: uint8
     [n_rows, keys], 0 for what is hidden. Raises InvalidInput, before anything is written, for what does not fit.
@@ -71,7 +71,7 @@ class StepProgram(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys, values and logits."""
+        """The type of keys, values and logits."""
 
     def work(self, n_rows: int, n_new: int, n_keys: int) -> int:
         """Multiply-adds of a call for n_new tokens in each of n_rows rows, the last of which sees n_keys keys."""
@@ -85,7 +85,7 @@ class StepProgram(Protocol):
         """
 
     def steps(self, n_rows: int) -> StepRun:
-        """What makes the decode steps of a request."""
+        """Begin the decode steps of a request."""
 
 
 class StepPrograms(Protocol):

@@ -1,11 +1,11 @@
-"""The tokens of all rows so far, for who reads them: processors, stopping criteria, the caller."""
+"""All tokens generated so far, for logits processors, stopping criteria and the caller."""
 
 import numpy as np
 import torch
 
 from ._types import Ids
 
-_LEAST_COLUMNS = 64
+_MIN_COLUMNS = 64
 
 
 class Sequences:
@@ -39,6 +39,6 @@ class Sequences:
     def _move(self, ids: Ids) -> None:
         n_rows, length = ids.shape
         # whatever integers the prompt is of, as chosen tokens are
-        self._buffer = ids.new_empty((n_rows, max(2 * length, _LEAST_COLUMNS)), dtype=torch.int64)
+        self._buffer = ids.new_empty((n_rows, max(2 * length, _MIN_COLUMNS)), dtype=torch.int64)
         self._buffer[:, :length] = ids
         self._array = self._buffer.numpy()

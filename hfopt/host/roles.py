@@ -60,7 +60,7 @@ class Arguments:
     @staticmethod
     @functools.cache
     def of(forward: Callable[..., Any], takes: frozenset[str] = ROLES) -> "Arguments":
-        """Those of an unbound `forward`."""
+        """Read the arguments of an unbound `forward`."""
         return _arguments_of(forward, takes)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:

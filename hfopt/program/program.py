@@ -108,5 +108,5 @@ class Program(NamedTuple):
         return prefill(self, tokens, positions, appended, mask)
 
     def steps(self, n_rows: int) -> Run:
-        """What makes the decode steps of a request of n_rows rows."""
+        """Begin the decode steps of a request of n_rows rows."""
         return Run(self, n_rows)

@@ -71,7 +71,7 @@ class Run:
         return _empty_logits(self)
 
     def reach(self, n_positions: int) -> None:
-        """Let tables have a row for each of so many positions, if they grow."""
+        """Make a row for each of so many positions in tables that grow."""
         if n_positions > self._n_positions:
             tables = self.program.tables
             rows = self._rows = [table.reach(n_positions) for table in tables]
