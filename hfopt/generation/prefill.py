@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _READ = {"input_ids", "position_ids", "attention_mask"}
 _FIXED = {"logits_to_keep": 1, "use_cache": True, "return_dict": True}
+# all that a text without a past needs
+_TEXT = {*_READ, *_FIXED, *LOOKS_INSIDE, "inputs_embeds"}
 # Multiply-adds in one call, which Ctrl-C does not interrupt: half a second to one on two cores. A longer prompt takes the
 # modules no longer.
 _MAX_WORK = 1 << 37
@@ -166,7 +168,10 @@ def with_cache(model: Model, inputs: dict[str, Any], cache: Any) -> dict[str, An
     Without one, a model that is told to use a cache begins a new one. Phi-3 does so where a text outgrows the first of its
     two rotations: all keys are computed anew.
     """
-    is_left_out = bool(inputs.get("use_cache")) and host.cache_in(inputs.values()) is None
+    given = {name for name, value in inputs.items() if value is not None}
+    is_left_out = (
+        bool(inputs.get("use_cache")) and given <= _TEXT
+    )  # elsewhere it may be there in another form
     if not is_left_out or not isinstance(cache, IndirectCache):
         return inputs
     config = model.config.get_text_config(decoder=True)
