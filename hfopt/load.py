@@ -64,6 +64,12 @@ def load(
     Weights that need no conversion stay in the pages of their file.
     Raises InvalidInput for arguments, UnsupportedModel for checkpoints that hfopt does not read, and CorruptCheckpoint
     where a file is damaged, tensors are missing, have another shape than the configuration says, or hold NaN or Inf.
+
+    Example:
+        >>> import hfopt
+        >>> model = hfopt.load(hfopt.embedded_model(), quantization="int8", kv_cache="int8")
+        >>> model.hfopt.quantized[0].path, model.hfopt.quantized[0].format
+        ('model.layers.0.self_attn.q_proj', "Int8(group=None, compute='int8', symmetric=True)")
     """
     from hfopt.checkpoints.fill import Weights
     from hfopt.checkpoints.hf_quantizer import declare

@@ -64,6 +64,17 @@ def optimize(
     Without `quantization` no weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
     Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory), UnsupportedModel and KernelError (another Numba
     than the kernels are written for); no class has changed then.
+
+    Example:
+        >>> import hfopt
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> model = AutoModelForCausalLM.from_pretrained(hfopt.embedded_model())
+        >>> tokenizer = AutoTokenizer.from_pretrained(hfopt.embedded_model())
+        >>> model = hfopt.optimize(model, quantization="int8")
+        >>> inputs = tokenizer("Return a list of the", return_tensors="pt")
+        >>> tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        >>> print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+        Return a list of the...
     """
     memory = env.resident_memory()
     with _collections_paused():
@@ -132,6 +143,14 @@ def restore(model: Model) -> Model:
     Works on copies and on unpickled models too, and is harmless where there is nothing to undo. Raises
     UnsupportedModel if another library has changed the class of a module since, and if float weights are gone because the
     model was quantised without keep_original.
+
+    Example:
+        >>> import hfopt
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained(hfopt.embedded_model())
+        >>> model = hfopt.optimize(model, quantization="int4", keep_original=True)
+        >>> type(hfopt.restore(model).lm_head)
+        <class 'torch.nn.modules.linear.Linear'>
     """
     from hfopt.patches.packing import check_originals, unpack
     from hfopt.patches.walk import restore_classes

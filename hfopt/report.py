@@ -37,6 +37,14 @@ class Report:
     choices: what "auto" takes for this model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and
     values are cached as floats all the same, or None. quantized: Linears with packed weights. left: those that
     `quantization` left as they are, and why.
+
+    Example:
+        >>> import hfopt
+        >>> report = hfopt.load(hfopt.embedded_model()).hfopt
+        >>> report.counts
+        {'layer': 4, 'attention': 4, 'mlp': 4, 'norm': 9, 'linear': 1}
+        >>> report.to_dict()["kept"][2]["reason"]
+        'it matches no pattern'
     """
 
     model_class: str
@@ -195,6 +203,14 @@ def explain(model: nn.Module) -> Report:
     """Report what of a model runs in kernels, what does not and why; before `optimize`, what would.
 
     Raises InvalidInput for anything but a module, and what `optimize` raises.
+
+    Example:
+        >>> import hfopt
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained(hfopt.embedded_model())
+        >>> print(hfopt.explain(model))
+        LlamaForCausalLM: not optimized; optimize() would swap 4 layer, 4 attention, 4 mlp, 9 norm, 1 linear
+        ...
     """
     from hfopt.model_proof import verdict_on
     from hfopt.patches.walk import Walk

@@ -18,6 +18,17 @@ def save(model: PreTrainedModel, folder: str | os.PathLike[str], **kwargs: Any) 
 
     A quantised layer is saved as it is, bit by bit, with its format in `config.json`. The files are read again by
     `hfopt.load(folder)` and, once hfopt has been imported, by transformers' `from_pretrained(folder)`.
+
+    Raises InvalidInput for anything but a model of transformers, and where there can be no folder.
+
+    Example:
+        >>> import hfopt, tempfile
+        >>> model = hfopt.load(hfopt.embedded_model(), quantization="nf4")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     hfopt.save(model, folder)
+        ...     again = hfopt.load(folder)
+        >>> again.hfopt.quantized == model.hfopt.quantized
+        True
     """
     if not isinstance(model, PreTrainedModel):
         raise InvalidInput(f"model is a {type(model).__name__}: a model of transformers is needed")

@@ -48,6 +48,10 @@ def warmup(
     quantization, kv_cache: as in `optimize`; the kernels of models in this format, or with this config, and of caches of
     this kind, too.
     The first calls of `optimize` and `generate` on a machine do the same for the kernels that they meet.
+
+    Example:
+        >>> import hfopt
+        >>> hfopt.warmup()
     """
     from hfopt.functional import choice  # here, because `import hfopt` must not load Numba
 

@@ -94,6 +94,14 @@ def test_every_array_is_aligned_and_padded_with_nothing(format):
     assert not beyond[17:].any() and not beyond[:, packed.in_features :].any()
 
 
+@pytest.mark.parametrize("format", [Int8(), Int4(group=None)], ids=str)
+@pytest.mark.parametrize("inputs", [1, 3, 4, 8])
+def test_unpack_of_inputs_that_fill_one_unit_at_most(format, inputs):
+    packed = format.pack(random(5, inputs))
+    codes, zeros, scales = plain(packed)
+    np.testing.assert_allclose(format.unpack(packed).numpy(), (codes - zeros) * scales, rtol=3e-7)
+
+
 def matrix_of(packed):
     return QuantizedMatrix(packed.out_features, **packed.tensors())
 

@@ -40,6 +40,17 @@ class IndirectCache(DynamicCache):
             bfloat16; None as they are.
 
     Raises `InvalidInput` if `copies` is below 1, and for another `kv_cache`.
+
+    Example:
+        >>> import hfopt, torch
+        >>> cache = hfopt.IndirectCache(copies=4)
+        >>> prompt, step = torch.randn(1, 2, 5, 16), torch.randn(4, 2, 1, 16)  # [rows, heads, tokens, channels]
+        >>> with torch.no_grad():
+        ...     keys, values = cache.update(prompt, prompt, layer_idx=0)
+        ...     keys, values = cache.update(step, step, layer_idx=0)
+        >>> keys.shape  # four rows, which share the prompt in memory
+        torch.Size([4, 2, 6, 16])
+        >>> cache.reorder_cache(torch.tensor([3, 3, 0, 1]))  # moves none of them
     """
 
     def __init__(self, config: Config | None = None, *, copies: int = 1, kv_cache: str | None = None) -> None:

@@ -24,6 +24,14 @@ class HfoptConfig(QuantizationConfigMixin):
     body: a format or its name. head, skip: as in `QuantizationConfig`. modules: formats of single linear layers by their
     names, None for floats. ordered: the layers whose inputs are in an order of their own (`Packed.order`).
     Unknown formats and fields raise InvalidInput.
+
+    Example:
+        >>> import hfopt
+        >>> from transformers import AutoModelForCausalLM
+        >>> config = hfopt.HfoptConfig("int8", head=None, skip=("*.down_proj",))
+        >>> model = AutoModelForCausalLM.from_pretrained(hfopt.embedded_model(), quantization_config=config)
+        >>> model.model.layers[0].mlp.up_proj
+        QuantizedLinear(in_features=256, out_features=384, bias=False, format=Int8(group=None, ...
     """
 
     def __init__(

@@ -4,5 +4,12 @@ from pathlib import Path
 
 
 def embedded_model() -> str:
-    """The folder of the embedded model, as `from_pretrained` takes it."""
+    """Folder of the embedded model, as `from_pretrained` takes it.
+
+    Example:
+        >>> import hfopt
+        >>> from transformers import AutoModelForCausalLM
+        >>> AutoModelForCausalLM.from_pretrained(hfopt.embedded_model()).num_parameters()
+        2296064
+    """
     return str(Path(__file__).parent)

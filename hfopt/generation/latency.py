@@ -33,9 +33,13 @@ class Latency:
 def record_latency(model: Model) -> Iterator[Latency]:
     """Records the latency of every `generate` of `model` in the block, from any thread; optimised or not.
 
-    >>> with record_latency(model) as timings:
-    ...     model.generate(input_ids)
-    >>> timings.first, timings.next
+    Example:
+        >>> import hfopt, torch
+        >>> model = hfopt.load(hfopt.embedded_model())
+        >>> with hfopt.record_latency(model) as timings:
+        ...     tokens = model.generate(torch.tensor([[1, 2, 3]]), min_new_tokens=8, max_new_tokens=8)
+        >>> len(timings.first), len(timings.next)
+        (1, 7)
     """
     latency = Latency()
     with _lock:

@@ -25,6 +25,14 @@ class QuantizationConfig:
     body: of the Linears of the decoder. head: of the one behind it that gives logits; "body" for the same, None to leave
     it. skip: patterns of the `fnmatch` module ("*.down_proj") for paths of Linears that are left as they are. Anything
     else raises InvalidInput.
+
+    Example:
+        >>> import hfopt
+        >>> from hfopt.quantization import NF4, QuantizationConfig
+        >>> config = QuantizationConfig(NF4(), head=None, skip=("*.layers.0.*",))
+        >>> model = hfopt.load(hfopt.embedded_model(), quantization=config)
+        >>> model.hfopt.left["lm_head"], model.hfopt.left["model.layers.0.mlp.up_proj"]
+        ('head is None', "skip names it ('*.layers.0.*')")
     """
 
     body: Format

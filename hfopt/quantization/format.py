@@ -213,7 +213,21 @@ F = TypeVar("F", bound=type[Format])
 
 
 def register(format: F) -> F:
-    """Class decorator: make a format known under its name."""
+    """Make a format known under its name; a class decorator.
+
+    Example:
+        >>> import hfopt
+        >>> from dataclasses import dataclass
+        >>> from typing import ClassVar
+        >>> from hfopt.quantization import Int4, register
+        >>> @register
+        ... @dataclass(frozen=True, kw_only=True)
+        ... class FineInt4(Int4):
+        ...     name: ClassVar[str] = "int4-fine"
+        ...     group: int | None = 32
+        >>> hfopt.load(hfopt.embedded_model(), quantization="int4-fine").hfopt.quantized[0].format
+        "FineInt4(group=32, compute='int8', symmetric=True)"
+    """
     FORMATS[format.name] = format
     return format
 

@@ -17,6 +17,13 @@ class Int4(Uniform):
     3 %, calibration 65 %. The default reads the fewest bytes. group=None (one scale per output row) is there for
     checkpoints that come so.
     A symmetric scale may be negative, so that the code -8 goes to the side of the largest weight.
+
+    Example:
+        >>> import hfopt
+        >>> from hfopt.quantization import Int4
+        >>> model = hfopt.load(hfopt.embedded_model(), quantization=Int4(group=32, symmetric=False))
+        >>> model.hfopt.quantized[0].format
+        "Int4(group=32, compute='int8', symmetric=False)"
     """
 
     name: ClassVar[str] = "int4"

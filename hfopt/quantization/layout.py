@@ -114,7 +114,7 @@ def blocks_to_codes(blocks: Tensor, bits: int) -> Tensor:
     rows = blocks.view(torch.int32).transpose(1, 2).contiguous()  # [n_blocks, 16, n_units]
     if bits == 4:
         rows = torch.stack([rows & 0x0F0F0F0F, (rows >> 4) & 0x0F0F0F0F], dim=-1)
-    return rows.view(n_blocks * BLOCK, -1).view(torch.uint8)
+    return rows.view(-1).view(torch.uint8).view(n_blocks * BLOCK, -1)
 
 
 def groups_to_blocks(values: Tensor) -> Tensor:

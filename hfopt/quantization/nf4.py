@@ -31,6 +31,14 @@ class NF4(Format):
     64, QLoRA's choice and the default, 0.0058 in groups of 128 and 0.0044 in groups of 32. compute="float" takes 2 % off it,
     calibration 62 %.
     A scale may be negative, which mirrors the levels.
+
+    Example:
+        >>> import torch
+        >>> from hfopt.quantization import NF4
+        >>> format = NF4(group=32)
+        >>> packed = format.pack(torch.randn(16, 64, dtype=torch.bfloat16))
+        >>> packed.codes.nbytes, packed.scales.nbytes  # half a byte a weight, and two for each group
+        (512, 64)
     """
 
     name: ClassVar[str] = "nf4"
