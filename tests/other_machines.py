@@ -14,7 +14,8 @@ _PROGRAM = """
 import json, os, sys
 os.nice(10)
 from hfopt.functional.quantized import quantized_linear
-from hfopt.kernels import _target, selftest
+from hfopt.kernels import selftest
+from hfopt.kernels.jit import cpu
 from tests.quantized_cases import FORMATS, expected, noise, quantized_x, weights_of
 from tests.test_kernels_quantized import _case
 

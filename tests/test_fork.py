@@ -175,8 +175,8 @@ unprepared = {
     "a grandchild": lambda: (torch.set_num_threads(1), answer_of(compared))[1],
 }
 answers["fork in C"] = {name: answer_of(work, c_fork) for name, work in unprepared.items()}
-from hfopt.kernels import _openmp
-_openmp.release_threads = lambda: False
+from hfopt.kernels.jit import openmp
+openmp.release_threads = lambda: False
 answers["old libgomp"] = {name: answer_of(work) for name, work in unprepared.items()}
 print(json.dumps(answers))
 """
@@ -252,9 +252,9 @@ def test_numbas_workqueue_starts_anew_by_itself() -> None:
 torch.set_num_threads(2)
 works = [linear]
 expected = results()
-from hfopt.kernels import _jit
+from hfopt.kernels.jit import launch as jit
 # another thread is in a kernel when this one forks
-threading.Thread(target=_jit._workqueue_lock.acquire).start()
+threading.Thread(target=jit._workqueue_lock.acquire).start()
 print(json.dumps({"as it is": answer_of(compared)}))
 """,
         "without torch's OpenMP",

@@ -10,7 +10,7 @@ _PROGRAM = """
 import itertools, json
 import torch
 import hfopt
-from hfopt.kernels import _jit
+from hfopt.kernels.jit import launch as jit
 from tests.generation_cases import (
     FAMILIES,
     cache_of,
@@ -18,7 +18,7 @@ from tests.generation_cases import (
 )
 from tests.step_cases import MODES
 def variants():
-    return {f"{f.__module__}.{f.__name__} {s}" for f, l in _jit._launches.items() for s in l.dispatcher.signatures}
+    return {f"{f.__module__}.{f.__name__} {s}" for f, l in jit._launches.items() for s in l.dispatcher.signatures}
 found = []
 for quantization, kv_cache in ((None, "int8"), ("int8", "int8")):
     hfopt.warmup(quantization, kv_cache=kv_cache)
