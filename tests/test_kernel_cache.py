@@ -17,7 +17,7 @@ class Keep(logging.Handler):
     def emit(self, record): messages.append(record.getMessage())
 logging.getLogger("hfopt").addHandler(Keep())
 from hfopt import functional
-from hfopt.kernels import jit
+from hfopt.kernels.jit import launch as jit
 compiled = []
 jit.compile_listeners.append(compiled.append)
 x, weight = torch.randn(2, 64), torch.rand(64)

@@ -12,6 +12,8 @@ from hfopt.cache import AppendedEverywhere, Buffers, IndirectCache
 from hfopt.errors import InvalidInput
 from hfopt.functional import LinearWeights
 from hfopt.kernels import step as kernels
+from hfopt.kernels.instruction import NONE, Instruction
+from hfopt.kernels.linear.blocks import RESIDUALS
 from hfopt.kernels.linear.rows import ROW_LIMIT
 from hfopt.program.builder import Builder
 from hfopt.program.program import Program, Table
@@ -141,7 +143,7 @@ REFUSED: dict[str, Callable[[Builder, Slot], Any]] = {
     "residual size": lambda b, x: b.linear(x, weights((8, SIZE)), residuals=(x,)),
     "residual dtype": _residual_of_another_dtype,
     "too many residuals": lambda b, x: b.linear(
-        x, weights((SIZE, SIZE)), residuals=[x] * (kernels.MOST_RESIDUALS + 1)
+        x, weights((SIZE, SIZE)), residuals=[x] * (len(RESIDUALS) + 1)
     ),
     "activation": lambda b, x: b.linear(x, weights((8, SIZE)), activation="sine"),
     "gate alone": lambda b, x: b.linear(x, weights((8, SIZE)), gated=True),
@@ -225,6 +227,42 @@ def test_a_table_that_grows_into_something_else(grown: Tensor) -> None:
     assert len(table.reach(2)) == 2
     with pytest.raises(InvalidInput):
         table.reach(3)
+
+
+# ---- instructions ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("instruction", kernels.INSTRUCTIONS, ids=lambda each: each.name)
+def test_rows_of_instructions(instruction: Instruction) -> None:
+    own = {name: place + 7 for place, name in enumerate(instruction.columns)}
+    row = kernels.row_of(instruction, SIZE=5, **own)
+    assert len(row) == kernels.COLUMNS and kernels.INSTRUCTIONS[row[0]] is instruction
+    assert row[1:].tolist()[: 4 + len(own)] == [NONE, NONE, 5, 0, *own.values()]
+    with pytest.raises(InvalidInput, match="needed"):
+        kernels.row_of(instruction, **own, another=1)
+    for name in own:
+        with pytest.raises(InvalidInput, match=name):
+            kernels.row_of(instruction, **{other: 1 for other in own if other != name})
+
+
+_QUANTIZED = kernels.INSTRUCTIONS.index(kernels.QUANTIZED_LINEAR)
+
+
+@pytest.mark.parametrize("number", [-1, len(kernels.INSTRUCTIONS), 1 << 40, -(1 << 62), _QUANTIZED])
+def test_an_operation_that_there_is_not(number: int) -> None:
+    """Nor one over quantised weights in a program without formats. Nothing is written."""
+    arguments = given()
+    built = arguments["scratch"].program
+    code = built.code.copy()
+    code[5, 0] = number
+    scratch = StepScratch(built._replace(code=code), 3)
+    scratch._arena[:] = 0xA5
+    stored = [each.trunk.copy() for each in arguments["appended"]]
+    with pytest.raises(InvalidInput, match=f"instruction 5 has operation {number}:"):
+        step(**{**arguments, "scratch": scratch})
+    assert (scratch._arena == 0xA5).all()
+    for before, after in zip(stored, arguments["appended"], strict=True):
+        assert np.array_equal(before.view(np.uint8), after.trunk.view(np.uint8))
 
 
 # ---- steps -------------------------------------------------------------------------------------------------

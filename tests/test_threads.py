@@ -18,7 +18,7 @@ import threading, torch
 import hfopt.kernels.jit
 hfopt.kernels.jit.openmp = sys.modules["hfopt.kernels.jit.openmp"]
 from hfopt import functional
-from hfopt.kernels import jit
+from hfopt.kernels.jit import launch as jit
 x, weight = torch.randn(3, 96), torch.randn(70, 96)
 exact, weights = x @ weight.T, functional.LinearWeights.of([weight], [None])
 results = {}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
-from hfopt.kernels.linear.rows import COLUMN
+from hfopt.kernels.linear.blocks import COLUMN
 
 from .choice import Kernels
 from .linear import LinearWeights, width_of

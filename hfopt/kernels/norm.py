@@ -4,12 +4,16 @@ A sum of input and residual is rounded to the element type before it is normed, 
 between the two; everything else is float32, rounded once.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
-from .jit.launch import launch
-from .jit.parallel import body, parallel_for, threads_for
-from .simd.pointer import (
+from hfopt.kernels.instruction import Instruction, read_fields
+from hfopt.kernels.jit.launch import launch
+from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
+from hfopt.kernels.simd.pointer import (
     address_as,
+    item_bytes,
     load_part,
     load_two,
     pointer,
@@ -18,8 +22,8 @@ from .simd.pointer import (
     store_part,
     store_two,
 )
-from .simd.types import LANES
-from .simd.vector import fma, splat, sum_lanes, where_part
+from hfopt.kernels.simd.types import LANES
+from hfopt.kernels.simd.vector import fma, splat, sum_lanes, where_part
 
 STEP = 2 * LANES
 _PARALLEL_SIZE = 1 << 16  # elements; below, more threads cost more than they save
@@ -149,6 +153,18 @@ def _layer_norm_task(row, x, size, item_size, residual, weight, bias, eps, summe
     layer_norm_row(source, weight, bias, eps, size, shifted(out, row * size))
 
 
+@body
+def _rms_norm_rows(x, n_rows, size, residual, weight, eps, summed, out):
+    arguments = (x, size, item_bytes(x), residual, weight, np.float32(eps), summed, out)
+    parallel_for(_rms_norm_task, threads_for(n_rows, n_rows * size, _PARALLEL_SIZE), n_rows, arguments)
+
+
+@body
+def _layer_norm_rows(x, n_rows, size, residual, weight, bias, eps, summed, out):
+    arguments = (x, size, item_bytes(x), residual, weight, bias, np.float32(eps), summed, out)
+    parallel_for(_layer_norm_task, threads_for(n_rows, n_rows * size, _PARALLEL_SIZE), n_rows, arguments)
+
+
 @launch
 def rms_norm(like, x, n_rows, size, residual, weight, eps, summed, out):
     """out = weight * s / sqrt(mean(s^2) + eps) over rows, s = x or, where a residual is given, summed = x +
@@ -158,8 +174,7 @@ def rms_norm(like, x, n_rows, size, residual, weight, eps, summed, out):
     (the last two both or neither 0) and weight [size].
     """
     x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
-    arguments = (x, size, like.itemsize, residual, weight, np.float32(eps), summed, out)
-    parallel_for(_rms_norm_task, threads_for(n_rows, n_rows * size, _PARALLEL_SIZE), n_rows, arguments)
+    _rms_norm_rows(x, n_rows, size, residual, weight, eps, summed, out)
 
 
 @launch
@@ -169,5 +184,35 @@ def layer_norm(like, x, n_rows, size, residual, weight, bias, eps, summed, out):
     weight and bias may be 0.
     """
     x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
-    arguments = (x, size, like.itemsize, residual, weight, bias, np.float32(eps), summed, out)
-    parallel_for(_layer_norm_task, threads_for(n_rows, n_rows * size, _PARALLEL_SIZE), n_rows, arguments)
+    _layer_norm_rows(x, n_rows, size, residual, weight, bias, eps, summed, out)
+
+
+# ---- instructions -----------------------------------------------------------------------------------------------------
+
+
+class _RmsNorm(NamedTuple):
+    weight: int  # address
+
+
+class _LayerNorm(NamedTuple):
+    weight: int  # addresses, or 0
+    bias: int
+
+
+@inlined
+def _run_rms_norm(like, held, operands, step):
+    own = read_fields(operands.own, _RmsNorm)
+    x, out = address_as(operands.x, like), address_as(operands.out, like)
+    _rms_norm_rows(x, operands.n, operands.size, 0, own.weight, operands.scalar, 0, out)
+
+
+@inlined
+def _run_layer_norm(like, held, operands, step):
+    own = read_fields(operands.own, _LayerNorm)
+    x, out = address_as(operands.x, like), address_as(operands.out, like)
+    _layer_norm_rows(x, operands.n, operands.size, 0, own.weight, own.bias, operands.scalar, 0, out)
+
+
+# the scalar is eps
+RMS_NORM = Instruction("rms_norm", _RmsNorm._fields, _run_rms_norm)
+LAYER_NORM = Instruction("layer_norm", _LayerNorm._fields, _run_layer_norm)

@@ -4,12 +4,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .attention.cache_record import ADDRESS, COLUMNS, HEAD_DIM, KV_HEADS, ROWS, SCALES
-from .attention.pack import absmax
-from .attention.tile import where_up_to
-from .jit.launch import launch
-from .jit.parallel import body, parallel_for, threads_for
-from .simd.pointer import (
+from hfopt.kernels.attention.cache_record import ADDRESS, COLUMNS, HEAD_DIM, KV_HEADS, LENGTH, ROWS, SCALES
+from hfopt.kernels.attention.pack import absmax
+from hfopt.kernels.attention.tile import where_up_to
+from hfopt.kernels.instruction import Instruction, read_fields
+from hfopt.kernels.jit.launch import launch
+from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
+from hfopt.kernels.simd.pointer import (
     address_as,
     floats_at,
     load,
@@ -23,8 +24,8 @@ from .simd.pointer import (
     store_part,
     store_scalar,
 )
-from .simd.types import LANES
-from .simd.vector import absolute, doubled, fence, fma, rotated_pairs, splat
+from hfopt.kernels.simd.types import LANES
+from hfopt.kernels.simd.vector import absolute, doubled, fence, fma, rotated_pairs, splat
 
 NONE, HALF, INTERLEAVED = range(3)
 
@@ -224,3 +225,43 @@ def rotate_and_store(
         part,
         first,
     )
+
+
+# ---- the instruction --------------------------------------------------------------------------------------------------
+
+
+class _RotateAndStore(NamedTuple):
+    layer: int
+    n_heads: int
+    cos: int  # slots of float32
+    sin: int
+    n_rotary: int
+    kind: int
+
+
+@inlined
+def _run(like, held, operands, step):
+    own, cache = read_fields(operands.own, _RotateAndStore), step.cache
+    record = shifted(cache.records, own.layer * LENGTH)
+    cos, sin = (
+        floats_at(step.arena + own.cos * step.n_tokens),
+        floats_at(step.arena + own.sin * step.n_tokens),
+    )
+    rotate_and_store_rows(
+        address_as(operands.x, like),
+        held,
+        step.n_rows,
+        step.n_new,
+        cos,
+        sin,
+        step.n_rows,
+        own.n_rotary,
+        own.kind,
+        own.n_heads,
+        record,
+        cache.part,
+        cache.first,
+    )
+
+
+ROTATE_AND_STORE = Instruction("rotate and store", _RotateAndStore._fields, _run)

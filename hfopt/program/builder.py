@@ -12,6 +12,7 @@ from hfopt.errors import InvalidInput
 from hfopt.functional.checks import check_array
 from hfopt.functional.rotary import ROTATIONS
 from hfopt.kernels import step as kernels
+from hfopt.kernels.instruction import LOGITS, NONE, OP, OUT, Instruction
 
 from .linear_writer import LinearWriter
 from .listing import Listing
@@ -47,13 +48,12 @@ class Builder(LinearWriter):
         size, item_size = table.rows.shape[1], table.rows.element_size()
         out = self._slot(size, table.rows.dtype)
         columns = {
-            kernels.OP: kernels.LOOK_UP,
-            kernels.OUT: out.place,
-            kernels.SIZE: size * item_size,
-            kernels.TABLE: self._table(table),
-            kernels.BY: _INDICES[by],
+            "OUT": out.place,
+            "SIZE": size * item_size,
+            "table": self._table(table),
+            "by": _INDICES[by],
         }
-        self._add(f"[{size}]", columns, (), out, row_bytes=size * item_size)
+        self._add(kernels.LOOK_UP, f"[{size}]", columns, (), out, row_bytes=size * item_size)
         return out
 
     def add_looked_up(self, table: Table, by: Index, x: Slot) -> None:
@@ -63,13 +63,12 @@ class Builder(LinearWriter):
         if table.rows.dtype is not self.dtype or size != x.size:
             raise InvalidInput(f"the table is {table.rows.dtype} [{size}]: {self.dtype} [{x.size}] is needed")
         columns = {
-            kernels.OP: kernels.ADD_LOOKED_UP,
-            kernels.OUT: x.place,
-            kernels.SIZE: size,
-            kernels.TABLE: self._table(table),
-            kernels.BY: _INDICES[by],
+            "OUT": x.place,
+            "SIZE": size,
+            "table": self._table(table),
+            "by": _INDICES[by],
         }
-        self._add(f"[{size}]", columns, (x,), x, row_bytes=size * self.dtype.itemsize)
+        self._add(kernels.ADD_LOOKED_UP, f"[{size}]", columns, (x,), x, row_bytes=size * self.dtype.itemsize)
 
     # ---- norms ------------------------------------------------------------------------------------------------------
 
@@ -89,19 +88,19 @@ class Builder(LinearWriter):
         """`functional.layer_norm`."""
         return self._norm(x, kernels.LAYER_NORM, weight, bias, eps)
 
-    def _norm(self, x: Slot, op: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Slot:
+    def _norm(self, x: Slot, op: Instruction, weight: Tensor | None, bias: Tensor | None, eps: float) -> Slot:
         self._check(x)
         out = self._slot(x.size, self.dtype)
         columns = {
-            kernels.OP: op,
-            kernels.IN: x.place,
-            kernels.OUT: out.place,
-            kernels.SIZE: x.size,
-            kernels.WEIGHT: self._vector("weight", weight, x.size),
-            kernels.BIAS: self._vector("bias", bias, x.size),
+            "IN": x.place,
+            "OUT": out.place,
+            "SIZE": x.size,
+            "weight": self._vector("weight", weight, x.size),
         }
+        if op is kernels.LAYER_NORM:
+            columns["bias"] = self._vector("bias", bias, x.size)
         n_bytes = sum(each.nbytes for each in (weight, bias) if each is not None)
-        self._add(f"[{x.size}]", columns, (x,), out, scalar=eps, n_bytes=n_bytes)
+        self._add(op, f"[{x.size}]", columns, (x,), out, scalar=eps, n_bytes=n_bytes)
         return out
 
     # ---- attention --------------------------------------------------------------------------------------------------
@@ -122,12 +121,13 @@ class Builder(LinearWriter):
             )
         self._stored.append(layer)
         columns = {
-            kernels.OP: kernels.ROTATE_AND_STORE,
-            kernels.IN: qkv.place,
-            kernels.LAYER: layer,
-            kernels.N_HEADS: heads[0],
-            kernels.N_ROTARY: 0,
-            kernels.KIND: ROTATIONS[rotation],
+            "IN": qkv.place,
+            "layer": layer,
+            "n_heads": heads[0],
+            "cos": NONE,
+            "sin": NONE,
+            "n_rotary": 0,
+            "kind": ROTATIONS[rotation],
         }
         if angles is not None:
             n_rotary = angles[0].size * (2 if rotation == "interleaved" else 1)
@@ -138,14 +138,14 @@ class Builder(LinearWriter):
             for each in angles:
                 self._check(each, torch.float32)
             columns |= {
-                kernels.COS: angles[0].place,
-                kernels.SIN: angles[1].place,
-                kernels.N_ROTARY: n_rotary,
+                "cos": angles[0].place,
+                "sin": angles[1].place,
+                "n_rotary": n_rotary,
             }
         elif rotation != "none":
             raise InvalidInput(f"angles is None: rotation {rotation!r} needs it")
         shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
-        self._add(shapes, columns, (qkv, *(angles or ())), qkv)
+        self._add(kernels.ROTATE_AND_STORE, shapes, columns, (qkv, *(angles or ())), qkv)
 
     def attend(self, qkv: Slot, layer: int, heads: tuple[int, int, int], scale: float) -> Slot:
         """`functional.attend`."""
@@ -154,15 +154,14 @@ class Builder(LinearWriter):
         self._attended.append(layer)
         out = self._slot(heads[0] * heads[2], self.dtype)
         columns = {
-            kernels.OP: kernels.ATTEND,
-            kernels.IN: qkv.place,
-            kernels.OUT: out.place,
-            kernels.LAYER: layer,
-            kernels.N_HEADS: heads[0],
+            "IN": qkv.place,
+            "OUT": out.place,
+            "layer": layer,
+            "n_heads": heads[0],
         }
         shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
         token_bytes = 2 * heads[1] * heads[2] * self.dtype.itemsize
-        self._add(shapes, columns, (qkv,), out, scalar=scale, token_bytes=token_bytes)
+        self._add(kernels.ATTEND, shapes, columns, (qkv,), out, scalar=scale, token_bytes=token_bytes)
         return out
 
     def _check_heads(self, qkv: Slot, heads: tuple[int, int, int]) -> None:
@@ -182,12 +181,12 @@ class Builder(LinearWriter):
             raise InvalidInput(f"layers cache heads of shapes {sorted(self._cached)}: one is allowed")
         if self._stored != self._attended or sorted(self._stored) != list(range(n_layers)):
             raise InvalidInput(f"layers {self._attended} are cached: each of {n_layers} is needed once")
-        if self._n_logits is not None and self._code[-1][kernels.OUT] != kernels.LOGITS:
+        if self._n_logits is not None and self._code[-1][OUT] != LOGITS:
             raise InvalidInput(f"{self._listing[-1].name} follows the last linear: nothing may")
         if self._n_logits != n_logits:
             raise InvalidInput(f"n_logits is {n_logits}: the last linear has {self._n_logits}")
         ((n_kv_heads, head_dim),) = self._cached
-        linears = _LINEARS & {int(row[kernels.OP]) for row in self._code}
+        linears = _LINEARS & {kernels.INSTRUCTIONS[row[OP]] for row in self._code}
         formats = np.array(self._formats, np.int64)
         return Program(
             dtype=self.dtype,

@@ -13,13 +13,15 @@ from hfopt.functional.linear import LinearWeights, Weights, width_of
 from hfopt.functional.mixed import MixedWeights
 from hfopt.functional.quantized import QuantizedWeights, terms_of
 from hfopt.kernels import step as kernels
+from hfopt.kernels.instruction import LOGITS, NONE, Instruction
+from hfopt.kernels.linear.blocks import RESIDUALS
 
 from .writer import NO_FORMAT, Slot, Writer
 
 
 def _linear_of(
     weights: LinearWeights | QuantizedWeights, dtype: torch.dtype
-) -> tuple[int, Sequence[int], str]:
+) -> tuple[Instruction, Sequence[int], str]:
     """(operation, row of formats, what to add to the shapes)."""
     if isinstance(weights, LinearWeights):
         return kernels.LINEAR, NO_FORMAT, ""
@@ -53,7 +55,7 @@ class LinearWriter(Writer):
         if activation not in CODES:
             raise InvalidInput(f"activation is {activation!r}: the kernels have none of this name")
         width = width_of(weights.sizes, gated)
-        most = 0 if isinstance(weights, MixedWeights) else kernels.MOST_RESIDUALS
+        most = 0 if isinstance(weights, MixedWeights) else len(RESIDUALS)
         if any(each.size != width for each in residuals) or len(residuals) > most:
             raise InvalidInput(f"residuals have sizes {[each.size for each in residuals]}: up to {most} of {width} "
                                "are allowed")  # fmt: skip
@@ -63,7 +65,7 @@ class LinearWriter(Writer):
             if residuals:
                 raise InvalidInput(f"residuals are {len(residuals)}: the last linear has none")
             self._take_last(x)
-            out, self._n_logits = Slot(kernels.LOGITS, width, 0, self.dtype), width
+            out, self._n_logits = Slot(LOGITS, width, 0, self.dtype), width
         else:
             out = self._slot(width, self.dtype)
         if isinstance(weights, LinearWeights | QuantizedWeights):
@@ -103,16 +105,16 @@ class LinearWriter(Writer):
         op, format, note = _linear_of(weights, self.dtype)
         self._kept.append(weights)
         columns = {
-            kernels.OP: op,
-            kernels.IN: x.place,
-            kernels.OUT: out.place,
-            kernels.SIZE: x.size,
-            kernels.MATRICES: weights.table.ctypes.data,
-            kernels.N_MATRICES: len(weights.table),
-            kernels.WIDTH: out.size,
-            kernels.GATED: int(gated),
-            kernels.CODE: CODES[activation],
-        } | {kernels.RESIDUALS + place: each.place for place, each in enumerate(residuals)}
+            "IN": x.place,
+            "OUT": out.place,
+            "SIZE": x.size,
+            "matrices": weights.table.ctypes.data,
+            "n_matrices": len(weights.table),
+            "width": out.size,
+            "gated": int(gated),
+            "code": CODES[activation],
+        } | dict.fromkeys(RESIDUALS, NONE)
+        columns |= {name: each.place for name, each in zip(RESIDUALS, residuals, strict=False)}
         shapes = f"{x.size} → {' + '.join(str(size) for size in weights.sizes)}{note}"
         several = "s" if len(residuals) > 1 else ""
         then = [
@@ -121,7 +123,9 @@ class LinearWriter(Writer):
             *([f"+ {len(residuals)} residual{several}"] if residuals else []),
         ]
         n_bytes = sum(each.nbytes for each in weights.tensors if each is not None)
-        self._add(shapes, columns, (x, *residuals), out, format=format, then=", ".join(then), n_bytes=n_bytes)
+        self._add(
+            op, shapes, columns, (x, *residuals), out, format=format, then=", ".join(then), n_bytes=n_bytes
+        )
         if order is not None:
             self.release(x)
 
@@ -135,32 +139,30 @@ class LinearWriter(Writer):
         self._kept.append(places)
         out = self._slot(x.size, self.dtype)
         columns = {
-            kernels.OP: kernels.PERMUTE,
-            kernels.IN: x.place,
-            kernels.OUT: out.place,
-            kernels.SIZE: x.size,
-            kernels.ORDER: places.data_ptr(),
+            "IN": x.place,
+            "OUT": out.place,
+            "SIZE": x.size,
+            "order": places.data_ptr(),
         }
-        self._add(f"[{x.size}]", columns, (x,), out, n_bytes=places.nbytes)
+        self._add(kernels.PERMUTE, f"[{x.size}]", columns, (x,), out, n_bytes=places.nbytes)
         return out
 
     def _multiply(self, x: Slot, out: Slot) -> None:
         """out *= x."""
         columns = {
-            kernels.OP: kernels.MULTIPLY,
-            kernels.IN: x.place,
-            kernels.OUT: out.place,
-            kernels.SIZE: x.size,
+            "IN": x.place,
+            "OUT": out.place,
+            "SIZE": x.size,
         }
-        self._add(f"[{x.size}]", columns, (x, out), out)
+        self._add(kernels.MULTIPLY, f"[{x.size}]", columns, (x, out), out)
 
     def _take_last(self, x: Slot) -> None:
         """Only the last token of each row goes on."""
         n_bytes = x.size * self.dtype.itemsize
         columns = {
-            kernels.OP: kernels.TAKE_LAST,
-            kernels.IN: x.place,
-            kernels.OUT: x.place,
-            kernels.SIZE: n_bytes,
+            "IN": x.place,
+            "OUT": x.place,
+            "SIZE": n_bytes,
         }
-        self._add(f"[{x.size}]", columns, (x,), x)
+        self._add(kernels.TAKE_LAST, f"[{x.size}]", columns, (x,), x)
+        self._per_row = True

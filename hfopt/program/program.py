@@ -17,6 +17,7 @@ from hfopt.functional.attention import Mask
 from hfopt.functional.checks import check_contiguous, check_floats
 from hfopt.functional.linear import Weights
 from hfopt.kernels import step as kernels
+from hfopt.kernels.instruction import Instruction
 
 from .listing import Listing
 from .run import Run, prefill
@@ -61,8 +62,8 @@ def _check_rows(rows: Tensor) -> None:
 class Program(NamedTuple):
     """The way of new tokens through a decoder.
 
-    code int64 [n, columns], formats int64 [n or 0, columns], scalars float64 [n]: see `kernels.step`. row_bytes: of the
-    arena, for each new token. kept: what owns the addresses in the code.
+    code int64 [n, columns], formats int64 [n or 0, columns], scalars float64 [n]: see `kernels.instruction`. row_bytes: of
+    the arena, for each new token. kept: what owns the addresses in the code.
     """
 
     dtype: torch.dtype
@@ -77,7 +78,7 @@ class Program(NamedTuple):
     n_logits: int
     listing: Listing
     kept: tuple[Weights | Tensor, ...]
-    linears: frozenset[int]  # operations of linear layers that there are
+    linears: frozenset[Instruction]  # those of linear layers that there are
 
     @property
     def is_quantized(self) -> bool:

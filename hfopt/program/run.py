@@ -17,6 +17,7 @@ from hfopt.functional.rotary import held_by, record_of_buffers
 from hfopt.kernels import step as kernels
 from hfopt.kernels.attention import cache_record as records
 from hfopt.kernels.attention.prefill import BYTES
+from hfopt.kernels.instruction import OP, UNKNOWN_INDEX
 
 from .writer import LINE
 
@@ -51,7 +52,7 @@ class Run:
         self.threads = torch.get_num_threads()
         sizes = n_rows, n_new, program.n_kv_heads, program.head_dim, self.threads
         self.scratch_bytes: int = kernels.scratch_bytes(
-            ELEMENTS[program.dtype], program.code, program.formats, *sizes
+            ELEMENTS[program.dtype], program.code, program.formats if program.is_quantized else None, *sizes
         )
         self._arena = np.empty(program.row_bytes * n_rows * n_new + self.scratch_bytes + LINE, np.uint8)
         self.arena = -(-self._arena.ctypes.data // LINE) * LINE
@@ -227,7 +228,13 @@ class Run:
             pad,
             eos,
         )
-        if outcome == -kernels.UNKNOWN_INDEX:
+        if outcome <= -kernels.UNKNOWN_OPERATION:
+            number = -kernels.UNKNOWN_OPERATION - outcome
+            raise InvalidInput(
+                f"instruction {number} has operation {program.code[number, OP]}: below {len(kernels.INSTRUCTIONS)} is needed,"
+                " and formats where it is one of quantised layers"
+            )
+        if outcome == -UNKNOWN_INDEX:
             raise InvalidInput(f"tokens {ids[0]} at positions {ids[1]}: the model's tables have no such rows")
         if outcome < 0:
             raise InvalidInput("the cache names rows that it has not")

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hfopt.errors import InvalidInput
 from hfopt.functional.linear import Weights
-from hfopt.kernels import step as kernels
+from hfopt.kernels import instruction as kernels
+from hfopt.kernels import step
 
-from .listing import Instruction
+from .listing import Instruction as Line
 
 LINE = 64  # bytes of a cache line, on which slots begin
 NO_FORMAT = (0,) * kernels.FORMAT_COLUMNS
@@ -29,7 +30,7 @@ class Slot(NamedTuple):
 
 
 class Writer:
-    """Lays out the scratch and writes a row of numbers for each instruction (see `kernels.step`).
+    """Lays out the scratch and writes a row of numbers for each instruction (see `kernels.instruction`).
 
     layer: the one that the next instructions belong to, for the listing.
     """
@@ -39,10 +40,11 @@ class Writer:
         self.layer: int | None = None
         self._code: list[np.ndarray] = []
         self._scalars: list[float] = []
-        self._listing: list[Instruction] = []
+        self._listing: list[Line] = []
         self._formats: list[list[int]] = []
         self._kept: list[Weights | Tensor] = []
         self._row_bytes = 0
+        self._per_row = False  # behind TAKE_LAST
         self._free: list[Slot] = []
 
     def _slot(self, size: int, dtype: torch.dtype) -> Slot:
@@ -65,8 +67,9 @@ class Writer:
 
     def _add(
         self,
+        instruction: kernels.Instruction,
         shapes: str,
-        columns: dict[int, int],
+        columns: dict[str, int],
         reads: Sequence[Slot],
         out: Slot,
         *,
@@ -75,14 +78,12 @@ class Writer:
         then: str = "",
         **n_bytes: int,
     ) -> None:
-        row = np.full(kernels.COLUMNS, kernels.NONE, np.int64)
-        row[list(columns)] = list(columns.values())
-        self._code.append(row)
+        self._code.append(step.row_of(instruction, PER_ROW=int(self._per_row), **columns))
         self._scalars.append(scalar)
         self._formats.append(list(format))
         self._listing.append(
-            Instruction(
-                name=kernels.NAMES[columns[kernels.OP]],
+            Line(
+                name=instruction.name,
                 layer=self.layer,
                 shapes=shapes,
                 then=then,

@@ -24,7 +24,7 @@ from hfopt.kernels.simd.pointer import (
     store_part,
     store_scalar,
 )
-from hfopt.kernels.simd.tile import stack_floats, units_ratio
+from hfopt.kernels.simd.tile import stack_addresses, stack_floats, units_ratio
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import absolute, fma, lane, larger, splat
 
@@ -37,7 +37,6 @@ from .lanes import (
     pack_digits,
     pack_query,
     partner,
-    stack_addresses,
     store_integers,
     where_keys,
 )

@@ -7,21 +7,10 @@ from numba.extending import intrinsic
 from hfopt.kernels.jit import compiler
 from hfopt.kernels.simd import types as simd
 from hfopt.kernels.simd.pointer import INTEGERS
-from hfopt.kernels.simd.tile import _INTP, _constant, _literal_ints, _stack_block
+from hfopt.kernels.simd.tile import _INTP, _constant, _literal_ints
 from hfopt.kernels.simd.types import F32, F32X, I8, I16, I32, I32X, LANES
 
 address_list = types.CPointer(types.int64)
-
-
-@intrinsic(prefer_literal=True)
-def stack_addresses(typingctx, count):
-    """Uninitialised addresses on the stack of the calling body; `count` is a literal."""
-    (size,) = _literal_ints(count)
-
-    def codegen(context, builder, sig, args):
-        return builder.bitcast(_stack_block(builder, _INTP, size), _INTP.as_pointer())
-
-    return address_list(count), codegen
 
 
 @intrinsic

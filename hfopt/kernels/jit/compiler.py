@@ -156,21 +156,24 @@ def linked(py_func: Callable, *, inline: bool, **options):
 
 
 def infer_body(typingctx, function, argument_types):
-    """Infers the types in a function that was handed to an intrinsic, given those of its arguments."""
-    function.get_call_type(typingctx, argument_types, {})
+    """Infers the types in a function that was handed to an intrinsic, given those of its arguments; returns that of what it
+    returns.
+    """
+    return function.get_call_type(typingctx, argument_types, {}).return_type
 
 
-def link_body(context, function, argument_types):
-    """Its compiled form, which returns nothing, linked into the code that is being made: for `call_body`."""
-    compiled = function.dispatcher.get_compile_result(types.none(*argument_types))
+def link_body(context, function, argument_types, returned=types.none):
+    """Its compiled form, linked into the code that is being made: for `call_body`."""
+    compiled = function.dispatcher.get_compile_result(returned(*argument_types))
     context.add_linking_libs([compiled.library])
     return compiled
 
 
 def call_body(context, builder, compiled, argument_types, values):
-    """Emits a call of what `link_body` returned."""
-    function = context.declare_function(builder.module, compiled.fndesc)
-    context.call_conv.call_function(builder, function, types.none, argument_types, values)
+    """Emits a call of what `link_body` returned; returns what the body does."""
+    function, returned = context.declare_function(builder.module, compiled.fndesc), compiled.fndesc.restype
+    _, value = context.call_conv.call_function(builder, function, returned, argument_types, values)
+    return value
 
 
 # ---- the threading layer ----------------------------------------------------------------------------------------------

@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hfopt.kernels.instruction import Format, Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
-from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
-from hfopt.kernels.simd.pointer import address_as, pointer, shifted, store
-from hfopt.kernels.simd.tile import stack_floats, to_cache_line
+from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
+from hfopt.kernels.simd.pointer import address_as, floats_at, integers_at, pointer, shifted, store
+from hfopt.kernels.simd.tile import stack_addresses, stack_floats, to_cache_line
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import splat
 
+from .blocks import LinearColumns, gather_residuals
 from .quantized_rows import Rows, count_words, group_of_x, packed_rows, quantize_row, tile_rows
 from .quantized_strip import (
     Quantized,
@@ -162,3 +164,41 @@ def quantized_linear(
     room = np.empty(quantized_scratch(n_rows, size, group, terms), np.float32)
     multiply_quantized(x, n_rows, layer, terms, pointer(room))
     room[0] = 0  # the last use of the scratch: it must live until here
+
+
+# ---- the instruction --------------------------------------------------------------------------------------------------
+
+
+@inlined
+def _run(like, held, operands, step):
+    own, format = read_fields(operands.own, LinearColumns), read_fields(operands.format, Format)
+    residuals = stack_addresses(2)
+    n_residuals = gather_residuals(own, step, residuals)
+    layer = Quantized(
+        operands.size,
+        integers_at(own.matrices),
+        own.n_matrices,
+        own.gated != 0,
+        own.code,
+        residuals,
+        n_residuals,
+        address_as(operands.out, like),
+        own.width,
+        integers_at(format.scaling),
+        format.bits,
+        format.group,
+        format.levels,
+    )
+    scratch = floats_at(step.scratch)
+    multiply_quantized(address_as(operands.x, like), operands.n, layer, format.terms, scratch)
+
+
+@body
+def _scratch_bytes(like, own, format, sizes):
+    format = read_fields(format, Format)
+    return 4 * quantized_scratch(sizes.n, sizes.size, format.group, format.terms)
+
+
+QUANTIZED_LINEAR = Instruction(
+    "quantized linear", LinearColumns._fields, _run, _scratch_bytes, needs_formats=True
+)

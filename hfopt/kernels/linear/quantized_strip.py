@@ -6,15 +6,15 @@ from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd.pointer import floats_at, load, prefetch, shifted
 from hfopt.kernels.simd.types import LANES
 
+from .blocks import WEIGHT, blocks_of, columns_of, count_blocks, field_of, finish
 from .quantized_tile import FEW_BLOCKS, MORE_BLOCKS, UNIT, Steps, quantized_tile
-from .rows import WEIGHT, blocks_of, columns_of, count_blocks, field_of, finish
 
 SCALES, ZEROS, ROW_SCALES = range(3)
 _FIELDS = 3
 
 
 class Quantized(NamedTuple):
-    """As `linear.Linear`, where the table has the addresses of codes, and what the codes mean."""
+    """As `blocks.Linear`, where the table has the addresses of codes, and what the codes mean."""
 
     size: Any
     table: Any

@@ -1,6 +1,6 @@
 """Linear layers of many rows: packed panels of weights and register tiles.
 
-A *panel* is 32 output columns, two blocks of `linear`: two that follow each other, or with `gated` the same 16 columns
+A *panel* is 32 output columns, two `linear.blocks`: two that follow each other, or with `gated` the same 16 columns
 of both matrices.
 """
 
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hfopt.kernels.instruction import Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
-from hfopt.kernels.jit.parallel import body, next_share, parallel_for, usable_threads
-from hfopt.kernels.simd import tile as tile
+from hfopt.kernels.jit.parallel import body, inlined, next_share, parallel_for, usable_threads
 from hfopt.kernels.simd.pointer import (
     address_as,
     address_of,
@@ -21,10 +21,22 @@ from hfopt.kernels.simd.pointer import (
     pointer,
     shifted,
 )
-from hfopt.kernels.simd.tile import copy_unit, outer_tile, transpose_block, units_ratio
+from hfopt.kernels.simd.tile import copy_unit, outer_tile, stack_addresses, transpose_block, units_ratio
 from hfopt.kernels.simd.types import LANES
 
-from .rows import SIZE, Linear, columns_of, count_blocks, field_of, find_block, finish, weight_rows
+from .blocks import (
+    SIZE,
+    Linear,
+    LinearColumns,
+    columns_of,
+    count_blocks,
+    field_of,
+    find_block,
+    finish,
+    gather_residuals,
+    weight_rows,
+)
+from .rows import ROW_LIMIT, multiply_rows, rows_scratch
 
 # 14 rows x 2 vectors of sums, 2 of weights and one of x fill the 32 vector registers of AVX-512
 TILE_COLUMNS = 2 * LANES
@@ -250,3 +262,39 @@ def linear_tiles(like, x, n_rows, size, table, gated, code, residuals, out, widt
     room = np.empty(tiles_scratch(x, n_rows, size, threads) // 8 + 9, np.int64)
     multiply_tiles(x, n_rows, layer, (address_of(pointer(room)) + _LINE - 1) // _LINE * _LINE, threads)
     room[0] = 0  # the last use of the scratch: it must live until here
+
+
+# ---- the instruction --------------------------------------------------------------------------------------------------
+
+
+@inlined
+def _run(like, held, operands, step):
+    own, n = read_fields(operands.own, LinearColumns), operands.n
+    residuals = stack_addresses(2)
+    n_residuals = gather_residuals(own, step, residuals)
+    layer = Linear(
+        operands.size,
+        integers_at(own.matrices),
+        own.n_matrices,
+        own.gated != 0,
+        own.code,
+        residuals,
+        n_residuals,
+        address_as(operands.out, like),
+        own.width,
+    )
+    x = address_as(operands.x, like)
+    if n <= ROW_LIMIT:
+        multiply_rows(x, n, layer, floats_at(step.scratch))
+    else:
+        multiply_tiles(x, n, layer, step.scratch, step.threads)
+
+
+@body
+def _scratch_bytes(like, own, format, sizes):
+    if sizes.n <= ROW_LIMIT:
+        return 4 * rows_scratch(like, sizes.n, sizes.size)
+    return tiles_scratch(like, sizes.n, sizes.size, sizes.threads)
+
+
+LINEAR = Instruction("linear", LinearColumns._fields, _run, _scratch_bytes)

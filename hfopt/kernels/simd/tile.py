@@ -322,6 +322,17 @@ def stack_floats(typingctx, count):
     return types.CPointer(types.float32)(count), codegen
 
 
+@intrinsic(prefer_literal=True)
+def stack_addresses(typingctx, count):
+    """Uninitialised addresses on the stack of the calling body; `count` is a literal."""
+    (size,) = _literal_ints(count)
+
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(_stack_block(builder, _INTP, size), _INTP.as_pointer())
+
+    return types.CPointer(types.int64)(count), codegen
+
+
 @intrinsic
 def copy_unit(typingctx, source, index, valid, target, place):
     """target[place] = the 32-bit unit that starts at source[index], of which `valid` elements exist; zero elsewhere."""

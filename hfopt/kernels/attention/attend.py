@@ -1,0 +1,70 @@
+"""Attention of the new tokens of a step, one or several a row."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hfopt.kernels.instruction import UNKNOWN_ROW, Instruction, read_fields
+from hfopt.kernels.jit.parallel import body, inlined
+from hfopt.kernels.simd.pointer import address_as, bytes_at, shifted
+from hfopt.kernels.simd.tile import units_ratio
+
+from .cache_record import BRANCH, LENGTH, ROWS, TRUNK
+from .cache_view import open_cache, valid_rows
+from .decode import attend_rows
+from .plan import layout_of
+from .prefill import Seen, attend_tokens, most_scratch, plan_tokens
+
+
+class _Attend(NamedTuple):
+    layer: int
+    n_heads: int
+
+
+@body
+def _open(cache, layer, held):
+    """A layer of the cache; held: a pointer like those to its elements."""
+    record = shifted(cache.records, layer * LENGTH)
+    lengths = cache.trunk_len, cache.branch_len
+    return open_cache(held, record, *lengths, cache.trunk_row, cache.table, cache.table_row)
+
+
+@body
+def _check(held, own, step):
+    """0 if the layer has the rows of the cache that those of the batch name."""
+    own, cache = read_fields(own, _Attend), step.cache
+    opened = _open(cache, own.layer, held)
+    # one with no fewer rows than another before it, which is looked at as well, needs no look
+    for layer in range(own.layer):
+        other = shifted(cache.records, layer * LENGTH)
+        if other[TRUNK + ROWS] <= opened.trunk.n_rows and other[BRANCH + ROWS] <= opened.branch.n_rows:
+            return 0
+    return 0 if valid_rows(opened, step.n_rows) else UNKNOWN_ROW
+
+
+@inlined
+def _run(like, held, operands, step):
+    own, cache, n_rows, n_new = read_fields(operands.own, _Attend), step.cache, step.n_rows, step.n_new
+    opened, n_heads, scale = _open(cache, own.layer, held), own.n_heads, np.float32(operands.scalar)
+    q, out = address_as(operands.x, like), address_as(operands.out, like)
+    if n_new == 1:
+        q_row = (n_heads + 2 * opened.n_kv_heads) * opened.size
+        mask, scratch = (step.mask, step.mask_row), (step.scratch, step.threads)
+        attend_rows(opened, q, q_row, n_rows, n_heads, *mask, scale, *scratch, out)
+    else:
+        seen = Seen(step.kind, bytes_at(step.mask), n_new, cache.trunk_len + cache.branch_len)
+        plan = plan_tokens(q, opened, n_rows, n_new, n_heads, step.threads)
+        attend_tokens(plan, opened, q, n_rows, n_heads, seen, scale, step.scratch, out)
+
+
+@body
+def _scratch_bytes(like, own, format, sizes):
+    own = read_fields(own, _Attend)
+    heads = own.n_heads, sizes.n_kv_heads, sizes.head_dim
+    if sizes.n_new == 1:
+        return layout_of(sizes.n_rows, *heads, 4 // units_ratio(like), sizes.threads).n_bytes
+    return most_scratch(like, sizes.n_rows, sizes.n_new, *heads, sizes.threads)
+
+
+# the scalar is the scale
+ATTEND = Instruction("attend", _Attend._fields, _run, _scratch_bytes, _check)
