@@ -35,14 +35,16 @@ def _rotate(qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, k
 
 OPERATIONS: dict[str, tuple[Callable[[Tensor], object], tuple[int, ...]]] = {
     "rms_norm": (lambda x: functional.rms_norm(x, torch.ones(41), 1e-5), (2, 41)),
-    "add_rms_norm": (lambda x: functional.add_rms_norm(x, torch.ones(2, 41), torch.ones(41), 1e-5), (2, 41)),
     "rms_norm weight": (lambda w: functional.rms_norm(torch.ones(2, 41), w, 1e-5), (41,)),
     "layer_norm": (lambda x: functional.layer_norm(x, None, None, 1e-5), (2, 41)),
     "layer_norm bias": (lambda b: functional.layer_norm(torch.ones(2, 41), None, b, 1e-5), (41,)),
-    "add_layer_norm residual": (
-        lambda r: functional.add_layer_norm(torch.ones(2, 41), r, None, None, 1e-5),
-        (2, 41),
+    "rms_norm_heads": (lambda x: functional.rms_norm_heads(x, torch.ones(SIZE), 1e-5, 1, 3), (2, 3, WIDTH)),
+    "rms_norm_heads weight": (
+        lambda w: functional.rms_norm_heads(torch.ones(2, WIDTH), w, 1e-5, 1, 3),
+        (SIZE,),
     ),
+    "scale": (lambda x: functional.scale(x, 0.3), (2, 41)),
+    "scale residual": (lambda r: functional.scale(torch.ones(2, 41), 0.3, residual=r), (2, 41)),
     "attend": (_attend, (2, 3, WIDTH)),
     "rotate_and_store": (_rotate, (2, 3, WIDTH)),
     "rotate_and_store cos": (lambda cos: _rotate(torch.ones(2, 3, WIDTH), cos=cos), (1, 3, SIZE)),
@@ -111,7 +113,9 @@ def test_other_layouts_and_types(name: str) -> None:
     (
         lambda: functional.rms_norm(torch.ones(2, 41), torch.ones(40), 1e-5),
         lambda: functional.rms_norm(torch.ones(2, 41), torch.ones(1, 41), 1e-5),
-        lambda: functional.add_rms_norm(torch.ones(2, 41), torch.ones(41), torch.ones(41), 1e-5),
+        lambda: functional.rms_norm_heads(torch.ones(2, 41), torch.ones(1, 41), 1e-5, 0, 1),
+        lambda: functional.rms_norm_heads(torch.ones(()), torch.ones(1), 1e-5, 0, 1),
+        lambda: functional.scale(torch.ones(2, 41), 0.3, residual=torch.ones(41)),
         lambda: functional.layer_norm(torch.ones(2, 41), None, torch.ones(42), 1e-5),
         lambda: functional.rms_norm(torch.ones(()), torch.ones(1), 1e-5),
         lambda: _attend(torch.ones(2, 3, WIDTH - 1)),
@@ -136,7 +140,8 @@ def test_mixed_dtypes() -> None:
     x = torch.ones(2, 41, dtype=torch.bfloat16)
     for call in (
         lambda: functional.rms_norm(x, torch.ones(41), 1e-5),
-        lambda: functional.add_rms_norm(x, torch.ones(2, 41), torch.ones(41).bfloat16(), 1e-5),
+        lambda: functional.rms_norm_heads(x, torch.ones(41), 1e-5, 0, 1),
+        lambda: functional.scale(x, 0.3, residual=torch.ones(2, 41)),
         lambda: _attend(torch.ones(2, 3, WIDTH, dtype=torch.bfloat16)),
     ):
         with pytest.raises(InvalidInput, match="dtype"):
@@ -154,6 +159,15 @@ def test_rotations() -> None:
         _rotate(torch.ones(2, 3, WIDTH), kind="full")
     with pytest.raises(InvalidInput, match="cos is None: rotation 'half' needs it"):
         functional.rotate_and_store(torch.ones(2, 3, WIDTH), None, None, _appended(), *HEADS, "half")
+
+
+@pytest.mark.parametrize("heads", ((-1, 1), (0, -1), (0, 9), (6, 3), (8, 1)))
+def test_heads_to_norm(heads: tuple[int, int]) -> None:
+    qkv = torch.randn(2, WIDTH)
+    before = qkv.clone()
+    with pytest.raises(InvalidInput, match=f"of {SIZE} channels: qkv has {WIDTH}"):
+        functional.rms_norm_heads(qkv, torch.ones(SIZE), 1e-5, *heads)
+    assert torch.equal(qkv, before)
 
 
 @pytest.mark.parametrize("heads", ((4, 3, SIZE), (0, 2, SIZE), (4, 0, SIZE), (4, 2, 0), (-4, -2, SIZE)))

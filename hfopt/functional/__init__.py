@@ -9,10 +9,11 @@ from .attention import Mask, attend, prepare_mask
 from .choice import Kernels
 from .linear import LinearWeights, Weights, linear
 from .mixed import MixedWeights
-from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_heads
 from .quantized import QuantizedWeights, quantized_linear
 from .rotary import rotate_and_store
 from .sampling import argmax, log_softmax_top_k
+from .scale import scale
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,8 +23,6 @@ __all__ = [
     "MixedWeights",
     "QuantizedWeights",
     "Weights",
-    "add_layer_norm",
-    "add_rms_norm",
     "argmax",
     "attend",
     "layer_norm",
@@ -32,5 +31,7 @@ __all__ = [
     "prepare_mask",
     "quantized_linear",
     "rms_norm",
+    "rms_norm_heads",
     "rotate_and_store",
+    "scale",
 ]

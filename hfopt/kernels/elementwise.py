@@ -1,9 +1,43 @@
-"""Arithmetic on each value by itself."""
+"""Arithmetic on each value by itself: in float32, rounded once to the element type."""
 
-from hfopt.kernels.instruction import Instruction
-from hfopt.kernels.jit.parallel import body, inlined
-from hfopt.kernels.simd.pointer import address_as, load_part, store_part
+from typing import NamedTuple
+
+import numpy as np
+
+from hfopt.kernels.instruction import NONE, Instruction, read_fields
+from hfopt.kernels.jit.launch import launch
+from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
+from hfopt.kernels.simd.pointer import (
+    address_as,
+    load_part,
+    load_two,
+    pointer,
+    store_part,
+    store_two,
+)
 from hfopt.kernels.simd.types import LANES
+from hfopt.kernels.simd.vector import product, quotient, splat
+
+_STEP = 2 * LANES
+_BLOCK = 1 << 12  # values that a thread scales at a time
+_PARALLEL_SIZE = 1 << 16  # values; below, more threads cost more than they save
+
+
+@body
+def add_row(x, other, size, total):
+    """total = x + other, rounded to the element type."""
+    k = 0
+    while k + _STEP <= size:
+        (a, b), (c, d) = load_two(x, k), load_two(other, k)
+        store_two(total, k, a + c, b + d)
+        k += _STEP
+    while k < size:
+        count = min(size - k, LANES)
+        store_part(total, k, count, load_part(x, k, count) + load_part(other, k, count))
+        k += LANES
+
+
+# ---- products of two arrays -------------------------------------------------------------------------------------------
 
 
 @body
@@ -23,3 +57,51 @@ def _run_multiply(like, held, operands, step):
 
 # OUT *= IN
 MULTIPLY = Instruction("multiply", (), _run_multiply)
+
+
+# ---- products with a number -------------------------------------------------------------------------------------------
+
+
+@body
+def _scale_block(index, x, count, factor, divide, residual, out):
+    factor = splat(factor)
+    for k in range(index * _BLOCK, min((index + 1) * _BLOCK, count), LANES):
+        n = min(count - k, LANES)
+        value = load_part(x, k, n)
+        value = quotient(value, factor) if divide else product(value, factor)
+        if residual != 0:
+            value = load_part(address_as(residual, x), k, n) + value
+        store_part(out, k, n, value)
+
+
+@body
+def _scale(x, count, factor, divide, residual, out):
+    n_blocks = (count + _BLOCK - 1) // _BLOCK
+    arguments = x, count, np.float32(factor), divide, residual, out
+    parallel_for(_scale_block, threads_for(n_blocks, count, _PARALLEL_SIZE), n_blocks, arguments)
+
+
+@launch
+def scale(like, x, count, factor, divide, residual, out):
+    """out = x * factor, or x / factor; plus the residual, if there is one.
+
+    Addresses of arrays [count] of the type of `like`, float32 or bfloat16 bits; out may be x or residual, which may be 0.
+    """
+    _scale(address_as(x, pointer(like)), count, factor, divide, residual, address_as(out, pointer(like)))
+
+
+class _Scale(NamedTuple):
+    divide: int
+    residual: int  # slot, or NONE
+
+
+@inlined
+def _run_scale(like, held, operands, step):
+    own = read_fields(operands.own, _Scale)
+    x, out = address_as(operands.x, like), address_as(operands.out, like)
+    residual = 0 if own.residual == NONE else step.arena + own.residual * step.n_tokens
+    _scale(x, operands.n * operands.size, operands.scalar, own.divide != 0, residual, out)
+
+
+# OUT = IN * the scalar, or IN / it; IN and OUT may be the same, or LOGITS
+SCALE = Instruction("scale", _Scale._fields, _run_scale)

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
+from hfopt.kernels.elementwise import add_row
 from hfopt.kernels.instruction import UNKNOWN_INDEX, Instruction, read_fields
 from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.move import copy_bytes
-from hfopt.kernels.norm import add_row
 from hfopt.kernels.simd.pointer import address_as, shifted
 
 TOKENS, POSITIONS = range(2)

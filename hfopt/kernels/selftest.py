@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import norm, rope, sampling
+from . import elementwise, norm, rope, sampling
 from .attention import cache_record
 from .attention import decode as attention
 from .attention import prefill as attention_prefill
@@ -50,24 +50,35 @@ def _address(array: Array) -> int:
 
 
 def _rms_norm(dtype: type) -> float:
-    x, residual, w = _random(dtype, 3, 41), _random(dtype, 1, 3, 41), _random(dtype, 41)
-    summed, out = np.zeros_like(x), np.zeros_like(x)
-    addresses = (_address(residual), _address(w), 1e-6, _address(summed), _address(out))
-    norm.rms_norm(np.empty(0, dtype), _address(x), 3, 41, *addresses)
-    s = _exact(summed)
-    expected = _exact(w) * s / np.sqrt((s**2).mean(-1, keepdims=True) + 1e-6)
-    return max(_error(summed, _exact(x) + _exact(residual[0])), _error(out, expected))
+    x, w = _random(dtype, 3, 41), _random(dtype, 41)
+    out = np.zeros_like(x)
+    norm.rms_norm(np.empty(0, dtype), _address(x), 3, 41, _address(w), 1e-6, _address(out))
+    s = _exact(x)
+    return _error(out, _exact(w) * s / np.sqrt((s**2).mean(-1, keepdims=True) + 1e-6))
+
+
+def _rms_norm_heads(dtype: type) -> float:
+    x, w = _random(dtype, 3, 4, 41), _random(dtype, 41)
+    s = _exact(x)
+    s[:, 1:3] *= _exact(w) / np.sqrt((s[:, 1:3] ** 2).mean(-1, keepdims=True) + 1e-6)
+    norm.rms_norm_heads(np.empty(0, dtype), _address(x), 3, 4 * 41, 1, 2, 41, _address(w), 1e-6)
+    return _error(x, s)
 
 
 def _layer_norm(dtype: type) -> float:
     x, w, b = _random(dtype, 3, 41), _random(dtype, 41), _random(dtype, 1, 41)
     out = np.zeros_like(x)
-    norm.layer_norm(
-        np.empty(0, dtype), _address(x), 3, 41, 0, _address(w), _address(b), 1e-6, 0, _address(out)
-    )
+    norm.layer_norm(np.empty(0, dtype), _address(x), 3, 41, _address(w), _address(b), 1e-6, _address(out))
     s = _exact(x)
     s = (s - s.mean(-1, keepdims=True)) / np.sqrt(s.var(-1, keepdims=True) + 1e-6)
     return _error(out, _exact(w) * s + _exact(b))
+
+
+def _scale(dtype: type) -> float:
+    x, residual = _random(dtype, 3, 41), _random(dtype, 3, 41)
+    out = np.zeros_like(x)
+    elementwise.scale(np.empty(0, dtype), _address(x), x.size, 3.0, True, _address(residual), _address(out))
+    return _error(out, _exact(residual) + _exact(x) / 3.0)
 
 
 def _linear(dtype: type, n_rows: int) -> float:
@@ -232,7 +243,9 @@ def _log_softmax_top_k(dtype: type) -> float:
 
 _CASES: tuple[tuple[str, Case], ...] = (
     ("rms_norm", _rms_norm),
+    ("rms_norm_heads", _rms_norm_heads),
     ("layer_norm", _layer_norm),
+    ("scale", _scale),
     ("linear_rows", functools.partial(_linear, n_rows=3)),
     ("linear_tiles", functools.partial(_linear, n_rows=linear.ROW_LIMIT + 1)),
     *(

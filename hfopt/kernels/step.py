@@ -8,7 +8,7 @@ import numpy as np
 
 from hfopt.kernels.attention.attend import ATTEND
 from hfopt.kernels.attention.cache_record import BRANCH, TRUNK
-from hfopt.kernels.elementwise import MULTIPLY
+from hfopt.kernels.elementwise import MULTIPLY, SCALE
 from hfopt.kernels.embedding import ADD_LOOKED_UP, LOOK_UP, POSITIONS, TOKENS
 from hfopt.kernels.instruction import (
     IN,
@@ -31,7 +31,7 @@ from hfopt.kernels.jit.switch import UNKNOWN, switch
 from hfopt.kernels.linear.quantized import QUANTIZED_LINEAR
 from hfopt.kernels.linear.tiles import LINEAR
 from hfopt.kernels.move import PERMUTE, TAKE_LAST
-from hfopt.kernels.norm import LAYER_NORM, RMS_NORM
+from hfopt.kernels.norm import HEAD_NORM, LAYER_NORM, RMS_NORM
 from hfopt.kernels.rope import ROTATE_AND_STORE
 from hfopt.kernels.sampling import argmax
 from hfopt.kernels.simd.pointer import address_of, pointer, shifted
@@ -49,6 +49,8 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     TAKE_LAST,
     PERMUTE,
     MULTIPLY,
+    SCALE,
+    HEAD_NORM,
 )
 COLUMNS = OWN + max(len(each.columns) for each in INSTRUCTIONS)
 
@@ -107,7 +109,7 @@ def _run_all(like, held, code, formats, scalars, step, logits):
     """Runs instructions that were checked."""
     for i in range(code.shape[0]):
         row = shifted(pointer(code), i * COLUMNS)
-        x = step.arena + row[IN] * step.n_tokens
+        x = logits if row[IN] == LOGITS else step.arena + row[IN] * step.n_tokens
         out = logits if row[OUT] == LOGITS else step.arena + row[OUT] * step.n_tokens
         n = step.n_rows if row[PER_ROW] != 0 else step.n_tokens
         operands = Operands(x, out, n, row[SIZE], scalars[i], shifted(row, OWN), format_at(formats, i))

@@ -73,6 +73,24 @@ def fma(typingctx, a, b, c):
     return float32x(float32x, float32x, float32x), codegen
 
 
+def _as_written(method, flag, doc):
+    """Intrinsic of two vectors. The flag means nothing to the instruction, and keeps away those that Numba gives to
+    instructions without any: reciprocals instead of quotients, and sums fused with products."""
+
+    def typed(typingctx, a, b):
+        def codegen(context, builder, sig, args):
+            return getattr(builder, method)(*args, flags=(flag,))
+
+        return float32x(float32x, float32x), codegen
+
+    typed.__doc__ = doc
+    return intrinsic(typed)
+
+
+product = _as_written("fmul", "afn", "a * b, rounded before it is added to anything.")
+quotient = _as_written("fdiv", "contract", "a / b, rounded as IEEE 754 says.")
+
+
 @intrinsic
 def fence(typingctx, x):
     """x, as a whole: no operation is moved across it, so (a - b) - c stays what it says."""
