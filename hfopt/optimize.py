@@ -24,7 +24,9 @@ from hfopt.quantization import Format, InputStatistics, QuantizationConfig, conf
 from hfopt.report import Report
 
 if TYPE_CHECKING:
+    from hfopt.generation import Verdict
     from hfopt.patches.walk import Walk
+    from hfopt.program.programs import Programs
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def optimize(
     Args:
         model: a causal language model of transformers. Of other modules, known parts are swapped.
         dtype: converts the weights first (float32 or bfloat16); None leaves them as they are.
-        strict: raise UnsupportedModel unless every part of the decoder could be swapped and all loops are hfopt's.
+        strict: raise UnsupportedModel unless the whole decoder runs as one program, and all loops are hfopt's.
         kernels: whose kernels compute linear layers, and attention of several new tokens. "auto" takes torch's where a
             timing on this machine has shown them to be faster; with "hfopt" results have the same bits at any number of
             threads. Everything else, quantised layers too, always runs in hfopt's.
@@ -100,17 +102,10 @@ def optimize(
         walk, programs = Walk(model), Programs(kernels, kv_cache)
         with compile_progress():
             walk.apply()
-            refused = {} if generator is None else generation.refusals()
             verdict = None if generator is None else verdict_on(walk, generator)
     try:
         if strict:
-            _check_complete(walk)
-            if refused:
-                raise UnsupportedModel(f"strict: {generation.in_words(refused)}")
-            if generator is not None:
-                reason = next(filter(None, verdict or ()), None) or programs.refutation(generator)
-                if reason is not None:
-                    raise UnsupportedModel(f"strict: decode steps go module by module: {reason}")
+            _check_whole(walk, programs, verdict)
         if generator is not None:
             state = generation.Installed(programs, kv_cache, verdict or generation.Verdict())
             generation.install(generator, state)
@@ -225,21 +220,21 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
                 tensor.data = tensor.data.to(dtype)
 
 
-def _check_complete(walk: Walk) -> None:
-    from hfopt.patches.families import FAMILIES, family_of
+def _check_whole(walk: Walk, programs: Programs, verdict: Verdict | None) -> None:
+    """Raises UnsupportedModel unless all of the model is hfopt's. verdict: on its requests, if it generates."""
+    from hfopt.program.decoder import obstacle
 
-    family = family_of(walk.model)
-    if family is None:
-        known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
-        given = type(walk.model).__name__
-        raise UnsupportedModel(f"strict: {given} is no decoder that hfopt knows whole ({known})")
-    found = {module.path: module.pattern for module in walk.swapped()}
-    reasons = {module.path: module.reason for module in walk.kept()}
-    missed = [
-        f"{path or 'the model'} ({reasons.get(path, f'it is a {found.get(path)}')})"
-        for path, _ in walk.model.named_modules()
-        if (expected := family.pattern_at(path)) is not None and found.get(path) != expected
-    ]
-    if missed:
-        more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
-        raise UnsupportedModel(f"strict: could not swap {', '.join(missed[:3])}{more}")
+    generator = generation.generator_of(walk.model)
+    if generator is not None and (loops := generation.refusals()):
+        raise UnsupportedModel(f"strict: {generation.in_words(loops)}")
+    reason = obstacle(generator or walk.model)
+    if reason is not None:
+        refused = [f"{path or 'the model'} ({why})" for path, why in walk.refused().items()]
+        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+        words = f"could not swap {', '.join(refused[:3])}{more}: " if refused else ""
+        raise UnsupportedModel(f"strict: {words}{reason}")
+    if generator is None:
+        return
+    reason = next(filter(None, verdict or ()), None) or programs.refutation(generator)
+    if reason is not None:
+        raise UnsupportedModel(f"strict: decode steps go module by module: {reason}")

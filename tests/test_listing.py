@@ -9,17 +9,17 @@ from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausa
 
 import hfopt
 from hfopt.bench import roofline
-from hfopt.program.listing import Instruction, Listing
+from hfopt.program.listing import Line, Listing
 from tests.step_cases import programs_of
 
-LINE = Instruction("linear", None, "8 → 8", "silu", (0,), 64, n_bytes=128)
+LINE = Line("linear", None, "8 → 8", "silu", (0,), 64, n_bytes=128)
 
 
-def listing(*instructions: Instruction) -> Listing:
+def listing(*instructions: Line) -> Listing:
     return Listing(instructions, sum(each.n_bytes for each in instructions), 1536, 3 << 20)
 
 
-def in_layers(*layers: int | None, **changes: Any) -> list[Instruction]:
+def in_layers(*layers: int | None, **changes: Any) -> list[Line]:
     return [dataclasses.replace(LINE, layer=layer, **changes) for layer in layers]
 
 

@@ -16,6 +16,7 @@ from transformers import LlamaForSequenceClassification
 import hfopt
 from hfopt.bench import roofline
 from hfopt.errors import InvalidInput, UnsupportedModel
+from hfopt.functional import Epilogue
 from hfopt.patches.quantized import BUFFERS, QuantizedLinear, empty_linear, quantize_linear, read_matrices
 from hfopt.patches.replacement import Record
 from hfopt.program.decoder import build
@@ -165,7 +166,7 @@ def test_halves_of_a_fused_weight_are_read_in_place(name: str) -> None:
     x = torch.randn(3, 256)
     assert torch.equal(weights.multiply(x), fused(x))
     gate, up = fused(x).split(64, dim=-1)
-    gated = weights.multiply(x, activation="silu", gated=True)
+    gated = weights.multiply(x, Epilogue("silu", gated=True))
     torch.testing.assert_close(gated, nn.functional.silu(gate) * up)
     assert read_matrices(record, "gate and up", fused.format, 256, halves, biases) is weights
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
 from transformers.generation import BaseStreamer, StoppingCriteria
 
 import hfopt
@@ -352,11 +352,31 @@ def test_a_hook_that_takes_itself_away(is_proven: bool, passes: list[int]) -> No
 
 
 def test_an_embedding_that_does_more(passes: list[int]) -> None:
-    """Nothing tells but the rehearsal."""
     model, stock = llama(), llama()
     for each in (model, stock):
         own = each.model.embed_tokens
         each.model.embed_tokens = Scaled(own.num_embeddings, own.embedding_dim, _weight=own.weight).eval()
+    with pytest.raises(
+        UnsupportedModel, match="strict: embed_tokens is a Scaled that does more than look up"
+    ):
+        hfopt.optimize(model, strict=True)
+    assert_all_by_modules(optimized(model), stock, passes)
+
+
+class ScaledLlama(LlamaModel):
+    """Does something between its parts."""
+
+    @functools.wraps(LlamaModel.forward)
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]  # as above
+        return super().forward(inputs_embeds=2 * self.embed_tokens(input_ids), **kwargs)
+
+
+@needs_programs
+def test_a_decoder_that_does_more(passes: list[int]) -> None:
+    """Nothing tells but the rehearsal."""
+    model, stock = llama(), llama()
+    for each in (model, stock):
+        each.model.__class__ = ScaledLlama
     with pytest.raises(
         UnsupportedModel, match="strict: decode steps go module by module: it gives other logits of a prompt"
     ):

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from hfopt.cache import AppendedEverywhere, Buffers, IndirectCache
 from hfopt.errors import InvalidInput
-from hfopt.functional import LinearWeights
+from hfopt.functional import Epilogue, LinearWeights
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import NONE, Instruction
 from hfopt.kernels.linear.blocks import RESIDUALS
 from hfopt.kernels.linear.rows import ROW_LIMIT
-from hfopt.program.builder import Builder
+from hfopt.program.builder import Builder, Value
 from hfopt.program.program import Program, Table
 from hfopt.program.run import Run
-from hfopt.program.writer import Slot
 from tests.generation_cases import (
     CACHE,
     FAMILIES,
@@ -40,16 +39,21 @@ def weights(*shapes: tuple[int, int], dtype: torch.dtype = torch.float32) -> Lin
     return LinearWeights.of([torch.randn(shape).to(dtype) for shape in shapes], [None] * len(shapes))
 
 
-def begun() -> tuple[Builder, Slot]:
+def begun() -> tuple[Builder, Value]:
     builder = Builder(torch.float32)
     return builder, builder.look_up(Table(torch.randn(N_TOKENS, SIZE)), "tokens")
 
 
-def layered(builder: Builder, x: Slot, layer: int, heads: tuple[int, int, int] = HEADS) -> Slot:
+def layered(builder: Builder, x: Value, layer: int, heads: tuple[int, int, int] = HEADS) -> Value:
     qkv = builder.linear(x, weights((WIDTH, SIZE), dtype=builder.dtype))
     builder.rotate_and_store(qkv, layer, heads, "none", None)
     attended = builder.attend(qkv, layer, heads, 0.3)
-    return builder.linear(attended, weights((SIZE, SIZE), dtype=builder.dtype), residuals=(x,))
+    return builder.linear(attended, weights((SIZE, SIZE), dtype=builder.dtype), Epilogue(residuals=(x,)))
+
+
+def head(builder: Builder, x: Value) -> Value:
+    builder.take_last(x)
+    return builder.linear(x, weights((N_LOGITS, SIZE), dtype=builder.dtype))
 
 
 def program(n_layers: int = 2, dtype: torch.dtype = torch.float32) -> Program:
@@ -57,8 +61,7 @@ def program(n_layers: int = 2, dtype: torch.dtype = torch.float32) -> Program:
     x = builder.look_up(Table(torch.randn(N_TOKENS, SIZE).to(dtype)), "tokens")
     for layer in range(n_layers):
         x = layered(builder, x, layer)
-    logits = builder.linear(x, weights((N_LOGITS, SIZE), dtype=dtype), is_last=True)
-    return builder.program(n_layers, logits.size)
+    return builder.program(head(builder, x), n_layers)
 
 
 def append(cache: IndirectCache, n_rows: int, n_layers: int = 2, dtype: torch.dtype = torch.float32) -> Any:
@@ -100,36 +103,32 @@ def test_what_is_right() -> None:
 _BFLOAT = torch.bfloat16
 
 
-def _rotate(builder: Builder, x: Slot, rotation: str, *tables: Tensor) -> None:
+def _rotate(builder: Builder, x: Value, rotation: str, *tables: Tensor) -> None:
     qkv = builder.linear(x, weights((WIDTH, SIZE)))
     angles = [builder.look_up(Table(each), "positions") for each in tables]
     builder.rotate_and_store(qkv, 0, HEADS, rotation, tuple(angles) or None)  # type: ignore[arg-type]
 
 
-def _attend(builder: Builder, x: Slot, *heads: int) -> None:
+def _attend(builder: Builder, x: Value, *heads: int) -> None:
     builder.attend(builder.linear(x, weights((WIDTH, SIZE))), 0, heads, 1.0)  # type: ignore[arg-type]
 
 
-def _norm_of_another_dtype(builder: Builder, x: Slot) -> None:
+def _norm_of_another_dtype(builder: Builder, x: Value) -> None:
     other = builder.look_up(Table(torch.randn(N_TOKENS, SIZE).to(_BFLOAT)), "tokens")
     builder.rms_norm(other, torch.ones(SIZE), 1e-5)
 
 
-def _linear_of_another_dtype(builder: Builder, x: Slot) -> None:
+def _linear_of_another_dtype(builder: Builder, x: Value) -> None:
     other = builder.look_up(Table(torch.randn(N_TOKENS, SIZE).to(_BFLOAT)), "tokens")
     builder.linear(other, weights((8, SIZE)))
 
 
-def _residual_of_another_dtype(builder: Builder, x: Slot) -> None:
+def _residual_of_another_dtype(builder: Builder, x: Value) -> None:
     other = builder.look_up(Table(torch.randn(N_TOKENS, SIZE).to(_BFLOAT)), "tokens")
-    builder.linear(x, weights((SIZE, SIZE)), residuals=(other,))
+    builder.linear(x, weights((SIZE, SIZE)), Epilogue(residuals=(other,)))
 
 
-def _after_the_last(builder: Builder, x: Slot) -> None:
-    builder.rms_norm(builder.linear(x, weights((SIZE, SIZE)), is_last=True), torch.ones(SIZE), 1e-5)
-
-
-REFUSED: dict[str, Callable[[Builder, Slot], Any]] = {
+REFUSED: dict[str, Callable[[Builder, Value], Any]] = {
     "norm weight size": lambda b, x: b.rms_norm(x, torch.ones(SIZE - 1), 1e-5),
     "norm weight dtype": lambda b, x: b.rms_norm(x, torch.ones(SIZE, dtype=_BFLOAT), 1e-5),
     "norm weight strides": lambda b, x: b.rms_norm(x, torch.ones(2 * SIZE)[::2], 1e-5),
@@ -140,16 +139,18 @@ REFUSED: dict[str, Callable[[Builder, Slot], Any]] = {
     "linear size": lambda b, x: b.linear(x, weights((8, SIZE + 1))),
     "linear dtype": lambda b, x: b.linear(x, weights((8, SIZE), dtype=_BFLOAT)),
     "linear input dtype": _linear_of_another_dtype,
-    "residual size": lambda b, x: b.linear(x, weights((8, SIZE)), residuals=(x,)),
+    "residual size": lambda b, x: b.linear(x, weights((8, SIZE)), Epilogue(residuals=(x,))),
     "residual dtype": _residual_of_another_dtype,
     "too many residuals": lambda b, x: b.linear(
-        x, weights((SIZE, SIZE)), residuals=[x] * (len(RESIDUALS) + 1)
+        x, weights((SIZE, SIZE)), Epilogue(residuals=[x] * (len(RESIDUALS) + 1))
     ),
-    "activation": lambda b, x: b.linear(x, weights((8, SIZE)), activation="sine"),
-    "gate alone": lambda b, x: b.linear(x, weights((8, SIZE)), gated=True),
-    "gate and up differ": lambda b, x: b.linear(x, weights((8, SIZE), (10, SIZE)), gated=True),
-    "after the last": _after_the_last,
-    "residuals of the last": lambda b, x: b.linear(x, weights((SIZE, SIZE)), residuals=(x,), is_last=True),
+    "activation": lambda b, x: b.linear(x, weights((8, SIZE)), Epilogue("sine")),
+    "gate alone": lambda b, x: b.linear(x, weights((8, SIZE)), Epilogue(gated=True)),
+    "gate and up differ": lambda b, x: b.linear(x, weights((8, SIZE), (10, SIZE)), Epilogue(gated=True)),
+    "no heads to normalise": lambda b, x: b.norm_heads(x, torch.ones(8), 1e-5, 0, 0),
+    "heads to normalise that are not there": lambda b, x: b.norm_heads(x, torch.ones(8), 1e-5, 2, 3),
+    "head norm dtype": lambda b, x: b.norm_heads(x, torch.ones(8, dtype=_BFLOAT), 1e-5, 0, 1),
+    "scale and residual differ": lambda b, x: b.scale(x, 2.0, b.linear(x, weights((8, SIZE)))),
     "heads and size": lambda b, x: _attend(b, x, 4, 2, 7),
     "heads and groups": lambda b, x: _attend(b, x, 2, 3, 8),
     "no heads": lambda b, x: _attend(b, x, 8, 0, 8),
@@ -182,43 +183,46 @@ def test_layers_are_cached_once_each(layers: tuple[int, ...]) -> None:
     builder, x = begun()
     for layer in layers:
         x = layered(builder, x, layer)
-    logits = builder.linear(x, weights((N_LOGITS, SIZE)), is_last=True)
+    logits = head(builder, x)
     with pytest.raises(InvalidInput):
-        builder.program(2, logits.size)
+        builder.program(logits, 2)
 
 
 def test_layers_with_other_heads() -> None:
     builder, x = begun()
     x = layered(builder, x, 0)
     x = layered(builder, x, 1, (2, 1, 16))
-    logits = builder.linear(x, weights((N_LOGITS, SIZE)), is_last=True)
+    logits = head(builder, x)
     with pytest.raises(InvalidInput, match="shapes"):
-        builder.program(2, logits.size)
+        builder.program(logits, 2)
 
 
-@pytest.mark.parametrize("n_logits", [N_LOGITS - 1, N_LOGITS + 1, 0])
-def test_as_many_logits_as_the_last_linear_has(n_logits: int) -> None:
+def test_nothing_follows_what_makes_the_logits() -> None:
     builder, x = begun()
-    builder.linear(layered(builder, x, 0), weights((N_LOGITS, SIZE)), is_last=True)
-    with pytest.raises(InvalidInput, match="n_logits"):
-        builder.program(1, n_logits)
+    logits = head(builder, layered(builder, x, 0))
+    builder.rms_norm(logits, torch.ones(N_LOGITS), 1e-5)
+    with pytest.raises(InvalidInput, match="rms_norm is the last"):
+        builder.program(logits, 1)
 
 
-def test_nothing_follows_the_last_linear() -> None:
-    """Its rows are the last tokens alone."""
+def test_logits_are_of_the_last_tokens() -> None:
     builder, x = begun()
     x = layered(builder, x, 0)
-    builder.linear(x, weights((N_LOGITS, SIZE)), is_last=True)
-    builder.rms_norm(x, torch.ones(SIZE), 1e-5)
-    with pytest.raises(InvalidInput, match="rms_norm follows"):
-        builder.program(1, N_LOGITS)
+    with pytest.raises(InvalidInput, match="the last tokens"):
+        builder.program(x, 1)
 
 
-def test_without_a_last_linear() -> None:
-    builder, x = begun()
-    layered(builder, x, 0)
-    with pytest.raises(InvalidInput, match="n_logits"):
-        builder.program(1, SIZE)
+def test_logits_that_are_scaled() -> None:
+    builder = Builder(torch.float32)
+    table, matrix = Table(torch.randn(N_TOKENS, SIZE)), weights((N_LOGITS, SIZE))
+    x = layered(builder, builder.look_up(table, "tokens"), 0)
+    builder.take_last(x)
+    logits = builder.scale(builder.linear(x, matrix), 3.0, divide=True)
+    arguments = given() | {"appended": append(IndirectCache(), 3, 1)}
+    scaled = step(**{**arguments, "run": Run(builder.program(logits, 1), 3)})
+    written = builder._written.pop()
+    plain = step(**{**arguments, "run": Run(builder.program(written.operands["IN"], 1), 3)})
+    assert torch.equal(scaled, plain / 3)
 
 
 @pytest.mark.parametrize("grown", [torch.zeros(8, 5), torch.zeros(8, 4).to(_BFLOAT), torch.zeros(4, 8).t()])
@@ -252,15 +256,15 @@ _QUANTIZED = kernels.INSTRUCTIONS.index(kernels.QUANTIZED_LINEAR)
 def test_an_operation_that_there_is_not(number: int) -> None:
     """Nor one over quantised weights in a program without formats. Nothing is written."""
     arguments = given()
-    built = arguments["scratch"].program
+    built = arguments["run"].program
     code = built.code.copy()
     code[5, 0] = number
-    scratch = StepScratch(built._replace(code=code), 3)
-    scratch._arena[:] = 0xA5
+    run = Run(built._replace(code=code), 3)
+    run._arena[:] = 0xA5
     stored = [each.trunk.copy() for each in arguments["appended"]]
     with pytest.raises(InvalidInput, match=f"instruction 5 has operation {number}:"):
-        step(**{**arguments, "scratch": scratch})
-    assert (scratch._arena == 0xA5).all()
+        step(**{**arguments, "run": run})
+    assert (run._arena == 0xA5).all()
     for before, after in zip(stored, arguments["appended"], strict=True):
         assert np.array_equal(before.view(np.uint8), after.trunk.view(np.uint8))
 

@@ -25,7 +25,7 @@ from hfopt.console.output import progress, say, show_table, write_json
 from hfopt.errors import InvalidInput
 from hfopt.kernels.jit import launch as jit
 from hfopt.machine import env
-from hfopt.program.listing import Instruction
+from hfopt.program.listing import Line
 from hfopt.program.program import Program
 
 from .cases import Workload, cases_of, filled_cache, has_positions
@@ -108,7 +108,7 @@ class ReadyStep:
         self._owners = cache, run  # of what the launch has the addresses of
         self._launch = launch
         self.kernel: Any = launch.func
-        self.instructions: Sequence[Instruction] = program.listing.instructions
+        self.instructions: Sequence[Line] = program.listing.instructions
         n_tokens = workload.prompt_tokens + 1
         self.bytes_read = [each.bytes_read(n_rows, n_tokens) for each in self.instructions]
         self.whole = launch
@@ -203,7 +203,7 @@ def _round(steps: list[list[float]], tokens: list[tuple[float, float]], bandwidt
 
 
 def figures_of(
-    instructions: Sequence[Instruction], bytes_read: Sequence[int], rounds: Sequence[Round]
+    instructions: Sequence[Line], bytes_read: Sequence[int], rounds: Sequence[Round]
 ) -> dict[str, Any]:
     """Medians over the rounds, instructions that do the same together.
 

@@ -9,6 +9,7 @@ row finds its trunk and each of its branch tokens, so a step of beam search rewr
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from hfopt.cache.codes import KV_CACHES, check_kv_cache
 from hfopt.cache.layer import IndirectLayer
 from hfopt.cache.row_map import RowMap
 from hfopt.errors import InvalidInput
-from hfopt.host import Config, DynamicLayer
+from hfopt.host import Config, full_attention
 
 __all__ = ["KV_CACHES", "Appended", "AppendedEverywhere", "Buffers", "IndirectCache"]
 
@@ -36,6 +37,8 @@ class IndirectCache(DynamicCache):
         copies: rows that each prompt is for (`num_beams` or `num_return_sequences`). Above 1, the rows that
             arrive first are prompts; `fork`, or the first update of `copies` times as many rows, makes
             `copies` rows of each.
+        max_length: tokens that it is meant for; layers of a window as long are no others than those without. (Longer texts
+            are right too, and then more is kept than the window.)
         kv_cache: "int8" stores keys and values as 8-bit codes with a scale for each token and head, in half the memory of
             bfloat16; None as they are.
 
@@ -53,23 +56,35 @@ class IndirectCache(DynamicCache):
         >>> cache.reorder_cache(torch.tensor([3, 3, 0, 1]))  # moves none of them
     """
 
-    def __init__(self, config: Config | None = None, *, copies: int = 1, kv_cache: str | None = None) -> None:
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        copies: int = 1,
+        kv_cache: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
         if copies < 1:
             raise InvalidInput(f"copies = {copies}: at least 1 is needed")
         check_kv_cache(kv_cache)
         super().__init__(config=config)
-        self.copies, self.kv_cache = copies, kv_cache
+        self.copies, self.kv_cache, self.max_length = copies, kv_cache, max_length
         self._rows = RowMap()
         self._memo: dict[str, tuple[Tensor, Any]] = {}
         self.layers: list[Any]
         self.layer_class_to_replicate: Any
         if self.layer_class_to_replicate is not None:
             self.layer_class_to_replicate = functools.partial(IndirectLayer, self._rows, kv_cache=kv_cache)
-        n_following = sum(type(layer) is DynamicLayer for layer in self.layers)
+        length = sys.maxsize if max_length is None else max_length
+        n_following = sum(full_attention(layer) >= length for layer in self.layers)
         for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
+            if full_attention(layer) >= length:
                 n_following -= 1
                 self.layers[index] = IndirectLayer(self._rows, n_following, kv_cache=kv_cache)
+
+    def emptied(self, config: Config) -> IndirectCache:
+        """A new cache of this kind, for as many copies, with nothing in it."""
+        return IndirectCache(config, copies=self.copies, kv_cache=self.kv_cache, max_length=self.max_length)
 
     @property
     def n_rows(self) -> int:

@@ -7,9 +7,10 @@ Forward only: results carry no gradients. Tensors that a kernel cannot work on r
 from .activation import ACTIVATIONS
 from .attention import Mask, attend, prepare_mask
 from .choice import Kernels
+from .epilogue import Epilogue
 from .linear import LinearWeights, Weights, linear
 from .mixed import MixedWeights
-from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rms_norm_heads
+from .norm import layer_norm, rms_norm, rms_norm_heads
 from .quantized import QuantizedWeights, quantized_linear
 from .rotary import rotate_and_store
 from .sampling import argmax, log_softmax_top_k
@@ -17,6 +18,7 @@ from .scale import scale
 
 __all__ = [
     "ACTIVATIONS",
+    "Epilogue",
     "Kernels",
     "LinearWeights",
     "Mask",

@@ -25,6 +25,7 @@ from .checks import (
     prepare_threads,
 )
 from .choice import Kernels, takes_torch
+from .epilogue import PLAIN, Epilogue
 
 _NO_RESIDUALS = np.empty(0, np.int64)
 
@@ -96,20 +97,14 @@ class LinearWeights:
         return self.fingerprints == tuple(Fingerprint.of(tensor) for tensor in (*weights, *biases))
 
     def multiply(
-        self,
-        hidden_states: Tensor,
-        *,
-        activation: str | None = None,
-        gated: bool = False,
-        residuals: Sequence[Tensor] = (),
-        by: Kernels = "hfopt",
+        self, hidden_states: Tensor, epilogue: Epilogue[Tensor] = PLAIN, by: Kernels = "hfopt"
     ) -> Tensor:
         """See `linear`."""
-        x, out, addresses, n_rows = prepare_call(hidden_states, self, activation, gated, residuals)
+        x, out, addresses, n_rows = prepare_call(hidden_states, self, epilogue)
         if n_rows == 0:
             return out
         if by != "hfopt" and takes_torch(by, "linear", x.dtype, n_rows):
-            return _linear_in_torch(x, self, activation, gated, residuals)
+            return _linear_in_torch(x, self, epilogue)
         prepare_threads()
         kernel = kernels.linear_rows if n_rows <= kernels.ROW_LIMIT else linear_tiles
         kernel(
@@ -118,8 +113,8 @@ class LinearWeights:
             n_rows,
             self.in_features,
             self.table,
-            gated,
-            CODES[activation],
+            epilogue.gated,
+            CODES[epilogue.activation],
             addresses,
             out.data_ptr(),
             out.shape[-1],
@@ -144,13 +139,7 @@ class Weights(Protocol):
     def tensors(self) -> tuple[Tensor | None, ...]: ...
 
     def multiply(
-        self,
-        hidden_states: Tensor,
-        *,
-        activation: str | None = None,
-        gated: bool = False,
-        residuals: Sequence[Tensor] = (),
-        by: Kernels = "hfopt",
+        self, hidden_states: Tensor, epilogue: Epilogue[Tensor] = PLAIN, by: Kernels = "hfopt"
     ) -> Tensor: ...
 
 
@@ -164,29 +153,25 @@ def width_of(sizes: Sequence[int], gated: bool) -> int:
 
 
 def prepare_call(
-    hidden_states: Tensor,
-    weights: Weights,
-    activation: str | None,
-    gated: bool,
-    residuals: Sequence[Tensor],
+    hidden_states: Tensor, weights: Weights, epilogue: Epilogue[Tensor]
 ) -> tuple[Tensor, Tensor, np.ndarray, int]:
     """(x, memory of the result, addresses of the residuals, rows) of a call of `linear`, whose arguments are checked."""
-    if activation not in CODES:
+    if epilogue.activation not in CODES:
         raise InvalidInput(
-            f"activation is {activation!r}: None or one of {sorted(k for k in CODES if k)} is allowed"
+            f"activation is {epilogue.activation!r}: None or one of {sorted(k for k in CODES if k)} is allowed"
         )
     x = check_rows("hidden_states", hidden_states, weights.dtype)
     given = x.shape
     size = given[-1]
     if size != weights.in_features:
         raise InvalidInput(f"hidden_states has {size} features: the weights need {weights.in_features}")
-    width = width_of(weights.sizes, gated)
+    width = width_of(weights.sizes, epilogue.gated)
     shape = (*given[:-1], width)
     out = x.new_empty(*shape)
     addresses = _NO_RESIDUALS
-    if residuals:
-        addresses = np.empty(len(residuals), np.int64)
-        for index, residual in enumerate(residuals):
+    if epilogue.residuals:
+        addresses = np.empty(len(epilogue.residuals), np.int64)
+        for index, residual in enumerate(epilogue.residuals):
             addresses[index] = check_array(f"residuals[{index}]", residual, shape, x.dtype)
     n_rows = out.numel() // width if width else 0
     return x, out, addresses, n_rows
@@ -220,22 +205,20 @@ def linear(
     Raises:
         InvalidInput: for any other dtype, shape, layout, device or name.
     """
-    return weights.multiply(hidden_states, activation=activation, gated=gated, residuals=residuals, by=by)
+    return weights.multiply(hidden_states, Epilogue(activation, gated, residuals), by)
 
 
 @torch.no_grad()
-def _linear_in_torch(
-    x: Tensor, weights: LinearWeights, activation: str | None, gated: bool, residuals: Sequence[Tensor]
-) -> Tensor:
+def _linear_in_torch(x: Tensor, weights: LinearWeights, epilogue: Epilogue[Tensor]) -> Tensor:
     """`linear` as the modules of transformers compute it."""
     n_matrices = len(weights.table)
     pairs = zip(weights.tensors[:n_matrices], weights.tensors[n_matrices:], strict=True)
     parts = [F.linear(x, weight, bias) for weight, bias in pairs]  # type: ignore[arg-type]
-    y = parts[0] if gated or n_matrices == 1 else torch.cat(parts, -1)
-    if activation is not None:
-        y = ACTIVATIONS[activation](y)
-    if gated:
+    y = parts[0] if epilogue.gated or n_matrices == 1 else torch.cat(parts, -1)
+    if epilogue.activation is not None:
+        y = ACTIVATIONS[epilogue.activation](y)
+    if epilogue.gated:
         y *= parts[1]
-    for residual in residuals:
+    for residual in epilogue.residuals:
         y += residual
     return y

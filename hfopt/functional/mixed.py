@@ -1,6 +1,6 @@
 """Linear layers over matrices that no single launch multiplies by: of several formats, or some of them of floats."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +10,7 @@ from hfopt.errors import InvalidInput
 from hfopt.kernels.linear.blocks import COLUMN
 
 from .choice import Kernels
+from .epilogue import PLAIN, Epilogue
 from .linear import LinearWeights, width_of
 from .quantized import QuantizedWeights
 
@@ -52,22 +53,15 @@ class MixedWeights:
             yield replace(part, table=table)
 
     def multiply(
-        self,
-        hidden_states: Tensor,
-        *,
-        activation: str | None = None,
-        gated: bool = False,
-        residuals: Sequence[Tensor] = (),
-        by: Kernels = "hfopt",
+        self, hidden_states: Tensor, epilogue: Epilogue[Tensor] = PLAIN, by: Kernels = "hfopt"
     ) -> Tensor:
         """See `linear.linear`; rounded after each part."""
-        width_of(self.sizes, gated)  # refuses what does not fit
+        width_of(self.sizes, epilogue.gated)  # refuses what does not fit
+        activated = Epilogue[Tensor](epilogue.activation)
         first, *others = self.parts
-        parts = [first.multiply(hidden_states, activation=activation, by=by)]
-        parts += [
-            part.multiply(hidden_states, activation=None if gated else activation, by=by) for part in others
-        ]
-        y = parts[0] * parts[1] if gated else torch.cat(parts, -1)
-        for residual in residuals:
+        parts = [first.multiply(hidden_states, activated, by)]
+        parts += [part.multiply(hidden_states, PLAIN if epilogue.gated else activated, by) for part in others]
+        y = parts[0] * parts[1] if epilogue.gated else torch.cat(parts, -1)
+        for residual in epilogue.residuals:
             y += residual
         return y

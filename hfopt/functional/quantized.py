@@ -1,7 +1,7 @@
 """Linear layers over quantised weight matrices."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from hfopt.quantization.layout import ALIGNMENT, Layout, QuantizedMatrix, layout
 from .activation import CODES
 from .checks import ELEMENTS, address_of, check_array, check_floats, prepare_threads
 from .choice import Kernels
+from .epilogue import PLAIN, Epilogue
 from .linear import Fingerprint, prepare_call
 
 Compute = Literal["int8", "float"]
@@ -99,8 +100,7 @@ class QuantizedWeights:
                 `QuantizedMatrix`, with finite scales, all matrices with zero points or none and in one order; biases of one
                 dtype.
         """
-        if compute not in _COMPUTE:
-            raise InvalidInput(f"compute is {compute!r}: one of {list(_COMPUTE)} is allowed")
+        _checked_compute(compute)
         if not matrices or len(biases) != len(matrices):
             raise InvalidInput(
                 f"matrices and biases have {len(matrices)} and {len(biases)} entries: as many are needed"
@@ -144,16 +144,39 @@ class QuantizedWeights:
         return self.fingerprints == tuple(Fingerprint.of(tensor) for tensor in tensors)
 
     def multiply(
-        self,
-        hidden_states: Tensor,
-        *,
-        activation: str | None = None,
-        gated: bool = False,
-        residuals: Sequence[Tensor] = (),
-        by: Kernels = "hfopt",
+        self, hidden_states: Tensor, epilogue: Epilogue[Tensor] = PLAIN, by: Kernels = "hfopt"
     ) -> Tensor:
         """See `linear.linear`; only hfopt has such kernels."""
-        return quantized_linear(hidden_states, self, activation=activation, gated=gated, residuals=residuals)
+        if self.order is not None:
+            hidden_states = hidden_states.index_select(-1, self.order)
+        x, out, addresses, n_rows = prepare_call(hidden_states, self, epilogue)
+        if n_rows == 0:
+            return out
+        prepare_threads()
+        quantized_kernel(
+            ELEMENTS[x.dtype],
+            address_of("hidden_states", x),
+            n_rows,
+            self.in_features,
+            self.table,
+            self.scaling,
+            self.bits,
+            self.group,
+            0 if self.levels is None else self.levels.data_ptr(),
+            terms_of(self.compute, x.dtype),
+            epilogue.gated,
+            CODES[epilogue.activation],
+            addresses,
+            out.data_ptr(),
+            out.shape[-1],
+        )
+        return out
+
+
+def _checked_compute(compute: str) -> str:
+    if compute not in _COMPUTE:
+        raise InvalidInput(f"compute is {compute!r}: one of {list(_COMPUTE)} is allowed")
+    return compute
 
 
 def _common_order(orders: Sequence[Tensor | None], in_features: int) -> Tensor | None:
@@ -237,30 +260,6 @@ def quantized_linear(
     Raises:
         InvalidInput: for any other dtype, shape, layout, device or name.
     """
-    compute = compute or weights.compute
-    if compute not in _COMPUTE:
-        raise InvalidInput(f"compute is {compute!r}: one of {list(_COMPUTE)} is allowed")
-    if weights.order is not None:
-        hidden_states = hidden_states.index_select(-1, weights.order)
-    x, out, addresses, n_rows = prepare_call(hidden_states, weights, activation, gated, residuals)
-    if n_rows == 0:
-        return out
-    prepare_threads()
-    quantized_kernel(
-        ELEMENTS[x.dtype],
-        address_of("hidden_states", x),
-        n_rows,
-        weights.in_features,
-        weights.table,
-        weights.scaling,
-        weights.bits,
-        weights.group,
-        0 if weights.levels is None else weights.levels.data_ptr(),
-        terms_of(compute, x.dtype),
-        gated,
-        CODES[activation],
-        addresses,
-        out.data_ptr(),
-        out.shape[-1],
-    )
-    return out
+    if compute is not None:
+        weights = replace(weights, compute=_checked_compute(compute))
+    return weights.multiply(hidden_states, Epilogue(activation, gated, residuals))

@@ -195,6 +195,8 @@ class Decoding:
 
     def _make_room(self, program: StepProgram, n_rows: int, n_steps: int) -> _Room | None:
         """The run, and what it is given besides tokens, once the cache has columns for n_steps more; None if it cannot."""
+        if self._cache.get_seq_length() + n_steps > program.max_keys:
+            return None
         layout = program.n_kv_heads, program.head_dim, program.dtype
         appended = self._cache.append_everywhere(n_rows, n_steps, *layout)
         if appended is None:

@@ -81,9 +81,17 @@ def cache_obstacle(model: Model) -> str | None:
         return refusal
     if not isinstance(model.__dict__.get(host.PREPARE_CACHE), Bound):
         return "its class prepares caches of its own"
-    if not _is_plain(DynamicCache(config=model.config.get_text_config(decoder=True))):
+    return window_obstacle(model.config)
+
+
+def window_obstacle(config: host.Config) -> str | None:
+    """In words, which texts need a cache of transformers' own; None if none that the model is made for."""
+    reach = host.full_attention_of(config)
+    if reach == 0:
         return "not all of its layers have full attention"
-    return None
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    is_reached = isinstance(longest, int) and reach < longest
+    return f"texts of more than {reach:,} tokens are longer than its window" if is_reached else None
 
 
 def generate(model: Model, *args: Any, **kwargs: Any) -> Any:
@@ -146,18 +154,21 @@ def prepare_cache(model: Model, *args: Any, **kwargs: Any) -> Any:
     if name is None or config is None or request is None or had_cache or not takes_our_cache():
         return result
     made = request.get(name)
-    if type(made) is DynamicCache and not made.offloading and _is_plain(made):
-        copies = int(max(config.num_beams, config.num_return_sequences))
-        text_config = model.config.get_text_config(decoder=True)
-        cache = request[name] = IndirectCache(text_config, copies=copies, kv_cache=installed(model).kv_cache)
+    if type(made) is DynamicCache and not made.offloading and _is_full(made, config.max_length):
+        cache = request[name] = IndirectCache(
+            model.config.get_text_config(decoder=True),
+            copies=int(max(config.num_beams, config.num_return_sequences)),
+            kv_cache=installed(model).kv_cache,
+            max_length=config.max_length,
+        )
         if config.is_assistant:
             cache.activate_past_recording()
     return result
 
 
-def _is_plain(cache: DynamicCache) -> bool:
-    """Whether all layers have full attention, and nothing else to remember."""
-    return bool(cache.layers) and all(type(layer) is host.DynamicLayer for layer in cache.layers)
+def _is_full(cache: DynamicCache, length: int) -> bool:
+    """Whether all layers have full attention over a text of this length, and nothing else to remember."""
+    return bool(cache.layers) and all(host.full_attention(layer) >= length for layer in cache.layers)
 
 
 _BOUND: dict[str, Callable] = {"generate": generate, host.PREPARE_CACHE: prepare_cache}

@@ -128,7 +128,8 @@ class _Text(NamedTuple):
     def read(self, program: StepProgram, cache: IndirectCache) -> Tensor | None:
         """Logits [n_rows, 1, n_logits]; None, with nothing changed, for a long text, and if layers hold different tokens."""
         n_rows, n_new = self.tokens.shape
-        if program.work(n_rows, n_new, self.n_past + n_new) > _MAX_WORK:
+        n_keys = self.n_past + n_new
+        if n_keys > program.max_keys or program.work(n_rows, n_new, n_keys) > _MAX_WORK:
             return None
         layout = program.n_kv_heads, program.head_dim, program.dtype
         appended = cache.append_everywhere(n_rows, n_new, *layout)
@@ -169,11 +170,8 @@ def with_cache(model: Model, inputs: dict[str, Any], cache: Any) -> dict[str, An
     two rotations: all keys are computed anew.
     """
     given = {name for name, value in inputs.items() if value is not None}
-    is_left_out = (
-        bool(inputs.get("use_cache")) and given <= _TEXT
-    )  # elsewhere it may be there in another form
+    # beside other arguments it may be there in another form
+    is_left_out = bool(inputs.get("use_cache")) and given <= _TEXT
     if not is_left_out or not isinstance(cache, IndirectCache):
         return inputs
-    config = model.config.get_text_config(decoder=True)
-    empty = IndirectCache(config, copies=cache.copies, kv_cache=cache.kv_cache)
-    return {**inputs, str(host.REQUEST_CACHE): empty}
+    return {**inputs, str(host.REQUEST_CACHE): cache.emptied(model.config.get_text_config(decoder=True))}

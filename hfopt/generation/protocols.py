@@ -73,6 +73,10 @@ class StepProgram(Protocol):
     def dtype(self) -> torch.dtype:
         """The type of keys, values and logits."""
 
+    @property
+    def max_keys(self) -> int:
+        """Tokens up to which each sees all before it; longer texts are for the modules."""
+
     def work(self, n_rows: int, n_new: int, n_keys: int) -> int:
         """Multiply-adds of a call for n_new tokens in each of n_rows rows, the last of which sees n_keys keys."""
 

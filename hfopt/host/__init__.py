@@ -9,7 +9,7 @@ from hfopt.host.release import OLDEST, check_release, installed
 check_release()
 
 from hfopt.host.attention import attention_kind, registered_attention  # noqa: E402
-from hfopt.host.cache_layer import DynamicLayer  # noqa: E402
+from hfopt.host.cache_layer import DynamicLayer, full_attention, full_attention_of  # noqa: E402
 from hfopt.host.cache_names import (  # noqa: E402  (an older release would fail here with less of a message)
     REQUEST_CACHE,
     beam_output,
@@ -51,6 +51,7 @@ from hfopt.host.loops import (  # noqa: E402
     unknown_option,
 )
 from hfopt.host.roles import ROLES, Arguments  # noqa: E402
+from hfopt.host.rotary import rewritten  # noqa: E402
 
 __all__ = [
     "GENERATE_ORDER",
@@ -82,6 +83,8 @@ __all__ = [
     "causal_output",
     "check_release",
     "fingerprint",
+    "full_attention",
+    "full_attention_of",
     "generate_arguments",
     "installed",
     "is_capture",
@@ -92,6 +95,7 @@ __all__ = [
     "names_read",
     "overridden",
     "registered_attention",
+    "rewritten",
     "sample_output",
     "settings_in",
     "sorts_samples",

@@ -6,16 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfopt import functional
-from hfopt.patches.guards import is_readable
+from hfopt.patches.block import Block
+from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern, attributes, takes_one_input
-from hfopt.patches.replacement import Replacement
-from hfopt.program.builder import Builder
-from hfopt.program.writer import Slot
 
 
 @dataclass(frozen=True)
 class NormSpec:
+    """Size and epsilon of a norm, and which vectors it has."""
+
     size: int
     eps_name: str
     eps: float
@@ -23,43 +22,31 @@ class NormSpec:
     bias: bool = False
 
     reads = ("",)
+    parts = ()
 
 
-class RMSNorm(Replacement):
+class RMSNorm(Block):
     """`x / sqrt(mean(x^2) + eps) * weight`."""
 
     live = ("variance_epsilon", "eps")
 
-    def compute(self, hidden_states: Any, **roles: Any) -> torch.Tensor | None:
-        weight = self._parameters["weight"]
-        if type(weight) is not nn.Parameter or not is_readable(hidden_states, weight.dtype):
-            return None
-        return functional.rms_norm(
-            hidden_states.contiguous(), weight, self.__dict__[self._hfopt.spec.eps_name]
-        )
+    def run(self, ops: Ops[X], x: X) -> X:
+        return ops.rms_norm(x, self._parameters["weight"], self.epsilon)
 
-    def emit(self, builder: Builder, x: Slot) -> Slot:
-        """The norm of x."""
-        weight: Any = self._parameters["weight"]
-        return builder.rms_norm(x, weight, self.__dict__[self._hfopt.spec.eps_name])
+    @property
+    def epsilon(self) -> float:
+        """The eps of the formula, under whatever name the module has it."""
+        eps: float = self.__dict__[self._hfopt.spec.eps_name]
+        return eps
 
 
-class LayerNorm(Replacement):
+class LayerNorm(Block):
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, where there is a weight or a bias."""
 
     live = ("eps",)
 
-    def compute(self, hidden_states: Any, **roles: Any) -> torch.Tensor | None:
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        dtype = hidden_states.dtype if weight is None else weight.dtype
-        if not is_readable(hidden_states, dtype) or (bias is not None and bias.dtype is not dtype):
-            return None
-        return functional.layer_norm(hidden_states.contiguous(), weight, bias, self.__dict__["eps"])
-
-    def emit(self, builder: Builder, x: Slot) -> Slot:
-        """The norm of x."""
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        return builder.layer_norm(x, weight, bias, self.__dict__["eps"])
+    def run(self, ops: Ops[X], x: X) -> X:
+        return ops.layer_norm(x, self._parameters["weight"], self._parameters["bias"], self.__dict__["eps"])
 
 
 def _recognise_rms_norm(module: Any) -> NormSpec | None:

@@ -1,6 +1,6 @@
 """Patterns: frozen records of how one kind of module is recognised, what replaces it, how that is proven."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from hfopt.host import Arguments
 from hfopt.patches.facts import HARMLESS
-from hfopt.patches.guards import DTYPES, is_bare
+from hfopt.patches.guards import DO_NOTHING, DTYPES, is_bare
 from hfopt.patches.replacement import Replacement, original_class
 
 
@@ -20,21 +20,25 @@ class Spec(Protocol):
     def reads(self) -> tuple[str, ...]:
         """Children whose weights the replacement reads itself ('' for the module's own)."""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Children that it calls."""
+
 
 @dataclass(frozen=True)
 class Pattern:
     """One kind of module.
 
-    recognise(module) tells by structure alone: the module's Spec, None if it is something else, or in words
-    what keeps a module that resembles the kind from being one. trial(call, spec, scene) calls the module (or
-    its replacement), with arguments by role, on the inputs of a probe.Scene and returns what is to be compared.
+    recognise(module) tells by structure alone: the module's Spec, or several that the proof chooses from; None if it is
+    something else, or in words what keeps a module that resembles the kind from being one. trial(call, spec, scene) calls
+    the module (or its replacement), with arguments by role, on the inputs of a probe.Scene and returns what is compared.
     scale(module, spec, dtype) is the size of those inputs.
     """
 
     name: str
     kind: str
     replacement: type[Replacement]
-    recognise: Callable[[Any], Spec | str | None]
+    recognise: Callable[[Any], Spec | list[Any] | str | None]
     trial: Callable[[Callable[..., Any], Any, Any], list[torch.Tensor]]
     scale: Callable[[Any, Any, torch.dtype], float] = lambda module, spec, dtype: 1.0
 
@@ -44,10 +48,11 @@ def attributes(module: nn.Module) -> set[str]:
     return {name for name in vars(module) if not name.startswith("_")} - HARMLESS
 
 
-def has_children(module: nn.Module, required: Iterable[str], optional: Iterable[str] = ()) -> bool:
-    """Whether the module's children are these, and none else."""
+def has_children(module: nn.Module, required: Collection[str]) -> bool:
+    """Whether the module's children are these, and none else but such that do nothing."""
     names = {name for name, child in module._modules.items() if child is not None}
-    return set(required) <= names <= {*required, *optional}
+    others = (module._modules[name] for name in names.difference(required))
+    return names.issuperset(required) and all(type(child) in DO_NOTHING for child in others)
 
 
 def owns_nothing(module: nn.Module) -> bool:

@@ -94,12 +94,19 @@ class Scene:
 
     def rotary(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
         """What the model's own rotary module gives for these positions."""
-        if self.rotary_module is None:
-            raise LookupError("the model has no rotary module above it")
+        assert self.rotary_module is not None
         table = self.rotary_module._buffers.get(TABLE)
         if table is not None:
             position_ids = position_ids % len(table)
         return type(self.rotary_module).forward(self.rotary_module, hidden_states, position_ids)
+
+    def roles(self, step: Step, n_positions: int | None) -> dict[str, Any]:
+        """What attention is given besides hidden states, by role. n_positions: of a table of its own."""
+        position_ids = step.position_ids if n_positions is None else step.position_ids % n_positions
+        roles = {"attention_mask": step.attention_mask, "cache": self.cache, "position_ids": position_ids}
+        if self.rotary_module is not None:
+            roles["position_embeddings"] = self.rotary(step.hidden_states, step.position_ids)
+        return roles
 
     def steps(self, hidden_size: int) -> Iterator[Step]:
         """Five tokens in two rows, two of them padding, then one more in each, then twenty behind a long text."""

@@ -154,14 +154,32 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return torch.equal(one, other)
 
 
-def read_quantized(record: Record, role: str, linears: Sequence[QuantizedLinear]) -> QuantizedWeights | None:
-    """The packed matrices of these Linears as one record, or None where kernels cannot read them together."""
+def read_quantized(
+    record: Record, role: str, linears: Sequence[QuantizedLinear], n_parts: int = 1
+) -> QuantizedWeights | None:
+    """The packed matrices of these Linears as one record, or None where kernels cannot read them together.
+
+    n_parts: matrices that each Linear holds, one below the other.
+    """
     format, in_features = linears[0].format, linears[0].in_features
-    if any(linear.format != format for linear in linears):
+    parts = [_split(linear, n_parts) for linear in linears]
+    if any(linear.format != format for linear in linears) or None in parts:
         record.weights.pop(role, None)
         return None
-    biases = [linear._parameters["bias"] for linear in linears]
-    return read_matrices(record, role, format, in_features, [linear.matrix for linear in linears], biases)
+    matrices, biases = zip(*(each for part in parts for each in part or ()), strict=True)
+    return read_matrices(record, role, format, in_features, matrices, biases)
+
+
+def _split(linear: QuantizedLinear, n_parts: int) -> list[tuple[QuantizedMatrix, torch.Tensor | None]] | None:
+    """Equal parts of the rows and the bias; None where a part would begin within a block."""
+    matrix, bias = linear.matrix, linear._parameters["bias"]
+    if n_parts == 1:
+        return [(matrix, bias)]
+    n_rows, left = divmod(matrix.out_features, n_parts)
+    parts = [matrix.rows(place * n_rows, n_rows) for place in range(n_parts)]
+    biases = [None] * n_parts if bias is None else bias.detach().chunk(n_parts)
+    found = [(part, each) for part, each in zip(parts, biases, strict=True) if part is not None]
+    return None if left or len(found) < n_parts else found
 
 
 def read_matrices(

@@ -12,7 +12,7 @@ from torch import nn
 from hfopt.functional import Kernels, Weights
 from hfopt.host import Arguments
 from hfopt.patches.facts import Facts
-from hfopt.patches.guards import is_bare, is_plain_inference
+from hfopt.patches.guards import DO_NOTHING, is_bare, is_plain_inference
 
 # of an output: None for a tensor, else the length of a tuple that begins with it, and where the rest is None
 Form: TypeAlias = int | None
@@ -64,6 +64,10 @@ class Replacement(nn.Module):
     live: ClassVar[tuple[str, ...]] = ()
     _hfopt_arguments: Arguments
 
+    def run(self, ops: Any, x: Any) -> Any:
+        """What the original's `forward` computes, in verbs (see `ops.Ops`) on a tensor or the place of one."""
+        raise NotImplementedError
+
     def compute(self, hidden_states: Any, **roles: Any) -> torch.Tensor | None:
         """What the original's `forward` computes, by our kernels; None, nothing touched, if they cannot do this call."""
         raise NotImplementedError
@@ -79,7 +83,7 @@ class Replacement(nn.Module):
 
     def idle_reason(self) -> str | None:
         """In words, why kernels cannot do any call of this module as it is now; None if they can."""
-        return self._hfopt.facts.change(self)
+        return self._hfopt.facts.change(self) or _bypass_obstacle(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A fresh process does not know classes made at run time: pickle what they are made from.
@@ -125,6 +129,31 @@ def is_swapped(module: nn.Module) -> bool:
 def is_usable(module: Any) -> bool:
     """Whether kernels may stand for a call of this module from the one above it."""
     return is_swapped(module) and is_bare(module) and module._hfopt.facts.hold(module)
+
+
+def are_others_bare(module: Replacement) -> bool:
+    """Whether the children that the replacement neither reads nor calls (activations, dropouts) may be bypassed."""
+    return all(_may_be_bypassed(module, *each) and is_bare(each[1]) for each in _others(module))
+
+
+def _bypass_obstacle(module: Replacement) -> str | None:
+    """In words, which child has become something that cannot be bypassed; None if there is none."""
+    for name, child in _others(module):
+        if not _may_be_bypassed(module, name, child):
+            return f"{name} is a {type(child).__name__} now"
+    return None
+
+
+def _others(module: Replacement) -> list[tuple[str, Any]]:
+    spec = module._hfopt.spec
+    known = (*spec.reads, *spec.parts)
+    return [each for each in module._modules.items() if each[0] not in known]
+
+
+def _may_be_bypassed(module: Replacement, name: str, child: Any) -> bool:
+    if name == getattr(module._hfopt.spec, "activation", None):
+        return child is not None
+    return type(child) in DO_NOTHING
 
 
 def swap(module: nn.Module, replacement: type[Replacement], record: Record) -> None:

@@ -11,33 +11,14 @@ from transformers import PreTrainedModel
 
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Kernels
-from hfopt.patches.attention import ROTARY_ATTENTION, TABLE_ATTENTION, UNROTATED_ATTENTION
 from hfopt.patches.guards import is_bare
-from hfopt.patches.layer import INLINE_LAYER, PARALLEL_LAYER, SEQUENTIAL_LAYER
-from hfopt.patches.linear import LINEAR, is_linear
-from hfopt.patches.mlp import GATED_MLP, PLAIN_MLP
-from hfopt.patches.norm import LAYER_NORM, RMS_NORM
-from hfopt.patches.pattern import Pattern, obstacle
+from hfopt.patches.pattern import Pattern, Spec, obstacle
+from hfopt.patches.patterns import PATTERNS
 from hfopt.patches.probe import TABLE, Proof, prove
 from hfopt.patches.replacement import Record, Replacement, is_swapped, original_class, swap, unswap
+from hfopt.patches.weights import is_linear
 
 logger = logging.getLogger(__name__)
-
-# In this order: a layer is recognised by its swapped parts, and a Linear stands for itself if no other
-# pattern reads it.
-PATTERNS = (
-    ROTARY_ATTENTION,
-    UNROTATED_ATTENTION,
-    TABLE_ATTENTION,
-    GATED_MLP,
-    PLAIN_MLP,
-    RMS_NORM,
-    LAYER_NORM,
-    SEQUENTIAL_LAYER,
-    PARALLEL_LAYER,
-    INLINE_LAYER,
-    LINEAR,
-)
 
 
 @dataclass(frozen=True)
@@ -113,25 +94,31 @@ class Walk:
                 module._hfopt.kernels = kernels
 
     def _apply(self, pattern: Pattern, path: str, module: nn.Module) -> None:
-        spec = pattern.recognise(module)
-        if spec is None:
+        recognised = pattern.recognise(module)
+        if recognised is None:
             return
-        if isinstance(spec, str):
-            self._reasons.setdefault(path, spec)
+        if isinstance(recognised, str):
+            self._reasons.setdefault(path, recognised)
             return
-        reason = obstacle(module, spec)
-        if reason is None:
-            proof = self._proof(pattern, path, module, spec)
-            reason = proof.flaw
+        for spec in recognised if isinstance(recognised, list) else [recognised]:
+            reason = self._try(pattern, path, module, spec)
             if reason is None:
-                swap(module, pattern.replacement, Record(spec, proof.figure, form=proof.form))
-                self.swapped_now.append(module)
-                self._readers.update(
-                    {f"{path}.{name}" if path else name: path for name in spec.reads if name}
-                )
                 return
-            logger.debug("%s (%s) is kept: %s", path, type(module).__name__, reason)
-        self._reasons.setdefault(path, reason)
+            self._reasons.setdefault(path, reason)
+
+    def _try(self, pattern: Pattern, path: str, module: nn.Module, spec: Spec) -> str | None:
+        """Swap the module if it is what the spec says; in words, why not."""
+        reason = obstacle(module, spec)
+        if reason is not None:
+            return reason
+        proof = self._proof(pattern, path, module, spec)
+        if proof.flaw is not None:
+            logger.debug("%s (%s) is kept: %s", path, type(module).__name__, proof.flaw)
+            return proof.flaw
+        swap(module, pattern.replacement, Record(spec, proof.figure, form=proof.form))
+        self.swapped_now.append(module)
+        self._readers.update({f"{path}.{name}" if path else name: path for name in spec.reads if name})
+        return None
 
     def _proof(self, pattern: Pattern, path: str, module: nn.Module, spec: Any) -> Proof:
         weights = [weight for weight in module.parameters() if weight.is_floating_point()]
@@ -185,6 +172,14 @@ class Walk:
             module._hfopt.kernels for module in self._modules.values() if isinstance(module, Replacement)
         }
         return ", ".join(sorted(found))
+
+    def refused(self) -> dict[str, str]:
+        """Modules that resemble something known and have not been swapped, and why."""
+        return {
+            path: reason
+            for path, reason in self._reasons.items()
+            if not isinstance(self._modules[path], Replacement)
+        }
 
     def idle(self) -> dict[str, str]:
         """Swapped modules that cannot run in kernels as they are now, and why."""

@@ -1,7 +1,10 @@
-"""The making of a program: a `Builder` is told the operations of a decoder in order."""
+"""The making of a program: a `Builder` is told the operations of a decoder in order, and then lays out their memory."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -9,126 +12,203 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
+from hfopt.functional import Epilogue, LinearWeights, MixedWeights, QuantizedWeights, Weights
+from hfopt.functional.activation import CODES
 from hfopt.functional.checks import check_array
+from hfopt.functional.epilogue import PLAIN
+from hfopt.functional.linear import width_of
+from hfopt.functional.quantized import terms_of
 from hfopt.functional.rotary import ROTATIONS
 from hfopt.kernels import step as kernels
-from hfopt.kernels.instruction import LOGITS, NONE, OP, OUT, Instruction
-
-from .linear_writer import LinearWriter
-from .listing import Listing
-from .program import Program, Table
-from .writer import Slot
+from hfopt.kernels.instruction import FORMAT_COLUMNS, LOGITS, NONE, Instruction
+from hfopt.kernels.linear.blocks import RESIDUALS
+from hfopt.program.listing import Line, Listing
+from hfopt.program.memory import Lifetime, plan
+from hfopt.program.program import Program, Table
 
 Index = Literal["tokens", "positions"]
 
 _INDICES = {"tokens": kernels.TOKENS, "positions": kernels.POSITIONS}
 _LINEARS = frozenset({kernels.LINEAR, kernels.QUANTIZED_LINEAR})
+_NO_FORMAT = (0,) * FORMAT_COLUMNS
 
 
-class Builder(LinearWriter):
+@dataclass(frozen=True, eq=False)
+class Value:
+    """The place of `size` numbers for each token, or, behind `Builder.take_last`, for each row."""
+
+    size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Written:
+    """An instruction whose operands have no places yet.
+
+    operands: by the column that names their place. in_place: what it writes may lie where its IN does, if nothing reads that
+    afterwards.
+    """
+
+    instruction: Instruction
+    layer: int | None
+    per_row: bool
+    operands: dict[str, Value]
+    columns: dict[str, int]
+    shapes: str
+    then: str = ""
+    scalar: float = 0.0
+    format: Sequence[int] = _NO_FORMAT
+    in_place: bool = False
+    n_bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Value:
+        """What it writes; with IN alone, it works in place."""
+        return self.operands.get("OUT") or self.operands["IN"]
+
+
+class Builder:
     """Collects the instructions of a program for weights of one dtype, float32 or bfloat16; raises `InvalidInput` for
     operands that do not fit.
+
+    layer: the one that the next instructions belong to, for the listing.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(dtype)
+        self.dtype = dtype
+        self.layer: int | None = None
+        self._written: list[_Written] = []
+        self._per_row = False
         self._tables: list[Table] = []
+        self._kept: list[Weights | Tensor] = []
         self._cached: set[tuple[int, int]] = set()
         self._stored: list[int] = []  # layers, in the order of the instructions
         self._attended: list[int] = []
 
-    # ---- what looks something up ------------------------------------------------------------------------------------
+    def _add(
+        self,
+        instruction: Instruction,
+        shapes: str,
+        operands: dict[str, Value],
+        columns: dict[str, int],
+        **more: object,
+    ) -> None:
+        more.setdefault("n_bytes", {})
+        written = _Written(instruction, self.layer, self._per_row, operands, columns, shapes, **more)  # type: ignore[arg-type]
+        self._written.append(written)
+
+    def _check(self, value: Value, dtype: torch.dtype | None = None) -> None:
+        dtype = dtype or self.dtype
+        if value.dtype is not dtype:
+            raise InvalidInput(f"an operand is {value.dtype} [{value.size}]: {dtype} is needed")
+
+    # ---- embeddings -------------------------------------------------------------------------------------------------
 
     def _table(self, table: Table) -> int:
         self._tables.append(table)
         return len(self._tables) - 1
 
-    def look_up(self, table: Table, by: Index) -> Slot:
+    def look_up(self, table: Table, by: Index) -> Value:
         """The table's row for each token or position."""
-        size, item_size = table.rows.shape[1], table.rows.element_size()
-        out = self._slot(size, table.rows.dtype)
-        columns = {
-            "OUT": out.place,
-            "SIZE": size * item_size,
-            "table": self._table(table),
-            "by": _INDICES[by],
-        }
-        self._add(kernels.LOOK_UP, f"[{size}]", columns, (), out, row_bytes=size * item_size)
+        size, n_bytes = table.rows.shape[1], table.rows.shape[1] * table.rows.element_size()
+        out = Value(size, table.rows.dtype)
+        columns = {"SIZE": n_bytes, "table": self._table(table), "by": _INDICES[by]}
+        self._add(kernels.LOOK_UP, f"[{size}]", {"OUT": out}, columns, n_bytes={"row_bytes": n_bytes})
         return out
 
-    def add_looked_up(self, table: Table, by: Index, x: Slot) -> None:
-        """x plus such a row."""
-        size = table.rows.shape[1]
+    def add_looked_up(self, table: Table, by: Index, x: Value) -> None:
+        """x plus such a row, in place."""
+        size, dtype = table.rows.shape[1], table.rows.dtype
         self._check(x)
-        if table.rows.dtype is not self.dtype or size != x.size:
-            raise InvalidInput(f"the table is {table.rows.dtype} [{size}]: {self.dtype} [{x.size}] is needed")
-        columns = {
-            "OUT": x.place,
-            "SIZE": size,
-            "table": self._table(table),
-            "by": _INDICES[by],
-        }
-        self._add(kernels.ADD_LOOKED_UP, f"[{size}]", columns, (x,), x, row_bytes=size * self.dtype.itemsize)
+        if dtype is not self.dtype or size != x.size:
+            raise InvalidInput(f"the table is {dtype} [{size}]: {self.dtype} [{x.size}] is needed")
+        columns = {"SIZE": size, "table": self._table(table), "by": _INDICES[by]}
+        n_bytes = {"row_bytes": size * dtype.itemsize}
+        self._add(kernels.ADD_LOOKED_UP, f"[{size}]", {"OUT": x}, columns, n_bytes=n_bytes)
 
-    # ---- norms ------------------------------------------------------------------------------------------------------
+    # ---- norms and scales -------------------------------------------------------------------------------------------
 
-    def _vector(self, name: str, tensor: Tensor | None, size: int) -> int:
-        if tensor is None:
-            return 0
+    def _vector(self, name: str, tensor: Tensor, size: int) -> int:
         self._kept.append(tensor)
         return check_array(name, tensor, (size,), self.dtype)
 
-    def rms_norm(self, x: Slot, weight: Tensor, eps: float) -> Slot:
+    def rms_norm(self, x: Value, weight: Tensor, eps: float) -> Value:
         """`functional.rms_norm`."""
         if weight is None:  # as a LayerNorm may have
             raise InvalidInput("weight is None: a torch.Tensor is needed")
-        return self._norm(x, kernels.RMS_NORM, weight, None, eps)
+        return self._norm(kernels.RMS_NORM, x, {"weight": weight}, eps)
 
-    def layer_norm(self, x: Slot, weight: Tensor | None, bias: Tensor | None, eps: float) -> Slot:
+    def layer_norm(self, x: Value, weight: Tensor | None, bias: Tensor | None, eps: float) -> Value:
         """`functional.layer_norm`."""
-        return self._norm(x, kernels.LAYER_NORM, weight, bias, eps)
+        return self._norm(kernels.LAYER_NORM, x, {"weight": weight, "bias": bias}, eps)
 
-    def _norm(self, x: Slot, op: Instruction, weight: Tensor | None, bias: Tensor | None, eps: float) -> Slot:
+    def _norm(
+        self, instruction: Instruction, x: Value, vectors: dict[str, Tensor | None], eps: float
+    ) -> Value:
         self._check(x)
-        out = self._slot(x.size, self.dtype)
+        out = Value(x.size, self.dtype)
         columns = {
-            "IN": x.place,
-            "OUT": out.place,
-            "SIZE": x.size,
-            "weight": self._vector("weight", weight, x.size),
+            name: 0 if each is None else self._vector(name, each, x.size) for name, each in vectors.items()
         }
-        if op is kernels.LAYER_NORM:
-            columns["bias"] = self._vector("bias", bias, x.size)
-        n_bytes = sum(each.nbytes for each in (weight, bias) if each is not None)
-        self._add(op, f"[{x.size}]", columns, (x,), out, scalar=eps, n_bytes=n_bytes)
+        n_bytes = {"n_bytes": sum(each.nbytes for each in vectors.values() if each is not None)}
+        operands = {"IN": x, "OUT": out}
+        self._add(
+            instruction, f"[{x.size}]", operands, {"SIZE": x.size, **columns}, scalar=eps, n_bytes=n_bytes
+        )
         return out
+
+    def norm_heads(self, qkv: Value, weight: Tensor, eps: float, first: int, count: int) -> None:
+        """`functional.rms_norm_heads`, in place."""
+        self._check(qkv)
+        size = weight.shape[0]
+        if first < 0 or count < 1 or (first + count) * size > qkv.size:
+            raise InvalidInput(f"heads {first} to {first + count} of {size}: {qkv.size} values hold fewer")
+        columns = {
+            "SIZE": size,
+            "weight": self._vector("weight", weight, size),
+            "first": first,
+            "n_heads": count,
+            "width": qkv.size,
+        }
+        shapes, n_bytes = f"{count} heads of {size}", {"n_bytes": weight.nbytes}
+        self._add(kernels.HEAD_NORM, shapes, {"IN": qkv, "OUT": qkv}, columns, scalar=eps, n_bytes=n_bytes)
+
+    def scale(self, x: Value, factor: float, residual: Value | None = None, *, divide: bool = False) -> Value:
+        """`functional.scale`."""
+        operands = {"IN": x, "OUT": Value(x.size, self.dtype)}
+        if residual is not None:
+            operands["residual"] = residual
+        for each in operands.values():
+            self._check(each)
+            if each.size != x.size:
+                raise InvalidInput(f"residual has {each.size} values: {x.size} are needed")
+        columns = {"SIZE": x.size, "divide": int(divide)} | (
+            {} if "residual" in operands else {"residual": NONE}
+        )
+        then = "" if residual is None else "+ 1 residual"
+        shapes = f"[{x.size}] {'/' if divide else '×'} {factor:g}"
+        self._add(kernels.SCALE, shapes, operands, columns, scalar=factor, then=then, in_place=True)
+        return operands["OUT"]
 
     # ---- attention --------------------------------------------------------------------------------------------------
 
     def rotate_and_store(
         self,
-        qkv: Slot,
+        qkv: Value,
         layer: int,
         heads: tuple[int, int, int],
         rotation: str,
-        angles: tuple[Slot, Slot] | None,
+        angles: tuple[Value, Value] | None,
     ) -> None:
-        """`functional.rotate_and_store`; heads: of queries, of keys, channels of one; angles: slots of cos and sin."""
+        """`functional.rotate_and_store`; heads: of queries, of keys, channels of one; angles: cos and sin."""
         self._check_heads(qkv, heads)
         if rotation not in ROTATIONS or (rotation == "none" and angles is not None):
             raise InvalidInput(
                 f"rotation is {rotation!r}: {', '.join(ROTATIONS)} are allowed, angles but for none"
             )
         self._stored.append(layer)
-        columns = {
-            "IN": qkv.place,
-            "layer": layer,
-            "n_heads": heads[0],
-            "cos": NONE,
-            "sin": NONE,
-            "n_rotary": 0,
-            "kind": ROTATIONS[rotation],
-        }
+        operands = {"IN": qkv}
+        columns = {"layer": layer, "n_heads": heads[0], "n_rotary": 0, "kind": ROTATIONS[rotation]}
         if angles is not None:
             n_rotary = angles[0].size * (2 if rotation == "interleaved" else 1)
             if angles[0].size != angles[1].size or n_rotary > heads[2] or n_rotary % 2:
@@ -137,34 +217,26 @@ class Builder(LinearWriter):
                 )
             for each in angles:
                 self._check(each, torch.float32)
-            columns |= {
-                "cos": angles[0].place,
-                "sin": angles[1].place,
-                "n_rotary": n_rotary,
-            }
+            operands |= {"cos": angles[0], "sin": angles[1]}
+            columns["n_rotary"] = n_rotary
         elif rotation != "none":
             raise InvalidInput(f"angles is None: rotation {rotation!r} needs it")
-        shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
-        self._add(kernels.ROTATE_AND_STORE, shapes, columns, (qkv, *(angles or ())), qkv)
+        columns |= {name: NONE for name in ("cos", "sin") if name not in operands}
+        self._add(kernels.ROTATE_AND_STORE, f"{heads[0]} / {heads[1]} heads of {heads[2]}", operands, columns)
 
-    def attend(self, qkv: Slot, layer: int, heads: tuple[int, int, int], scale: float) -> Slot:
+    def attend(self, qkv: Value, layer: int, heads: tuple[int, int, int], scale: float) -> Value:
         """`functional.attend`."""
         self._check_heads(qkv, heads)
         self._cached.add(heads[1:])
         self._attended.append(layer)
-        out = self._slot(heads[0] * heads[2], self.dtype)
-        columns = {
-            "IN": qkv.place,
-            "OUT": out.place,
-            "layer": layer,
-            "n_heads": heads[0],
-        }
+        out = Value(heads[0] * heads[2], self.dtype)
         shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
-        token_bytes = 2 * heads[1] * heads[2] * self.dtype.itemsize
-        self._add(kernels.ATTEND, shapes, columns, (qkv,), out, scalar=scale, token_bytes=token_bytes)
+        n_bytes = {"token_bytes": 2 * heads[1] * heads[2] * self.dtype.itemsize}
+        operands, columns = {"IN": qkv, "OUT": out}, {"layer": layer, "n_heads": heads[0]}
+        self._add(kernels.ATTEND, shapes, operands, columns, scalar=scale, n_bytes=n_bytes)
         return out
 
-    def _check_heads(self, qkv: Slot, heads: tuple[int, int, int]) -> None:
+    def _check_heads(self, qkv: Value, heads: tuple[int, int, int]) -> None:
         n_heads, n_kv_heads, head_dim = heads
         self._check(qkv)
         fits = qkv.size == (n_heads + 2 * n_kv_heads) * head_dim and min(heads) > 0
@@ -173,38 +245,188 @@ class Builder(LinearWriter):
                 f"qkv has {qkv.size} values: {n_heads} / {n_kv_heads} heads of {head_dim} do not fit"
             )
 
+    # ---- linear layers ----------------------------------------------------------------------------------------------
+
+    def take_last(self, x: Value) -> None:
+        """Only the last token of each row goes on."""
+        self._check(x)
+        self._add(
+            kernels.TAKE_LAST, f"[{x.size}]", {"IN": x, "OUT": x}, {"SIZE": x.size * self.dtype.itemsize}
+        )
+        self._per_row = True
+
+    def linear(self, x: Value, weights: Weights, epilogue: Epilogue[Value] = PLAIN) -> Value:
+        """`functional.linear`, over matrices of floats, of one format, or of several."""
+        if weights.dtype not in (None, self.dtype) or weights.in_features != x.size:
+            given = f"{weights.dtype} with {weights.in_features} features"
+            raise InvalidInput(f"weights are {given}: {self.dtype} with {x.size} are needed")
+        if epilogue.activation not in CODES:
+            raise InvalidInput(f"activation is {epilogue.activation!r}: the kernels have none of this name")
+        width, residuals = width_of(weights.sizes, epilogue.gated), epilogue.residuals
+        most = 0 if isinstance(weights, MixedWeights) else len(RESIDUALS)
+        if any(each.size != width for each in residuals) or len(residuals) > most:
+            raise InvalidInput(f"residuals have sizes {[each.size for each in residuals]}: up to {most} of {width} "
+                               "are allowed")  # fmt: skip
+        for each in (x, *residuals):
+            self._check(each)
+        out = Value(width, self.dtype)
+        if isinstance(weights, LinearWeights | QuantizedWeights):
+            self._linear(x, weights, epilogue, out)
+        elif isinstance(weights, MixedWeights):
+            self._linears(x, weights, epilogue, out)
+        return out
+
+    def _linears(self, x: Value, weights: MixedWeights, epilogue: Epilogue[Value], out: Value) -> None:
+        """An instruction for each part; with `gated` the product of two behind them."""
+        activated = Epilogue[Value](epilogue.activation)
+        if not epilogue.gated:
+            for part in weights.side_by_side():
+                self._linear(x, part, activated, out)
+            return
+        gate, up = weights.parts
+        factor = Value(out.size, self.dtype)
+        self._linear(x, gate, activated, out)
+        self._linear(x, up, PLAIN, factor)
+        self._add(kernels.MULTIPLY, f"[{out.size}]", {"IN": factor, "OUT": out}, {"SIZE": out.size})
+
+    def _linear(
+        self, x: Value, weights: LinearWeights | QuantizedWeights, epilogue: Epilogue[Value], out: Value
+    ) -> None:
+        """The instruction for matrices of one format, behind one that brings x into their order."""
+        if isinstance(weights, QuantizedWeights) and weights.order is not None:
+            x = self._permute(x, weights.order)
+        instruction, format, note = _format_of(weights, self.dtype)
+        self._kept.append(weights)
+        residuals = dict(zip(RESIDUALS, epilogue.residuals, strict=False))
+        columns = {
+            "SIZE": x.size,
+            "matrices": weights.table.ctypes.data,
+            "n_matrices": len(weights.table),
+            "width": out.size,
+            "gated": int(epilogue.gated),
+            "code": CODES[epilogue.activation],
+            **{name: NONE for name in RESIDUALS if name not in residuals},
+        }
+        shapes = f"{x.size} → {' + '.join(str(size) for size in weights.sizes)}{note}"
+        n_bytes = {"n_bytes": sum(each.nbytes for each in weights.tensors if each is not None)}
+        more = {"format": format, "then": _in_words(epilogue), "n_bytes": n_bytes}
+        self._add(instruction, shapes, {"IN": x, "OUT": out, **residuals}, columns, **more)
+
+    def _permute(self, x: Value, order: Tensor) -> Value:
+        """x[order], in each row."""
+        ends = order.aminmax()
+        if ends.min < 0 or ends.max >= x.size:
+            raise InvalidInput(f"order is from {int(ends.min)} to {int(ends.max)}: below {x.size} is needed")
+        # of its own: nobody can write numbers into it that nobody has looked at
+        places = order.long()
+        self._kept.append(places)
+        out = Value(x.size, self.dtype)
+        columns, n_bytes = {"SIZE": x.size, "order": places.data_ptr()}, {"n_bytes": places.nbytes}
+        self._add(kernels.PERMUTE, f"[{x.size}]", {"IN": x, "OUT": out}, columns, n_bytes=n_bytes)
+        return out
+
     # ---- the result -------------------------------------------------------------------------------------------------
 
-    def program(self, n_layers: int, n_logits: int) -> Program:
-        """What was collected. Raises `InvalidInput` if layers cache heads of different shapes, or not each of them once."""
+    def program(self, logits: Value, n_layers: int, max_keys: int = sys.maxsize) -> Program:
+        """What was collected, of which the result is `logits`. max_keys: that attention is over, without a window.
+
+        Raises `InvalidInput` if layers cache heads of different shapes, or not each of them once, and for logits that are no
+        value of the last tokens, or that are read again.
+        """
         if len(self._cached) != 1:
             raise InvalidInput(f"layers cache heads of shapes {sorted(self._cached)}: one is allowed")
         if self._stored != self._attended or sorted(self._stored) != list(range(n_layers)):
             raise InvalidInput(f"layers {self._attended} are cached: each of {n_layers} is needed once")
-        if self._n_logits is not None and self._code[-1][OUT] != LOGITS:
-            raise InvalidInput(f"{self._listing[-1].name} follows the last linear: nothing may")
-        if self._n_logits != n_logits:
-            raise InvalidInput(f"n_logits is {n_logits}: the last linear has {self._n_logits}")
+        last = self._written[-1]
+        if last.out is not logits or not last.per_row:
+            raise InvalidInput(
+                f"{last.instruction.name} is the last: it has to make the logits of the last tokens"
+            )
         ((n_kv_heads, head_dim),) = self._cached
-        linears = _LINEARS & {kernels.INSTRUCTIONS[row[OP]] for row in self._code}
-        formats = np.array(self._formats, np.int64)
+        places, row_bytes = self._places(logits)
+        lines = tuple(_line(each, places) for each in self._written)
+        linears = _LINEARS & {each.instruction for each in self._written}
+        formats = np.array([each.format for each in self._written], np.int64)
         return Program(
             dtype=self.dtype,
-            code=np.stack(self._code),
+            code=np.stack([_row(each, places) for each in self._written]),
             formats=formats if linears - {kernels.LINEAR} else formats[:0],
-            scalars=np.array(self._scalars),
+            scalars=np.array([each.scalar for each in self._written]),
             tables=tuple(self._tables),
-            row_bytes=self._row_bytes,
+            breaks=tuple(sorted({each for table in self._tables for each in table.breaks})),
+            row_bytes=row_bytes,
             n_layers=n_layers,
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
-            n_logits=n_logits,
+            n_logits=logits.size,
+            max_keys=max_keys,
             listing=Listing(
-                instructions=tuple(self._listing),
-                n_bytes=sum(each.bytes_read(1, 0) for each in self._listing),
-                scratch_bytes=self._row_bytes,
-                cached_bytes=sum(each.token_bytes for each in self._listing),
+                instructions=lines,
+                n_bytes=sum(each.bytes_read(1, 0) for each in lines),
+                scratch_bytes=row_bytes,
+                cached_bytes=sum(each.token_bytes for each in lines),
             ),
             kept=tuple(self._kept),
             linears=linears,
         )
+
+    def _places(self, logits: Value) -> tuple[dict[Value, int], int]:
+        """(place of each value, bytes of them all)."""
+        lifetimes: dict[Value, Lifetime] = {}
+        for index, each in enumerate(self._written):
+            for value in each.operands.values():
+                n_bytes = value.size * value.dtype.itemsize
+                lifetimes.setdefault(value, Lifetime(n_bytes, index, index)).last = index
+        same: dict[Value, Value] = {}  # value -> the one that it lies in the place of
+        for index, each in enumerate(self._written):
+            x = same.get(each.operands.get("IN", logits), each.operands.get("IN", logits))
+            if each.in_place and lifetimes[x].last == index:
+                same[each.out] = x
+                lifetimes[x].last = lifetimes.pop(each.out).last
+        del lifetimes[same.get(logits, logits)]
+        found, row_bytes = plan(list(lifetimes.values()))
+        places = dict(zip(lifetimes, found, strict=True)) | {same.get(logits, logits): LOGITS}
+        return places | {value: places[other] for value, other in same.items()}, row_bytes
+
+
+def _format_of(
+    weights: LinearWeights | QuantizedWeights, dtype: torch.dtype
+) -> tuple[Instruction, Sequence[int], str]:
+    """(instruction, row of formats, what to add to the shapes)."""
+    if isinstance(weights, LinearWeights):
+        return kernels.LINEAR, _NO_FORMAT, ""
+    levels = 0 if weights.levels is None else weights.levels.data_ptr()
+    terms = terms_of(weights.compute, dtype)
+    format = (weights.scaling.ctypes.data, weights.bits, weights.group, levels, terms)
+    return kernels.QUANTIZED_LINEAR, format, f", {weights.bits} bits"
+
+
+def _in_words(epilogue: Epilogue[Value]) -> str:
+    n_residuals = len(epilogue.residuals)
+    parts = [
+        *([epilogue.activation] if epilogue.activation else []),
+        *(["gate × up"] if epilogue.gated else []),
+        *([f"+ {n_residuals} residual{'s' if n_residuals > 1 else ''}"] if n_residuals else []),
+    ]
+    return ", ".join(parts)
+
+
+def _row(written: _Written, places: dict[Value, int]) -> np.ndarray:
+    operands = {name: places[value] for name, value in written.operands.items()}
+    return kernels.row_of(written.instruction, PER_ROW=int(written.per_row), **operands, **written.columns)
+
+
+def _line(written: _Written, places: dict[Value, int]) -> Line:
+    out = places[written.out]
+    reads = [places[value] for name, value in written.operands.items() if name != "OUT"]
+    if written.instruction in (kernels.ADD_LOOKED_UP, kernels.MULTIPLY):
+        reads.append(out)
+    return Line(
+        name=written.instruction.name,
+        layer=written.layer,
+        shapes=written.shapes,
+        then=written.then,
+        reads=tuple(reads),
+        writes=None if out == LOGITS else out,
+        **written.n_bytes,
+    )

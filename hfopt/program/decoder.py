@@ -4,15 +4,15 @@ from typing import Any
 
 from torch import nn
 
+from hfopt import host
 from hfopt.errors import HfoptError, InvalidInput, UnsupportedModel
 from hfopt.patches.facts import names_read
-from hfopt.patches.families import family_of
+from hfopt.patches.families import FAMILIES, families_of
 from hfopt.patches.families.family import Decoder
 from hfopt.patches.guards import DO_NOTHING, DTYPES, has_own_forward, is_bare
-from hfopt.patches.layer import swapped
-from hfopt.program.builder import Builder
+from hfopt.program.builder import Builder, Value
 from hfopt.program.program import Program, Table
-from hfopt.program.writer import Slot
+from hfopt.program.recorder import Recorder, swapped
 
 
 def build(model: nn.Module) -> Program:
@@ -20,17 +20,44 @@ def build(model: nn.Module) -> Program:
 
     Hooks on the model itself are for the caller to look at: they see a whole step, from outside.
     """
-    family = family_of(model)
-    if family is None:
-        raise UnsupportedModel(f"{type(model).__name__} is no decoder that hfopt knows whole")
+    program = _built(model)
+    if program is None:
+        raise UnsupportedModel(f"{type(model).__name__} gives no logits of its own")
+    return program
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """In words, why the decoder in this model is no program, whether or not the model makes logits of what it gives."""
+    try:
+        _built(model)
+    except UnsupportedModel as error:
+        return str(error)
+    return None
+
+
+def _built(model: nn.Module) -> Program | None:
+    """The program; None for a decoder without a head."""
+    decoders = list(dict.fromkeys(family.decoder for family in families_of(model)))
+    if not decoders:
+        known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
+        raise UnsupportedModel(f"{type(model).__name__} is no decoder that hfopt knows whole ({known})")
     for path, module in model.named_modules():
         if has_own_forward(module) or vars(module).get("_compiled_call_impl") is not None:
             raise UnsupportedModel(f"{path or 'the model'} has a forward of its own")
         is_called = type(module).forward is not nn.Module.forward  # a ModuleList is not
         if path and is_called and not is_bare(module):
             raise UnsupportedModel(f"{path} is in training mode or has hooks")
+    for decoder in decoders[:-1]:
+        try:
+            return _read(model, decoder)
+        except UnsupportedModel:
+            pass
+    return _read(model, decoders[-1])
+
+
+def _read(model: Any, record: Decoder) -> Program | None:
     try:
-        return _build(model, family.decoder)
+        return _recorded(model, record)
     except InvalidInput as error:  # weights of several dtypes, say
         raise UnsupportedModel(str(error)) from error
     except HfoptError:
@@ -39,38 +66,52 @@ def build(model: nn.Module) -> Program:
         raise UnsupportedModel(f"it cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _build(model: Any, record: Decoder) -> Program:
+def _recorded(model: Any, record: Decoder) -> Program | None:
     decoder: Any = model.get_submodule(record.path)
     _check_children(decoder, record)
+    layers = _layers(decoder, record)
     tokens = _embedding(decoder, record.tokens)
     builder = Builder(tokens.rows.dtype)
-    x = _through(builder, decoder, record.project_in, builder.look_up(tokens, "tokens"))
+    ops = Recorder(builder, None if record.rotary is None else decoder._modules.get(record.rotary))
+
+    x = builder.look_up(tokens, "tokens")
+    if record.multiplier is not None:
+        x = builder.scale(x, getattr(decoder, record.multiplier))
+    x = _through(ops, decoder, record.project_in, x)
     if record.positions is not None:
-        builder.add_looked_up(_embedding(decoder, record.positions), "positions", x)
-    layers = _layers(decoder, record)
-    angles = _angles(builder, decoder, layers, record)
+        builder.add_looked_up(_embedding(decoder, record.positions, record.position_class), "positions", x)
+    for layer in layers:
+        ops.angles(_attention(layer))
     for index, layer in enumerate(layers):
         builder.layer = index
-        x = layer.emit(builder, x, angles)
+        x = layer.run(ops, x)
     builder.layer = None
-    x = _through(builder, decoder, record.norm, x)
-    x = _through(builder, decoder, record.project_out, x)
-    logits = swapped(model, record.head).emit(builder, x, is_last=True)
-    return builder.program(len(layers), logits.size)
+    x = _through(ops, decoder, record.norm, x)
+    x = _through(ops, decoder, record.project_out, x)
+    if record.head not in model._modules:
+        return None
+    builder.take_last(x)
+    logits = ops.part(model, record.head, x)
+    if record.divisor is not None:
+        logits = builder.scale(logits, getattr(model.config, record.divisor), divide=True)
+    return builder.program(logits, len(layers), host.full_attention_of(model.config))
 
 
 def _check_children(decoder: Any, record: Decoder) -> None:
     """Raises UnsupportedModel if the `forward` of the decoder uses a child that the record does not name."""
-    read = names_read(decoder) - set(vars(record).values())
+    read = names_read(decoder) - record.children
     for name, child in decoder._modules.items():
         if name in read and child is not None and type(child) not in DO_NOTHING:
             raise UnsupportedModel(f"{name} is a {type(child).__name__}, which no record names")
 
 
-def _embedding(decoder: Any, name: str) -> Table:
-    """What `decoder.name` looks up."""
+def _embedding(decoder: Any, name: str, class_name: str | None = None) -> Table:
+    """What `decoder.name` looks up, which is torch's own module or of exactly this class."""
     module = decoder._modules[name]
-    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+    is_known = type(module) is nn.Embedding or (
+        isinstance(module, nn.Embedding) and type(module).__name__ == class_name
+    )
+    if not is_known or module.max_norm is not None:
         raise UnsupportedModel(f"{name} is a {type(module).__name__} that does more than look up")
     if module.weight.dtype not in DTYPES:
         raise UnsupportedModel(f"its weights are {str(module.weight.dtype).removeprefix('torch.')}")
@@ -78,13 +119,9 @@ def _embedding(decoder: Any, name: str) -> Table:
     return Table(module.weight.detach()[getattr(module, "offset", 0) :])
 
 
-def _through(builder: Builder, decoder: Any, name: str | None, x: Slot) -> Slot:
+def _through(ops: Recorder, decoder: Any, name: str | None, x: Value) -> Value:
     """What a part makes of x; x itself if the model has no such part."""
-    if name is None or decoder._modules.get(name) is None:
-        return x
-    out: Slot = swapped(decoder, name).emit(builder, x)
-    builder.release(x)
-    return out
+    return x if name is None or decoder._modules.get(name) is None else ops.part(decoder, name, x)
 
 
 def _layers(decoder: Any, record: Decoder) -> list[Any]:
@@ -94,6 +131,8 @@ def _layers(decoder: Any, record: Decoder) -> list[Any]:
     layers = [swapped(modules, name) for name in list(modules._modules)[:n_layers]]
     if not layers:
         raise UnsupportedModel("it has no layers")
+    if host.full_attention_of(config) == 0:
+        raise UnsupportedModel("not all of its layers have full attention")
     # the decoder makes the masks
     if not getattr(config, "is_causal", True):
         raise UnsupportedModel("its configuration has is_causal=False")
@@ -106,16 +145,3 @@ def _layers(decoder: Any, record: Decoder) -> list[Any]:
 
 def _attention(layer: Any) -> Any:
     return swapped(layer, layer._hfopt.spec.attention)
-
-
-def _angles(builder: Builder, decoder: Any, layers: list[Any], record: Decoder) -> tuple[Slot, Slot] | None:
-    """Slots of cos and sin of the positions, for all layers."""
-    rotary = None if record.rotary is None else decoder._modules.get(record.rotary)
-    first, *others = map(_attention, layers)
-    if any(other.table != first.table for other in others):
-        raise UnsupportedModel("its layers have different tables of angles")
-    tables = first.angle_tables(rotary, builder.dtype)
-    if tables is None:
-        return None
-    cos, sin = (builder.look_up(table, "positions") for table in tables)
-    return cos, sin

@@ -11,7 +11,7 @@ _TO_THE_RIGHT = (0, 4)
 
 
 @dataclass(frozen=True)
-class Instruction:
+class Line:
     """A line of a program.
 
     layer: of the decoder, None before and behind them. then: what the same kernel does to its results. n_bytes: of weights
@@ -53,7 +53,7 @@ class Listing:
     context's keys and values, which a step reads, for each token and row.
     """
 
-    instructions: tuple[Instruction, ...]
+    instructions: tuple[Line, ...]
     n_bytes: int
     scratch_bytes: int
     cached_bytes: int

@@ -5,7 +5,8 @@ Nothing of a request is in a `Program`: threads share it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import bisect
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,21 +19,42 @@ from hfopt.functional.checks import check_contiguous, check_floats
 from hfopt.functional.linear import Weights
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import Instruction
-
-from .listing import Listing
-from .run import Run, prefill
+from hfopt.patches.angles import AngleTables
+from hfopt.program.listing import Listing
+from hfopt.program.run import Run, prefill
 
 if TYPE_CHECKING:
     from hfopt.cache import AppendedEverywhere
 
 
 class Table:
-    """Contiguous [n, size] of which instructions look up rows. build(n): the table with at least n rows, if it can grow."""
+    """Contiguous [n, size] of which instructions look up rows.
 
-    def __init__(self, rows: Tensor, build: Callable[[int], Tensor] | None = None) -> None:
+    build(n): the table with at least n rows, if it can grow. breaks: from more rows than these on it is another table, for
+    all rows.
+    """
+
+    def __init__(
+        self, rows: Tensor, build: Callable[[int], Tensor] | None = None, breaks: Sequence[int] = ()
+    ) -> None:
         _check_rows(rows)
-        self.rows = rows
-        self._build = build
+        self._build, self.breaks = build, tuple(sorted(breaks))
+        self._rows = {0: rows}  # by how many of the breaks lie below
+
+    @classmethod
+    def pair_of(cls, tables: AngleTables) -> tuple[Table, Table]:
+        """Those of cos and of sin."""
+
+        def build(which: int) -> Callable[[int], Tensor] | None:
+            return None if tables.limit is not None else lambda n: tables.build(n)[which]
+
+        cos, sin = tables.build(1)
+        return cls(cos, build(0), tables.breaks), cls(sin, build(1), tables.breaks)
+
+    @property
+    def rows(self) -> Tensor:
+        """The table as it is for the first rows."""
+        return self._rows[0]
 
     @property
     def grows(self) -> bool:
@@ -40,16 +62,17 @@ class Table:
         return self._build is not None
 
     def reach(self, n: int) -> Tensor:
-        """The table, with n rows if it can have them."""
-        rows = self.rows
-        if len(rows) < n and self._build is not None:
-            known, rows = rows, self._build(n)
+        """The table for n rows, with as many if it can have them."""
+        place = bisect.bisect_left(self.breaks, n)
+        rows = self._rows.get(place)
+        if self._build is not None and (rows is None or len(rows) < n):
+            known, rows = self._rows[0], self._build(n)
             _check_rows(rows)
             if rows.dtype is not known.dtype or rows.shape[1] != known.shape[1]:
                 given, needed = f"{rows.dtype} [{rows.shape[1]}]", f"{known.dtype} [{known.shape[1]}]"
                 raise InvalidInput(f"a table has become {given}: {needed} is needed")
-            self.rows = rows
-        return rows
+            self._rows[place] = rows
+        return self._rows[0] if rows is None else rows
 
 
 def _check_rows(rows: Tensor) -> None:
@@ -62,8 +85,8 @@ def _check_rows(rows: Tensor) -> None:
 class Program(NamedTuple):
     """The way of new tokens through a decoder.
 
-    code int64 [n, columns], formats int64 [n or 0, columns], scalars float64 [n]: see `kernels.instruction`. row_bytes: of
-    the arena, for each new token. kept: what owns the addresses in the code.
+    code int64 [n, columns], formats int64 [n or 0, columns], scalars float64 [n]: see `kernels.step`. row_bytes: of the
+    arena, for each new token. kept: what owns the addresses in the code.
     """
 
     dtype: torch.dtype
@@ -71,11 +94,13 @@ class Program(NamedTuple):
     formats: np.ndarray
     scalars: np.ndarray
     tables: tuple[Table, ...]
+    breaks: tuple[int, ...]  # lengths of a text beyond which tables are others
     row_bytes: int
     n_layers: int
     n_kv_heads: int
     head_dim: int
     n_logits: int
+    max_keys: int  # that attention is over, without a window
     listing: Listing
     kept: tuple[Weights | Tensor, ...]
     linears: frozenset[Instruction]  # those of linear layers that there are

@@ -119,12 +119,10 @@ class Programs:
         return made
 
     def refutation(self, model: nn.Module) -> str | None:
-        """In words, what the program gives otherwise than the modules; None if nothing, or if there is none."""
+        """In words, why there is no program, or what it gives otherwise than the modules; None if nothing."""
         with torch.no_grad():
-            if not is_plain_inference(model, (), {}):
-                return None
-        made = self._rehearsed(model, self._kv_cache)
-        return made.reason if made.rehearsed else None
+            is_plain = is_plain_inference(model, (), {})
+        return (self._rehearsed(model, self._kv_cache) if is_plain else self._current(model)).reason
 
     def shown(self, model: nn.Module) -> tuple[str | None, Listing | None]:
         """(in words, why steps of this model go module by module, or None; the program for people to read)."""

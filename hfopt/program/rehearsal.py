@@ -68,10 +68,10 @@ class _Stage(NamedTuple):
 
     def near(self) -> Iterator[_Parts]:
         """A prompt of two rows, one of them padded, and one more token in each."""
-        seen = torch.ones(2, _N_PROMPT + 1, dtype=torch.bool)
+        n_prompt = min(_N_PROMPT, self.program.max_keys - 1)
+        seen = torch.ones(2, n_prompt + 1, dtype=torch.bool)
         seen[1, :_N_PADDED] = False
         theirs, ours = self._cache(), self._cache()
-        n_prompt = _N_PROMPT
         positions = (seen.cumsum(1) - 1).clamp(0, self._n_indices - 1)
         tokens = self._tokens(2, n_prompt)
         expected = self._call(theirs, tokens, positions[:, :n_prompt], seen[:, :n_prompt])
@@ -92,15 +92,17 @@ class _Stage(NamedTuple):
         program = self.program
         n_heads, head_dim, dtype = self._layout
         token_bytes = 2 * n_heads * head_dim * dtype.itemsize * program.n_layers
-        n_past = max(1, min(_FAR - 1, _MOST_BYTES // token_bytes))
+        n_past = max(1, min(_FAR, program.max_keys, _MOST_BYTES // token_bytes) - 1)
         keys, values = torch.randn(2, 1, n_heads, n_past, head_dim, generator=self.generator).to(dtype)
         cache = self._cache()
         for layer_idx in range(program.n_layers):
             cache.update(keys, values, layer_idx)
         seen = torch.ones(1, n_past + 1, dtype=torch.bool)
         seen[0, 0] = False
-        positions = torch.tensor([[min(_FAR, self._n_indices) - 1]])
-        yield from self._step(cache, None, positions, seen, "behind a long text")
+        # at a break, angles become others
+        for position in (min(_FAR, self._n_indices) - 1, *program.breaks):
+            yield from self._step(cache, None, torch.tensor([[position]]), seen, "behind a long text")
+            cache.crop(-1)
 
     def _step(
         self, theirs: IndirectCache, ours: IndirectCache | None, positions: Tensor, seen: Tensor, where: str
@@ -133,7 +135,8 @@ class _Stage(NamedTuple):
         return torch.randint(self._n_indices, shape, generator=self.generator)
 
     def _cache(self) -> IndirectCache:
-        cache = IndirectCache(self.model.config.get_text_config(decoder=True), kv_cache=self.kv_cache)
+        config = self.model.config.get_text_config(decoder=True)
+        cache = IndirectCache(config, kv_cache=self.kv_cache, max_length=1)  # whatever the window
         del cache.layers[self.program.n_layers :]
         return cache
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import sys
 from typing import TYPE_CHECKING
@@ -18,13 +19,11 @@ from hfopt.kernels import step as kernels
 from hfopt.kernels.attention import cache_record as records
 from hfopt.kernels.attention.prefill import BYTES
 from hfopt.kernels.instruction import OP, UNKNOWN_INDEX
-
-from .writer import LINE
+from hfopt.program.memory import LINE
 
 if TYPE_CHECKING:
     from hfopt.cache import AppendedEverywhere, Buffers
-
-    from .program import Program
+    from hfopt.program.program import Program
 
 __all__ = ["Run", "prefill"]
 
@@ -61,7 +60,7 @@ class Run:
         self.held = ELEMENTS[program.dtype]  # tells of which type the elements of the cache are
         self.records = np.zeros((program.n_layers, records.LENGTH), np.int64)
         self._least: list[int] = []  # of each number in the records
-        self._n_positions = 0
+        self._n_positions = self._stretch = 0  # that tables have rows for; breaks below them
         self._rows: list[Tensor] = []
         self._buffers: list[Buffers] = []
         self._storages = [tensor.untyped_storage() for tensor in program.tensors()]
@@ -72,8 +71,10 @@ class Run:
         return _empty_logits(self)
 
     def reach(self, n_positions: int) -> None:
-        """Make a row for each of so many positions in tables that grow."""
-        if n_positions > self._n_positions:
+        """Make a row for each position of a text of so many tokens in tables that grow."""
+        stretch = bisect.bisect_left(self.program.breaks, n_positions)
+        if n_positions > self._n_positions or stretch != self._stretch:
+            self._stretch = stretch
             tables = self.program.tables
             rows = self._rows = [table.reach(n_positions) for table in tables]
             self.tables[:] = [(each.data_ptr(), len(each)) for each in rows]
@@ -126,7 +127,7 @@ class Run:
             raise InvalidInput(f"appended has {appended.first.n_new} tokens: one is needed")
         logits, chosen = _empty_logits(self), np.empty((0, self.n_rows), np.int64)
         hidden = self._checked(tokens, positions, appended, mask)
-        self.call(tokens, positions, appended, BYTES, hidden, logits, chosen)
+        self.call(tokens, positions, appended, 0, BYTES, hidden, logits, chosen)
         return logits
 
     def choose(
@@ -146,16 +147,24 @@ class Run:
         that have ended and go on with `pad`, None where no row has. Others as in `logits`, the mask for the keys of the
         last step. Raises `InvalidInput`.
         """
-        chosen = np.empty((appended.first.n_new, self.n_rows), np.int64)
         hidden = self._checked(tokens, positions, appended, mask)
+        n_columns = appended.first.n_new
+        chosen = np.empty((min(n_columns, self._n_alike(int(positions.max()))), self.n_rows), np.int64)
         if finished is not None and (finished.dtype != np.bool_ or finished.shape != (self.n_rows,)):
             given = f"{finished.dtype} {finished.shape}"
             raise InvalidInput(f"finished is {given}: bool {(self.n_rows,)} is needed")
         if eos.dtype != np.int64 or eos.ndim != 1:
             raise InvalidInput(f"eos is {eos.dtype} {eos.shape}: int64 [n] is needed")
         logits = self._scratch_logits
-        n_steps = self.call(tokens, positions, appended, BYTES, hidden, logits, chosen, finished, eos, pad)
+        cache = appended, n_columns - 1
+        n_steps = self.call(tokens, positions, *cache, BYTES, hidden, logits, chosen, finished, eos, pad)
         return chosen[:n_steps]
+
+    def _n_alike(self, position: int) -> int:
+        """Steps from this position on for which tables are the same."""
+        breaks = self.program.breaks
+        place = bisect.bisect_left(breaks, position + 1)
+        return breaks[place] - position if place < len(breaks) else sys.maxsize
 
     def _checked(
         self,
@@ -185,6 +194,7 @@ class Run:
         tokens: np.ndarray,
         positions: np.ndarray,
         appended: AppendedEverywhere,
+        n_ahead: int,
         kind: int,
         hidden: np.ndarray,
         logits: Tensor,
@@ -193,12 +203,15 @@ class Run:
         eos: np.ndarray = _NO_EOS,
         pad: int = 0,
     ) -> int:
-        """Run the program on arguments that have been checked, in the kernel's form; how many steps it has made."""
+        """Run the program on arguments that have been checked, in the kernel's form; how many steps it has made.
+
+        n_ahead: columns of the cache that are there for later steps than the first.
+        """
         program, ids, first = self.program, self.ids, appended.first
         n_rows, n_steps = self.n_rows, max(len(chosen), 1)
         ids[0], ids[1] = tokens.reshape(-1), positions.reshape(-1)
         self.reach(int(ids[1].max()) + n_steps)
-        in_trunk = 0 if first.in_branch else n_steps - 1
+        in_trunk = 0 if first.in_branch else n_ahead
         prepare_threads()
         outcome: int = kernels.run_step(
             ELEMENTS[program.dtype],
@@ -215,7 +228,7 @@ class Run:
             ids,
             self.records,
             first.trunk_len - in_trunk,
-            first.branch_len - (n_steps - 1 - in_trunk),
+            first.branch_len - (n_ahead - in_trunk),
             first.in_branch,
             first.trunk_row,
             first.table,
@@ -231,8 +244,8 @@ class Run:
         if outcome <= -kernels.UNKNOWN_OPERATION:
             number = -kernels.UNKNOWN_OPERATION - outcome
             raise InvalidInput(
-                f"instruction {number} has operation {program.code[number, OP]}: below {len(kernels.INSTRUCTIONS)} is needed,"
-                " and formats where it is one of quantised layers"
+                f"instruction {number} has operation {program.code[number, OP]}: below "
+                f"{len(kernels.INSTRUCTIONS)} is needed, and formats where it is one of quantised layers"
             )
         if outcome == -UNKNOWN_INDEX:
             raise InvalidInput(f"tokens {ids[0]} at positions {ids[1]}: the model's tables have no such rows")
@@ -267,7 +280,7 @@ def prefill(
     hidden = hidden.reshape(n_rows, -1) if hidden.size else _NO_MASK
     logits, chosen = _empty_logits(run), np.empty((0, n_rows), np.int64)
     positions = np.broadcast_to(positions, tokens.shape)
-    run.call(tokens, positions, appended, KINDS[mask.kind], hidden, logits, chosen)
+    run.call(tokens, positions, appended, 0, KINDS[mask.kind], hidden, logits, chosen)
     return logits
 
 

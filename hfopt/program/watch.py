@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfopt.host import Config, registered_attention
-from hfopt.patches.facts import getter, is_same, own_names
+from hfopt.host import Config, registered_attention, rewritten
+from hfopt.patches.facts import PLAIN, getter, is_same, own_names
 
 _TRAINING = itemgetter("training")
 _LAYOUT, _VERSION = (attrgetter("dtype"), attrgetter("shape"), torch.Tensor.stride), attrgetter("_version")
@@ -37,6 +37,8 @@ class Watch:
         self._model = weakref.ref(model)
         self._model_then = _look(model)
         modules = list(model.modules())[1:]
+        self._moving = [_Moving(each, rewritten(each)) for each in modules if rewritten(each)]
+        modules = [each for each in modules if not rewritten(each)]
         size = max(-(-len(modules) // _PARTS), 1)
         self._parts = [_Part(modules[first : first + size]) for first in range(0, len(modules), size)]
         self._turns = cycle(self._parts)
@@ -62,7 +64,9 @@ class Watch:
         """Whether nothing has changed in a part of the model, another one each time: 64 calls have seen all of it, but for
         what nobody changes in the middle of a request that runs no code of its user."""
         model = self._model()  # None for the watch of a shallow copy, whose original is gone
-        return model is not None and _look(model) == self._model_then and next(self._turns).holds()
+        if model is None or _look(model) != self._model_then:
+            return False
+        return next(self._turns).holds() and all(each.holds() for each in self._moving)
 
     def holds(self) -> bool:
         """Whether nothing of this has changed since."""
@@ -71,6 +75,7 @@ class Watch:
             model is not None
             and _look(model) == self._model_then
             and self._all.holds()
+            and all(each.holds() for each in self._moving)
             and self._own_attributes.hold([vars(model)])
             and all(attributes.hold(states) for attributes, states in self._attributes)
             and self._contents.hold()
@@ -141,6 +146,29 @@ class _Part:
         if len(held) != len(self._tensors_then) or not all(map(is_, held, self._tensors_then)):
             return False
         return self._now() == self._then and all(state.get("forward") == own for state, own in self._forwards)
+
+
+class _Moving:
+    """A module whose forward writes some of its own attributes, which are left out."""
+
+    def __init__(self, module: nn.Module, rewritten: frozenset[str]) -> None:
+        self._module, self._rewritten = module, rewritten
+        self._then = self._now()
+
+    def _now(self) -> list[Any]:
+        state = vars(self._module)
+        tensors = {name: each for name, each in state["_buffers"].items() if name not in self._rewritten}
+        values = {name: each for name, each in state.items() if type(each) in PLAIN}
+        return [
+            type(self._module),
+            state.get("forward"),
+            [len(state[name]) for name in _HOOKS],
+            {name: None if each is None else (id(each), each._version) for name, each in tensors.items()},
+            [(name, type(each), each) for name, each in values.items()],
+        ]
+
+    def holds(self) -> bool:
+        return self._now() == self._then
 
 
 class _Attributes:

@@ -1,4 +1,6 @@
-"""Decoders whose every part is known: where their layers are, and which pattern each part has to match."""
+"""Families of decoders that hfopt knows whole, each a record."""
+
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -10,10 +12,7 @@ from hfopt.patches.families.opt import OPT
 FAMILIES = (LLAMA, GPTJ, OPT)
 
 
-def family_of(model: nn.Module) -> Family | None:
-    """The record of the decoder in this model, or None if it has none."""
-    for module in model.modules():
-        model_type = getattr(getattr(module, "config", None), "model_type", None)
-        if model_type is not None:
-            return next((family for family in FAMILIES if model_type in family.model_types), None)
-    return None
+def families_of(model: nn.Module) -> Iterator[Family]:
+    """Records to try on this model: those that name its type, in order."""
+    types = {getattr(getattr(module, "config", None), "model_type", None) for module in model.modules()}
+    return (family for family in FAMILIES if types & set(family.model_types))

@@ -1,17 +1,72 @@
-"""What is known of a family of decoders."""
+"""A family of decoders as data: where its parts are, and how they are put together."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from hfopt.patches.attention import Rotation
+
+Topology = Literal["sequential", "parallel", "inline"]
+Angles = Literal["computed", "table", "none"]
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """Children of an attention module.
+
+    inputs: Linears that give, side by side, all query, key and value heads. norms: of each query head and each key head.
+    angles: whether the model computes cos and sin for all layers, they are looked up in a table, or positions are in the
+    hidden states. rotations: which channels turn together; where there are several, the proof chooses.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    angles: Angles = "computed"
+    rotations: tuple[Rotation, ...] = ("half",)
+    norms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MlpParts:
+    """Children of a feed-forward block: `output(act(inputs[0](x)) * inputs[1](x))`, or `output(act(inputs[0](x)))`.
+
+    is_fused: one Linear holds the rows of both inputs, the gate's first.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    is_fused: bool = False
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether there are two inputs."""
+        return self.is_fused or len(self.inputs) == 2
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """Children of a decoder layer, and how they are put together (see `patches.layer`).
+
+    mlp: the child, or (input, activation, output) where the block is in the layer itself. multiplier: attribute that scales
+    what attention and feed-forward block add.
+    """
+
+    topology: Topology
+    attention: str
+    norms: tuple[str, ...]
+    mlp: str | tuple[str, str, str] = "mlp"
+    multiplier: str | None = None
 
 
 @dataclass(frozen=True)
 class Decoder:
     """How a model puts its modules together: names of the children of the module at `path`.
 
-    What a token looks up in `tokens` goes through `project_in`, is added to what its position looks up in `positions`,
-    and goes through `layers`, `norm`, `project_out`, and the model's own child `head`. A part that is None in a family,
-    or in a model, is left out. rotary: computes cos and sin for all layers.
+    What a token looks up in `tokens`, times `multiplier`, goes through `project_in`, is added to what its position looks up
+    in `positions`, and goes through `layers`, `norm`, `project_out`, and the model's own child `head`, whose logits are
+    divided by the config's field `divisor`. A part that is None in a family, or in a model, is left out. rotary: computes
+    cos and sin for all layers. position_class: name of the class of `positions`, whose first `offset` rows are for other
+    purposes. multiplier: an attribute.
     """
 
     path: str
@@ -21,24 +76,28 @@ class Decoder:
     head: str = "lm_head"
     rotary: str | None = None
     positions: str | None = None
+    position_class: str | None = None
     project_in: str | None = None
     project_out: str | None = None
+    multiplier: str | None = None
+    divisor: str | None = None
+
+    @property
+    def children(self) -> frozenset[str]:
+        """Names of the children that it knows."""
+        names = (
+            self.tokens, self.layers, self.norm, self.rotary, self.positions, self.project_in, self.project_out,
+        )  # fmt: skip
+        return frozenset(name for name in names if name is not None)
 
 
 @dataclass(frozen=True)
 class Family:
-    """A decoder as data.
-
-    model_types: of configurations. parts: regular expressions of how the path of a part ends, and the
-    pattern that it matches; a part that a configuration leaves out is not missed.
-    """
+    """A decoder as data. model_types: of configurations, for which this record is tried."""
 
     name: str
-    model_types: tuple[str, ...]
-    parts: Mapping[str, str]
+    model_types: Sequence[str]
+    attention: AttentionParts
+    mlp: MlpParts | None
+    layer: LayerParts
     decoder: Decoder
-
-    def pattern_at(self, path: str) -> str | None:
-        """Name of the pattern that the module at this path has to match; None if it is no such part."""
-        parts = self.parts.items()
-        return next((name for end, name in parts if re.search(rf"(^|\.){end}$", path)), None)

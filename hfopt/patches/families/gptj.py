@@ -1,17 +1,12 @@
 """GPT-J: parallel layers with one LayerNorm, partly rotated heads, a plain feed-forward block."""
 
-from hfopt.patches.families.family import Decoder, Family
+from hfopt.patches.families.family import AttentionParts, Decoder, Family, LayerParts, MlpParts
 
 GPTJ = Family(
     name="GPT-J",
     model_types=("gptj",),
-    parts={
-        r"h\.\d+": "parallel_layer",
-        "attn": "table_attention",
-        "mlp": "plain_mlp",
-        "ln_1": "layer_norm",
-        "ln_f": "layer_norm",
-        "lm_head": "linear",
-    },
+    attention=AttentionParts(("q_proj", "k_proj", "v_proj"), "out_proj", "table", ("interleaved",)),
+    mlp=MlpParts(("fc_in",), "fc_out"),
+    layer=LayerParts("parallel", "attn", ("ln_1",)),
     decoder=Decoder("transformer", "wte", "h", "ln_f", rotary="rotary_emb"),
 )

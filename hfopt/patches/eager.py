@@ -1,0 +1,193 @@
+"""Operations that run at once, on tensors, over the cache of a call."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hfopt import functional
+from hfopt.cache import IndirectCache
+from hfopt.functional import Epilogue, Mask, Weights
+from hfopt.functional.epilogue import PLAIN
+from hfopt.patches.activation import fused_activation
+from hfopt.patches.angles import are_angles, remembered
+from hfopt.patches.guards import are_readable, attention_kind, wants_attentions
+from hfopt.patches.ops import Declined
+from hfopt.patches.replacement import Replacement, are_others_bare, is_usable
+from hfopt.patches.weights import read_children, read_weights
+
+
+class Past(NamedTuple):
+    """The cache of a call, which keys each token sees, and the angles of the new ones."""
+
+    cache: IndirectCache
+    layer: int
+    shape: torch.Size  # of x
+    mask: Mask
+    cos: Tensor | None
+    sin: Tensor | None
+    appended: Any = None  # the layer with room for the new tokens
+
+
+class Eager:
+    """The verbs of `ops.Ops` on tensors of one call of a module.
+
+    roles: arguments of the call by role, x apart; see `host.Arguments`.
+    """
+
+    def __init__(self, module: Replacement, x: Any, roles: Mapping[str, Any]) -> None:
+        """Raises Declined for an x that is no float tensor in CPU memory."""
+        if not isinstance(x, Tensor) or not are_readable((x,), x.dtype):
+            raise Declined
+        self._dtype, self._roles, self._by = x.dtype, roles, module._hfopt.kernels
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    def part(self, module: Any, name: str, x: Tensor, residuals: Sequence[Tensor] = ()) -> Tensor:
+        child = module._modules[name]
+        if isinstance(child, Replacement) and self._can_run(child, x, residuals):
+            try:
+                output: Tensor = child.run(self, x, *([residuals] if residuals else []))
+                return output
+            except Declined:
+                pass
+        output = child(x)
+        for residual in residuals:
+            output = output + residual
+        return output
+
+    def attention(self, module: Any, name: str, x: Tensor, residuals: Sequence[Tensor] = ()) -> Tensor:
+        child = module._modules[name]
+        # as a module it would need arguments that nobody has looked at
+        if not isinstance(child, Replacement) or not self._can_run(child, x, residuals):
+            raise Declined
+        output: Tensor = child.run(self, x, residuals)  # type: ignore[call-arg]
+        return output
+
+    def _can_run(self, child: Replacement, x: Tensor, residuals: Sequence[Tensor]) -> bool:
+        return is_usable(child) and are_readable((x, *residuals), self._dtype) and are_others_bare(child)
+
+    # ---- linear layers ----------------------------------------------------------------------------------------------
+
+    def weights(self, module: Any, role: str, names: Sequence[str], n_parts: int = 1) -> Weights:
+        found = (
+            read_children(module, role, names, n_parts)
+            if names
+            else read_weights(module._hfopt, role, (module,))
+        )
+        if found is None or found.dtype not in (None, self._dtype):
+            raise Declined
+        return found
+
+    def linear(self, x: Tensor, weights: Weights, epilogue: Epilogue[Tensor] = PLAIN) -> Tensor:
+        return functional.linear(
+            x.contiguous(),
+            weights,
+            activation=epilogue.activation,
+            gated=epilogue.gated,
+            residuals=[residual.contiguous() for residual in epilogue.residuals],
+            by=self._by,
+        )
+
+    def activate(self, module: Any, name: str, x: Tensor, weights: Weights, *, gated: bool = False) -> Tensor:
+        activation: Callable[[Tensor], Tensor] = module._modules[name]
+        known = fused_activation(module._hfopt, activation)  # type: ignore[arg-type]
+        if known is not None:
+            return self.linear(x, weights, Epilogue(known, gated))
+        y = self.linear(x, weights)
+        if not gated:
+            return activation(y)
+        gate, up = y.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    # ---- norms and scales -------------------------------------------------------------------------------------------
+
+    def rms_norm(self, x: Tensor, weight: Any, eps: float) -> Tensor:
+        self._check_vectors(weight)
+        return functional.rms_norm(x.contiguous(), weight, eps)
+
+    def layer_norm(self, x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
+        self._check_vectors(*(each for each in (weight, bias) if each is not None))
+        return functional.layer_norm(x.contiguous(), weight, bias, eps)
+
+    def _check_vectors(self, *vectors: Any) -> None:
+        if not all(isinstance(each, torch.nn.Parameter) and each.dtype is self._dtype for each in vectors):
+            raise Declined
+
+    def norm_heads(self, module: Any, name: str, qkv: Tensor, first: int, count: int) -> None:
+        norm = module._modules[name]
+        functional.rms_norm_heads(qkv, norm._parameters["weight"], norm.epsilon, first, count)
+
+    def scale(self, x: Tensor, factor: float, residual: Tensor | None = None) -> Tensor:
+        return functional.scale(x, factor, residual=residual)
+
+    # ---- attention --------------------------------------------------------------------------------------------------
+
+    def past(self, attention: Any, x: Tensor) -> Past:
+        given = self._roles
+        cache = given.get("cache")
+        layer = 0 if cache is None else attention.layer_idx
+        cache = IndirectCache() if cache is None else cache
+        if not _takes_appends(cache, layer) or wants_attentions(attention) or x.dim() != 3:
+            raise Declined
+        for name in attention._hfopt.spec.norms:
+            norm = attention._modules[name]
+            if not isinstance(norm, Replacement) or not is_usable(norm):
+                raise Declined
+            self._check_vectors(norm._parameters["weight"])
+        rotary = attention.rotary(given.get("position_embeddings"), given.get("position_ids"))
+        if rotary is None:
+            raise Declined
+        n_rows, n_new, _ = x.shape
+        n_past = cache.get_seq_length(layer)
+        mask = _mask(
+            cache, given.get("attention_mask"), attention_kind(attention), n_rows, n_new, n_past + n_new
+        )
+        cos, sin = rotary(cache, n_past, self._dtype)
+        if cos is not None and not are_angles(cos, n_rows, n_new):
+            raise Declined
+        return Past(cache, layer, x.shape, mask, cos, sin)
+
+    def store(self, attention: Any, qkv: Tensor, past: Past) -> Past:
+        spec = attention._hfopt.spec
+        n_rows, n_new, _ = past.shape
+        appended = past.cache.append(past.layer, n_rows, n_new, spec.n_kv_heads, spec.head_dim, self._dtype)
+        n_heads, n_kv_heads, head_dim = spec.heads
+        angles = past.cos, past.sin
+        functional.rotate_and_store(qkv, *angles, appended, n_heads, n_kv_heads, head_dim, spec.rotation)
+        return past._replace(appended=appended)
+
+    def attend(self, attention: Any, qkv: Tensor, past: Past) -> Tensor:
+        heads = attention._hfopt.spec.heads
+        return functional.attend(qkv, past.appended, past.mask, attention.scale, *heads, by=self._by)
+
+
+def _takes_appends(cache: Any, layer: int) -> bool:
+    """Whether the cache is ours, and so is this layer of it (that of a sliding window is transformers')."""
+    if not isinstance(cache, IndirectCache):
+        return False
+    return layer >= len(cache.layers) or hasattr(cache.layers[layer], "append")
+
+
+def _mask(
+    cache: IndirectCache, attention_mask: Any, kind: str | None, n_rows: int, n_new: int, n_keys: int
+) -> Mask:
+    """The mask of a call as kernels read it; raises Declined if they cannot."""
+    sizes = (n_rows, n_new, n_keys)
+    if attention_mask is None:
+        # without a mask, only torch's own attention takes several tokens as causal, and only the first ones
+        if kind is None or (n_new > 1 and not (kind == "sdpa" and n_keys == n_new)):
+            raise Declined
+        return functional.prepare_mask(None, *sizes)
+    # one that is shorter stands for all keys, or is wrong
+    if kind is None or type(attention_mask) is not Tensor or attention_mask.shape[-1] < n_keys:
+        raise Declined
+    if kind == "eager" and not attention_mask.is_floating_point():
+        raise Declined  # it is added, whatever it is
+    mask: Mask = remembered(
+        cache, "mask", attention_mask, sizes, lambda: functional.prepare_mask(attention_mask, *sizes)
+    )
+    if mask.kind == "unsupported":
+        raise Declined
+    return mask

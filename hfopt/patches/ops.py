@@ -1,0 +1,62 @@
+"""The verbs that blocks are written in, of which there are two kinds: `Eager` runs them on tensors, and the `Recorder` of a
+program writes them down as instructions. A block reads like the model's own code and knows neither.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+from hfopt.functional import Epilogue, Weights
+from hfopt.functional.epilogue import PLAIN
+
+X = TypeVar("X")
+
+
+class Declined(Exception):
+    """Kernels cannot do what is asked, and nothing has been touched: the original module has to."""
+
+
+class Ops(Protocol[X]):
+    """Operations on X: a tensor [rows, tokens, size], or the place of one in a program.
+
+    Each raises Declined, or UnsupportedModel in words, where kernels cannot do it as the model is now.
+    """
+
+    def part(self, module: Any, name: str, x: X, residuals: Sequence[X] = ()) -> X:
+        """The child `name` of the module, a function of x alone, plus the residuals."""
+
+    def attention(self, module: Any, name: str, x: X, residuals: Sequence[X] = ()) -> X:
+        """The child `name` of the module, which is attention, plus the residuals."""
+
+    def weights(self, module: Any, role: str, names: Sequence[str], n_parts: int = 1) -> Weights:
+        """The matrices of these Linears, each of n_parts matrices one below the other, as one record, which is remembered
+        under `role`; without names those of the module itself.
+        """
+
+    def linear(self, x: X, weights: Weights, epilogue: Epilogue[X] = PLAIN) -> X:
+        """`functional.linear`."""
+
+    def activate(self, module: Any, name: str, x: X, weights: Weights, *, gated: bool = False) -> X:
+        """A linear layer with the activation that the child `name` computes as its epilogue."""
+
+    def rms_norm(self, x: X, weight: Any, eps: float) -> X:
+        """`functional.rms_norm`."""
+
+    def layer_norm(self, x: X, weight: Any, bias: Any, eps: float) -> X:
+        """`functional.layer_norm`."""
+
+    def norm_heads(self, module: Any, name: str, qkv: X, first: int, count: int) -> None:
+        """Each of `count` heads from the first on, in place, as the norm of the child `name` makes it."""
+
+    def scale(self, x: X, factor: float, residual: X | None = None) -> X:
+        """x * factor, plus the residual if there is one."""
+
+    def past(self, attention: Any, x: X) -> Any:
+        """Where keys and values of this attention are, and what x needs besides: a mask, and angles of its positions."""
+
+    def store(self, attention: Any, qkv: X, past: Any) -> Any:
+        """Turn query and key heads in place by the angles, and put keys and values behind those of the past, which is
+        returned with them.
+        """
+
+    def attend(self, attention: Any, qkv: X, past: Any) -> X:
+        """Attention of the query heads over keys and values of the past, new ones included."""

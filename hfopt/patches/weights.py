@@ -1,0 +1,77 @@
+"""The matrices of Linears as records that kernels read, floats or quantised, in place."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from hfopt.errors import InvalidInput
+from hfopt.functional import LinearWeights, MixedWeights, QuantizedWeights, Weights
+from hfopt.patches.guards import is_bare
+from hfopt.patches.quantized import QuantizedLinear, read_quantized
+from hfopt.patches.replacement import Record, Replacement, original_class
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether the module is torch's own Linear or one of ours, not an adapter's or another library's."""
+    return module is not None and original_class(module) in (nn.Linear, QuantizedLinear)
+
+
+def read_weights(record: Record, role: str, linears: Sequence[Any], n_parts: int = 1) -> Weights | None:
+    """The weights of these Linears as one record, or None where kernels cannot read them.
+
+    n_parts: matrices that each of them holds, one below the other, for kernels that read them side by side.
+    """
+    quantized = [isinstance(linear, QuantizedLinear) for linear in linears]
+    if not any(quantized):
+        return _read_floats(record, role, linears, n_parts)
+    if all(quantized):
+        known = read_quantized(record, role, linears, n_parts)
+        if known is not None or len(linears) == 1:
+            return known
+    parts = [
+        read_weights(record, f"{role} {index}", (linear,), n_parts) for index, linear in enumerate(linears)
+    ]
+    found = [part for part in parts if isinstance(part, LinearWeights | QuantizedWeights)]
+    try:
+        return MixedWeights(tuple(found)) if len(found) == len(parts) else None
+    except InvalidInput:
+        return None
+
+
+def _read_floats(record: Record, role: str, linears: Sequence[Any], n_parts: int) -> LinearWeights | None:
+    weights = [linear._parameters["weight"] for linear in linears]
+    biases = [linear._parameters["bias"] for linear in linears]
+    if n_parts > 1:
+        weights, biases = _split(weights, n_parts), _split(biases, n_parts)
+    known = record.weights.get(role)
+    if isinstance(known, LinearWeights) and known.reads(weights, biases):
+        return known
+    # a stale record would keep the old weights in memory
+    record.weights.pop(role, None)
+    if any(type(linear._parameters["weight"]) is not nn.Parameter for linear in linears):
+        return None
+    try:
+        known = record.weights[role] = LinearWeights.of(weights, biases)
+    except InvalidInput:
+        return None
+    return known
+
+
+def _split(tensors: Sequence[Any], n_parts: int) -> list[Any]:
+    """Rows of each tensor in n_parts equal parts; of what is missing as many times nothing."""
+    return [
+        part
+        for each in tensors
+        for part in ([None] * n_parts if each is None else each.detach().chunk(n_parts))
+    ]
+
+
+def read_children(module: Replacement, role: str, names: Sequence[str], n_parts: int = 1) -> Weights | None:
+    """The weights of these children, or None if one has to be called itself (an adapter, a hook)."""
+    children = module._modules
+    linears = [children[name] for name in names]
+    for linear in linears:
+        if not is_linear(linear) or not is_bare(linear):  # type: ignore[arg-type]
+            return None
+    return read_weights(module._hfopt, role, linears, n_parts)

@@ -1,0 +1,117 @@
+"""Operations that are recorded: blocks written in verbs become instructions of a program."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+from hfopt.errors import UnsupportedModel
+from hfopt.functional import Epilogue, Weights
+from hfopt.functional.epilogue import PLAIN
+from hfopt.patches.activation import fused_activation
+from hfopt.patches.ops import Ops
+from hfopt.patches.replacement import Replacement, is_swapped
+from hfopt.patches.weights import read_children, read_weights
+from hfopt.program.builder import Builder, Value
+from hfopt.program.program import Table
+
+
+class Past(NamedTuple):
+    """Which layer of the cache, and the angles of the new tokens."""
+
+    layer: int
+    angles: tuple[Value, Value] | None
+
+
+class Recorder:
+    """The verbs of `ops.Ops` on values of a program; raises UnsupportedModel for a module that kernels cannot stand for.
+
+    rotary: the module that computes angles for all layers, if the model has one.
+    """
+
+    def __init__(self, builder: Builder, rotary: Any) -> None:
+        self._builder, self._rotary = builder, rotary
+        self._angles: dict[Hashable, tuple[Value, Value]] = {}
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    def part(self, module: Any, name: str, x: Value, residuals: Sequence[Value] = ()) -> Value:
+        child: Any = swapped(module, name)
+        output: Value = child.run(self, x, *([residuals] if residuals else []))
+        return output
+
+    attention = part
+
+    # ---- linear layers ----------------------------------------------------------------------------------------------
+
+    def weights(self, module: Any, role: str, names: Sequence[str], n_parts: int = 1) -> Weights:
+        if names:
+            found = read_children(module, role, names, n_parts)
+        else:
+            found = read_weights(module._hfopt, role, (module,))
+        if found is None:
+            raise UnsupportedModel(
+                f"{', '.join(names) or 'its weights'} cannot be read by a kernel as they are"
+            )
+        return found
+
+    def linear(self, x: Value, weights: Weights, epilogue: Epilogue[Value] = PLAIN) -> Value:
+        return self._builder.linear(x, weights, epilogue)
+
+    def activate(self, module: Any, name: str, x: Value, weights: Weights, *, gated: bool = False) -> Value:
+        activation = module._modules[name]
+        known = fused_activation(module._hfopt, activation)
+        if known is None:
+            raise UnsupportedModel(f"{type(activation).__name__} is no activation of the kernels")
+        return self._builder.linear(x, weights, Epilogue(known, gated))
+
+    # ---- norms and scales -------------------------------------------------------------------------------------------
+
+    def rms_norm(self, x: Value, weight: Any, eps: float) -> Value:
+        return self._builder.rms_norm(x, weight, eps)
+
+    def layer_norm(self, x: Value, weight: Any, bias: Any, eps: float) -> Value:
+        return self._builder.layer_norm(x, weight, bias, eps)
+
+    def norm_heads(self, module: Any, name: str, qkv: Value, first: int, count: int) -> None:
+        norm = swapped(module, name)
+        self._builder.norm_heads(qkv, norm._parameters["weight"], norm.epsilon, first, count)
+
+    def scale(self, x: Value, factor: float, residual: Value | None = None) -> Value:
+        return self._builder.scale(x, factor, residual)
+
+    # ---- attention --------------------------------------------------------------------------------------------------
+
+    def past(self, attention: Any, x: Value) -> Past:
+        return Past(attention.layer_idx, self.angles(attention))
+
+    def store(self, attention: Any, qkv: Value, past: Past) -> Past:
+        spec = attention._hfopt.spec
+        self._builder.rotate_and_store(qkv, past.layer, spec.heads, spec.rotation, past.angles)
+        return past
+
+    def attend(self, attention: Any, qkv: Value, past: Past) -> Value:
+        return self._builder.attend(qkv, past.layer, attention._hfopt.spec.heads, attention.scale)
+
+    def angles(self, attention: Any) -> tuple[Value, Value] | None:
+        """cos and sin of the new tokens, looked up once for all layers that share them."""
+        tables = attention.angle_tables(self._rotary, self._builder.dtype)
+        if tables is None:
+            return None
+        known = self._angles.get(tables.key)
+        if known is None:
+            cos, sin = (self._builder.look_up(table, "positions") for table in Table.pair_of(tables))
+            known = self._angles[tables.key] = cos, sin
+        return known
+
+
+def swapped(module: Any, name: str) -> Any:
+    """A child that runs in kernels; raises UnsupportedModel if it is something else."""
+    child = module._modules[name]
+    if not isinstance(child, Replacement) or not is_swapped(child):
+        raise UnsupportedModel(f"{name} is a {type(child).__name__} that does not run in kernels")
+    reason = child.idle_reason()
+    if reason is not None:
+        raise UnsupportedModel(f"{name} does not run in kernels: {reason}")
+    return child
+
+
+_: type[Ops[Value]] = Recorder
