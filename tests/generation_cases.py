@@ -1,4 +1,4 @@
-"""Small random models of the three families, prompts, and the comparison of two results of `generate`."""
+"""Small random models of the families, prompts, and the comparison of two results of `generate`."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -12,14 +12,20 @@ from transformers import (
     GenerationMixin,
     GPTJConfig,
     GPTJForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCABULARY = 211
@@ -122,9 +128,56 @@ def mistral(**changes: Any) -> Model:
     return llama_like(MistralForCausalLM, MistralConfig, **{"sliding_window": None, **changes})
 
 
+def qwen3(**changes: Any) -> Model:
+    model = llama_like(Qwen3ForCausalLM, Qwen3Config, **{"head_dim": 24, **changes})
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):  # they begin as ones
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    return model
+
+
+def phi3(**changes: Any) -> Model:
+    return llama_like(Phi3ForCausalLM, Phi3Config, **{"sliding_window": None, **changes})
+
+
+LONG = 24  # tokens, beyond which `phi4_mini` has other angles
+
+
+def phi4_mini(**changes: Any) -> Model:
+    """Phi-3 as Phi-4-mini has it: partly rotated heads, angles that change with the length, a window beyond reach."""
+    n_angles = changes.get("hidden_size", 64) // 4 * 3 // 8
+    ropes = {
+        "rope_type": "longrope",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0 + 0.1 * index for index in range(n_angles)],
+        "long_factor": [2.0 + 0.5 * index for index in range(n_angles)],
+        "original_max_position_embeddings": LONG,
+    }
+    sizes = {"max_position_embeddings": 4 * LONG, "sliding_window": 1024, "tie_word_embeddings": True}
+    more = {"original_max_position_embeddings": LONG, "rope_parameters": ropes}
+    return phi3(**{**sizes, **more, **changes})
+
+
+def granite(**changes: Any) -> Model:
+    multipliers = {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 6.0,
+    }
+    return llama_like(GraniteForCausalLM, GraniteConfig, **{**multipliers, **changes})
+
+
 FAMILIES: dict[str, Callable[..., Model]] = {"llama": llama, "gptj": gptj, "opt": opt}
-# of other names, with a record of these
-RELATIVES: dict[str, Callable[..., Model]] = {"qwen2": qwen2, "mistral": mistral}
+# Llama's relatives: other names, norms of heads, fused inputs, multipliers
+RELATIVES: dict[str, Callable[..., Model]] = {
+    "qwen2": qwen2,
+    "mistral": mistral,
+    "qwen3": qwen3,
+    "phi3": phi3,
+    "granite": granite,
+}
 
 
 def _random(model_class: Any, config_class: Any, **sizes: Any) -> Model:

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from transformers import (
     GPTJForCausalLM,
+    GraniteForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
     OPTForCausalLM,
+    Phi3ForCausalLM,
     Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
 )
 
 import hfopt
@@ -30,6 +33,10 @@ from tests.generation_cases import (
     prompts,
 )
 
+_KINDS = (
+    LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM, Qwen2ForCausalLM, MistralForCausalLM, Qwen3ForCausalLM,
+    Phi3ForCausalLM, GraniteForCausalLM,
+)  # fmt: skip
 ALL_OUTPUTS = {"return_dict_in_generate": True, "output_logits": True}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -67,8 +74,7 @@ def passes(monkeypatch: pytest.MonkeyPatch, rehearsals: list[str | None]) -> lis
 
     monkeypatch.setattr(programs, "difference", rehearsed)
     monkeypatch.setattr(model_proof, "verdict_on", proven)
-    kinds = LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM, Qwen2ForCausalLM, MistralForCausalLM
-    for kind in kinds:
+    for kind in _KINDS:
         monkeypatch.setattr(kind, "forward", _noting(kind.forward, found))
     return found
 

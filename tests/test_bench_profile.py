@@ -13,7 +13,7 @@ from hfopt.bench import profile as bench_profile
 from hfopt.bench.cases import Workload, cases_of
 from hfopt.bench.profile import ReadyStep, Round
 from hfopt.cli import main
-from hfopt.program.listing import Instruction
+from hfopt.program.listing import Line
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
 
@@ -101,9 +101,9 @@ def test_an_empty_launch_is_taken_off() -> None:
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 NORM, LINEAR, HEAD = (
-    Instruction("rms_norm", None, "[8]", "", (0,), 64),
-    Instruction("linear", 0, "8 → 8", "silu", (64,), 0),
-    Instruction("linear", None, "8 → 99", "", (0,), None),
+    Line("rms_norm", None, "[8]", "", (0,), 64),
+    Line("linear", 0, "8 → 8", "silu", (64,), 0),
+    Line("linear", None, "8 → 99", "", (0,), None),
 )
 
 
@@ -195,8 +195,8 @@ def test_wrong_arguments_get_one_line(
 
 
 def test_a_model_without_a_program_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "qwen3.json"
-    file.write_text(json.dumps(SHAPE | {"model_type": "qwen3"}))
+    file = tmp_path / "gemma.json"
+    file.write_text(json.dumps(SHAPE | {"model_type": "gemma"}))
     arguments = ["--profile", "--quick", "--rows", "decode-bf16", "--shape", str(file)]
     assert main(["bench", *arguments]) == 2
-    assert "go module by module: Qwen3ForCausalLM is no decoder" in capsys.readouterr().err
+    assert "go module by module: GemmaForCausalLM is no decoder" in capsys.readouterr().err

@@ -446,6 +446,9 @@ def test_rows_of_a_matrix_larger_than_the_random_block_differ() -> None:
         ("gpt-j-6b", 6051),
         ("opt-125m", 125),
         ("opt-1.3b", 1316),
+        ("qwen3-0.6b", 596),
+        ("phi-4-mini", 3836),
+        ("granite-3.3-2b", 2534),
         ("qwen2.5-0.5b", 494),
         ("qwen2.5-1.5b", 1544),
     ],
@@ -512,7 +515,7 @@ def test_explain_prints_the_program_of_a_step(config_file: str, capsys: pytest.C
 
 def test_explain_says_why_there_is_no_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(TINY | {"model_type": "qwen3"}))
+    file.write_text(json.dumps(TINY | {"model_type": "gemma"}))
     assert main(["explain", "--random-weights", str(file), "--program"]) == 0
     output = capsys.readouterr().out
     assert "has no program" in output and "is no decoder that hfopt knows whole" in output
