@@ -92,6 +92,20 @@ def test_scale_of_logits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", (1, 5, 16, 24, 31, 32, 33, 47, 60))
+def test_norms(dtype: torch.dtype, size: int) -> None:
+    """In a program they have the bits of the kernels alone, whatever is left behind whole vectors."""
+    x, weight, bias = tokens(dtype, size), torch.randn(size).to(dtype), torch.randn(size).to(dtype)
+    places: dict[str, Any] = {"scalar": 1e-5, "IN": 0, "OUT": SLOT, "SIZE": size, "weight": weight.data_ptr()}
+    out = tokens(dtype, size)
+    run(kernels.RMS_NORM, [x, out], **places)
+    assert torch.equal(out, functional.rms_norm(x, weight, 1e-5))
+    for each in (bias, None):
+        run(kernels.LAYER_NORM, [x, out], **places, bias=0 if each is None else each.data_ptr())
+        assert torch.equal(out, functional.layer_norm(x, weight, each, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", (1, 7, 12))
 def test_norm_of_heads(dtype: torch.dtype, size: int) -> None:
     qkv, weight = tokens(dtype, 5 * size), torch.randn(size).to(dtype)

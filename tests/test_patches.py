@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Cache, Gemma2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Cache, Gemma2Config, Olmo2Config
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
@@ -206,7 +206,7 @@ def _other(config_class: Any) -> Any:
 @pytest.mark.parametrize(
     ("config_class", "reason"),
     [
-        (Qwen3Config, "unknown children beside its projections (k_norm, q_norm)"),
+        (Olmo2Config, "q_norm is over 64 channels, not those of a head"),
         (Gemma2Config, "unknown attributes attn_logit_softcapping"),
     ],
 )

@@ -185,12 +185,10 @@ STATIC: dict[str, dict[str, Any]] = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
 }  # fmt: skip
-MOVING: dict[str, dict[str, Any]] = {
-    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
-    "longrope": {
-        "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+LONG = {
+    "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0,
+    "original_max_position_embeddings": 32,
 }  # fmt: skip
 
 
@@ -206,13 +204,25 @@ def test_static_rotations(name: str, dtype: torch.dtype, passes: list[int]) -> N
     assert_program_is_the_modules(model, passes, max_new_tokens=51, do_sample=False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rotation_that_changes_at_a_length(mode: str, dtype: torch.dtype, passes: list[int]) -> None:
+    """Steps that are made in one call end there."""
+    model, stock = with_rope(LONG).to(dtype), with_rope(LONG).to(dtype)
+    expected = generated(stock, max_new_tokens=40, **MODES[mode])
+    optimized(model)
+    prove(model)
+    found = assert_program_is_the_modules(model, passes, max_new_tokens=40, **MODES[mode])
+    if dtype is torch.float32:
+        assert torch.equal(found.sequences, expected.sequences)
+
+
 @needs_programs
-@pytest.mark.parametrize("name", MOVING)
-def test_rotations_that_depend_on_the_length(name: str, passes: list[int]) -> None:
-    model = with_rope(MOVING[name])
+def test_a_rotation_that_depends_on_the_length(passes: list[int]) -> None:
+    model = with_rope(DYNAMIC)
     expected = generated(model, max_new_tokens=40, do_sample=False)
     optimized(model)
-    assert name in str(hfopt.explain(model).by_module)
+    assert "dynamic" in str(hfopt.explain(model).by_module)
     passes.clear()
     found = generated(model, max_new_tokens=40, do_sample=False)
     assert len(passes) == 40

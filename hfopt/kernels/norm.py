@@ -18,7 +18,7 @@ from hfopt.kernels.simd.pointer import (
     store_two,
 )
 from hfopt.kernels.simd.types import LANES
-from hfopt.kernels.simd.vector import fma, splat, sum_lanes, where_part
+from hfopt.kernels.simd.vector import fma, product, splat, sum_lanes, where_part
 
 _STEP = 2 * LANES
 _PARALLEL_SIZE = 1 << 16  # elements; below, more threads cost more than they save
@@ -70,16 +70,18 @@ def sum_squares(x, mean, size):
 @body
 def rms_norm_row(x, weight, eps, size, out):
     """out = weight * x / sqrt(mean(x^2) + eps)."""
+    # products as they are written: LLVM would take them in another order in another kernel
     scale = splat(inverse_root(sum_squares(x, splat(_ZERO), size) / np.float32(size) + eps))
     k = 0
     while k + _STEP <= size:
         (a, b), (c, d) = load_two(x, k), load_two(weight, k)
         prefetch_two(x, size + k)
-        store_two(out, k, c * (a * scale), d * (b * scale))
+        store_two(out, k, product(c, product(a, scale)), product(d, product(b, scale)))
         k += _STEP
     while k < size:
         count = min(size - k, LANES)
-        store_part(out, k, count, load_part(weight, k, count) * (load_part(x, k, count) * scale))
+        normed = product(load_part(x, k, count), scale)
+        store_part(out, k, count, product(load_part(weight, k, count), normed))
         k += LANES
 
 
@@ -88,26 +90,32 @@ def layer_norm_row(x, weight, bias, eps, size, out):
     """out = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias; weight and bias are addresses or 0."""
     mean = splat(sum_row(x, size) / np.float32(size))
     scale = splat(inverse_root(sum_squares(x, mean, size) / np.float32(size) + eps))
+    w, b = address_as(weight, x), address_as(bias, x)
     k = 0
     while k + _STEP <= size:
-        a, b = load_two(x, k)
-        a, b = (a - mean) * scale, (b - mean) * scale
-        if weight != 0:
-            c, d = load_two(address_as(weight, x), k)
-            a, b = a * c, b * d
-        if bias != 0:
-            c, d = load_two(address_as(bias, x), k)
-            a, b = a + c, b + d
+        low, high = load_two(x, k)
+        low, high = product(low - mean, scale), product(high - mean, scale)
+        if weight != 0 and bias != 0:
+            (c, d), (e, f) = load_two(w, k), load_two(b, k)
+            low, high = fma(low, c, e), fma(high, d, f)
+        elif weight != 0:
+            c, d = load_two(w, k)
+            low, high = product(low, c), product(high, d)
+        elif bias != 0:
+            e, f = load_two(b, k)
+            low, high = low + e, high + f
         prefetch_two(x, size + k)
-        store_two(out, k, a, b)
+        store_two(out, k, low, high)
         k += _STEP
     while k < size:
         count = min(size - k, LANES)
-        value = (load_part(x, k, count) - mean) * scale
-        if weight != 0:
-            value = value * load_part(address_as(weight, x), k, count)
-        if bias != 0:
-            value = value + load_part(address_as(bias, x), k, count)
+        value = product(load_part(x, k, count) - mean, scale)
+        if weight != 0 and bias != 0:
+            value = fma(value, load_part(w, k, count), load_part(b, k, count))
+        elif weight != 0:
+            value = product(value, load_part(w, k, count))
+        elif bias != 0:
+            value = value + load_part(b, k, count)
         store_part(out, k, count, value)
         k += LANES
 
