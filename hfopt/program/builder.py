@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -17,54 +15,18 @@ from hfopt.functional.activation import CODES
 from hfopt.functional.checks import check_array
 from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import width_of
-from hfopt.functional.quantized import terms_of
 from hfopt.functional.rotary import ROTATIONS
 from hfopt.kernels import step as kernels
-from hfopt.kernels.instruction import FORMAT_COLUMNS, LOGITS, NONE, Instruction
+from hfopt.kernels.instruction import NONE, Instruction
 from hfopt.kernels.linear.blocks import RESIDUALS
-from hfopt.program.listing import Line, Listing
-from hfopt.program.memory import Lifetime, plan
+from hfopt.program.layout import Value, Written, format_of, in_words, line_of, places_of, row_of
+from hfopt.program.listing import Listing
 from hfopt.program.program import Program, Table
 
 Index = Literal["tokens", "positions"]
 
 _INDICES = {"tokens": kernels.TOKENS, "positions": kernels.POSITIONS}
 _LINEARS = frozenset({kernels.LINEAR, kernels.QUANTIZED_LINEAR})
-_NO_FORMAT = (0,) * FORMAT_COLUMNS
-
-
-@dataclass(frozen=True, eq=False)
-class Value:
-    """The place of `size` numbers for each token, or, behind `Builder.take_last`, for each row."""
-
-    size: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Written:
-    """An instruction whose operands have no places yet.
-
-    operands: by the column that names their place. in_place: what it writes may lie where its IN does, if nothing reads that
-    afterwards.
-    """
-
-    instruction: Instruction
-    layer: int | None
-    per_row: bool
-    operands: dict[str, Value]
-    columns: dict[str, int]
-    shapes: str
-    then: str = ""
-    scalar: float = 0.0
-    format: Sequence[int] = _NO_FORMAT
-    in_place: bool = False
-    n_bytes: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def out(self) -> Value:
-        """What it writes; with IN alone, it works in place."""
-        return self.operands.get("OUT") or self.operands["IN"]
 
 
 class Builder:
@@ -77,7 +39,7 @@ class Builder:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.layer: int | None = None
-        self._written: list[_Written] = []
+        self._written: list[Written] = []
         self._per_row = False
         self._tables: list[Table] = []
         self._kept: list[Weights | Tensor] = []
@@ -94,7 +56,7 @@ class Builder:
         **more: object,
     ) -> None:
         more.setdefault("n_bytes", {})
-        written = _Written(instruction, self.layer, self._per_row, operands, columns, shapes, **more)  # type: ignore[arg-type]
+        written = Written(instruction, self.layer, self._per_row, operands, columns, shapes, **more)  # type: ignore[arg-type]
         self._written.append(written)
 
     def _check(self, value: Value, dtype: torch.dtype | None = None) -> None:
@@ -295,7 +257,7 @@ class Builder:
         """The instruction for matrices of one format, behind one that brings x into their order."""
         if isinstance(weights, QuantizedWeights) and weights.order is not None:
             x = self._permute(x, weights.order)
-        instruction, format, note = _format_of(weights, self.dtype)
+        instruction, format, note = format_of(weights, self.dtype)
         self._kept.append(weights)
         residuals = dict(zip(RESIDUALS, epilogue.residuals, strict=False))
         columns = {
@@ -309,7 +271,7 @@ class Builder:
         }
         shapes = f"{x.size} → {' + '.join(str(size) for size in weights.sizes)}{note}"
         n_bytes = {"n_bytes": sum(each.nbytes for each in weights.tensors if each is not None)}
-        more = {"format": format, "then": _in_words(epilogue), "n_bytes": n_bytes}
+        more = {"format": format, "then": in_words(epilogue), "n_bytes": n_bytes}
         self._add(instruction, shapes, {"IN": x, "OUT": out, **residuals}, columns, **more)
 
     def _permute(self, x: Value, order: Tensor) -> Value:
@@ -343,13 +305,13 @@ class Builder:
                 f"{last.instruction.name} is the last: it has to make the logits of the last tokens"
             )
         ((n_kv_heads, head_dim),) = self._cached
-        places, row_bytes = self._places(logits)
-        lines = tuple(_line(each, places) for each in self._written)
+        places, row_bytes = places_of(self._written, logits)
+        lines = tuple(line_of(each, places) for each in self._written)
         linears = _LINEARS & {each.instruction for each in self._written}
         formats = np.array([each.format for each in self._written], np.int64)
         return Program(
             dtype=self.dtype,
-            code=np.stack([_row(each, places) for each in self._written]),
+            code=np.stack([row_of(each, places) for each in self._written]),
             formats=formats if linears - {kernels.LINEAR} else formats[:0],
             scalars=np.array([each.scalar for each in self._written]),
             tables=tuple(self._tables),
@@ -369,64 +331,3 @@ class Builder:
             kept=tuple(self._kept),
             linears=linears,
         )
-
-    def _places(self, logits: Value) -> tuple[dict[Value, int], int]:
-        """(place of each value, bytes of them all)."""
-        lifetimes: dict[Value, Lifetime] = {}
-        for index, each in enumerate(self._written):
-            for value in each.operands.values():
-                n_bytes = value.size * value.dtype.itemsize
-                lifetimes.setdefault(value, Lifetime(n_bytes, index, index)).last = index
-        same: dict[Value, Value] = {}  # value -> the one that it lies in the place of
-        for index, each in enumerate(self._written):
-            x = same.get(each.operands.get("IN", logits), each.operands.get("IN", logits))
-            if each.in_place and lifetimes[x].last == index:
-                same[each.out] = x
-                lifetimes[x].last = lifetimes.pop(each.out).last
-        del lifetimes[same.get(logits, logits)]
-        found, row_bytes = plan(list(lifetimes.values()))
-        places = dict(zip(lifetimes, found, strict=True)) | {same.get(logits, logits): LOGITS}
-        return places | {value: places[other] for value, other in same.items()}, row_bytes
-
-
-def _format_of(
-    weights: LinearWeights | QuantizedWeights, dtype: torch.dtype
-) -> tuple[Instruction, Sequence[int], str]:
-    """(instruction, row of formats, what to add to the shapes)."""
-    if isinstance(weights, LinearWeights):
-        return kernels.LINEAR, _NO_FORMAT, ""
-    levels = 0 if weights.levels is None else weights.levels.data_ptr()
-    terms = terms_of(weights.compute, dtype)
-    format = (weights.scaling.ctypes.data, weights.bits, weights.group, levels, terms)
-    return kernels.QUANTIZED_LINEAR, format, f", {weights.bits} bits"
-
-
-def _in_words(epilogue: Epilogue[Value]) -> str:
-    n_residuals = len(epilogue.residuals)
-    parts = [
-        *([epilogue.activation] if epilogue.activation else []),
-        *(["gate × up"] if epilogue.gated else []),
-        *([f"+ {n_residuals} residual{'s' if n_residuals > 1 else ''}"] if n_residuals else []),
-    ]
-    return ", ".join(parts)
-
-
-def _row(written: _Written, places: dict[Value, int]) -> np.ndarray:
-    operands = {name: places[value] for name, value in written.operands.items()}
-    return kernels.row_of(written.instruction, PER_ROW=int(written.per_row), **operands, **written.columns)
-
-
-def _line(written: _Written, places: dict[Value, int]) -> Line:
-    out = places[written.out]
-    reads = [places[value] for name, value in written.operands.items() if name != "OUT"]
-    if written.instruction in (kernels.ADD_LOOKED_UP, kernels.MULTIPLY):
-        reads.append(out)
-    return Line(
-        name=written.instruction.name,
-        layer=written.layer,
-        shapes=written.shapes,
-        then=written.then,
-        reads=tuple(reads),
-        writes=None if out == LOGITS else out,
-        **written.n_bytes,
-    )
