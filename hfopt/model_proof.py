@@ -29,7 +29,7 @@ _LENGTH, _N_PADDED, _N_NEW, _N_BEAMS = 12, 3, 3, 2
 # what the code of others may have been put around
 _WRAPPED = ("forward", "_hf_hook")
 
-Steps = tuple[Tensor, ...]
+Logits = tuple[Tensor, ...]
 
 
 def verdict_on(walk: Walk, model: Any) -> Verdict:
@@ -42,7 +42,7 @@ def verdict_on(walk: Walk, model: Any) -> Verdict:
     if not _can_be_asked(model):
         return Verdict()
 
-    def trial(ask: Callable[..., Steps | Exception], **ours: Any) -> "_Trial":
+    def trial(ask: Callable[..., Logits | Exception], **ours: Any) -> "_Trial":
         swapped = shadow(model, is_short=True, is_exact=True)
         return _Trial(ask(original), lambda: ask(unsteady), ask(swapped, **ours))
 
@@ -108,7 +108,7 @@ def _prompts(model: Any) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _outcome(ask: Callable[[], Steps]) -> Steps | Exception:
+def _outcome(ask: Callable[[], Logits]) -> Logits | Exception:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
             return ask()
@@ -118,12 +118,12 @@ def _outcome(ask: Callable[[], Steps]) -> Steps | Exception:
         return error
 
 
-def _read(model: Any) -> Steps | Exception:
+def _read(model: Any) -> Logits | Exception:
     """Logits of the last token of each prompt, [rows, vocabulary]; or what a call without a cache raises."""
     return _outcome(lambda: (model(**_prompts(model), use_cache=False, return_dict=True).logits[:, -1],))
 
 
-def _generated(model: Any, programs: StepPrograms | None = None) -> Steps | Exception:
+def _generated(model: Any, programs: StepPrograms | None = None) -> Logits | Exception:
     """Logits of each step of beams behind the prompts, [rows, vocabulary]; or what the request raises.
 
     programs: for our loops and cache; None for transformers' own.
@@ -153,9 +153,9 @@ def _shake(model: Any) -> None:
 class _Trial(NamedTuple):
     """What one request gives: with the original modules, with those and inputs shaken in the last bit, with ours."""
 
-    expected: Steps | Exception
-    shaken: Callable[[], Steps | Exception]
-    found: Steps | Exception
+    expected: Logits | Exception
+    shaken: Callable[[], Logits | Exception]
+    found: Logits | Exception
 
     def difference(self, model: Any) -> str | None:
         """In words, what it does otherwise; None if that cannot be told, because it needs more than tokens, say."""
@@ -180,7 +180,7 @@ class _Trial(NamedTuple):
         return f"gives logits that differ by {float(errors.max()):.2g} of the largest"
 
 
-def _errors(expected: Steps, found: Steps) -> Tensor:
+def _errors(expected: Logits, found: Logits) -> Tensor:
     """Of each row and step, as a share of its largest logit."""
     theirs, ours = torch.stack(expected).double(), torch.stack(found).double()
     return (theirs - ours).abs().amax(dim=-1) / theirs.abs().amax(dim=-1)

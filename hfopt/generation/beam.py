@@ -14,9 +14,9 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from hfopt import host
 
 from ._types import Ids, Model, Outputs
-from .choice import continuations, select
 from .collected import Collected
 from .passes import Passes
+from .selection import continuations, select
 from .sequences import Sequences
 from .stopping import Stopping, runs_foreign_code
 

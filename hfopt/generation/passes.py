@@ -11,11 +11,11 @@ from hfopt import host
 from hfopt.errors import HostError, InvalidInput
 
 from ._types import Model, Outputs
-from .choice import argmax
 from .decoding import Decoding, Greedy
 from .inputs import position_limit
 from .prefill import Prefill, with_cache
 from .restart import Unfit, broken
+from .selection import argmax
 
 # What a text decoder is given besides its tokens; anything else is left to `prepare_inputs_for_generation`.
 _CONSTANT = ("use_cache", "logits_to_keep", "output_attentions", "output_hidden_states")

@@ -10,10 +10,10 @@ from transformers.generation import BaseStreamer
 from hfopt import host
 
 from ._types import Ids, Model, Outputs
-from .choice import argmax
 from .collected import Collected
 from .decoding import Greedy
 from .passes import Passes
+from .selection import argmax
 from .sequences import Sequences
 from .stopping import Stopping, runs_foreign_code
 

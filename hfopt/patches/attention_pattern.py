@@ -124,8 +124,8 @@ def _sizes(module: Any, parts: AttentionParts) -> tuple[int, int, int, int] | st
 
 def _trial(call: Any, spec: AttentionSpec, scene: Any) -> list[torch.Tensor]:
     return [
-        step.valid(call(hidden_states=step.hidden_states, **scene.roles(step, spec.n_positions)))
-        for step in scene.steps(spec.hidden_size)
+        inputs.valid(call(hidden_states=inputs.hidden_states, **scene.roles(inputs, spec.n_positions)))
+        for inputs in scene.inputs(spec.hidden_size)
     ]
 
 

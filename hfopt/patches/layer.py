@@ -137,9 +137,9 @@ def _recognise(parts: LayerParts, module: Any) -> LayerSpec | str | None:
 
 def _trial(call: Any, spec: LayerSpec, scene: Any) -> list[torch.Tensor]:
     outputs = []
-    for step in scene.steps(spec.hidden_size):
-        roles = {**scene.roles(step, spec.n_positions), "use_cache": True}
-        outputs.append(step.valid(call(hidden_states=step.hidden_states, **roles)))
+    for inputs in scene.inputs(spec.hidden_size):
+        roles = {**scene.roles(inputs, spec.n_positions), "use_cache": True}
+        outputs.append(inputs.valid(call(hidden_states=inputs.hidden_states, **roles)))
     return outputs
 
 

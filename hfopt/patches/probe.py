@@ -47,7 +47,7 @@ def allowed(noise: float) -> float:
 
 
 @dataclass(frozen=True)
-class Step:
+class Inputs:
     """Inputs of a forward: hidden_states [2, n_new, hidden_size], a mask, position_ids [2, n_new]. is_padded: the first
     tokens of the second row are padding."""
 
@@ -100,15 +100,15 @@ class Scene:
             position_ids = position_ids % len(table)
         return type(self.rotary_module).forward(self.rotary_module, hidden_states, position_ids)
 
-    def roles(self, step: Step, n_positions: int | None) -> dict[str, Any]:
+    def roles(self, inputs: Inputs, n_positions: int | None) -> dict[str, Any]:
         """What attention is given besides hidden states, by role. n_positions: of a table of its own."""
-        position_ids = step.position_ids if n_positions is None else step.position_ids % n_positions
-        roles = {"attention_mask": step.attention_mask, "cache": self.cache, "position_ids": position_ids}
+        position_ids = inputs.position_ids if n_positions is None else inputs.position_ids % n_positions
+        roles = {"attention_mask": inputs.attention_mask, "cache": self.cache, "position_ids": position_ids}
         if self.rotary_module is not None:
-            roles["position_embeddings"] = self.rotary(step.hidden_states, step.position_ids)
+            roles["position_embeddings"] = self.rotary(inputs.hidden_states, inputs.position_ids)
         return roles
 
-    def steps(self, hidden_size: int) -> Iterator[Step]:
+    def inputs(self, hidden_size: int) -> Iterator[Inputs]:
         """Five tokens in two rows, two of them padding, then one more in each, then twenty behind a long text."""
         n_prompt = _PREFILL_POSITIONS.shape[1]
         for positions in (_PREFILL_POSITIONS, _STEP_POSITIONS, _FAR_POSITIONS):
@@ -117,7 +117,7 @@ class Scene:
             is_seen = torch.ones(2, 1, n_new, n_past + n_new, dtype=torch.bool).tril_(n_past)
             is_seen[1, :, :, :_N_PADDED] = False
             hidden_states = self.hidden_states(*positions.shape, hidden_size)
-            yield Step(hidden_states, self._mask(is_seen, n_past), positions.clone(), n_past == 0)
+            yield Inputs(hidden_states, self._mask(is_seen, n_past), positions.clone(), n_past == 0)
             if n_past == n_prompt:
                 self._lengthen()
 

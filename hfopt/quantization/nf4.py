@@ -58,16 +58,16 @@ class NF4(Format):
             yield magnitude / divisor, None
 
     def nearest(self, quotients: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return torch.index_select(NEAREST, 0, steps(quotients, out), out=out.view(-1)).view(out.shape)
+        return torch.index_select(NEAREST, 0, half_steps(quotients, out), out=out.view(-1)).view(out.shape)
 
     def encode(self, quotients: torch.Tensor) -> torch.Tensor:
-        return CODES.index_select(0, steps(quotients, quotients)).view(quotients.shape)
+        return CODES.index_select(0, half_steps(quotients, quotients)).view(quotients.shape)
 
     def decode(self, codes: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         return VALUES[codes.long()]
 
 
-def steps(quotients: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+def half_steps(quotients: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """Indices of quotients into the tables; scratch has their shape."""
     torch.mul(quotients, 2, out=scratch).add_(BOUND).clamp_(0, 2 * BOUND)
     return scratch.view(-1).to(torch.int32)  # cuts the fraction off
