@@ -6,7 +6,8 @@ import pytest
 
 from hfopt.kernels.jit import launch as jit
 from hfopt.kernels.simd.functions import exp
-from hfopt.kernels.simd.pointer import load, pointer, store
+from hfopt.kernels.simd.memory import load, store
+from hfopt.kernels.simd.pointer import pointer
 from hfopt.kernels.simd.types import LANES
 
 

@@ -7,14 +7,8 @@ import numpy as np
 from hfopt.kernels.instruction import NONE, Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
-from hfopt.kernels.simd.pointer import (
-    address_as,
-    load_part,
-    load_two,
-    pointer,
-    store_part,
-    store_two,
-)
+from hfopt.kernels.simd.memory import load_part, load_two, store_part, store_two
+from hfopt.kernels.simd.pointer import address_as, pointer
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import product, quotient, splat
 

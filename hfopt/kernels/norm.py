@@ -7,22 +7,14 @@ import numpy as np
 from hfopt.kernels.instruction import Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
-from hfopt.kernels.simd.pointer import (
-    address_as,
-    load_part,
-    load_two,
-    pointer,
-    prefetch_two,
-    shifted,
-    store_part,
-    store_two,
-)
+from hfopt.kernels.simd.constants import ZERO
+from hfopt.kernels.simd.memory import load_part, load_two, prefetch_two, store_part, store_two
+from hfopt.kernels.simd.pointer import address_as, pointer, shifted
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import fma, product, splat, sum_lanes, where_part
 
 _STEP = 2 * LANES
 _PARALLEL_SIZE = 1 << 16  # elements; below, more threads cost more than they save
-_ZERO = np.float32(0.0)
 
 
 @body
@@ -35,7 +27,7 @@ def inverse_root(x):
 @body
 def sum_row(x, size):
     """Sum of `size` values."""
-    a, b = splat(_ZERO), splat(_ZERO)
+    a, b = splat(ZERO), splat(ZERO)
     k = 0
     while k + _STEP <= size:
         low, high = load_two(x, k)
@@ -51,7 +43,7 @@ def sum_row(x, size):
 @body
 def sum_squares(x, mean, size):
     """Sum of (x - mean)^2 over `size` values."""
-    a, b = splat(_ZERO), splat(_ZERO)
+    a, b = splat(ZERO), splat(ZERO)
     k = 0
     while k + _STEP <= size:
         low, high = load_two(x, k)
@@ -61,7 +53,7 @@ def sum_squares(x, mean, size):
         k += _STEP
     while k < size:
         count = min(size - k, LANES)
-        value = where_part(count, load_part(x, k, count) - mean, splat(_ZERO))
+        value = where_part(count, load_part(x, k, count) - mean, splat(ZERO))
         a = fma(value, value, a)
         k += LANES
     return sum_lanes(a + b)
@@ -71,7 +63,7 @@ def sum_squares(x, mean, size):
 def rms_norm_row(x, weight, eps, size, out):
     """out = weight * x / sqrt(mean(x^2) + eps)."""
     # products as they are written: LLVM would take them in another order in another kernel
-    scale = splat(inverse_root(sum_squares(x, splat(_ZERO), size) / np.float32(size) + eps))
+    scale = splat(inverse_root(sum_squares(x, splat(ZERO), size) / np.float32(size) + eps))
     k = 0
     while k + _STEP <= size:
         (a, b), (c, d) = load_two(x, k), load_two(weight, k)

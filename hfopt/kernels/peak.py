@@ -4,14 +4,16 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from .jit import compiler
-from .jit.launch import launch
-from .jit.parallel import body, parallel_for, usable_threads
-from .simd.integer_dot import emit_dot_bytes
-from .simd.pointer import load, pointer, prefetch, shifted, store_scalar
-from .simd.tile import _outlined, outer_tile
-from .simd.types import I32X, INTP, LANES, emit_load, emit_splat
-from .simd.vector import splat, sum_lanes
+from hfopt.kernels.jit import compiler
+from hfopt.kernels.jit.launch import launch
+from hfopt.kernels.jit.parallel import body, parallel_for, usable_threads
+from hfopt.kernels.simd.emit import outlined
+from hfopt.kernels.simd.integer_dot import emit_dot_bytes
+from hfopt.kernels.simd.memory import load, prefetch, store_scalar
+from hfopt.kernels.simd.pointer import pointer, shifted
+from hfopt.kernels.simd.tile import outer_tile
+from hfopt.kernels.simd.types import I32X, INTP, LANES, emit_load, emit_splat
+from hfopt.kernels.simd.vector import splat, sum_lanes
 
 # 32-bit units of one round of `multiply_add`; with 14 rows and 2 vectors all operands stay in an L1 cache
 DEPTH, ROWS, COLUMNS = 128, 14, 2 * LANES
@@ -93,7 +95,7 @@ def _integer_tile(typingctx, a, b, out):
             builder.store(builder.load(slot), builder.bitcast(there, I32X.as_pointer()), align=4)
 
     def codegen(context, builder, sig, args):
-        _outlined(builder, "hfopt.integer_tile", args, emit)
+        outlined(builder, "hfopt.integer_tile", args, emit)
         return context.get_dummy_value()
 
     return types.void(a, b, out), codegen

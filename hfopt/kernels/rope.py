@@ -10,29 +10,15 @@ from hfopt.kernels.attention.tile import where_up_to
 from hfopt.kernels.instruction import Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
-from hfopt.kernels.simd.pointer import (
-    address_as,
-    floats_at,
-    load,
-    load_part,
-    pointer,
-    pointer_as,
-    scales_at,
-    shifted,
-    store,
-    store_codes,
-    store_part,
-    store_scalar,
-)
+from hfopt.kernels.simd.constants import LARGEST, NAN, ZERO
+from hfopt.kernels.simd.memory import load, load_part, store, store_codes, store_part, store_scalar
+from hfopt.kernels.simd.pointer import address_as, floats_at, pointer, pointer_as, scales_at, shifted
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import absolute, doubled, fence, fma, rotated_pairs, splat
 
 NONE, HALF, INTERLEAVED = range(3)
 
 _PARALLEL_SIZE = 1 << 15  # elements; below, more threads cost more than they save
-_ZERO = np.float32(0.0)
-_NAN = np.float32(np.nan)
-_LARGEST = np.finfo(np.float32).max
 _MOST = 127  # of the size of a code
 _STEP = np.float32(1 / _MOST)
 
@@ -87,16 +73,16 @@ def rotate_pairs(x, cos, sin, n_rotary, out):
 
 @body
 def quantise(x, size, codes, scale):
-    """`_cache_codes.quantised` of one vector; pointers to where its codes and its scale go."""
+    """`cache.codes.quantised` of one vector; pointers to where its codes and its scale go."""
     most = absmax(x, size)
-    factor, step = _ZERO, _NAN
-    if most <= _LARGEST:
+    factor, step = ZERO, NAN
+    if most <= LARGEST:
         # in float64, whose quotients no flag of the compiler makes approximate
-        factor = np.float32(min(np.float64(_MOST) / np.float64(most), np.float64(_LARGEST)))
+        factor = np.float32(min(np.float64(_MOST) / np.float64(most), np.float64(LARGEST)))
         step = most * _STEP
     for k in range(0, size, LANES):
         value = load(x, k) if k + LANES <= size else load_part(x, k, size - k)
-        value = where_up_to(absolute(value), splat(_LARGEST), value, splat(_ZERO))
+        value = where_up_to(absolute(value), splat(LARGEST), value, splat(ZERO))
         store_codes(codes, k, min(size - k, LANES), fence(value * splat(factor)))
     store_scalar(scale, 0, step)
 

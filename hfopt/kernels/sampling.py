@@ -9,27 +9,27 @@ A NaN counts as the largest value, and of equal values the first wins, as in tor
 import numpy as np
 from numba import carray
 
-from .jit.launch import launch
-from .jit.parallel import body, parallel_for, threads_for
-from .simd.functions import exp
-from .simd.pointer import (
-    address_as,
-    floats_at,
-    integers_at,
-    load,
-    load_part,
-    load_scalar,
-    load_two,
-    pointer,
-    shifted,
+from hfopt.kernels.jit.launch import launch
+from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
+from hfopt.kernels.simd.constants import LOWEST, ZERO
+from hfopt.kernels.simd.functions import exp
+from hfopt.kernels.simd.memory import load, load_part, load_scalar, load_two
+from hfopt.kernels.simd.pointer import address_as, floats_at, integers_at, pointer, shifted
+from hfopt.kernels.simd.types import LANES
+from hfopt.kernels.simd.vector import (
+    fence,
+    lane,
+    lanes_from,
+    larger,
+    max_lanes,
+    maximum,
+    splat,
+    sum_lanes,
+    where_part,
 )
-from .simd.types import LANES
-from .simd.vector import fence, lane, lanes_from, larger, max_lanes, maximum, splat, sum_lanes, where_part
 
 BLOCK = 1024
 _PARALLEL_SIZE = 1 << 15  # logits; below, more threads cost more than they save
-_NOTHING = np.float32(-np.inf)
-_ZERO = np.float32(0.0)
 
 
 @body
@@ -43,7 +43,7 @@ def load_or_nothing(x, k, size):
     """16 values from x + k, -inf from `size` on."""
     if k + LANES <= size:
         return load(x, k)
-    return where_part(size - k, load_part(x, k, size - k), splat(_NOTHING))
+    return where_part(size - k, load_part(x, k, size - k), splat(LOWEST))
 
 
 # ---- argmax ---------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def load_or_nothing(x, k, size):
 @body
 def largest_of(x, size):
     """Largest of `size` values, NaN if one is."""
-    a, b, c, d = splat(_NOTHING), splat(_NOTHING), splat(_NOTHING), splat(_NOTHING)
+    a, b, c, d = splat(LOWEST), splat(LOWEST), splat(LOWEST), splat(LOWEST)
     k = 0
     while k + 4 * LANES <= size:
         low, high = load_two(x, k)
@@ -76,7 +76,7 @@ def _largest_task(index, x, size, n_blocks, maxima):
 @body
 def place_of_largest(x, size, maxima):
     """First index of the largest of `size` values, given the largest of each block."""
-    best = _NOTHING
+    best = LOWEST
     place = 0
     for block in range(maxima.shape[0]):
         if greater(maxima[block], best):
@@ -111,7 +111,7 @@ def argmax(like, x, n_rows, size, out):
 @body
 def block_statistics(x, size):
     """(largest number m of a block, sum of e^(x - m)); the sum is NaN if a value is NaN or inf."""
-    a, b = splat(_NOTHING), splat(_NOTHING)
+    a, b = splat(LOWEST), splat(LOWEST)
     k = 0
     while k + 2 * LANES <= size:
         low, high = load_two(x, k)
@@ -122,8 +122,8 @@ def block_statistics(x, size):
         k += LANES
     top = max_lanes(larger(a, b))
     # a block of nothing but -inf adds nothing, and must not subtract it from itself
-    shift = splat(_ZERO if top == _NOTHING else top)
-    a, b = splat(_ZERO), splat(_ZERO)
+    shift = splat(ZERO if top == LOWEST else top)
+    a, b = splat(ZERO), splat(ZERO)
     k = 0
     while k + 2 * LANES <= size:
         low, high = load_two(x, k)
@@ -149,11 +149,11 @@ def _statistics_task(index, x, size, n_blocks, maxima, sums):
 @body
 def log_sum_exp(maxima, sums, n_blocks):
     """(largest value of a row, log of the sum of e^(value - largest)) from the statistics of its blocks."""
-    top = splat(_NOTHING)
+    top = splat(LOWEST)
     for k in range(0, n_blocks, LANES):
         top = maximum(top, load_or_nothing(maxima, k, n_blocks))
     largest = max_lanes(top)
-    total = splat(_ZERO)
+    total = splat(ZERO)
     for k in range(0, n_blocks, LANES):
         weight = exp(load_or_nothing(maxima, k, n_blocks) - splat(largest))
         part = load_part(sums, k, min(n_blocks - k, LANES))
@@ -194,7 +194,7 @@ def kth_score(best, k, scores, places):
     for row in range(best.shape[0]):
         for block in range(best.shape[1]):
             count = insert(best[row, block], block, scores, places, count, k)
-    return scores[k - 1] if count == k else _NOTHING
+    return scores[k - 1] if count == k else LOWEST
 
 
 @body

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import elementwise, norm, rope, sampling
-from .attention import cache_record
-from .attention import decode as attention
-from .attention import prefill as attention_prefill
-from .linear import activation, quantized
-from .linear import rows as linear
-from .linear import tiles as linear_tiles
+from hfopt.kernels import elementwise, norm, rope, sampling
+from hfopt.kernels.attention import cache_record
+from hfopt.kernels.attention import decode as attention
+from hfopt.kernels.attention import prefill as attention_prefill
+from hfopt.kernels.linear import activation, quantized
+from hfopt.kernels.linear import rows as linear
+from hfopt.kernels.linear import tiles as linear_tiles
 
 Array = NDArray[Any]
 Case = Callable[[type], float]

@@ -4,16 +4,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hfopt.kernels.attention.cache_record import BRANCH, LENGTH, ROWS, TRUNK
+from hfopt.kernels.attention.cache_view import open_cache, valid_rows
+from hfopt.kernels.attention.decode import attend_rows
+from hfopt.kernels.attention.plan import layout_of
+from hfopt.kernels.attention.prefill import Seen, attend_tokens, most_scratch, plan_tokens
 from hfopt.kernels.instruction import UNKNOWN_ROW, Instruction, read_fields
-from hfopt.kernels.jit.parallel import body, inlined
+from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd.pointer import address_as, bytes_at, shifted
 from hfopt.kernels.simd.tile import units_ratio
-
-from .cache_record import BRANCH, LENGTH, ROWS, TRUNK
-from .cache_view import open_cache, valid_rows
-from .decode import attend_rows
-from .plan import layout_of
-from .prefill import Seen, attend_tokens, most_scratch, plan_tokens
 
 
 class _Attend(NamedTuple):
@@ -42,7 +41,8 @@ def _check(held, own, step):
     return 0 if valid_rows(opened, step.n_rows) else UNKNOWN_ROW
 
 
-@inlined
+# no `inlined`: that would take LLVM a tenth longer for a whole step, which would not be faster
+@body
 def _run(like, held, operands, step):
     own, cache, n_rows, n_new = read_fields(operands.own, _Attend), step.cache, step.n_rows, step.n_new
     opened, n_heads, scale = _open(cache, own.layer, held), own.n_heads, np.float32(operands.scalar)

@@ -5,35 +5,23 @@ branch, and those of which a mask hides some) are gathered first, without what i
 there cannot reach a result. The scales of codes are gathered in any case, in the order of the keys.
 """
 
-import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from hfopt.kernels.attention.cache_view import key_of, scale_of
+from hfopt.kernels.attention.elements import BLOCK
+from hfopt.kernels.attention.lanes import seen_keys, set_address
+from hfopt.kernels.attention.pack import copy_row
 from hfopt.kernels.jit.parallel import body, inlined
-from hfopt.kernels.simd.pointer import (
-    address_of,
-    as_units,
-    bytes_at,
-    copy_codes,
-    load,
-    load_part,
-    prefetch,
-    shifted,
-    store,
-    store_part,
-)
-from hfopt.kernels.simd.tile import _stack_block, units_ratio
+from hfopt.kernels.simd.constants import ONE, ZERO
+from hfopt.kernels.simd.emit import stack_block
+from hfopt.kernels.simd.memory import copy_codes, load, load_part, prefetch, store, store_part
+from hfopt.kernels.simd.pointer import address_of, as_units, bytes_at, shifted
+from hfopt.kernels.simd.tile import units_ratio
 from hfopt.kernels.simd.types import F32, LANES
 from hfopt.kernels.simd.vector import splat
 
-from .cache_view import key_of, scale_of
-from .elements import BLOCK
-from .lanes import seen_keys, set_address
-from .pack import copy_row
-
-MOST_KEYS = 256  # of a chunk; also a literal in `_decode_chunk`, in the sizes of stacks
-_ZERO = np.float32(0.0)
-_ONE = np.float32(1.0)
+MOST_KEYS = 256  # of a chunk; also a literal in `chunk`, in the sizes of stacks
 
 
 @body
@@ -54,7 +42,7 @@ def stack_factors(typingctx, scales):
     def codegen(context, builder, sig, args):
         if result is types.none:
             return context.get_dummy_value()
-        block = _stack_block(builder, F32, 4 * MOST_KEYS)
+        block = stack_block(builder, F32, 4 * MOST_KEYS)
         block.align = 64
         return builder.bitcast(block, F32.as_pointer())
 
@@ -82,7 +70,7 @@ def _hold(source, scales, n, size, target, padded):
             store(held, k, load(units, k))
     else:
         for i in range(n):
-            copy_row(shifted(source, i * size), size, _ONE, shifted(target, i * padded), padded)
+            copy_row(shifted(source, i * size), size, ONE, shifted(target, i * padded), padded)
 
 
 @inlined
@@ -132,10 +120,10 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
     if scales is not None:
         for k in range(n_copied * padded, n_held * padded, LANES):
             copy_codes(held_values, 0, shifted(held_values, k))
-        store_part(factors, 3 * MOST_KEYS + n_copied, n_held - n_copied, splat(_ZERO))
+        store_part(factors, 3 * MOST_KEYS + n_copied, n_held - n_copied, splat(ZERO))
     else:
         for k in range(n_copied * padded, n_held * padded, LANES):
-            store(held_values, k, splat(_ZERO))
+            store(held_values, k, splat(ZERO))
     for t in range(0, n_held, BLOCK):
         if scales is not None:
             held_factors = shifted(factors, 2 * MOST_KEYS + t)

@@ -2,10 +2,18 @@
 
 from typing import Any, NamedTuple
 
+from hfopt.kernels.attention.cache_record import (
+    ADDRESS,
+    BRANCH,
+    COLUMNS,
+    HEAD_DIM,
+    KV_HEADS,
+    ROWS,
+    SCALES,
+    TRUNK,
+)
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd.pointer import address_as, scales_at, shifted
-
-from .cache_record import ADDRESS, BRANCH, COLUMNS, HEAD_DIM, KV_HEADS, ROWS, SCALES, TRUNK
 
 
 class Segment(NamedTuple):

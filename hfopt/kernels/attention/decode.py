@@ -6,13 +6,17 @@ softmax: the largest score, the sum of the exponentials, and the weighted sum of
 are merged as it is read; in the end the spans of each query are joined, in order (https://arxiv.org/abs/2311.01282,
 with the indirect rows of https://arxiv.org/abs/2401.05391).
 
-Here are the items of work; how it is cut is in `_decode_plan`, what is done with a chunk in `_decode_chunk`.
+Here are the items of work; how it is cut is in `plan`, what is done with a chunk in `chunk`.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from hfopt.kernels.attention.cache_view import Cache, key_of, open_cache, valid_rows
+from hfopt.kernels.attention.chunk import Item, attend_chunk
+from hfopt.kernels.attention.partials import join_partials
+from hfopt.kernels.attention.plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_trunk_row
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import (
     arrive,
@@ -24,33 +28,20 @@ from hfopt.kernels.jit.parallel import (
     parallel_for,
     usable_threads,
 )
+from hfopt.kernels.simd.constants import LOG2_E
 from hfopt.kernels.simd.pointer import (
     address_as,
     address_of,
     as_units,
     floats_at,
     integers_at,
-    load,
-    load_scalar,
     pointer,
     shifted,
-    store_part,
-    store_scalar,
 )
 from hfopt.kernels.simd.tile import units_ratio
 from hfopt.kernels.simd.types import LANES
-from hfopt.kernels.simd.vector import fma, lane, splat
-
-from .cache_view import Cache, key_of, open_cache, valid_rows
-from .chunk import MAX, SEEN, SUM, Item, attend_chunk
-from .plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_trunk_row
-from .tile import weight_of
 
 _PATIENCE = 5000  # looks at what the others have done
-_NOTHING = np.float32(-np.inf)
-_ZERO = np.float32(0.0)
-_ONE = np.float32(1.0)
-_LOG2_E = np.float32(1.4426950408889634)
 
 
 class _Problem(NamedTuple):
@@ -117,40 +108,6 @@ def attend_item(problem, item, next_key, room):
 
 
 # ---- all items -------------------------------------------------------------------------------------------------------
-
-
-@body
-def join_partials(partials, n_slots, step, size, stats, like, out):
-    """out = the values weighted by the softmax over all slots of one query, `step` apart; 0 if no key is
-    visible. stats: place of the statistics behind the values.
-    """
-    largest = _NOTHING
-    seen = False
-    for slot in range(n_slots):
-        here = shifted(partials, slot * step + stats)
-        if load_scalar(here, SEEN) > _ZERO:
-            seen = True
-            if load_scalar(here, MAX) > largest:
-                largest = load_scalar(here, MAX)
-    shift = _ZERO if largest == _NOTHING else largest
-    total = _ZERO
-    for slot in range(n_slots):
-        here = shifted(partials, slot * step + stats)
-        if load_scalar(here, SEEN) > _ZERO:
-            weight = lane(weight_of(splat(load_scalar(here, MAX) - shift), like), 0)
-            total += weight * load_scalar(here, SUM)
-            store_scalar(here, MAX, weight)
-    inverse = splat(_ONE / total)
-    for column in range(0, size, LANES):
-        value = splat(_ZERO)
-        for slot in range(n_slots):
-            here = shifted(partials, slot * step)
-            if load_scalar(here, stats + SEEN) > _ZERO:
-                weight = splat(load_scalar(here, stats + MAX))
-                value = fma(weight, load(here, column), value)
-        if seen:
-            value = value * inverse
-        store_part(out, column, min(size - column, LANES), value)
 
 
 @inlined
@@ -225,7 +182,7 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scale, scratch
         cache,
         mask,
         mask_row,
-        scale * _LOG2_E,
+        scale * np.float32(LOG2_E),
         plan,
         places.padded,
         order,

@@ -18,9 +18,10 @@ from numba.extending import intrinsic
 
 from hfopt.kernels.jit import cpu
 from hfopt.kernels.simd import types as simd
+from hfopt.kernels.simd.emit import emit_dot, intp, is_pairs
 from hfopt.kernels.simd.integer_dot import emit_dot_shorts
-from hfopt.kernels.simd.pointer import _is_codes, emit_integers
-from hfopt.kernels.simd.tile import _constant, _dot, _is_pairs
+from hfopt.kernels.simd.memory import emit_integers
+from hfopt.kernels.simd.pointer import is_codes
 from hfopt.kernels.simd.types import F32X, I8, I16, I32X, LANES
 
 BLOCK = LANES  # rows of a block
@@ -28,22 +29,22 @@ _SHORTS = ir.VectorType(I16, 2 * LANES)
 _AGAIN = 4096  # bytes; measured: 2048 and 8192 are worse
 
 
-def _emit_ahead(builder, row, index, ahead):
+def emit_ahead(builder, row, index, ahead):
     """Asks for the line `ahead` bytes behind unit `index` of a row, and again for the one 4 KiB behind it.
 
     A core has room for few requests and drops those that find none; the second asks for what was dropped.
     """
     here = builder.bitcast(builder.gep(row, [index]), ir.IntType(8).as_pointer())
     simd.emit_prefetch(builder, here, ahead)
-    simd.emit_prefetch(builder, here, _constant(_AGAIN))
+    simd.emit_prefetch(builder, here, intp(_AGAIN))
 
 
-def _emit_block(builder, addresses, index, unit):
+def emit_block(builder, addresses, index, unit):
     address = builder.load(builder.gep(addresses, [index]))
     return builder.inttoptr(address, unit.as_pointer())
 
 
-def _emit_codes(builder, row, place, pairs):
+def emit_codes(builder, row, place, pairs):
     """16 units of the codes from row + place on."""
     if not pairs:
         return emit_integers(builder, simd.emit_load(builder, row, place, simd.I8X, 1))
@@ -51,11 +52,11 @@ def _emit_codes(builder, row, place, pairs):
     return builder.bitcast(builder.sext(codes, _SHORTS), I32X)
 
 
-def _add_product(builder, slot, a, b):
-    """`_add_into`, or for sums of integers that of pairs of them."""
+def add_product(builder, slot, a, b):
+    """`add_into`, or for sums of integers that of pairs of them."""
     total = builder.load(slot)
     if total.type == F32X:
-        builder.store(_dot(builder, total, a, b), slot)
+        builder.store(emit_dot(builder, total, a, b), slot)
     elif cpu.HAS_AVX512_VNNI:
         # since LLVM 22 the operands are of 16 bits; it upgrades this older form when it parses it
         total = simd.emit_call(builder, "llvm.x86.avx512.vpdpwssd.512", I32X, [total, a, b])
@@ -65,12 +66,12 @@ def _add_product(builder, slot, a, b):
         builder.store(builder.add(total, products), slot)
 
 
-def _kind(pairs, codes):
+def kind_of(pairs, codes):
     return f"{'pairs' if pairs else 'floats'}{'.codes' if codes else ''}"
 
 
 @intrinsic
 def takes_integers(typingctx, like, codes):
     """Whether codes meet queries and weights of this type as integers."""
-    yes = ir.Constant(ir.IntType(1), _is_pairs(like) and _is_codes(codes))
+    yes = ir.Constant(ir.IntType(1), is_pairs(like) and is_codes(codes))
     return types.boolean(like, codes), lambda context, builder, sig, args: yes

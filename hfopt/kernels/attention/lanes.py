@@ -6,9 +6,9 @@ from numba.extending import intrinsic
 
 from hfopt.kernels.jit import compiler
 from hfopt.kernels.simd import types as simd
-from hfopt.kernels.simd.pointer import INTEGERS
-from hfopt.kernels.simd.tile import _INTP, _constant, _literal_ints
-from hfopt.kernels.simd.types import F32, F32X, I8, I16, I32, I32X, LANES
+from hfopt.kernels.simd.constants import INTEGERS
+from hfopt.kernels.simd.emit import intp, literal_ints
+from hfopt.kernels.simd.types import F32, F32X, I8, I16, I32, I32X, INTP, LANES
 
 address_list = types.CPointer(types.int64)
 
@@ -33,7 +33,7 @@ def seen_keys(typingctx, mask, index, count):
         lanes = ir.VectorType(ir.IntType(8), LANES)
         values = simd.emit_load_masked(builder, mask, index, count, lanes, 1)
         seen = builder.icmp_signed("!=", values, ir.Constant(lanes, None))
-        return builder.zext(builder.bitcast(seen, I16), _INTP)
+        return builder.zext(builder.bitcast(seen, I16), INTP)
 
     return types.int64(types.CPointer(types.uint8), types.intp, types.intp), codegen
 
@@ -55,7 +55,7 @@ def where_keys(typingctx, count, width, inside, outside):
 @intrinsic(prefer_literal=True)
 def partner(typingctx, x, span):
     """Lane k is lane k ^ span of x, for a literal span."""
-    (distance,) = _literal_ints(span)
+    (distance,) = literal_ints(span)
 
     def codegen(context, builder, sig, args):
         order = ir.Constant(ir.VectorType(I32, LANES), [k ^ distance for k in range(LANES)])
@@ -74,7 +74,7 @@ def load_key_factors(typingctx, factors, first, width):
         few = simd.emit_load(builder, factors, first, ir.VectorType(F32, 4), 4)
         few = builder.shuffle_vector(few, few, spread)
         result = compiler.alloca_once_value(builder, few)
-        with builder.if_then(builder.icmp_signed("==", width, _constant(LANES))):
+        with builder.if_then(builder.icmp_signed("==", width, intp(LANES))):
             builder.store(simd.emit_load(builder, factors, first, F32X, 4), result)
         return builder.load(result)
 
@@ -96,18 +96,18 @@ def largest_weight(typingctx, a, b):
 @intrinsic(prefer_literal=True)
 def pack_query(typingctx, source, steps, target, place, queries):
     """Query number `place` of a packed tile: segment s goes to lanes place * width ... of target[s, 16]."""
-    (n_queries,) = _literal_ints(queries)
+    (n_queries,) = literal_ints(queries)
     segment = ir.VectorType(I32, LANES // n_queries)
 
     def codegen(context, builder, sig, args):
         source, steps, target, place, _ = args
         source = builder.bitcast(source, I32.as_pointer())
         target = builder.bitcast(target, I32.as_pointer())
-        first = builder.mul(place, _constant(segment.count))
+        first = builder.mul(place, intp(segment.count))
         with compiler.for_range(builder, steps) as loop:
-            here = builder.mul(loop.index, _constant(segment.count))
+            here = builder.mul(loop.index, intp(segment.count))
             value = simd.emit_load(builder, source, here, segment, 2)
-            there = builder.add(builder.mul(loop.index, _constant(LANES)), first)
+            there = builder.add(builder.mul(loop.index, intp(LANES)), first)
             there = builder.bitcast(builder.gep(target, [there]), segment.as_pointer())
             builder.store(value, there, align=4)
         return context.get_dummy_value()
@@ -124,13 +124,13 @@ def pack_digits(typingctx, source, steps, target, place):
     def codegen(context, builder, sig, args):
         source, steps, target, place = args
         target = builder.bitcast(target, I8.as_pointer())
-        first = builder.mul(place, _constant(LANES))
-        with compiler.for_range(builder, builder.lshr(steps, _constant(1))) as loop:
-            value = simd.emit_load(builder, source, builder.mul(loop.index, _constant(LANES)), channels, 2)
+        first = builder.mul(place, intp(LANES))
+        with compiler.for_range(builder, builder.lshr(steps, intp(1))) as loop:
+            value = simd.emit_load(builder, source, builder.mul(loop.index, intp(LANES)), channels, 2)
             upper = builder.lshr(value, ir.Constant(channels, [8] * LANES))
             for digit, at in ((upper, 0), (value, 4 * LANES)):
-                there = builder.add(builder.mul(loop.index, _constant(8 * LANES)), first)
-                there = builder.gep(target, [builder.add(there, _constant(at))])
+                there = builder.add(builder.mul(loop.index, intp(8 * LANES)), first)
+                there = builder.gep(target, [builder.add(there, intp(at))])
                 digit = builder.trunc(digit, simd.I8X)
                 builder.store(digit, builder.bitcast(there, simd.I8X.as_pointer()), align=1)
         return context.get_dummy_value()

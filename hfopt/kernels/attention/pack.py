@@ -1,21 +1,17 @@
 """Queries, keys and values in the order in which the register tiles of prefill attention read them."""
 
-import numpy as np
-
+from hfopt.kernels.attention.cache_view import key_of, scale_of
+from hfopt.kernels.attention.tile import store_pair, where_up_to
 from hfopt.kernels.jit.parallel import body
-from hfopt.kernels.simd.pointer import load, load_part, load_scalar, pointer_as, prefetch, shifted, store
+from hfopt.kernels.simd.constants import LARGEST, ONE, ZERO
+from hfopt.kernels.simd.memory import load, load_part, load_scalar, prefetch, store
+from hfopt.kernels.simd.pointer import pointer_as, shifted
 from hfopt.kernels.simd.tile import transpose_block, units_ratio
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import absolute, fma, max_lanes, maximum, splat, sum_lanes
 
-from .cache_view import key_of, scale_of
-from .tile import store_pair, where_up_to
-
 BLOCK = 32  # units of keys: one in float32, two in bfloat16; their scores stay in an L1 cache
 ROWS = 8  # keys, or channels of values, of a register tile: with 3 vectors 24 sums
-_ZERO = np.float32(0.0)
-_ONE = np.float32(1.0)
-_LARGEST = np.finfo(np.float32).max
 
 
 @body
@@ -27,7 +23,7 @@ def rounded(n, step):
 @body
 def is_finite(number):
     """Neither infinite nor NaN."""
-    return abs(number) <= _LARGEST
+    return abs(number) <= LARGEST
 
 
 @body
@@ -41,7 +37,7 @@ def copy_row(source, size, factor, target, padded):
 @body
 def absmax(x, size):
     """Largest absolute value of a vector; NaN if there is one."""
-    largest = splat(_ZERO)
+    largest = splat(ZERO)
     for k in range(0, size, LANES):
         value = load(x, k) if k + LANES <= size else load_part(x, k, size - k)
         largest = maximum(absolute(value), largest)
@@ -63,7 +59,7 @@ def token_of(cache, row, kv_head, token):
 def scales_of(cache, scales, row, kv_head, token):
     """Scales of the key and the value of a token of a logical row; 1 if scales is None, so that there are no codes."""
     if scales is None:
-        return _ONE, _ONE
+        return ONE, ONE
     segment, place = cache.trunk, cache.trunk_row[row]
     if token >= segment.n_tokens:
         token -= segment.n_tokens
@@ -120,7 +116,7 @@ def pack_values(cache, scales, row, kv_head, first, n, size, clean, values):
 
     With `clean`, 0 for what is not finite. Returns whether all are finite.
     """
-    probe = splat(_ZERO)
+    probe = splat(ZERO)
     ahead = BLOCK * units_ratio(values) * size
     line = 16 * units_ratio(values)
     for j in range(0, n, 2):
@@ -139,9 +135,9 @@ def pack_values(cache, scales, row, kv_head, first, n, size, clean, values):
             if scales is not None:
                 low, high = low * splat(low_factor), high * splat(high_factor)
             if clean:
-                low = where_up_to(absolute(low), splat(_LARGEST), low, splat(_ZERO))
-                high = where_up_to(absolute(high), splat(_LARGEST), high, splat(_ZERO))
+                low = where_up_to(absolute(low), splat(LARGEST), low, splat(ZERO))
+                high = where_up_to(absolute(high), splat(LARGEST), high, splat(ZERO))
             # 0 times what is not finite is NaN
-            probe = fma(low, splat(_ZERO), fma(high, splat(_ZERO), probe))
+            probe = fma(low, splat(ZERO), fma(high, splat(ZERO), probe))
             store_pair(shifted(values, k * BLOCK), j // 2, LANES, 0, low, high)
-    return sum_lanes(probe) == _ZERO
+    return sum_lanes(probe) == ZERO

@@ -7,18 +7,17 @@ number is bounded, and no cut depends on the number of threads.
 
 from typing import Any, NamedTuple
 
+from hfopt.kernels.attention.blocks import MOST_KEYS
+from hfopt.kernels.attention.chunk import TOGETHER
 from hfopt.kernels.jit.parallel import body, threads_for
+from hfopt.kernels.simd.constants import LINE
 from hfopt.kernels.simd.pointer import item_bytes
 from hfopt.kernels.simd.types import LANES
-
-from .blocks import MOST_KEYS
-from .chunk import TOGETHER
 
 _LEAST_KEYS = 64  # of a chunk
 _CHUNK_BYTES = 1 << 17  # of the keys of a chunk, which stay in the L2 cache of a core with their values
 _ITEMS = 128  # items that keep many threads busy to the end
 _PARALLEL_SIZE = 1 << 17  # bytes or multiply-adds; below, more threads cost more than they save
-_LINE = 64  # bytes of a cache line
 DONE, JOINED = (
     8,
     9,
@@ -61,8 +60,8 @@ def layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
     chunk = MOST_KEYS
     while chunk > _LEAST_KEYS and chunk * head_dim * item_size > _CHUNK_BYTES:
         chunk //= 2
-    order = 2 * _LINE
-    partials = order + ((2 * n_rows + 1) * 8 + _LINE - 1) // _LINE * _LINE
+    order = 2 * LINE
+    partials = order + ((2 * n_rows + 1) * 8 + LINE - 1) // LINE * LINE
     partial = (padded + LANES) * 4
     n_streams = n_kv_heads * n_rows
     n_spans = (_ITEMS + n_kv_heads - 1) // n_kv_heads + (_ITEMS + n_streams - 1) // n_streams
@@ -74,7 +73,7 @@ def layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
 
 
 def scratch_bytes(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
-    """Bytes with which `attention.attend_rows` does on so many threads, whatever the number of keys.
+    """Bytes with which `decode.attend_rows` does on so many threads, whatever the number of keys.
 
     item_size: bytes of an element, 4 or 2.
     """

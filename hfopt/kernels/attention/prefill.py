@@ -16,30 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfopt.kernels.jit.launch import launch
-from hfopt.kernels.jit.parallel import body, next_index, parallel_for, threads_for, usable_threads
-from hfopt.kernels.simd.pointer import (
-    address_as,
-    address_of,
-    as_units,
-    floats_at,
-    integers_at,
-    load,
-    load_scalar,
-    pointer,
-    pointer_as,
-    shifted,
-    store,
-    store_part,
-    store_scalar,
-)
-from hfopt.kernels.simd.tile import transpose_block, units_ratio
-from hfopt.kernels.simd.types import LANES
-from hfopt.kernels.simd.vector import splat, sum_lanes
-
-from .cache_view import open_cache, valid_rows
-from .pack import BLOCK, find_keys, pack_queries, pack_values, rounded
-from .softmax import (
+from hfopt.kernels.attention.cache_view import open_cache, valid_rows
+from hfopt.kernels.attention.pack import BLOCK, find_keys, pack_queries, pack_values, rounded
+from hfopt.kernels.attention.softmax import (
     LIMIT,
     STATS,
     TILE,
@@ -52,18 +31,30 @@ from .softmax import (
     score_keys,
     weigh_keys,
 )
-from .tile import where_bytes
+from hfopt.kernels.attention.tile import where_bytes
+from hfopt.kernels.jit.launch import launch
+from hfopt.kernels.jit.parallel import body, next_index, parallel_for, threads_for, usable_threads
+from hfopt.kernels.simd.constants import LINE, LOG2_E, LOWEST, ONE, ZERO
+from hfopt.kernels.simd.memory import load, load_scalar, store, store_part, store_scalar
+from hfopt.kernels.simd.pointer import (
+    address_as,
+    address_of,
+    as_units,
+    floats_at,
+    integers_at,
+    pointer,
+    pointer_as,
+    shifted,
+)
+from hfopt.kernels.simd.tile import transpose_block, units_ratio
+from hfopt.kernels.simd.types import LANES
+from hfopt.kernels.simd.vector import splat, sum_lanes
 
 ALL, CAUSAL, BYTES = range(3)
 
 _ITEM_FLOATS = 3 << 16  # of the queries and sums of an item, which stay in an L2 cache
 _ITEMS = 4  # of a thread at least, if there are as many tiles: threads should end together
 _PARALLEL_SIZE = 1 << 17  # multiply-adds; below, more threads cost more than they save
-_LOG2_E = 1.4426950408889634
-_NOTHING = np.float32(-np.inf)
-_LINE = 64  # bytes
-_ZERO = np.float32(0.0)
-_ONE = np.float32(1.0)
 
 
 class Seen(NamedTuple):
@@ -87,11 +78,11 @@ class _Plan(NamedTuple):
 @body
 def count_seen(seen, row, begin, end, first, n):
     """How many bytes of the mask are not 0, for positions begin to end and n keys from `first` on."""
-    total = splat(_ZERO)
+    total = splat(ZERO)
     for position in range(begin, end):
         start = (row * seen.n_new + position) * seen.n_keys + first
         for j in range(0, n, LANES):
-            total = total + where_bytes(seen.bytes, start + j, n - j, splat(_ONE), splat(_ZERO))
+            total = total + where_bytes(seen.bytes, start + j, n - j, splat(ONE), splat(ZERO))
     return sum_lanes(total)
 
 
@@ -102,7 +93,7 @@ def visible_keys(seen, row, begin, end, n_past, first, n):
         return max(min(n, n_past + end - first), 0), max(min(n, n_past + begin + 1 - first), 0)
     if seen.kind == BYTES:
         count = count_seen(seen, row, begin, end, first, n)
-        return (n if count > _ZERO else 0), (n if count == np.float32((end - begin) * n) else 0)
+        return (n if count > ZERO else 0), (n if count == np.float32((end - begin) * n) else 0)
     return n, n
 
 
@@ -117,11 +108,11 @@ def finish_tile(sums, stats, seen, n_heads, row, kv_head, group, q_begin, q_end,
         for i in range(min(q_end - q_begin - column, LANES)):
             position, head = (q_begin + column + i) // group, (q_begin + column + i) % group
             total = load_scalar(stats, TOTAL * TILE + column + i)
-            inverse = _ONE / total
+            inverse = ONE / total
             # a query may also have seen keys of which none has a weight: NaN is the answer then
-            if seen.kind == BYTES and total == _ZERO:
+            if seen.kind == BYTES and total == ZERO:
                 count = count_seen(seen, row, position, position + 1, 0, seen.n_keys)
-                inverse = inverse if count > _ZERO else _ZERO
+                inverse = inverse if count > ZERO else ZERO
             token = (row * seen.n_new + position) * n_heads + kv_head * group + head
             target = shifted(out, token * size)
             for k in range(0, size, LANES):
@@ -132,11 +123,11 @@ def finish_tile(sums, stats, seen, n_heads, row, kv_head, group, q_begin, q_end,
 def start_tile(q_begin, q_end, group, width, size, sums, stats):
     """Sums and statistics of a tile that has seen nothing."""
     for place in range(0, rounded(size, LANES) * width, LANES):
-        store(sums, place, splat(_ZERO))
+        store(sums, place, splat(ZERO))
     for i in range(width):
         position = min(q_begin + i, q_end - 1) // group - q_begin // group
-        store_scalar(stats, TOP * TILE + i, _NOTHING)
-        store_scalar(stats, TOTAL * TILE + i, _ZERO)
+        store_scalar(stats, TOP * TILE + i, LOWEST)
+        store_scalar(stats, TOTAL * TILE + i, ZERO)
         store_scalar(stats, LIMIT * TILE + i, np.float32(position))
 
 
@@ -186,10 +177,10 @@ def attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, room
     key_rows, query_rows = pointer_as(key_room, qkv), pointer_as(rows, qkv)
 
     # queries take the sign of the scale, so that the largest product has the largest score
-    sign = _ONE if scale > _ZERO else -_ONE
-    power = np.float32(abs(np.float64(scale)) * _LOG2_E)
-    if scale == _ZERO:
-        sign, power = _ZERO, _ONE
+    sign = ONE if scale > ZERO else -ONE
+    power = np.float32(abs(np.float64(scale)) * LOG2_E)
+    if scale == ZERO:
+        sign, power = ZERO, ONE
     for tile in range(begin, end):
         q_begin, q_end, width = tile_place(tile, n_queries)
         place = (tile - begin) * TILE
@@ -284,7 +275,7 @@ def plan_tokens(like, cache, n_rows, n_new, n_heads, threads):
 
 @body
 def _scratch_of(plan):
-    return _LINE + 4 * plan.threads * plan.room
+    return LINE + 4 * plan.threads * plan.room
 
 
 @body
@@ -298,14 +289,14 @@ def most_scratch(like, n_rows, n_new, n_heads, n_kv_heads, size, threads):
 
 @body
 def attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, scale, room, out):
-    """`attention.attend_rows` for several new tokens a row, the last ones of the row's keys.
+    """`decode.attend_rows` for several new tokens a row, the last ones of the row's keys.
 
     Pointers to qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size] and out [n_rows n_new, n_heads size]; address of
     `most_scratch` bytes, on a 64-byte boundary.
     """
     counter = integers_at(room)
     counter[0] = 0
-    arguments = counter, plan, qkv, n_rows, cache, seen, scale, n_heads, floats_at(room + _LINE), out
+    arguments = counter, plan, qkv, n_rows, cache, seen, scale, n_heads, floats_at(room + LINE), out
     parallel_for(_attend_task, plan.threads, plan.threads, arguments)
 
 
@@ -327,7 +318,7 @@ def attend_prefill(
     n_heads,
     out,
 ):
-    """As `attention.attend_decode` for n_new tokens a row, the last ones of the row's keys.
+    """As `decode.attend_decode` for n_new tokens a row, the last ones of the row's keys.
 
     qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size]; kind: ALL keys are seen, CAUSAL: those up to the
     token itself, or BYTES: what mask, uint8 [n_rows, n_new, keys], says; out [n_rows n_new, n_heads size].
@@ -340,7 +331,7 @@ def attend_prefill(
     plan = plan_tokens(qkv, cache, n_rows, n_new, n_heads, usable_threads())
     seen = Seen(kind, pointer(mask), n_new, trunk_len + branch_len)
     room = np.empty(_scratch_of(plan) // 8 + 9, np.int64)
-    scratch = (address_of(pointer(room)) + _LINE - 1) // _LINE * _LINE
+    scratch = (address_of(pointer(room)) + LINE - 1) // LINE * LINE
     attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, np.float32(scale), scratch, out)
     room[0] = 0  # the last use of the scratch: it must live until here
     return 0

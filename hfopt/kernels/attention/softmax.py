@@ -5,14 +5,23 @@ Queries lie along the lanes of vectors, so arrays are [key or channel, width] wi
 
 import numpy as np
 
+from hfopt.kernels.attention.pack import BLOCK, ROWS, is_finite, rounded, scales_of, token_of
+from hfopt.kernels.attention.tile import (
+    any_below,
+    load_row,
+    multiply_tile,
+    store_pair,
+    weight_of,
+    where_bytes,
+    where_up_to,
+)
 from hfopt.kernels.jit.parallel import body
-from hfopt.kernels.simd.pointer import load, load_scalar, shifted, store
+from hfopt.kernels.simd.constants import LOWEST, ONE, ZERO
+from hfopt.kernels.simd.memory import load, load_scalar, store
+from hfopt.kernels.simd.pointer import shifted
 from hfopt.kernels.simd.tile import stack_floats, transpose_block, units_ratio
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import fence, fma, larger, splat
-
-from .pack import BLOCK, ROWS, is_finite, rounded, scales_of, token_of
-from .tile import any_below, load_row, multiply_tile, store_pair, weight_of, where_bytes, where_up_to
 
 TILE = 48  # queries: 3 vectors; the last tile of a head may have 1 or 2
 TOP, TOTAL, LIMIT, STATS = range(4)  # of each query: largest score, sum of weights, position in its tile
@@ -20,9 +29,6 @@ TOP, TOTAL, LIMIT, STATS = range(4)  # of each query: largest score, sum of weig
 # fewer than 16
 _CHAIN, _CHAIN_OF_PAIRS = 16, 64
 _PART = 128  # units of channels whose queries stay in an L1 cache, while keys pass by
-_NOTHING = np.float32(-np.inf)
-_ZERO = np.float32(0.0)
-_ONE = np.float32(1.0)
 
 
 @body
@@ -59,7 +65,7 @@ def hide_later(scores, width, begin, n, offset, limits):
     for j in range(begin, n):
         for place in range(j * width, (j + 1) * width, LANES):
             limit = load(limits, place - j * width)
-            score = where_up_to(splat(np.float32(j + offset)), limit, load(scores, place), splat(_NOTHING))
+            score = where_up_to(splat(np.float32(j + offset)), limit, load(scores, place), splat(LOWEST))
             store(scores, place, score)
 
 
@@ -73,14 +79,12 @@ def hide_masked(scores, width, n, seen, row, group, q_begin, q_end, first):
             for i in range(LANES):
                 q = min(q_begin + column + i, q_end - 1)
                 place = (row * seen.n_new + q // group) * seen.n_keys + first + start
-                store(
-                    by_query, i * LANES, where_bytes(seen.bytes, place, n - start, splat(_ONE), splat(_ZERO))
-                )
+                store(by_query, i * LANES, where_bytes(seen.bytes, place, n - start, splat(ONE), splat(ZERO)))
             transpose_block(by_query, LANES, by_key, LANES)
             for j in range(min(n - start, LANES)):
                 place = (start + j) * width + column
                 is_seen = load(by_key, j * LANES)
-                store(scores, place, where_up_to(splat(_ONE), is_seen, load(scores, place), splat(_NOTHING)))
+                store(scores, place, where_up_to(splat(ONE), is_seen, load(scores, place), splat(LOWEST)))
 
 
 @body
@@ -97,7 +101,7 @@ def weigh_keys(scores, width, n, scale, weights, sums, size, stats):
             top = larger(load(scores, (n - 1) * width + column), top)
         top = larger(other, top)
         # all scores so far may be -inf: their weights have to be 0 beside those to come
-        shift = where_up_to(top, splat(_NOTHING), splat(_ZERO), fence(top * splat(scale)))
+        shift = where_up_to(top, splat(LOWEST), splat(ZERO), fence(top * splat(scale)))
         total = load(totals, column)
         if any_below(before, top):
             # rounded as the shift was that it had then: keys of all blocks must be weighed alike
@@ -106,8 +110,8 @@ def weigh_keys(scores, width, n, scale, weights, sums, size, stats):
             for place in range(column, size * width, width):
                 store(sums, place, load(sums, place) * factor)
             store(tops, column, top)
-        shift = splat(_ZERO) - shift
-        even, odd = splat(_ZERO), splat(_ZERO)
+        shift = splat(ZERO) - shift
+        even, odd = splat(ZERO), splat(ZERO)
         for pair in range(n // 2):
             place = 2 * pair * width + column
             low = weight_of(fma(load(scores, place), splat(scale), shift), weights)
@@ -117,7 +121,7 @@ def weigh_keys(scores, width, n, scale, weights, sums, size, stats):
             odd = odd + high
         if n % 2 == 1:
             low = weight_of(fma(load(scores, (n - 1) * width + column), splat(scale), shift), weights)
-            store_pair(weights, n // 2, width, column, low, splat(_ZERO))
+            store_pair(weights, n // 2, width, column, low, splat(ZERO))
             even = even + low
         store(totals, column, total + (even + odd))
 
@@ -142,6 +146,6 @@ def add_infinite(weights, width, n, cache, scales, row, kv_head, first, size, su
             if not is_finite(number):
                 for column in range(0, width, LANES):
                     weight = load_row(weights, j, width, column)
-                    more = where_up_to(weight, splat(_ZERO), splat(_ZERO), weight * splat(number))
+                    more = where_up_to(weight, splat(ZERO), splat(ZERO), weight * splat(number))
                     place = k * width + column
                     store(sums, place, load(sums, place) + more)

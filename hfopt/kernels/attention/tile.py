@@ -6,7 +6,8 @@ from numba.extending import intrinsic
 
 from hfopt.kernels.jit import compiler
 from hfopt.kernels.simd import types as simd
-from hfopt.kernels.simd.tile import _accumulators, _add_into, _constant, _is_pairs, _literal_ints, _outlined
+from hfopt.kernels.simd.constants import INTEGERS
+from hfopt.kernels.simd.emit import accumulators, add_into, intp, is_pairs, literal_ints, outlined
 from hfopt.kernels.simd.types import F32X, I32, I32X, LANES
 
 
@@ -30,38 +31,36 @@ def multiply_tile(typingctx, a, a_row, a_step, b, size, out, n_rows, n_vectors, 
 
     a and b are 32-bit units (`CPointer(float32)`, or pairs of bfloat16 as `CPointer(uint32)`), out is float32.
     """
-    rows, vectors = _literal_ints(n_rows, n_vectors)
+    rows, vectors = literal_ints(n_rows, n_vectors)
     signature = types.void(a, types.intp, types.intp, b, types.intp, out, n_rows, n_vectors, types.boolean)
-    pairs = _is_pairs(a)
+    pairs = is_pairs(a)
 
     def emit(builder, args):
         a, a_row, a_step, b, size, out, accumulate = args
         vector = I32X if pairs else F32X
-        sums = _accumulators(builder, rows * vectors)
-        a_rows = [builder.gep(a, [builder.mul(a_row, _constant(i))]) for i in range(rows)]
+        sums = accumulators(builder, rows * vectors)
+        a_rows = [builder.gep(a, [builder.mul(a_row, intp(i))]) for i in range(rows)]
         with compiler.for_range(builder, size) as loop:
-            b_row = builder.gep(b, [builder.mul(loop.index, _constant(vectors * LANES))])
-            b_values = [
-                simd.emit_load(builder, b_row, _constant(c * LANES), vector, 4) for c in range(vectors)
-            ]
+            b_row = builder.gep(b, [builder.mul(loop.index, intp(vectors * LANES))])
+            b_values = [simd.emit_load(builder, b_row, intp(c * LANES), vector, 4) for c in range(vectors)]
             place = builder.mul(loop.index, a_step)
             for i, a_row in enumerate(a_rows):
                 a_value = builder.load(builder.gep(a_row, [place]), align=4)
                 a_value = simd.emit_splat(builder, a_value, vector)
                 for c, b_value in enumerate(b_values):
-                    _add_into(builder, sums[i * vectors + c], a_value, b_value)
+                    add_into(builder, sums[i * vectors + c], a_value, b_value)
         # what is there is added last: short chains of additions round less
         with builder.if_then(accumulate):
             for place, slot in enumerate(sums):
-                before = simd.emit_load(builder, out, _constant(place * LANES), F32X, 4)
+                before = simd.emit_load(builder, out, intp(place * LANES), F32X, 4)
                 builder.store(builder.fadd(before, builder.load(slot)), slot)
         for place, slot in enumerate(sums):
-            target = builder.gep(out, [_constant(place * LANES)])
+            target = builder.gep(out, [intp(place * LANES)])
             builder.store(builder.load(slot), builder.bitcast(target, F32X.as_pointer()), align=4)
 
     def codegen(context, builder, sig, args):
         name = f"hfopt.multiply_tile.{rows}.{vectors}.{'pairs' if pairs else 'floats'}"
-        _outlined(builder, name, [*args[:6], args[8]], emit)
+        outlined(builder, name, [*args[:6], args[8]], emit)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -71,15 +70,15 @@ def multiply_tile(typingctx, a, a_row, a_step, b, size, out, n_rows, n_vectors, 
 # is little beside the 2e-3 of rounding to bfloat16
 _EXACT = (1.5353362e-4, 1.3398875e-3, 9.6184369e-3, 5.5503324e-2, 2.4022648e-1, 6.9314718e-1, 1.0)
 _COARSE = (5.5008931e-2, 2.4221096e-1, 6.9328293e-1, 1.0)
-_INTEGER = 12582912.0 + 127.0  # float32 of this size are integers; the lowest bits are those of an exponent
+_EXPONENT = INTEGERS + 127.0  # of whose sums the lowest bits are those of an exponent
 
 
 def _power_of_two(builder, x, coefficients):
     low = simd.splat_float(-127.0)
     x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
     # the sums must stay as they are written, in this order
-    shifted = simd.emit_fence(builder, builder.fadd(x, simd.splat_float(_INTEGER)))
-    whole = simd.emit_fence(builder, builder.fsub(shifted, simd.splat_float(_INTEGER)))
+    shifted = simd.emit_fence(builder, builder.fadd(x, simd.splat_float(_EXPONENT)))
+    whole = simd.emit_fence(builder, builder.fsub(shifted, simd.splat_float(_EXPONENT)))
     fraction = builder.fsub(x, whole)
     result = simd.emit_polynomial(builder, fraction, coefficients)
     exponent = builder.shl(builder.bitcast(shifted, I32X), simd.splat_int(23))
@@ -91,7 +90,7 @@ def weight_of(typingctx, x, like):
     """2^x for x <= 0, 0 below -126.5, NaN for NaN; for the precision of `like`, units of a weight."""
 
     def codegen(context, builder, sig, args):
-        return _power_of_two(builder, args[0], _COARSE if _is_pairs(sig.args[1]) else _EXACT)
+        return _power_of_two(builder, args[0], _COARSE if is_pairs(sig.args[1]) else _EXACT)
 
     return simd.float32x(simd.float32x, like), codegen
 
@@ -106,8 +105,8 @@ def store_pair(typingctx, p, pair, width, column, low, high):
     def codegen(context, builder, sig, args):
         p, pair, width, column, low, high = args
         row = builder.mul(pair, width)
-        if not _is_pairs(sig.args[0]):
-            first = builder.add(builder.mul(row, _constant(2)), column)
+        if not is_pairs(sig.args[0]):
+            first = builder.add(builder.mul(row, intp(2)), column)
             for place, value in ((first, low), (builder.add(first, width), high)):
                 target = builder.gep(p, [place])
                 builder.store(value, builder.bitcast(target, F32X.as_pointer()), align=4)
@@ -130,11 +129,11 @@ def load_row(typingctx, p, row, width, column):
 
     def codegen(context, builder, sig, args):
         p, row, width, column = args
-        if not _is_pairs(sig.args[0]):
+        if not is_pairs(sig.args[0]):
             return simd.emit_load(builder, p, builder.add(builder.mul(row, width), column), F32X, 4)
-        pair = builder.lshr(row, _constant(1))
+        pair = builder.lshr(row, intp(1))
         units = simd.emit_load(builder, p, builder.add(builder.mul(pair, width), column), I32X, 4)
-        odd = builder.trunc(builder.and_(row, _constant(1)), I32)
+        odd = builder.trunc(builder.and_(row, intp(1)), I32)
         bits = simd.emit_splat(builder, builder.mul(odd, ir.Constant(I32, 16)), I32X)
         return builder.bitcast(builder.shl(builder.lshr(units, bits), simd.splat_int(16)), F32X)
 

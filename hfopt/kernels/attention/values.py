@@ -1,26 +1,26 @@
-"""The register tile of decode attention that adds up weighted values; see `_decode_elements`."""
+"""The register tile of decode attention that adds up weighted values; see `elements`."""
 
 import functools
+from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
+from hfopt.kernels.attention.elements import BLOCK, add_product, emit_ahead, emit_block, emit_codes, kind_of
+from hfopt.kernels.attention.lanes import address_list
 from hfopt.kernels.jit import compiler
 from hfopt.kernels.simd import types as simd
-from hfopt.kernels.simd.pointer import _is_codes
-from hfopt.kernels.simd.tile import _accumulators, _constant, _is_pairs, _literal_ints, _outlined
+from hfopt.kernels.simd.emit import accumulators, intp, is_pairs, literal_ints, outlined
+from hfopt.kernels.simd.pointer import is_codes
 from hfopt.kernels.simd.types import F32, F32X, I8, I16, I32, I32X, LANES
-
-from .elements import BLOCK, _add_product, _emit_ahead, _emit_block, _emit_codes, _kind
-from .lanes import address_list
 
 _CHAINS = 8  # sums that one query needs at least to add a product each cycle
 
 
 def _sums(p, width):
     """Vectors of sums of each query of a `weigh_tile`: those of one vector of units, 4, or 8."""
-    return (2 if _is_pairs(p) else 1, 4, 8)[width]
+    return (2 if is_pairs(p) else 1, 4, 8)[width]
 
 
 def _interleaved(builder, low, high):
@@ -47,6 +47,136 @@ def _in_order(builder, sums):
         yield builder.shuffle_vector(*sums, ir.Constant(ir.VectorType(I32, LANES), order))
 
 
+class _Arguments(NamedTuple):
+    """Arguments of a `weigh_tile`, as its code gets them."""
+
+    p: Any
+    factors: Any
+    values: Any
+    n_blocks: Any
+    stride: Any
+    column: Any
+    ahead: Any
+    out: Any
+    out_stride: Any
+    n_valid: Any
+    more: Any
+
+
+class _Shape(NamedTuple):
+    """What the literals of a `weigh_tile` and the types of its arguments say."""
+
+    queries: int
+    vectors: int  # of sums of each query
+    pairs: bool
+    codes: bool
+
+    @property
+    def width(self) -> int:
+        """Lanes of a query in a vector of weights."""
+        return LANES // self.queries
+
+    @property
+    def ratio(self) -> int:
+        """Elements of a unit."""
+        return 2 if self.pairs else 1
+
+    @property
+    def sets(self) -> int:
+        """Sets of sums, for one key after the other."""
+        return min(_CHAINS // self.vectors, 4 // self.ratio) if self.queries == 1 else 1
+
+
+class _Tile:
+    """The code of a `weigh_tile`."""
+
+    def __init__(self, shape: _Shape, builder, args):
+        self.shape, self.builder, self.a = shape, builder, _Arguments(*args)
+        self.unit, self.vector = (I32, I32X) if shape.pairs else (F32, F32X)
+        self.kind = I32X if shape.pairs and shape.codes else F32X
+        self.slots = accumulators(builder, shape.queries * shape.vectors * shape.sets, self.kind)
+        self.stride, self.column = self.a.stride, self.a.column
+        if shape.codes:
+            sizes = self.stride, self.column
+            self.stride, self.column = (builder.mul(size, intp(shape.ratio)) for size in sizes)
+
+    def emit(self):
+        """All blocks, and the sums of all queries."""
+        builder, a, (queries, *_) = self.builder, self.a, self.shape
+        width, ratio = self.shape.width, self.shape.ratio
+        with compiler.for_range(builder, a.n_blocks) as blocks:
+            block = emit_block(builder, a.values, blocks.index, I8 if self.shape.codes else self.unit)
+            with compiler.for_range(builder, intp(BLOCK // 4)) as fours:
+                first = builder.mul(fours.index, intp(4))
+                # 4 keys of the group of `width` to which they belong
+                within = builder.and_(first, intp(width - 1))
+                place = builder.mul(builder.sub(first, within), intp(queries))
+                place = builder.add(place, within)
+                place = builder.add(place, builder.mul(blocks.index, intp(BLOCK * queries)))
+                weights = builder.gep(a.p, [builder.udiv(place, intp(ratio))])
+                for key in range(0, 4, ratio):
+                    self._add_keys(block, weights, first, key)
+        for query in range(queries):
+            with builder.if_then(builder.icmp_signed(">", a.n_valid, intp(query))):
+                self._store(query)
+
+    def _load(self, block, first, key):
+        """Vectors of one row of values."""
+        builder, a, (_, vectors, pairs, codes) = self.builder, self.a, self.shape
+        place = builder.mul(self.stride, builder.add(first, intp(key)))
+        row = builder.gep(block, [builder.add(place, self.column)])
+        if codes:
+            # a tile may have less than a line of a row
+            for line in range(vectors // 4) if vectors >= 4 else range(key % (4 // vectors) == 0):
+                emit_ahead(builder, row, intp(line * 64), a.ahead)
+        for c in range(vectors // self.shape.ratio):
+            if codes:
+                yield emit_codes(builder, row, intp(c * LANES * self.shape.ratio), pairs)
+            else:
+                emit_ahead(builder, row, intp(c * LANES), a.ahead)
+                yield simd.emit_load(builder, row, intp(c * LANES), self.vector, 4)
+
+    def _add_keys(self, block, weights, first, key):
+        """One key, or a pair of them."""
+        builder, (queries, vectors, pairs, _), ratio = self.builder, self.shape, self.shape.ratio
+        loads = [list(self._load(block, first, key + k)) for k in range(ratio)]
+        if pairs:
+            columns = [v for low, high in zip(*loads, strict=True) for v in _interleaved(builder, low, high)]
+        else:
+            (columns,) = loads
+        for g in range(queries):
+            place = intp((g * self.shape.width + key) // ratio)
+            weight = builder.load(builder.gep(weights, [place]), align=4)
+            weight = simd.emit_splat(builder, weight, self.vector)
+            first_slot = (key // ratio % self.shape.sets * queries + g) * vectors
+            for c, value in enumerate(columns):
+                add_product(builder, self.slots[first_slot + c], weight, value)
+
+    def _store(self, query):
+        """Sums of one query."""
+        builder, a, (queries, vectors, pairs, _) = self.builder, self.a, self.shape
+        target = builder.gep(a.out, [builder.mul(a.out_stride, intp(query))])
+        parts = [
+            [builder.load(slot) for slot in self.slots[query * vectors + c :: queries * vectors]]
+            for c in range(vectors)
+        ]
+        sums = [functools.reduce(builder.fadd if self.kind == F32X else builder.add, part) for part in parts]
+        if self.kind == I32X:
+            factor = builder.load(builder.gep(a.factors, [intp(query * self.shape.width)]), align=4)
+            factor = simd.emit_splat(builder, factor, F32X)
+            sums = [builder.fmul(builder.sitofp(value, F32X), factor) for value in sums]
+        if pairs:
+            sums = [v for c in range(0, vectors, 2) for v in _in_order(builder, sums[c : c + 2])]
+        for c, value in enumerate(sums):
+            there = builder.bitcast(builder.gep(target, [intp(c * LANES)]), F32X.as_pointer())
+            with builder.if_else(a.more) as (add, fresh):
+                with add:
+                    before = builder.load(there, align=4)
+                    builder.store(builder.fadd(before, value), there, align=4)
+                with fresh:
+                    builder.store(value, there, align=4)
+
+
 @intrinsic(prefer_literal=True)
 def weigh_tile(
     typingctx,
@@ -70,7 +200,7 @@ def weigh_tile(
     p: units of weights in the order of `score_tile`; like: as there, of values; factors: where `takes_integers`, of the
     weights, in the order of lanes; c: channels from unit `column` on, as many as `tile_columns` says for the literal `wide`.
     """
-    queries, breadth = _literal_ints(n_queries, wide)
+    queries, breadth = literal_ints(n_queries, wide)
     index = types.intp
     signature = types.void(
         p,
@@ -88,92 +218,12 @@ def weigh_tile(
         n_queries,
         wide,
     )
-    pairs, codes = _is_pairs(p), _is_codes(like)
-    width = LANES // queries
-    ratio = 2 if pairs else 1
-    vectors = _sums(p, breadth)
-    sets = min(_CHAINS // vectors, 4 // ratio) if queries == 1 else 1  # of sums, for one key after the other
-
-    def emit(builder, args):
-        p, factors, values, n_blocks, stride, column, ahead, out, out_stride, n_valid, more = args
-        unit, vector = (I32, I32X) if pairs else (F32, F32X)
-        kind = I32X if pairs and codes else F32X
-        slots = _accumulators(builder, queries * vectors * sets, kind)
-        if codes:
-            stride, column = (builder.mul(size, _constant(ratio)) for size in (stride, column))
-
-        def row_of(first, key):
-            place = builder.mul(stride, builder.add(first, _constant(key)))
-            return builder.gep(block, [builder.add(place, column)])
-
-        def load_row(row):
-            for c in range(vectors // ratio):
-                _emit_ahead(builder, row, _constant(c * LANES), ahead)
-                yield simd.emit_load(builder, row, _constant(c * LANES), vector, 4)
-
-        def load_codes(row, key):
-            # a tile may have less than a line of a row
-            for line in range(vectors // 4) if vectors >= 4 else range(key % (4 // vectors) == 0):
-                _emit_ahead(builder, row, _constant(line * 64), ahead)
-            for c in range(vectors // ratio):
-                yield _emit_codes(builder, row, _constant(c * LANES * ratio), pairs)
-
-        def add_keys(weights, first, key):
-            load = load_codes if codes else lambda row, key: load_row(row)
-            loads = [list(load(row_of(first, key + k), key + k)) for k in range(ratio)]
-            if pairs:
-                columns = [
-                    v for low, high in zip(*loads, strict=True) for v in _interleaved(builder, low, high)
-                ]
-            else:
-                (columns,) = loads
-            for g in range(queries):
-                weight = builder.load(builder.gep(weights, [_constant((g * width + key) // ratio)]), align=4)
-                weight = simd.emit_splat(builder, weight, vector)
-                first_slot = (key // ratio % sets * queries + g) * vectors
-                for c, value in enumerate(columns):
-                    _add_product(builder, slots[first_slot + c], weight, value)
-
-        with compiler.for_range(builder, n_blocks) as blocks:
-            block = _emit_block(builder, values, blocks.index, I8 if codes else unit)
-            with compiler.for_range(builder, _constant(BLOCK // 4)) as fours:
-                first = builder.mul(fours.index, _constant(4))
-                # 4 keys of the group of `width` to which they belong
-                within = builder.and_(first, _constant(width - 1))
-                place = builder.mul(builder.sub(first, within), _constant(queries))
-                place = builder.add(place, within)
-                place = builder.add(place, builder.mul(blocks.index, _constant(BLOCK * queries)))
-                weights = builder.gep(p, [builder.udiv(place, _constant(ratio))])
-                for key in range(0, 4, ratio):
-                    add_keys(weights, first, key)
-        for g in range(queries):
-            with builder.if_then(builder.icmp_signed(">", n_valid, _constant(g))):
-                target = builder.gep(out, [builder.mul(out_stride, _constant(g))])
-                parts = [
-                    [builder.load(slot) for slot in slots[g * vectors + c :: queries * vectors]]
-                    for c in range(vectors)
-                ]
-                sums = [
-                    functools.reduce(builder.fadd if kind == F32X else builder.add, part) for part in parts
-                ]
-                if kind == I32X:
-                    factor = builder.load(builder.gep(factors, [_constant(g * width)]), align=4)
-                    factor = simd.emit_splat(builder, factor, F32X)
-                    sums = [builder.fmul(builder.sitofp(value, F32X), factor) for value in sums]
-                if pairs:
-                    sums = [v for c in range(0, vectors, 2) for v in _in_order(builder, sums[c : c + 2])]
-                for c, value in enumerate(sums):
-                    there = builder.bitcast(builder.gep(target, [_constant(c * LANES)]), F32X.as_pointer())
-                    with builder.if_else(more) as (add, fresh):
-                        with add:
-                            before = builder.load(there, align=4)
-                            builder.store(builder.fadd(before, value), there, align=4)
-                        with fresh:
-                            builder.store(value, there, align=4)
+    shape = _Shape(queries, _sums(p, breadth), is_pairs(p), is_codes(like))
 
     def codegen(context, builder, sig, args):
-        name = f"hfopt.weigh_tile.{queries}.{breadth}.{_kind(pairs, codes)}"
-        _outlined(builder, name, [*args[:2], *args[3:12]], emit)
+        name = f"hfopt.weigh_tile.{queries}.{breadth}.{kind_of(shape.pairs, shape.codes)}"
+        values = [*args[:2], *args[3:12]]
+        outlined(builder, name, values, lambda inner, args: _Tile(shape, inner, args).emit())
         return context.get_dummy_value()
 
     return signature, codegen
@@ -182,6 +232,6 @@ def weigh_tile(
 @intrinsic(prefer_literal=True)
 def tile_columns(typingctx, p, wide):
     """Channels of a `weigh_tile`."""
-    (breadth,) = _literal_ints(wide)
+    (breadth,) = literal_ints(wide)
     columns = _sums(p, breadth) * LANES
-    return types.intp(p, wide), lambda context, builder, sig, args: _constant(columns)
+    return types.intp(p, wide), lambda context, builder, sig, args: intp(columns)

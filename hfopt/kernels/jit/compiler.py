@@ -1,6 +1,6 @@
 """What the kernels use of the compilers behind Numba, beyond its public names and those of `llvmlite.ir`.
 
-Of Numba, which may change any of it in the next release (`_kernel_cache` has the rest):
+Of Numba, which may change any of it in the next release (`disk_cache` has the rest):
 
     numba.core.cgutils            alloca_once, alloca_once_value, for_range, gep_inbounds, get_or_insert_function,
                                   unpack_tuple
@@ -46,6 +46,9 @@ from numba.extending import lower_builtin
 
 __all__ = [
     "BFLOAT",
+    "BYTES",
+    "I32",
+    "INTP",
     "NUMBA_THREADS",
     "add_symbol",
     "alloca_once",
@@ -67,6 +70,10 @@ __all__ = [
     "unpack_tuple",
 ]
 
+
+INTP = ir.IntType(64)
+I32 = ir.IntType(32)
+BYTES = ir.IntType(8).as_pointer()
 
 # ---- types and operations ---------------------------------------------------------------------------------------------
 
@@ -179,28 +186,26 @@ def call_body(context, builder, compiled, argument_types, values):
 # ---- the threading layer ----------------------------------------------------------------------------------------------
 
 NUMBA_THREADS = "get_num_threads"  # of the calling Python thread
-_INTP = ir.IntType(64)
-_BYTES = ir.IntType(8).as_pointer()
 
 
 def emit_numba_loop(builder, name, run, record, n_threads, n):
     """run(record, first, count) for parts of the n indices, on n_threads of Numba's layer, which shares out "arrays"."""
-    words = _INTP.as_pointer()
-    function_type = ir.FunctionType(ir.VoidType(), [_BYTES.as_pointer(), words, words, _BYTES])
+    words = INTP.as_pointer()
+    function_type = ir.FunctionType(ir.VoidType(), [BYTES.as_pointer(), words, words, BYTES])
     task = ir.Function(builder.module, function_type, name)
     task.linkage = "internal"
     inner = ir.IRBuilder(task.append_basic_block("entry"))
     positions, counts, _, arguments = task.args
-    inner.call(run, [arguments, inner.ptrtoint(inner.load(positions), _INTP), inner.load(counts)])
+    inner.call(run, [arguments, inner.ptrtoint(inner.load(positions), INTP), inner.load(counts)])
     inner.ret_void()
 
-    data = builder.bitcast(alloca_once_value(builder, record), _BYTES)
+    data = builder.bitcast(alloca_once_value(builder, record), BYTES)
     # the one "array" starts at address 0 and has steps of 1: a share's address is its first index
-    position = alloca_once_value(builder, ir.Constant(_BYTES, None))
-    step = alloca_once_value(builder, ir.Constant(_INTP, 1))
+    position = alloca_once_value(builder, ir.Constant(BYTES, None))
+    step = alloca_once_value(builder, ir.Constant(INTP, 1))
     count = alloca_once_value(builder, n)
-    task_address, threads = builder.bitcast(task, _BYTES), builder.trunc(n_threads, ir.IntType(32))
-    nothing, one = ir.Constant(_INTP, 0), ir.Constant(_INTP, 1)
+    task_address, threads = builder.bitcast(task, BYTES), builder.trunc(n_threads, I32)
+    nothing, one = ir.Constant(INTP, 0), ir.Constant(INTP, 1)
     arguments = [task_address, position, count, step, data, nothing, one, threads]
     emit_call(builder, "numba_parallel_for", ir.VoidType(), arguments)
 

@@ -6,7 +6,7 @@ read from Numba's target settings (`NUMBA_CPU_NAME`, `NUMBA_CPU_FEATURES`), and 
 
 from numba import config
 
-from .compiler import get_host_cpu_features, get_host_cpu_name, llvm_version_info
+from hfopt.kernels.jit.compiler import get_host_cpu_features, get_host_cpu_name, llvm_version_info
 
 LLVM_VERSION: tuple[int, ...] = tuple(llvm_version_info)
 

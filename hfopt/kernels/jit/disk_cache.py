@@ -1,6 +1,6 @@
 """Compiled kernels on disk: one private folder for each state of the sources, of Numba and of the machine.
 
-Touches the insides of Numba, which may change any of it in the next release (`_compiler` has the rest):
+Touches the insides of Numba, which may change any of it in the next release (`compiler` has the rest):
 
     numba.core.caching   _CacheLocator: get_cache_path, get_source_stamp, get_disambiguator, _py_file
                          CompileResultCacheImpl: get_filename_base, filename_base, _lineno, _locator, _filename_base
@@ -23,7 +23,7 @@ import llvmlite
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
 
-from . import cpu, openmp
+from hfopt.kernels.jit import cpu, openmp
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,7 @@ from pathlib import Path
 import numba
 
 from hfopt.errors import ForkedProcess
-
-from . import openmp
+from hfopt.kernels.jit import openmp
 
 
 def _is_forked() -> bool:

@@ -13,9 +13,8 @@ from collections.abc import Callable
 import numba
 
 from hfopt.errors import KernelError
-
-from . import compiler, fork, openmp
-from .disk_cache import cache_folder, keep
+from hfopt.kernels.jit import compiler, fork, openmp
+from hfopt.kernels.jit.disk_cache import cache_folder, keep
 
 logger = logging.getLogger(__name__)
 

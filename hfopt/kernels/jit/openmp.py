@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .compiler import add_symbol
+from hfopt.kernels.jit.compiler import add_symbol
 
 PARALLEL, TEAM, LIMIT = "hfopt_omp_parallel", "hfopt_omp_team", "hfopt_omp_limit"
 

@@ -3,7 +3,7 @@
 Numba's `prange` compiles its loop body, and all that is linked into it, three times; and each jitted
 function is optimised and turned into machine code by itself before it is linked into its callers. Here a
 body only becomes code of the launch that calls it, and `parallel_for` hands a body straight to the threads:
-those of `_openmp`, or of Numba's threading layer without it.
+those of `openmp`, or of Numba's threading layer without it.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,9 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from . import compiler, openmp
-from . import launch as jit
-from .compiler import emit_call
-
-_INTP = ir.IntType(64)
-_I32 = ir.IntType(32)
-_BYTES = ir.IntType(8).as_pointer()
+from hfopt.kernels.jit import compiler, openmp
+from hfopt.kernels.jit import launch as jit
+from hfopt.kernels.jit.compiler import BYTES, I32, INTP, emit_call
 
 
 def body(py_func: Callable):
@@ -38,7 +34,7 @@ def usable_threads(typingctx):
     def codegen(context, builder, sig, args):
         # Numba's own function of this name holds a pointer, which keeps its callers out of the disk cache
         name = openmp.LIMIT if openmp.RUNTIME else compiler.NUMBA_THREADS
-        return builder.sext(emit_call(builder, name, _I32, args), _INTP)
+        return builder.sext(emit_call(builder, name, I32, args), INTP)
 
     return types.intp(), codegen
 
@@ -50,7 +46,7 @@ def _range_function(context, builder, compiled, argument_types, record_type):
     that LLVM may take in any order would have other bits in each.
     """
     name = builder.module.get_unique_name("hfopt.range")
-    function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_BYTES, _INTP, _INTP]), name)
+    function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [BYTES, INTP, INTP]), name)
     function.linkage = "internal"
     function.attributes.add("noinline")
     inner = ir.IRBuilder(function.append_basic_block("entry"))
@@ -71,7 +67,7 @@ def _emit_share(builder, counter, total, team):
     and the last ones short: a thread that others hold up takes fewer, and no thread waits long for the last
     (guided self-scheduling, https://doi.org/10.1109/TC.1987.5009495).
     """
-    zero, one = ir.Constant(_INTP, 0), ir.Constant(_INTP, 1)
+    zero, one = ir.Constant(INTP, 0), ir.Constant(INTP, 1)
     start = builder.load_atomic(counter, "monotonic", 8)
     entry, loop, done = (
         builder.block,
@@ -80,7 +76,7 @@ def _emit_share(builder, counter, total, team):
     )
     builder.branch(loop)
     builder.position_at_end(loop)
-    first = builder.phi(_INTP)
+    first = builder.phi(INTP)
     first.add_incoming(start, entry)
     left = builder.sub(total, first)
     part = builder.sdiv(left, builder.shl(team, one))
@@ -97,15 +93,15 @@ def _emit_share(builder, counter, total, team):
 def _emit_openmp_loop(builder, name, run, record_type, record, n_threads, n):
     """`n` indices in shares on a team of OpenMP threads."""
     # what the threads are given: the first index that is not taken, n, and the arguments
-    whole = ir.LiteralStructType([_INTP, _INTP, record_type])
-    task = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_BYTES]), name)
+    whole = ir.LiteralStructType([INTP, INTP, record_type])
+    task = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [BYTES]), name)
     task.linkage = "internal"
     inner = ir.IRBuilder(task.append_basic_block("entry"))
     shared = inner.bitcast(task.args[0], whole.as_pointer())
     counter = compiler.gep_inbounds(inner, shared, 0, 0)
     total = inner.load(compiler.gep_inbounds(inner, shared, 0, 1))
-    arguments = inner.bitcast(compiler.gep_inbounds(inner, shared, 0, 2), _BYTES)
-    team = inner.sext(emit_call(inner, openmp.TEAM, _I32, []), _INTP)
+    arguments = inner.bitcast(compiler.gep_inbounds(inner, shared, 0, 2), BYTES)
+    team = inner.sext(emit_call(inner, openmp.TEAM, I32, []), INTP)
     take, work, done = (inner.append_basic_block(label) for label in ("take", "work", "done"))
     inner.branch(take)
     inner.position_at_end(take)
@@ -117,16 +113,16 @@ def _emit_openmp_loop(builder, name, run, record_type, record, n_threads, n):
     inner.position_at_end(done)
     inner.ret_void()
 
-    values = builder.insert_value(ir.Constant(whole, ir.Undefined), ir.Constant(_INTP, 0), 0)
+    values = builder.insert_value(ir.Constant(whole, ir.Undefined), ir.Constant(INTP, 0), 0)
     values = builder.insert_value(values, n, 1)
     values = builder.insert_value(values, record, 2)
-    data = builder.bitcast(compiler.alloca_once_value(builder, values), _BYTES)
-    threads = builder.trunc(n_threads, _I32)
+    data = builder.bitcast(compiler.alloca_once_value(builder, values), BYTES)
+    threads = builder.trunc(n_threads, I32)
     emit_call(
         builder,
         openmp.PARALLEL,
         ir.VoidType(),
-        [builder.bitcast(task, _BYTES), data, threads, ir.Constant(_I32, 0)],
+        [builder.bitcast(task, BYTES), data, threads, ir.Constant(I32, 0)],
     )
 
 
@@ -147,15 +143,15 @@ def parallel_for(typingctx, task, n_threads, n, arguments):
 
         run = _range_function(context, builder, compiled, argument_types, record_type)
         name = builder.module.get_unique_name("hfopt.task")
-        with builder.if_else(builder.icmp_signed(">", n_threads, ir.Constant(_INTP, 1))) as (several, alone):
+        with builder.if_else(builder.icmp_signed(">", n_threads, ir.Constant(INTP, 1))) as (several, alone):
             with several:
                 if openmp.RUNTIME:
                     _emit_openmp_loop(builder, name, run, record_type, record, n_threads, n)
                 else:
                     compiler.emit_numba_loop(builder, name, run, record, n_threads, n)
             with alone:
-                data = builder.bitcast(compiler.alloca_once_value(builder, record), _BYTES)
-                builder.call(run, [data, ir.Constant(_INTP, 0), n])
+                data = builder.bitcast(compiler.alloca_once_value(builder, record), BYTES)
+                builder.call(run, [data, ir.Constant(INTP, 0), n])
         return context.get_dummy_value()
 
     return types.void(task, types.intp, types.intp, arguments), codegen
@@ -180,7 +176,7 @@ def next_index(typingctx, counter):
     """counter[0], which grows by 1: each thread that asks gets another number."""
 
     def codegen(context, builder, sig, args):
-        return builder.atomic_rmw("add", args[0], ir.Constant(_INTP, 1), "monotonic")
+        return builder.atomic_rmw("add", args[0], ir.Constant(INTP, 1), "monotonic")
 
     return types.int64(types.CPointer(types.int64)), codegen
 

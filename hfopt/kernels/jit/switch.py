@@ -6,11 +6,9 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from . import compiler
+from hfopt.kernels.jit import compiler
 
 UNKNOWN = -1  # what a switch returns for a number that is not one of a body
-
-_INT64 = ir.IntType(64)
 
 
 def switch(bodies: Sequence[Callable | None], needs_given: Sequence[bool]):
@@ -34,14 +32,14 @@ def switch(bodies: Sequence[Callable | None], needs_given: Sequence[bool]):
 
         def codegen(context, builder, sig, args):
             values = compiler.unpack_tuple(builder, args[2], len(argument_types))
-            outcome = compiler.alloca_once_value(builder, ir.Constant(_INT64, UNKNOWN))
+            outcome = compiler.alloca_once_value(builder, ir.Constant(compiler.INTP, UNKNOWN))
             done = builder.append_basic_block("done")
             cases = builder.switch(args[0], done)
             for n, (function, returned) in known.items():
                 block = builder.append_basic_block(f"case.{n}")
-                cases.add_case(ir.Constant(_INT64, n), block)
+                cases.add_case(ir.Constant(compiler.INTP, n), block)
                 builder.position_at_end(block)
-                value = ir.Constant(_INT64, 0)
+                value = ir.Constant(compiler.INTP, 0)
                 if function is not None:
                     compiled = compiler.link_body(context, function, argument_types, returned)
                     result = compiler.call_body(context, builder, compiled, argument_types, values)

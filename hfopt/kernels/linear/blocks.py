@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from hfopt.kernels.instruction import NONE
 from hfopt.kernels.jit.parallel import body
+from hfopt.kernels.linear.activation import activate
 from hfopt.kernels.simd import tile
-from hfopt.kernels.simd.pointer import address_as, load_part, shifted, store, store_part
+from hfopt.kernels.simd.memory import load_part, store, store_part
+from hfopt.kernels.simd.pointer import address_as, shifted
 from hfopt.kernels.simd.types import LANES
-
-from .activation import activate
 
 WEIGHT, BIAS, SIZE, COLUMN = range(4)
 _FIELDS = 4

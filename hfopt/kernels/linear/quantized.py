@@ -5,7 +5,7 @@
 What 8 bits leave of a row of x can be quantised again, as a second and a third *term* of the row: with enough of them
 nothing counts that is left, and only the weights are quantised. They are rows like any others until their results are added.
 
-The weights of a *block*, 16 output columns, follow each other in memory: codes uint8 [blocks, units, 64] (`_quantized_tile`
+The weights of a *block*, 16 output columns, follow each other in memory: codes uint8 [blocks, units, 64] (`quantized_tile`
 says what a unit is), scales float16 [blocks, groups, 16], zero points uint8 [blocks, groups, 16], and scales of whole rows
 float32 [blocks, 16]. Inputs are padded to whole units and columns to whole blocks.
 
@@ -20,14 +20,17 @@ import numpy as np
 from hfopt.kernels.instruction import Format, Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
-from hfopt.kernels.simd.pointer import address_as, floats_at, integers_at, pointer, shifted, store
-from hfopt.kernels.simd.tile import stack_addresses, stack_floats, to_cache_line
-from hfopt.kernels.simd.types import LANES
-from hfopt.kernels.simd.vector import splat
-
-from .blocks import LinearColumns, gather_residuals
-from .quantized_rows import Rows, count_words, group_of_x, packed_rows, quantize_row, tile_rows
-from .quantized_strip import (
+from hfopt.kernels.linear.blocks import LinearColumns, gather_residuals
+from hfopt.kernels.linear.quantized_rows import (
+    Rows,
+    count_words,
+    group_of_x,
+    packed_rows,
+    quantize_row,
+    tile_rows,
+    words_of,
+)
+from hfopt.kernels.linear.quantized_strip import (
     Quantized,
     ask_for_rows,
     count_strips,
@@ -37,7 +40,12 @@ from .quantized_strip import (
     operands_of,
     zero_point,
 )
-from .quantized_tile import FEW_BLOCKS, MORE_BLOCKS, TILE_ROWS, words_of
+from hfopt.kernels.linear.quantized_tile import FEW_BLOCKS, MORE_BLOCKS, TILE_ROWS
+from hfopt.kernels.simd.memory import store
+from hfopt.kernels.simd.pointer import address_as, floats_at, integers_at, pointer, shifted
+from hfopt.kernels.simd.tile import stack_addresses, stack_floats, to_cache_line
+from hfopt.kernels.simd.types import LANES
+from hfopt.kernels.simd.vector import splat
 
 # Terms that keep what x has, by the bytes of its elements: each has 8 bits more of the largest input of a group.
 MOST_TERMS = {2: 2, 4: 3}
@@ -155,7 +163,7 @@ def quantized_linear(
 ):
     """out = epilogue(x W^T + b) for quantised matrices.
 
-    Arguments as in `linear.linear_rows`, the table having addresses of codes, and: scaling int64 [matrices, 3], addresses of
+    Arguments as in `rows.linear_rows`, the table having addresses of codes, and: scaling int64 [matrices, 3], addresses of
     scales or 0, zero points or 0, scales of rows; bits 8 or 4; group: inputs with a scale in common, or 0; levels: address
     of 16 bytes that 4-bit codes are indices into, or 0; terms: rows of codes that a row of x is the sum of, 1, 2 or 3.
     """

@@ -3,16 +3,77 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 from hfopt.kernels.jit.parallel import body
-from hfopt.kernels.simd.pointer import load, load_part, shifted, store, store_scalar
+from hfopt.kernels.linear.quantized_tile import TILE_ROWS
+from hfopt.kernels.simd import types as simd
+from hfopt.kernels.simd.constants import INTEGERS
+from hfopt.kernels.simd.memory import load, load_part, store, store_scalar
+from hfopt.kernels.simd.pointer import shifted
 from hfopt.kernels.simd.tile import stack_floats
-from hfopt.kernels.simd.types import LANES
+from hfopt.kernels.simd.types import F32X, I8, I8X, I32, I32X, LANES, float32x
 from hfopt.kernels.simd.vector import fma, splat, sum_lanes
 
-from .quantized_tile import TILE_ROWS, larger_size, largest_size, store_codes, words_of
-
 X_GROUP = 256  # inputs of x with a scale of their own, where the weights have no smaller groups
+
+
+# ---- codes ----------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def round_to_codes(typingctx, p, place, value):
+    """Stores 16 values between -127 and 127 as int8 at p + place, rounded to nearest even; returns what was stored."""
+
+    def codegen(context, builder, sig, args):
+        p, place, value = args
+        shifted = simd.emit_fence(builder, builder.fadd(value, simd.splat_float(INTEGERS)))
+        codes = builder.trunc(builder.bitcast(shifted, I32X), I8X)
+        where = builder.bitcast(p, I8.as_pointer())
+        builder.store(codes, builder.bitcast(builder.gep(where, [place]), I8X.as_pointer()), align=1)
+        return builder.fsub(shifted, simd.splat_float(INTEGERS))
+
+    return float32x(p, types.intp, float32x), codegen
+
+
+@intrinsic
+def larger_size(typingctx, a, b):
+    """Larger of |a| and b in each lane, b being a result of it or zero; NaN if either is."""
+
+    def codegen(context, builder, sig, args):
+        a, b = (builder.bitcast(value, I32X) for value in args)
+        # the bits of sizes have the order of sizes, with Inf and then NaN on top
+        size = builder.and_(a, simd.splat_int(0x7FFFFFFF))
+        return builder.bitcast(simd.emit_call(builder, "llvm.smax.v16i32", I32X, [size, b]), F32X)
+
+    return float32x(float32x, float32x), codegen
+
+
+@intrinsic
+def largest_size(typingctx, x):
+    """Largest lane of a result of `larger_size`; NaN if one is."""
+
+    def codegen(context, builder, sig, args):
+        bits = simd.emit_call(
+            builder, "llvm.vector.reduce.smax.v16i32", I32, [builder.bitcast(args[0], I32X)]
+        )
+        return builder.bitcast(bits, simd.F32)
+
+    return types.float32(float32x), codegen
+
+
+@intrinsic
+def words_of(typingctx, p):
+    """The same address as a pointer to int32."""
+
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(args[0], I32.as_pointer())
+
+    return types.CPointer(types.int32)(p), codegen
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
 
 
 class Rows(NamedTuple):
@@ -102,7 +163,7 @@ def _quantize_group(source, start, count, zero, rows, row, group, rest):
     total = splat(0.0)
     for k in range(0, count, LANES):
         value = load(source, start + k) if k < whole else load_part(source, start + k, count - k)
-        code = store_codes(codes, k, value * inverse)
+        code = round_to_codes(codes, k, value * inverse)
         total = total + code
         if rows.terms > 1:
             store(rest, k, fma(splat(-scale), code, value))

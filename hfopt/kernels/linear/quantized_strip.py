@@ -1,13 +1,14 @@
-"""Strips of quantised weights: blocks that a register tile of `_quantized_tile` multiplies together; their epilogue."""
+"""Strips of quantised weights: blocks that a register tile of `quantized_tile` multiplies together; their epilogue."""
 
 from typing import Any, NamedTuple
 
 from hfopt.kernels.jit.parallel import body
-from hfopt.kernels.simd.pointer import floats_at, load, prefetch, shifted
+from hfopt.kernels.linear.blocks import WEIGHT, blocks_of, columns_of, count_blocks, field_of, finish
+from hfopt.kernels.linear.quantized_tile import FEW_BLOCKS, MORE_BLOCKS, Steps, quantized_tile
+from hfopt.kernels.simd.integer_dot import UNIT
+from hfopt.kernels.simd.memory import load, prefetch
+from hfopt.kernels.simd.pointer import floats_at, shifted
 from hfopt.kernels.simd.types import LANES
-
-from .blocks import WEIGHT, blocks_of, columns_of, count_blocks, field_of, finish
-from .quantized_tile import FEW_BLOCKS, MORE_BLOCKS, UNIT, Steps, quantized_tile
 
 SCALES, ZEROS, ROW_SCALES = range(3)
 _FIELDS = 3

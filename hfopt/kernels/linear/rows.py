@@ -6,11 +6,10 @@ import numpy as np
 
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
+from hfopt.kernels.linear.blocks import Linear, columns_of, count_blocks, find_block, finish, weight_rows
 from hfopt.kernels.simd import tile
 from hfopt.kernels.simd.pointer import address_as, as_units, pointer, shifted
 from hfopt.kernels.simd.types import LANES
-
-from .blocks import Linear, columns_of, count_blocks, find_block, finish, weight_rows
 
 ROW_LIMIT = 64  # most rows of `linear_rows`; a literal below, in the size of its stack
 _SHORT_ROW = 48  # chunks, 3 KB

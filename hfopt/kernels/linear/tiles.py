@@ -11,20 +11,7 @@ import numpy as np
 from hfopt.kernels.instruction import Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, inlined, next_share, parallel_for, usable_threads
-from hfopt.kernels.simd.pointer import (
-    address_as,
-    address_of,
-    as_units,
-    floats_at,
-    integers_at,
-    load,
-    pointer,
-    shifted,
-)
-from hfopt.kernels.simd.tile import copy_unit, outer_tile, stack_addresses, transpose_block, units_ratio
-from hfopt.kernels.simd.types import LANES
-
-from .blocks import (
+from hfopt.kernels.linear.blocks import (
     SIZE,
     Linear,
     LinearColumns,
@@ -36,7 +23,20 @@ from .blocks import (
     gather_residuals,
     weight_rows,
 )
-from .rows import ROW_LIMIT, multiply_rows, rows_scratch
+from hfopt.kernels.linear.rows import ROW_LIMIT, multiply_rows, rows_scratch
+from hfopt.kernels.simd.constants import LINE
+from hfopt.kernels.simd.memory import load
+from hfopt.kernels.simd.pointer import (
+    address_as,
+    address_of,
+    as_units,
+    floats_at,
+    integers_at,
+    pointer,
+    shifted,
+)
+from hfopt.kernels.simd.tile import copy_unit, outer_tile, stack_addresses, transpose_block, units_ratio
+from hfopt.kernels.simd.types import LANES
 
 # 14 rows x 2 vectors of sums, 2 of weights and one of x fill the 32 vector registers of AVX-512
 TILE_COLUMNS = 2 * LANES
@@ -44,7 +44,6 @@ TILE_COLUMNS = 2 * LANES
 # they meet (14 rows x 512 units, 28 KB) in an L1 cache; x is read once for every 128 columns.
 PANELS = 4
 PANEL_UNITS = 512
-_LINE = 64  # bytes
 
 
 class _Tiles(NamedTuple):
@@ -233,7 +232,7 @@ def _units(x, size):
 def tiles_scratch(x, n_rows, size, threads):
     """Bytes of scratch that `multiply_tiles` needs on so many threads."""
     _, _, packed, panels, sums = _sizes(n_rows, _units(x, size))
-    return _LINE + 4 * (packed + threads * (panels + sums))
+    return LINE + 4 * (packed + threads * (panels + sums))
 
 
 @body
@@ -242,7 +241,7 @@ def multiply_tiles(x, n_rows, layer, scratch, threads):
     size, n_workers = layer.size, min(usable_threads(), threads)
     n_units = _units(x, size)
     tile_rows, n_tiles, packed, panel_floats, sum_floats = _sizes(n_rows, n_units)
-    counter, first = integers_at(scratch), floats_at(scratch + _LINE)
+    counter, first = integers_at(scratch), floats_at(scratch + LINE)
     panels = shifted(first, packed)
     sums = shifted(panels, n_workers * panel_floats)
     tiles = _Tiles(as_units(first, x), n_units, n_rows, tile_rows)
@@ -260,7 +259,7 @@ def linear_tiles(like, x, n_rows, size, table, gated, code, residuals, out, widt
     layer = Linear(size, pointer(table), table.shape[0], gated, code, addresses, n_residuals, out, width)
     threads = usable_threads()
     room = np.empty(tiles_scratch(x, n_rows, size, threads) // 8 + 9, np.int64)
-    multiply_tiles(x, n_rows, layer, (address_of(pointer(room)) + _LINE - 1) // _LINE * _LINE, threads)
+    multiply_tiles(x, n_rows, layer, (address_of(pointer(room)) + LINE - 1) // LINE * LINE, threads)
     room[0] = 0  # the last use of the scratch: it must live until here
 
 

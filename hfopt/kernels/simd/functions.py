@@ -1,15 +1,15 @@
 """Elementary functions of vectors: range reduction and a polynomial, or a rational approximation."""
 
-from .types import F32X, I32X, emit_call, emit_fence, emit_fma, emit_polynomial, splat_float, splat_int
-from .vector import elementwise
-
-_ROUND = 12582912.0  # 1.5 * 2^23: a float32 plus this has its nearest integer in its lowest bits
+from hfopt.kernels.jit.compiler import emit_call
+from hfopt.kernels.simd.constants import INTEGERS, LOG2_E
+from hfopt.kernels.simd.types import F32X, I32X, emit_fence, emit_fma, emit_polynomial, splat_float, splat_int
+from hfopt.kernels.simd.vector import elementwise
 
 
 def emit_exp(builder, x):
     """e^x = 2^n e^r, |r| <= ln(2)/2, e^r by a minimax polynomial; 0 below -87.3, inf above 88.7, NaN kept."""
-    shifted = emit_fence(builder, emit_fma(builder, x, splat_float(1.44269504088896341), splat_float(_ROUND)))
-    n = builder.fsub(shifted, splat_float(_ROUND))
+    shifted = emit_fence(builder, emit_fma(builder, x, splat_float(LOG2_E), splat_float(INTEGERS)))
+    n = builder.fsub(shifted, splat_float(INTEGERS))
     r = emit_fma(builder, n, splat_float(-0.693359375), x)
     r = emit_fma(builder, n, splat_float(2.12194440e-4), r)
     p = emit_polynomial(

@@ -8,9 +8,8 @@ take `pmaddubsw`, whose sums of two products fit into 16 bits; those of larger c
 import llvmlite.ir as ir
 
 from hfopt.kernels.jit import cpu
-
-from . import types as simd
-from .types import I8, I16, I32, I32X, LANES
+from hfopt.kernels.simd import types as simd
+from hfopt.kernels.simd.types import I8, I16, I32, I32X, LANES
 
 UNIT = 4 * LANES  # bytes
 _BYTES = ir.VectorType(I8, UNIT)

@@ -1,86 +1,25 @@
-"""Register tiles of matrix products, each unrolled by one intrinsic.
-
-`dot` is one step of a product on 32-bit units: a multiply-add of float32, or of pairs of bfloat16
-(`vdpbf16ps` where the target has it, two widened multiply-adds elsewhere), always into float32 sums.
-"""
+"""Register tiles of matrix products, each unrolled by one intrinsic."""
 
 import llvmlite.ir as ir
-from numba import errors, types
+from numba import types
 from numba.extending import intrinsic
 
-from hfopt.kernels.jit import compiler, cpu
+from hfopt.kernels.jit import compiler
+from hfopt.kernels.simd import types as simd
+from hfopt.kernels.simd.emit import (
+    accumulators,
+    add_into,
+    intp,
+    is_pairs,
+    literal_ints,
+    outlined,
+    stack_block,
+)
+from hfopt.kernels.simd.types import F32, F32X, I16, I32, I32X, INTP, LANES
 
-from . import types as simd
-from .types import BF16X2, F32, F32X, I16, I32, I32X, LANES
-
-_INTP = ir.IntType(64)
 # A sum is carried over at most this many units before it is added to the total: the rounding errors of one long
 # chain of adds grow with its length.
 _SUM_DEPTH = 128
-
-
-def _constant(value: int) -> ir.Constant:
-    return ir.Constant(_INTP, value)
-
-
-def _is_pairs(pointer: types.CPointer) -> bool:
-    return pointer.dtype in (types.uint16, types.uint32)
-
-
-def _halves(builder, units):
-    """Both bfloat16 of each 32-bit unit, widened: (low, high)."""
-    low = builder.bitcast(builder.shl(units, simd.splat_int(16)), F32X)
-    high = builder.bitcast(builder.and_(units, simd.splat_int(-65536)), F32X)
-    return low, high
-
-
-def _dot(builder, total, a, b):
-    """total + a * b lane by lane; int32 operands are pairs of bfloat16, whose products are added."""
-    if a.type == F32X:
-        return simd.emit_fma(builder, a, b, total)
-    if cpu.HAS_AVX512_BF16:
-        pairs = [builder.bitcast(x, BF16X2) for x in (a, b)]
-        return simd.emit_call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32X, [total, *pairs])
-    (a_low, a_high), (b_low, b_high) = _halves(builder, a), _halves(builder, b)
-    return simd.emit_fma(builder, a_high, b_high, simd.emit_fma(builder, a_low, b_low, total))
-
-
-def _literal_ints(*values) -> list[int]:
-    for value in values:
-        if not isinstance(value, types.IntegerLiteral):
-            raise errors.RequireLiteralValue("tile sizes are literals")
-    return [value.literal_value for value in values]
-
-
-def _accumulators(builder, count, vector=F32X):
-    zero = ir.Constant(vector, None)
-    slots = [compiler.alloca_once(builder, vector) for _ in range(count)]
-    for slot in slots:
-        builder.store(zero, slot)
-    return slots
-
-
-def _outlined(builder, name, args, emit):
-    """Calls a function of its own for `emit(builder, args)`, one a module.
-
-    Numba optimises the code of a kernel again for every caller that it is linked into; a large unrolled block in a
-    function that is not inlined is copied nowhere, and a call of it costs nothing against its loop.
-    """
-    function_type = ir.FunctionType(ir.VoidType(), [a.type for a in args])
-    function = builder.module.globals.get(name)
-    if function is None:
-        function = ir.Function(builder.module, function_type, name)
-        function.linkage = "linkonce_odr"
-        function.attributes.add("noinline")
-        function.attributes.add("nounwind")
-        inner = ir.IRBuilder(function.append_basic_block("entry"))
-        emit(inner, function.args)
-        inner.ret_void()
-    builder.call(function, args)
-
-
-def _add_into(builder, slot, a, b):
-    builder.store(_dot(builder, builder.load(slot), a, b), slot)
 
 
 @intrinsic(prefer_literal=True)
@@ -94,31 +33,31 @@ def dot_tile(
     sums is float32 [n_x, 16, 16]. Beside each chunk, that of n_ahead rows (literal) from `ahead` on is asked for, and of
     n_near from `near` on: a core drops requests when it waits for many lines, so what comes soon is asked for again.
     """
-    rows, columns, n_far, n_soon = _literal_ints(n_x, n_w, n_ahead, n_near)
+    rows, columns, n_far, n_soon = literal_ints(n_x, n_w, n_ahead, n_near)
     index, literals = types.intp, (n_x, n_w, n_ahead, n_near)
     signature = types.void(x, index, w, index, index, index, w, w, sums, types.boolean, *literals)
-    pairs = _is_pairs(w)
+    pairs = is_pairs(w)
     width = 2 * LANES if pairs else LANES
 
     def emit(builder, args):
         x, x_step, w, w_stride, chunks, tail, ahead, near, sums, accumulate = args
         vector = I32X if pairs else F32X
-        slots = _accumulators(builder, rows * columns)
-        places = [_constant((i * LANES + j) * LANES) for i in range(rows) for j in range(columns)]
-        strides = [builder.mul(w_stride, _constant(j)) for j in range(max(columns, n_far, n_soon))]
+        slots = accumulators(builder, rows * columns)
+        places = [intp((i * LANES + j) * LANES) for i in range(rows) for j in range(columns)]
+        strides = [builder.mul(w_stride, intp(j)) for j in range(max(columns, n_far, n_soon))]
         w_rows = [builder.gep(w, [stride]) for stride in strides[:columns]]
         later_rows = [builder.gep(ahead, [stride]) for stride in strides[:n_far]]
         later_rows += [builder.gep(near, [stride]) for stride in strides[:n_soon]]
 
         def add_chunk(chunk, load):
-            start = builder.mul(chunk, _constant(width))
+            start = builder.mul(chunk, intp(width))
             w_values = [load(row, start) for row in w_rows]
             x_chunk = builder.mul(chunk, x_step)
             for i in range(rows):
-                x_place = builder.add(x_chunk, _constant(i * LANES))
+                x_place = builder.add(x_chunk, intp(i * LANES))
                 x_value = simd.emit_load(builder, x, x_place, vector, 4)
                 for j, w_value in enumerate(w_values):
-                    _add_into(builder, slots[i * columns + j], x_value, w_value)
+                    add_into(builder, slots[i * columns + j], x_value, w_value)
 
         def whole(row, start):
             return simd.emit_load(builder, row, start, vector, 2 if pairs else 4)
@@ -130,19 +69,19 @@ def dot_tile(
             return simd.emit_load_masked(builder, row, start, tail, F32X, 4)
 
         def add_chunks(first, count):
-            places = [builder.add(first, _constant(i)) for i in range(count)]
+            places = [builder.add(first, intp(i)) for i in range(count)]
             for row in later_rows:
                 for chunk in places:
-                    simd.emit_prefetch(builder, row, builder.mul(chunk, _constant(width)))
+                    simd.emit_prefetch(builder, row, builder.mul(chunk, intp(width)))
             for chunk in places:
                 add_chunk(chunk, whole)
 
         # two cache lines of a row at a time are neighbours in memory
-        with compiler.for_range(builder, builder.lshr(chunks, _constant(1))) as loop:
-            add_chunks(builder.shl(loop.index, _constant(1)), 2)
+        with compiler.for_range(builder, builder.lshr(chunks, intp(1))) as loop:
+            add_chunks(builder.shl(loop.index, intp(1)), 2)
         with builder.if_then(builder.trunc(chunks, ir.IntType(1))):
-            add_chunks(builder.sub(chunks, _constant(1)), 1)
-        with builder.if_then(builder.icmp_signed(">", tail, _constant(0)), likely=False):
+            add_chunks(builder.sub(chunks, intp(1)), 1)
+        with builder.if_then(builder.icmp_signed(">", tail, intp(0)), likely=False):
             add_chunk(chunks, part)
         # what is there is added last: short chains of additions round less
         with builder.if_then(accumulate):
@@ -155,7 +94,7 @@ def dot_tile(
 
     def codegen(context, builder, sig, args):
         name = f"hfopt.dot_tile.{rows}.{columns}.{n_far}.{n_soon}.{'pairs' if pairs else 'floats'}"
-        _outlined(builder, name, args[:10], emit)
+        outlined(builder, name, args[:10], emit)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -206,12 +145,12 @@ def sum_rows(typingctx, p):
 
     def emit(builder, args):
         source, target = args
-        rows = [simd.emit_load(builder, source, _constant(j * LANES), F32X, 4) for j in range(LANES)]
+        rows = [simd.emit_load(builder, source, intp(j * LANES), F32X, 4) for j in range(LANES)]
         builder.store(add_lanes(builder, rows), target)
 
     def codegen(context, builder, sig, args):
         result = compiler.alloca_once(builder, F32X)
-        _outlined(builder, "hfopt.sum_rows", [args[0], result], emit)
+        outlined(builder, "hfopt.sum_rows", [args[0], result], emit)
         return builder.load(result)
 
     return simd.float32x(p), codegen
@@ -223,32 +162,32 @@ def outer_tile(typingctx, a, b, size, out, n_rows, n_vectors, accumulate):
 
     a and b are packed 32-bit units (`CPointer(float32)` or pairs of bfloat16 as `CPointer(uint32)`), out is float32.
     """
-    rows, vectors = _literal_ints(n_rows, n_vectors)
+    rows, vectors = literal_ints(n_rows, n_vectors)
     signature = types.void(a, b, types.intp, out, n_rows, n_vectors, types.boolean)
 
-    pairs = _is_pairs(a)
+    pairs = is_pairs(a)
 
     def emit(builder, args):
         a, b, size, out, accumulated = args
         vector = I32X if pairs else F32X
-        zero, depth = _constant(0), _constant(_SUM_DEPTH)
-        slots = _accumulators(builder, rows * vectors)
-        places = [_constant(p * LANES) for p in range(rows * vectors)]
+        zero, depth = intp(0), intp(_SUM_DEPTH)
+        slots = accumulators(builder, rows * vectors)
+        places = [intp(p * LANES) for p in range(rows * vectors)]
 
         def add_unit(unit):
-            a_row = builder.mul(unit, _constant(rows))
-            b_row = builder.mul(unit, _constant(vectors * LANES))
+            a_row = builder.mul(unit, intp(rows))
+            b_row = builder.mul(unit, intp(vectors * LANES))
             b_values = [
-                simd.emit_load(builder, b, builder.add(b_row, _constant(j * LANES)), vector, 4)
+                simd.emit_load(builder, b, builder.add(b_row, intp(j * LANES)), vector, 4)
                 for j in range(vectors)
             ]
             for i in range(rows):
-                value = builder.load(builder.gep(a, [builder.add(a_row, _constant(i))]), align=4)
+                value = builder.load(builder.gep(a, [builder.add(a_row, intp(i))]), align=4)
                 a_value = simd.emit_splat(builder, value, vector)
                 for j, b_value in enumerate(b_values):
-                    _add_into(builder, slots[i * vectors + j], a_value, b_value)
+                    add_into(builder, slots[i * vectors + j], a_value, b_value)
 
-        rounds = builder.udiv(builder.add(size, _constant(_SUM_DEPTH - 1)), depth)
+        rounds = builder.udiv(builder.add(size, intp(_SUM_DEPTH - 1)), depth)
         with compiler.for_range(builder, rounds) as blocks:
             first = builder.mul(blocks.index, depth)
             left = builder.sub(size, first)
@@ -270,7 +209,7 @@ def outer_tile(typingctx, a, b, size, out, n_rows, n_vectors, accumulate):
 
     def codegen(context, builder, sig, args):
         name = f"hfopt.outer_tile.{rows}.{vectors}.{'pairs' if pairs else 'floats'}"
-        _outlined(builder, name, [*args[:4], args[6]], emit)
+        outlined(builder, name, [*args[:4], args[6]], emit)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -287,35 +226,29 @@ def transpose_block(typingctx, source, source_stride, target, target_stride):
     def emit(builder, args):
         source, source_stride, target, target_stride = args
         rows = [
-            simd.emit_load(builder, source, builder.mul(source_stride, _constant(j)), I32X, 2)
+            simd.emit_load(builder, source, builder.mul(source_stride, intp(j)), I32X, 2)
             for j in range(LANES)
         ]
         rows = _transpose(builder, rows)
         for k, row in enumerate(rows):
-            place = builder.gep(target, [builder.mul(target_stride, _constant(k))])
+            place = builder.gep(target, [builder.mul(target_stride, intp(k))])
             builder.store(row, builder.bitcast(place, I32X.as_pointer()), align=4)
 
     def codegen(context, builder, sig, args):
         name = f"hfopt.transpose_block.{sig.args[0].dtype}"
-        _outlined(builder, name, args, emit)
+        outlined(builder, name, args, emit)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
-def _stack_block(builder, element, count):
-    # not alloca_once, which fills with zeros at every call
-    with builder.goto_entry_block():
-        return builder.alloca(ir.ArrayType(element, count))
-
-
 @intrinsic(prefer_literal=True)
 def stack_floats(typingctx, count):
     """Uninitialised float32 on the stack of the calling body, 64-byte aligned; `count` is a literal."""
-    (size,) = _literal_ints(count)
+    (size,) = literal_ints(count)
 
     def codegen(context, builder, sig, args):
-        block = _stack_block(builder, F32, size)
+        block = stack_block(builder, F32, size)
         block.align = 64
         return builder.bitcast(block, F32.as_pointer())
 
@@ -325,10 +258,10 @@ def stack_floats(typingctx, count):
 @intrinsic(prefer_literal=True)
 def stack_addresses(typingctx, count):
     """Uninitialised addresses on the stack of the calling body; `count` is a literal."""
-    (size,) = _literal_ints(count)
+    (size,) = literal_ints(count)
 
     def codegen(context, builder, sig, args):
-        return builder.bitcast(_stack_block(builder, _INTP, size), _INTP.as_pointer())
+        return builder.bitcast(stack_block(builder, INTP, size), INTP.as_pointer())
 
     return types.CPointer(types.int64)(count), codegen
 
@@ -340,15 +273,15 @@ def copy_unit(typingctx, source, index, valid, target, place):
 
     def codegen(context, builder, sig, args):
         source, index, valid, target, place = args
-        pairs = _is_pairs(sig.args[0])
+        pairs = is_pairs(sig.args[0])
         there = builder.gep(target, [place])
         builder.store(ir.Constant(there.type.pointee, None if not pairs else 0), there)
-        with builder.if_then(builder.icmp_signed(">", valid, _constant(0))):
+        with builder.if_then(builder.icmp_signed(">", valid, intp(0))):
             value = builder.load(builder.gep(source, [index]))
             builder.store(builder.zext(value, I32) if pairs else value, there)
             if pairs:
-                with builder.if_then(builder.icmp_signed(">", valid, _constant(1))):
-                    second = builder.gep(source, [builder.add(index, _constant(1))])
+                with builder.if_then(builder.icmp_signed(">", valid, intp(1))):
+                    second = builder.gep(source, [builder.add(index, intp(1))])
                     upper = builder.shl(builder.zext(builder.load(second), I32), ir.Constant(I32, 16))
                     builder.store(builder.or_(builder.load(there), upper), there)
         return context.get_dummy_value()
@@ -373,8 +306,8 @@ def copy_chunk(typingctx, source, index, target, place):
 @intrinsic
 def units_ratio(typingctx, p):
     """Elements of p in a 32-bit unit: 1 for float32, 2 for bfloat16."""
-    ratio = 2 if _is_pairs(p) else 1
-    return types.intp(p), lambda context, builder, sig, args: _constant(ratio)
+    ratio = 2 if is_pairs(p) else 1
+    return types.intp(p), lambda context, builder, sig, args: intp(ratio)
 
 
 @intrinsic
@@ -382,8 +315,8 @@ def to_cache_line(typingctx, p):
     """Elements from p to the next 64-byte boundary, for 4-byte elements on a 4-byte boundary."""
 
     def codegen(context, builder, sig, args):
-        address = builder.ptrtoint(args[0], _INTP)
-        missing = builder.and_(builder.neg(address), _constant(63))
-        return builder.lshr(missing, _constant(2))
+        address = builder.ptrtoint(args[0], INTP)
+        missing = builder.and_(builder.neg(address), intp(63))
+        return builder.lshr(missing, intp(2))
 
     return types.intp(p), codegen

@@ -4,7 +4,7 @@ A `Vector` type is an LLVM vector, `<16 x float>`; a kernel holds it in a local 
 and every operation is an intrinsic that emits one instruction or a short fixed sequence. All vectors have 16 lanes:
 LLVM splits what is wider than the machine's registers, so one source serves AVX-512, AVX2 and NEON.
 
-What kernels call is in `_vector` (arithmetic), `_functions` (exp and the like) and `_pointer` (memory).
+What kernels call is in `vector` (arithmetic), `functions` (exp and the like) and `pointer` (memory).
 """
 
 import operator
@@ -13,13 +13,13 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import models, register_model
 
+from hfopt.kernels.jit import compiler
 from hfopt.kernels.jit.compiler import BFLOAT, define_operator, emit_call
 
 LANES = 16
 
 F32 = ir.FloatType()
-INTP = ir.IntType(64)
-I32 = ir.IntType(32)
+INTP, I32 = compiler.INTP, compiler.I32
 I16 = ir.IntType(16)
 I8 = ir.IntType(8)
 F32X = ir.VectorType(F32, LANES)

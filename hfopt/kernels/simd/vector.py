@@ -4,7 +4,8 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from .types import (
+from hfopt.kernels.jit.compiler import emit_call
+from hfopt.kernels.simd.types import (
     F32,
     F32X,
     I16,
@@ -12,7 +13,6 @@ from .types import (
     I32X,
     INTP,
     LANES,
-    emit_call,
     emit_fence,
     emit_fma,
     emit_lane_mask,
