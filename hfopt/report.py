@@ -34,8 +34,9 @@ class Report:
     instructions in program.
     loops: modes of `generate` that are left to transformers' own loops and caches, and what differed. idle: swapped modules
     that cannot run in kernels as they are now, and why. kernels: the argument of `optimize`.
-    choices: what "auto" takes for this model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and
-    values are cached as floats all the same, or None. quantized: Linears with packed weights. left: those that
+    window: tokens of the longest text that gets hfopt's cache, if there are longer ones. choices: what "auto" takes for this
+    model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and values are cached as floats all the same,
+    or None. quantized: Linears with packed weights. left: those that
     `quantization` left as they are, and why.
 
     Example:
@@ -63,6 +64,7 @@ class Report:
     choices: tuple[Choice, ...]
     kv_cache: str | None
     float_cache: str | None
+    window: int | None
     quantized: tuple[Quantized, ...]
     left: dict[str, str]
     memory_before: int
@@ -96,6 +98,7 @@ class Report:
             kernels=walk.kernels() if is_applied else "auto",
             kv_cache=kv_cache,
             float_cache=None if kv_cache is None else generation.cache_obstacle(generator),
+            window=None if generator is None else generation.window_of(generator),
             quantized=quantized(walk.model),
             left=dict(left),
             choices=tuple(each for each in choice.choices() if each.dtype in dtypes),
@@ -132,6 +135,8 @@ class Report:
                 f"not as {self.kv_cache}: {self.float_cache}" if self.float_cache else f"as {self.kv_cache}"
             )
             lines.append(f"keys and values are cached {stored}")
+        if self.window is not None:
+            lines.append(f"texts of more than {self.window:,} tokens, its window, get transformers' cache")
         if self.swapped:
             lines += ["", *_table(("swapped", "from", "to", "probe differs by"), self._swapped_rows())]
         if self.quantized:

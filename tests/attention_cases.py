@@ -17,32 +17,34 @@ from tests.reference import assert_as_exact_as_torch, bits
 def random_cache(
     dtype: torch.dtype,
     n_rows: int,
-    n_trunk_rows: int,
+    n_prefix_rows: int,
     n_kv_heads: int,
     size: int,
     lengths: tuple[int, int],
     spare: int = 3,
 ) -> Appended:
     """A cache of random keys, values and rows, with unused columns behind them that hold NaN."""
-    trunk_len, branch_len = lengths
-    trunk = torch.randn(2, n_trunk_rows, n_kv_heads, trunk_len + spare, size).to(dtype)
-    branch = torch.randn(2, n_rows, n_kv_heads, branch_len + 2 if branch_len else 0, size).to(dtype)
-    trunk[:, :, :, trunk_len:] = torch.nan
-    branch[:, :, :, branch_len:] = torch.nan
-    rows = torch.randint(n_trunk_rows, (n_rows,), dtype=torch.int32)
-    table = torch.randint(n_rows, (n_rows, branch_len + 2), dtype=torch.int32)
+    prefix_len, suffix_len = lengths
+    prefix = torch.randn(2, n_prefix_rows, n_kv_heads, prefix_len + spare, size).to(dtype)
+    suffix = torch.randn(2, n_rows, n_kv_heads, suffix_len + 2 if suffix_len else 0, size).to(dtype)
+    prefix[:, :, :, prefix_len:] = torch.nan
+    suffix[:, :, :, suffix_len:] = torch.nan
+    rows = torch.randint(n_prefix_rows, (n_rows,), dtype=torch.int32)
+    table = torch.randint(n_rows, (n_rows, suffix_len + 2), dtype=torch.int32)
     return Appended(
-        bits(trunk), bits(branch), trunk_len, branch_len, branch_len > 0, 1, rows.numpy(), table.numpy()
+        bits(prefix), bits(suffix), prefix_len, suffix_len, suffix_len > 0, 1, rows.numpy(), table.numpy()
     )
 
 
 def coded(cache: Appended, dtype: torch.dtype) -> Appended:
     """The same cache as codes."""
-    (trunk, trunk_scales), (branch, branch_scales) = (
+    (prefix, prefix_scales), (suffix, suffix_scales) = (
         [part.numpy() for part in quantised(torch.from_numpy(array).view(dtype))]
-        for array in (cache.trunk, cache.branch)
+        for array in (cache.prefix, cache.suffix)
     )
-    return cache._replace(trunk=trunk, branch=branch, trunk_scales=trunk_scales, branch_scales=branch_scales)
+    return cache._replace(
+        prefix=prefix, suffix=suffix, prefix_scales=prefix_scales, suffix_scales=suffix_scales
+    )
 
 
 def coded_cache(dtype: torch.dtype, *sizes: Any, **options: Any) -> Appended:
@@ -89,7 +91,7 @@ def check_attend(
     out = functional.attend(qkv, cache._replace(n_new=qkv.shape[1]), mask, scale, *heads)
     keys, values = reference.gathered(cache, qkv.dtype)
     exactly = [part.double() for part in (keys, values)]
-    if cache.trunk_scales is not None:
+    if cache.prefix_scales is not None:
         exactly = list(reference.gathered(cache, torch.float64))
     # what nobody sees may be NaN, and torch cannot skip it
     hidden = ~seen.any(1)[:, None, :, None]

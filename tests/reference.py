@@ -55,13 +55,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Te
 
 def gathered(appended: Appended, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values [rows, heads, tokens, size] that the rows of a cache read; of codes in any dtype."""
-    trunk = _tensor(appended.trunk, appended.trunk_scales, dtype)
-    branch = _tensor(appended.branch, appended.branch_scales, dtype)
+    prefix = _tensor(appended.prefix, appended.prefix_scales, dtype)
+    suffix = _tensor(appended.suffix, appended.suffix_scales, dtype)
     rows = []
-    for row, p in enumerate(appended.trunk_row):
-        columns = torch.arange(appended.branch_len)
-        own = branch[:, torch.from_numpy(appended.table[row])[columns].long(), :, columns]
-        rows.append(torch.cat([trunk[:, p, :, : appended.trunk_len], own.permute(1, 2, 0, 3)], 2))
+    for row, p in enumerate(appended.prefix_row):
+        columns = torch.arange(appended.suffix_len)
+        own = suffix[:, torch.from_numpy(appended.table[row])[columns].long(), :, columns]
+        rows.append(torch.cat([prefix[:, p, :, : appended.prefix_len], own.permute(1, 2, 0, 3)], 2))
     keys, values = torch.stack(rows, 1)
     return keys, values
 

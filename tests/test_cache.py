@@ -76,23 +76,23 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
 
 def write(appended: Appended, keys: torch.Tensor, values: torch.Tensor) -> None:
     """What a kernel does with new keys and values."""
-    length = appended.branch_len if appended.in_branch else appended.trunk_len
-    storage = appended.branch if appended.in_branch else appended.trunk
+    length = appended.suffix_len if appended.in_suffix else appended.prefix_len
+    storage = appended.suffix if appended.in_suffix else appended.prefix
     for which, states in enumerate((keys, values)):
         storage[which, : len(states), :, length - appended.n_new : length] = bits(states)
 
 
 def read(appended: Appended, which: int) -> np.ndarray:
     """What a kernel reads, by the definition in Appended, one token at a time."""
-    n_rows, length = len(appended.trunk_row), appended.trunk_len + appended.branch_len
-    found = np.empty((n_rows, N_HEADS, length, HEAD_DIM), appended.trunk.dtype)
+    n_rows, length = len(appended.prefix_row), appended.prefix_len + appended.suffix_len
+    found = np.empty((n_rows, N_HEADS, length, HEAD_DIM), appended.prefix.dtype)
     for r in range(n_rows):
         for t in range(length):
-            b = t - appended.trunk_len
+            b = t - appended.prefix_len
             found[r, :, t] = (
-                appended.trunk[which, appended.trunk_row[r], :, t]
+                appended.prefix[which, appended.prefix_row[r], :, t]
                 if b < 0
-                else appended.branch[which, appended.table[r, b], :, b]
+                else appended.suffix[which, appended.table[r, b], :, b]
             )
     return found
 
@@ -102,7 +102,7 @@ def n_maps(cache: IndirectCache) -> int:
 
 
 def pointers(cache: IndirectCache) -> list[int]:
-    return [buffer.data_ptr() for layer in cache.layers for buffer in (layer.trunk, layer.branch)]
+    return [buffer.data_ptr() for layer in cache.layers for buffer in (layer.prefix, layer.suffix)]
 
 
 # Every method against DynamicCache
@@ -131,10 +131,10 @@ def test_what_kernels_read_is_what_was_written(dtype):
     pair.check()
     for layer_idx in range(N_LAYERS):
         appended = pair.ours.append(layer_idx, 3, 0, N_HEADS, HEAD_DIM, dtype)
-        assert appended.trunk_row.dtype == appended.table.dtype == np.int32
+        assert appended.prefix_row.dtype == appended.table.dtype == np.int32
         assert appended.table.flags.c_contiguous
-        assert appended.trunk.flags.c_contiguous
-        assert appended.branch.flags.c_contiguous
+        assert appended.prefix.flags.c_contiguous
+        assert appended.suffix.flags.c_contiguous
         assert np.array_equal(read(appended, 0), bits(pair.theirs.layers[layer_idx].keys))
         assert np.array_equal(read(appended, 1), bits(pair.theirs.layers[layer_idx].values))
 
@@ -143,13 +143,13 @@ def test_arrays_are_the_storage_and_keys_see_what_is_written():
     cache = IndirectCache()
     appended = cache.append(0, 2, 3, N_HEADS, HEAD_DIM, torch.bfloat16)
     keys, values = random_states(2, 3, torch.bfloat16), random_states(2, 3, torch.bfloat16)
-    assert appended.trunk.dtype == np.uint16
-    assert appended.branch.shape == (2, 1, N_HEADS, 0, HEAD_DIM)
-    assert (appended.trunk_len, appended.branch_len, appended.in_branch, appended.n_new) == (3, 0, False, 3)
+    assert appended.prefix.dtype == np.uint16
+    assert appended.suffix.shape == (2, 1, N_HEADS, 0, HEAD_DIM)
+    assert (appended.prefix_len, appended.suffix_len, appended.in_suffix, appended.n_new) == (3, 0, False, 3)
     write(appended, keys, values)
     assert torch.equal(cache.layers[0].keys, keys)
     assert torch.equal(cache.layers[0].values, values)
-    assert appended.trunk.ctypes.data == cache.layers[0].trunk.data_ptr()
+    assert appended.prefix.ctypes.data == cache.layers[0].prefix.data_ptr()
 
 
 def test_reordering_moves_nothing():
@@ -163,7 +163,7 @@ def test_reordering_moves_nothing():
         return [
             tokens.clone()
             for layer in pair.ours.layers
-            for tokens in (layer.trunk[..., :10, :], layer.branch[..., :1, :])
+            for tokens in (layer.prefix[..., :10, :], layer.suffix[..., :1, :])
         ]
 
     stored_before = stored()
@@ -179,14 +179,14 @@ def test_update_returns_a_view_until_rows_diverge():
     cache = IndirectCache()
     for n_new in (5, 1, 1):
         keys, _ = cache.update(random_states(2, n_new), random_states(2, n_new), 0)
-        assert keys.data_ptr() == cache.layers[0].trunk.data_ptr()
-    cache.reorder_cache(torch.tensor([0, 1]))  # nothing changes places: still no branch
+        assert keys.data_ptr() == cache.layers[0].prefix.data_ptr()
+    cache.reorder_cache(torch.tensor([0, 1]))  # nothing changes places: still no suffix
     keys, _ = cache.update(random_states(2, 1), random_states(2, 1), 0)
-    assert keys.data_ptr() == cache.layers[0].trunk.data_ptr()
+    assert keys.data_ptr() == cache.layers[0].prefix.data_ptr()
 
 
 @pytest.mark.parametrize("removed", [1, 3, 4, 5, 9, 14, 20])
-def test_crop_at_the_boundary_of_branch_and_trunk(removed):
+def test_crop_at_the_boundary_of_suffix_and_prefix(removed):
     pair = Pair()
     pair.update(3, 10)
     pair.both("reorder_cache", torch.tensor([1, 1, 2]))
@@ -220,7 +220,7 @@ def test_growth_past_every_size():
     pair.both("reorder_cache", torch.tensor([1, 0]))
     for _ in range(150):
         pair.update(2, 1)
-    pair.both("batch_repeat_interleave", 3)  # the branch needs more rows, not more columns
+    pair.both("batch_repeat_interleave", 3)  # the suffix needs more rows, not more columns
     pair.update(6, 1)
     pair.check()
 
@@ -286,7 +286,7 @@ def test_layers_that_start_late(indices):
     pair.update(5, 2, range(2, 3))
     pair.update(5, 1, range(2, 3))
     pair.check()
-    assert [layer.trunk_len for layer in pair.ours.layers][1:] == [2, 3]
+    assert [layer.prefix_len for layer in pair.ours.layers][1:] == [2, 3]
 
 
 @pytest.mark.parametrize("indices", [torch.tensor([True, False, True]), [2, 0], torch.tensor([-1])])
@@ -354,7 +354,7 @@ def test_reset_lets_another_batch_in_and_releases_memory():
     pair.ours.reset()
     pair.theirs.reset()
     assert pair.ours.n_rows == 0
-    assert all(layer.trunk is None for layer in pair.ours.layers)
+    assert all(layer.prefix is None for layer in pair.ours.layers)
     pair.check()
     pair.update(2, 4)
     assert n_maps(pair.ours) == 1
@@ -441,7 +441,7 @@ def test_a_prompt_is_stored_once(how):
     ours.reorder_cache(indices)
     theirs.reorder_cache(indices)
     for mine, his in zip(ours.layers, theirs.layers, strict=True):
-        assert mine.trunk.shape[1] == 2
+        assert mine.prefix.shape[1] == 2
         assert torch.equal(mine.keys, his.keys)
         assert torch.equal(mine.values, his.values)
 
@@ -557,7 +557,7 @@ def test_appending_to_keys_that_autograd_recorded():
         keys = random_states(2, 3).requires_grad_()
         cache.update(keys, keys, 0)
         appended = cache.append(0, 2, 1, N_HEADS, HEAD_DIM, torch.float32)
-    assert np.array_equal(appended.trunk[0, :, :, :3], keys.detach().numpy())
+    assert np.array_equal(appended.prefix[0, :, :, :3], keys.detach().numpy())
     assert not cache.layers[0].keys.requires_grad
 
 
@@ -629,7 +629,7 @@ def test_growth_is_modest_when_memory_is_short(monkeypatch):
     cache = IndirectCache()
     cache.append(0, 1, 640, N_HEADS, HEAD_DIM, torch.float32)
     monkeypatch.setattr(storage, "available_memory", lambda: 704 * column_bytes)
-    assert cache.append(0, 1, 1, N_HEADS, HEAD_DIM, torch.float32).trunk.shape[3] == 704
+    assert cache.append(0, 1, 1, N_HEADS, HEAD_DIM, torch.float32).prefix.shape[3] == 704
     with pytest.raises(
         CacheFull, match=f"{768 * column_bytes:,} bytes more; {704 * column_bytes:,} bytes are"
     ):
@@ -804,7 +804,7 @@ def test_tokens_of_unpatched_models(model, n_rows, kwargs):
     expected = generated(model, dynamic_cache(config=model.config), inputs, **kwargs)
     cache = IndirectCache(model.config)
     assert torch.equal(generated(model, cache, inputs, **kwargs), expected)
-    assert cache.layers[0].trunk is not None
+    assert cache.layers[0].prefix is not None
     assert expected[:, inputs["input_ids"].shape[1] :].unique().numel() > 5
 
 
@@ -876,7 +876,7 @@ def test_in_an_encoder_decoder_cache():
 def test_large_buffers_ask_for_huge_pages():
     cache = IndirectCache()
     appended = cache.append(0, 1, 4096, 8, 64, torch.float32)
-    middle = appended.trunk.ctypes.data + appended.trunk.nbytes // 2
+    middle = appended.prefix.ctypes.data + appended.prefix.nbytes // 2
     flags = None
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]

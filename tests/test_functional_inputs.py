@@ -179,14 +179,14 @@ def test_heads(heads: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     "change",
     (
-        {"trunk_len": 10**6},
-        {"trunk_len": -1},
-        {"branch_len": 1},
-        {"trunk": np.zeros((2, 2, 3, 9, SIZE), np.float32)},
-        {"trunk": np.zeros((2, 2, 2, 9, SIZE), np.float64)},
-        {"trunk": np.zeros((2, 2, 2, 9, 2 * SIZE), np.float32)[..., ::2]},
-        {"trunk_row": np.zeros(3, np.int32)},
-        {"trunk_row": np.zeros(2, np.int64)},
+        {"prefix_len": 10**6},
+        {"prefix_len": -1},
+        {"suffix_len": 1},
+        {"prefix": np.zeros((2, 2, 3, 9, SIZE), np.float32)},
+        {"prefix": np.zeros((2, 2, 2, 9, SIZE), np.float64)},
+        {"prefix": np.zeros((2, 2, 2, 9, 2 * SIZE), np.float32)[..., ::2]},
+        {"prefix_row": np.zeros(3, np.int32)},
+        {"prefix_row": np.zeros(2, np.int64)},
         {"table": np.zeros((1, 9), np.int32)},
     ),
 )
@@ -208,11 +208,11 @@ def test_known_caches_of_another_layout() -> None:
         (torch.ones(2, 3, WIDTH), (8, 4, SIZE // 2)),
         (torch.ones(2, 3, WIDTH, dtype=torch.bfloat16), HEADS),
     ):
-        with pytest.raises(InvalidInput, match=r"appended\.trunk has"):
+        with pytest.raises(InvalidInput, match=r"appended\.prefix has"):
             functional.attend(qkv, appended, Mask("causal"), 0.2, *heads)
 
 
-@pytest.mark.parametrize("change", ({"trunk_len": 10**6}, {"trunk_len": 2}, {"in_branch": True}))
+@pytest.mark.parametrize("change", ({"prefix_len": 10**6}, {"prefix_len": 2}, {"in_suffix": True}))
 def test_no_room_for_new_tokens(change: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match="appended ends at column"):
         functional.rotate_and_store(

@@ -52,7 +52,7 @@ HEADS = (
 
 @pytest.mark.parametrize(
     ("make", "dtype", "heads", "rows"),
-    # rows, rows of the trunk, lengths
+    # rows, rows of the prefix, lengths
     pairs_of(CACHES, DTYPES, HEADS, ((1, 1, (1, 0)), (3, 3, (300, 0)), (8, 2, (41, 270)))),
 )
 def test_decode(
@@ -61,9 +61,9 @@ def test_decode(
     heads: tuple[int, int, int],
     rows: tuple[int, int, tuple[int, int]],
 ) -> None:
-    n_rows, n_trunk_rows, lengths = rows
+    n_rows, n_prefix_rows, lengths = rows
     qkv = random_qkv(dtype, n_rows, 1, heads)
-    cache = make(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
+    cache = make(dtype, n_rows, n_prefix_rows, heads[1], heads[2], lengths)
     everything = torch.ones(n_rows, 1, sum(lengths), dtype=torch.bool)
     out = check_attend(qkv, cache, Mask("none"), everything, heads)
     assert torch.equal(functional.attend(qkv, cache, by_bytes(everything), heads[2] ** -0.5, *heads), out)
@@ -165,7 +165,7 @@ def test_decode_of_a_span_that_is_not_finite(
     qkv = random_qkv(dtype, 2, 1, heads).abs()
     cache = random_cache(dtype, 2, 2, *heads[1:], (770, 0))
     first = token // 256 * 256
-    stored = torch.from_numpy(cache.trunk).view(dtype)[0 if place == "keys" else 1, 0]
+    stored = torch.from_numpy(cache.prefix).view(dtype)[0 if place == "keys" else 1, 0]
     stored[:, first : first + 256] = value
     seen = torch.ones(2, 1, 770, dtype=torch.bool)
     for shown in (seen, seen & (torch.arange(770) < first + 256), seen & (torch.arange(770) >= first)):
@@ -180,20 +180,20 @@ def test_decode_of_a_span_that_is_not_finite(
 
 @launch
 def _attend_within(
-    like, qkv, n_rows, record, trunk_len, branch_len, trunk_row, table, n_heads, threads, scratch, out
+    like, qkv, n_rows, record, prefix_len, suffix_len, prefix_row, table, n_heads, threads, scratch, out
 ):
     q, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
-    rows = pointer(trunk_row), pointer(table), table.shape[1]
-    cache = open_cache(q, pointer(record), trunk_len, branch_len, *rows)
+    rows = pointer(prefix_row), pointer(table), table.shape[1]
+    cache = open_cache(q, pointer(record), prefix_len, suffix_len, *rows)
     q_row = (n_heads + 2 * cache.n_kv_heads) * cache.size
     attention.attend_rows(cache, q, q_row, n_rows, n_heads, 0, 0, np.float32(0.1), scratch, threads, out)
 
 
 @pytest.mark.parametrize("heads", ((32, 8, 64), (12, 12, 64), (16, 1, 128)))
 @pytest.mark.parametrize("n_rows", (1, 4, 64))
-@pytest.mark.parametrize("branch_len", (0, 150))
+@pytest.mark.parametrize("suffix_len", (0, 150))
 def test_scratch_does_not_grow_with_the_context(
-    heads: tuple[int, int, int], n_rows: int, branch_len: int
+    heads: tuple[int, int, int], n_rows: int, suffix_len: int
 ) -> None:
     n_heads, n_kv_heads, size = heads
     threads, guard = torch.get_num_threads(), 4096
@@ -201,13 +201,13 @@ def test_scratch_does_not_grow_with_the_context(
     memory = np.full(n_bytes + 2 * guard, 0xA5, np.uint8)
     first = -(-(memory.ctypes.data + guard) // 64) * 64 - memory.ctypes.data
     qkv, out = random_qkv(torch.bfloat16, n_rows, 1, heads), torch.empty(n_rows, n_heads * size)
-    for n_trunk_rows in {1, min(n_rows, 4)}:
-        trunk = np.zeros((2, n_trunk_rows, n_kv_heads, 100_000 if n_rows < 64 else 20_000, size), np.uint16)
-        branch = np.zeros((2, n_rows, n_kv_heads, branch_len, size), np.uint16)
-        rows = np.arange(n_rows, dtype=np.int32) % n_trunk_rows
-        table = np.zeros((n_rows, branch_len), np.int32)
-        for n_keys in (1000, trunk.shape[3]):
-            parts = cache_record.record_of(trunk, branch), n_keys, branch_len, rows, table
+    for n_prefix_rows in {1, min(n_rows, 4)}:
+        prefix = np.zeros((2, n_prefix_rows, n_kv_heads, 100_000 if n_rows < 64 else 20_000, size), np.uint16)
+        suffix = np.zeros((2, n_rows, n_kv_heads, suffix_len, size), np.uint16)
+        rows = np.arange(n_rows, dtype=np.int32) % n_prefix_rows
+        table = np.zeros((n_rows, suffix_len), np.int32)
+        for n_keys in (1000, prefix.shape[3]):
+            parts = cache_record.record_of(prefix, suffix), n_keys, suffix_len, rows, table
             room = threads, memory.ctypes.data + first, out.data_ptr()
             _attend_within(bits(qkv)[0, 0, :0], qkv.data_ptr(), n_rows, *parts, n_heads, *room)
             assert (memory[:first] == 0xA5).all() and (memory[first + n_bytes :] == 0xA5).all()
@@ -233,7 +233,7 @@ def test_rows_of_one_prompt(dtype: torch.dtype, n_rows: int) -> None:
             assert torch.equal(apart[-1], together[-1])
 
 
-# rows, rows of the trunk, new tokens, lengths
+# rows, rows of the prefix, new tokens, lengths
 _PROMPTS = (
     (1, 1, 5, (5, 0)),
     (2, 2, 150, (150, 0)),
@@ -250,9 +250,9 @@ def test_prefill(
     heads: tuple[int, int, int],
     rows: tuple[int, int, int, tuple[int, int]],
 ) -> None:
-    n_rows, n_trunk_rows, n_new, lengths = rows
+    n_rows, n_prefix_rows, n_new, lengths = rows
     qkv = random_qkv(dtype, n_rows, n_new, heads)
-    cache = make(dtype, n_rows, n_trunk_rows, heads[1], heads[2], lengths)
+    cache = make(dtype, n_rows, n_prefix_rows, heads[1], heads[2], lengths)
     causal = causal_mask(n_rows, n_new, sum(lengths))
     out = check_attend(qkv, cache, Mask("causal"), causal, heads)
     masked = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(causal), heads[2] ** -0.5, *heads)
@@ -269,7 +269,7 @@ def test_prefill(
 
 def _check_prefill(dtype: torch.dtype, n_new: int, heads: tuple[int, int, int], cache: Appended) -> None:
     """Causal, the same by bytes, and with holes."""
-    n_rows, n_keys = len(cache.trunk_row), cache.trunk_len + cache.branch_len
+    n_rows, n_keys = len(cache.prefix_row), cache.prefix_len + cache.suffix_len
     qkv = random_qkv(dtype, n_rows, n_new, heads)
     causal = causal_mask(n_rows, n_new, n_keys)
     out = check_attend(qkv, cache, Mask("causal"), causal, heads)
@@ -290,8 +290,8 @@ def test_prefill_around_the_width_of_a_tile(dtype: torch.dtype, n_new: int) -> N
     pairs_of(DTYPES, (7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129), (0, 8)),
 )
 def test_prefill_around_the_size_of_a_block(dtype: torch.dtype, n_keys: int, spare: int) -> None:
-    for n_branch in (0, 1, 5):
-        cache = random_cache(dtype, 4, 2, 3, 24, (n_keys - n_branch, n_branch), spare)
+    for n_suffix in (0, 1, 5):
+        cache = random_cache(dtype, 4, 2, 3, 24, (n_keys - n_suffix, n_suffix), spare)
         _check_prefill(dtype, min(n_keys, 29), (12, 3, 24), cache)
 
 
@@ -328,7 +328,7 @@ def test_prefill_where_no_key_has_a_weight(dtype: torch.dtype) -> None:
     heads = (1, 1, 24)
     qkv = random_qkv(dtype, 1, 3, heads).abs()
     cache = random_cache(dtype, 1, 1, 1, 24, (5, 0))
-    torch.from_numpy(cache.trunk).view(dtype)[0, ..., :5, :] = -torch.inf
+    torch.from_numpy(cache.prefix).view(dtype)[0, ..., :5, :] = -torch.inf
     for mask in (Mask("causal"), by_bytes(causal_mask(1, 3, 5))):
         assert functional.attend(qkv, cache._replace(n_new=3), mask, 0.2, *heads).isnan().all()
 
@@ -345,8 +345,8 @@ def test_hidden_keys_and_values_do_not_leak(dtype: torch.dtype, size: int, n_new
     seen[:, :, :5] = False
     seen[:, :, 50] = False
     expected = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(seen), 0.2, *heads)
-    torch.from_numpy(cache.trunk).view(dtype)[:, :, :, :5] = value
-    torch.from_numpy(cache.branch).view(dtype)[:, :, :, 10] = value
+    torch.from_numpy(cache.prefix).view(dtype)[:, :, :, :5] = value
+    torch.from_numpy(cache.suffix).view(dtype)[:, :, :, 10] = value
     assert torch.equal(
         functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(seen), 0.2, *heads), expected
     )
@@ -358,7 +358,7 @@ def test_later_values_do_not_leak_into_earlier_tokens(dtype: torch.dtype) -> Non
     qkv = random_qkv(dtype, 1, 70, heads)
     cache = random_cache(dtype, 1, 1, 2, 24, (70, 0))
     expected = functional.attend(qkv, cache._replace(n_new=70), Mask("causal"), 0.2, *heads)
-    torch.from_numpy(cache.trunk).view(dtype)[:, 0, :, 33] = torch.nan
+    torch.from_numpy(cache.prefix).view(dtype)[:, 0, :, 33] = torch.nan
     out = functional.attend(qkv, cache._replace(n_new=70), Mask("causal"), 0.2, *heads)
     assert torch.equal(out[:, :33], expected[:, :33])
     assert out[:, 33:].isnan().all()
@@ -374,7 +374,7 @@ def test_values_that_are_seen_and_not_finite(
     heads = (4, 2, size)
     qkv = random_qkv(dtype, 2, n_new, heads)
     cache = random_cache(dtype, 2, 2, 2, size, (300, 0))
-    torch.from_numpy(cache.trunk).view(dtype)[0 if place == "keys" else 1, 0, 0, 7, 3] = value
+    torch.from_numpy(cache.prefix).view(dtype)[0 if place == "keys" else 1, 0, 0, 7, 3] = value
     seen = causal_mask(2, n_new, 300)
     out = functional.attend(
         qkv, cache._replace(n_new=n_new), Mask("causal" if n_new > 1 else "none"), 0.2, *heads
@@ -394,7 +394,7 @@ def test_beams_over_many_steps_and_growth(dtype: torch.dtype) -> None:
         qkv = random_qkv(dtype, n_rows, n_new, heads)
         appended = cache.append(0, n_rows, n_new, 2, 24, dtype)
         functional.rotate_and_store(qkv, None, None, appended, *heads, "none")
-        seen = causal_mask(n_rows, n_new, appended.trunk_len + appended.branch_len)
+        seen = causal_mask(n_rows, n_new, appended.prefix_len + appended.suffix_len)
         check_attend(qkv, appended, functional.prepare_mask(None, n_rows, n_new, seen.shape[2]), seen, heads)
         keys, values = reference.gathered(appended, dtype)
         assert torch.equal(cache.layers[0].keys, keys)
@@ -440,11 +440,11 @@ def test_nothing_is_written_outside(
     n_heads, n_kv_heads, size = heads
     qkv = random_qkv(dtype, 2, n_new, heads)
     cache = make(dtype, 2, 2, n_kv_heads, size, (21, 5))
-    before = [part.tobytes() for part in (cache.trunk, cache.branch)]
-    record = cache_record.record_of(cache.trunk, cache.branch, cache.trunk_scales, cache.branch_scales)
-    parts = (record, 21, 5, cache.trunk_row, cache.table)
+    before = [part.tobytes() for part in (cache.prefix, cache.suffix)]
+    record = cache_record.record_of(cache.prefix, cache.suffix, cache.prefix_scales, cache.suffix_scales)
+    parts = (record, 21, 5, cache.prefix_row, cache.table)
     out = Guarded(dtype, 2 * n_new, n_heads * size)
-    kinds, no_mask = (bits(qkv)[0, 0, :0], cache.trunk.ravel()[:0]), np.zeros((0, 0, 0), np.uint8)
+    kinds, no_mask = (bits(qkv)[0, 0, :0], cache.prefix.ravel()[:0]), np.zeros((0, 0, 0), np.uint8)
     given = *kinds, qkv.data_ptr(), 2
     if n_new == 1:
         attention.attend_decode(*given, *parts, no_mask, 0.2, n_heads, out.array.ctypes.data)
@@ -452,7 +452,7 @@ def test_nothing_is_written_outside(
         mask = attention_prefill.CAUSAL, no_mask
         attention_prefill.attend_prefill(*given, n_new, *parts, *mask, 0.2, n_heads, out.array.ctypes.data)
     out.check()
-    assert [part.tobytes() for part in (cache.trunk, cache.branch)] == before
+    assert [part.tobytes() for part in (cache.prefix, cache.suffix)] == before
     expected = functional.attend(
         qkv, cache._replace(n_new=n_new), Mask("causal" if n_new > 1 else "none"), 0.2, *heads
     )
@@ -465,10 +465,10 @@ def test_rows_that_the_cache_has_not(n_new: int, wrong: int) -> None:
     heads = (4, 2, 24)
     qkv = random_qkv(torch.float32, 2, n_new, heads)
     cache = random_cache(torch.float32, 2, 2, 2, 24, (21, 5))._replace(n_new=n_new)
-    for name in ("trunk_row", "table"):
+    for name in ("prefix_row", "table"):
         broken = getattr(cache, name).copy()
         broken.flat[1] = wrong
-        with pytest.raises(InvalidInput, match="trunk_row or table"):
+        with pytest.raises(InvalidInput, match="prefix_row or table"):
             functional.attend(qkv, cache._replace(**{name: broken}), Mask("causal"), 0.2, *heads)
 
 

@@ -23,11 +23,11 @@ from tests.reference import DTYPES, Guarded, bits
 def test_the_largest_products_do_not_overflow(group: int, size: int) -> None:
     """All codes and all numbers of a query at their limits, with the same sign; and all weights alike."""
     dtype, heads, n_keys = torch.bfloat16, (group, 1, size), 300
-    trunk = torch.full((2, 1, 1, n_keys, size), 3.0, dtype=dtype)
-    trunk[0, ..., ::2, :] *= -1
+    prefix = torch.full((2, 1, 1, n_keys, size), 3.0, dtype=dtype)
+    prefix[0, ..., ::2, :] *= -1
     nothing = np.zeros((2, 1, 1, 0, size), np.uint16)
     rows, table = np.zeros(1, np.int32), np.zeros((1, 0), np.int32)
-    cache = coded(Appended(bits(trunk), nothing, n_keys, 0, False, 1, rows, table), dtype)
+    cache = coded(Appended(bits(prefix), nothing, n_keys, 0, False, 1, rows, table), dtype)
     everything = torch.ones(1, 1, n_keys, dtype=torch.bool)
     qkv = torch.full((1, 1, (group + 2) * size), 0.5, dtype=dtype)
     for scale in (1.0, 0.0):
@@ -41,10 +41,10 @@ def test_a_key_with_a_small_value_takes_most_weight(group: int) -> None:
     dtype, heads = torch.bfloat16, (group, 1, 64)
     keys, values = torch.randn(1, 1, 250, 64) * 0.1, torch.randn(1, 1, 250, 64)
     keys[:, :, 0], values[:, :, 0] = 2.0, values[:, :, 0] * 1e-3
-    trunk = torch.stack([keys, values]).to(dtype)
+    prefix = torch.stack([keys, values]).to(dtype)
     nothing = np.zeros((2, 1, 1, 0, 64), np.uint16)
     rows, table = np.zeros(1, np.int32), np.zeros((1, 0), np.int32)
-    cache = coded(Appended(bits(trunk), nothing, 250, 0, False, 1, rows, table), dtype)
+    cache = coded(Appended(bits(prefix), nothing, 250, 0, False, 1, rows, table), dtype)
     qkv = (torch.randn(1, 1, (group + 2) * 64) * 0.1 + 0.5).to(dtype)
     check_attend(qkv, cache, Mask("none"), torch.ones(1, 1, 250, dtype=torch.bool), heads)
 
@@ -77,8 +77,8 @@ def test_what_is_not_finite(dtype: torch.dtype, heads: tuple[int, int, int], n_n
     hidden = seen.clone()
     hidden[:, :, 7] = hidden[:, :, 50] = False
     expected = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(hidden), 0.2, *heads)
-    assert cache.trunk_scales is not None and cache.branch_scales is not None
-    for scales, token in ((cache.trunk_scales, 7), (cache.branch_scales, 10)):
+    assert cache.prefix_scales is not None and cache.suffix_scales is not None
+    for scales, token in ((cache.prefix_scales, 7), (cache.suffix_scales, 10)):
         scales[0 if place == "keys" else 1, :, :, token] = np.nan
     out = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(hidden), 0.2, *heads)
     assert torch.equal(out, expected)
@@ -103,29 +103,29 @@ def _states(dtype: torch.dtype, n_rows: int, n_new: int, n_heads: int, size: int
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("in_branch", (False, True))
+@pytest.mark.parametrize("in_suffix", (False, True))
 @pytest.mark.parametrize("size", (64, 80, 128, 16, 7, 24))
-def test_kernels_write_what_update_writes(dtype: torch.dtype, in_branch: bool, size: int) -> None:
+def test_kernels_write_what_update_writes(dtype: torch.dtype, in_suffix: bool, size: int) -> None:
     n_rows, n_new, heads = 3, 9, (4, 2, size)
     qkv = _states(dtype, n_rows, n_new, 8, size)
     ours, theirs = IndirectCache(kv_cache="int8"), IndirectCache(kv_cache="int8")
     with torch.no_grad():
         for cache in (ours, theirs):
             cache.update(*torch.ones(2, n_rows, 2, 3, size).to(dtype), 0)
-            if in_branch:
+            if in_suffix:
                 cache.reorder_cache(torch.tensor([2, 0, 0]))
         theirs.update(qkv[:, :, 4:6].transpose(1, 2), qkv[:, :, 6:].transpose(1, 2), 0)
     appended = ours.append(0, n_rows, n_new, 2, size, dtype)
     functional.rotate_and_store(qkv.flatten(2), None, None, appended, *heads, "none")
-    for mine, his in zip(_parts(ours, in_branch), _parts(theirs, in_branch), strict=True):
+    for mine, his in zip(_parts(ours, in_suffix), _parts(theirs, in_suffix), strict=True):
         assert torch.equal(mine.view(torch.int8), his.contiguous().view(torch.int8))
 
 
-def _parts(cache: IndirectCache, in_branch: bool) -> list[torch.Tensor]:
+def _parts(cache: IndirectCache, in_suffix: bool) -> list[torch.Tensor]:
     layer = cache.layers[0]
-    if in_branch:
-        return [part[:, :3, :, :9].contiguous() for part in (layer.branch, layer.branch_scales)]
-    return [part[:, :3, :, :12].contiguous() for part in (layer.trunk, layer.trunk_scales)]
+    if in_suffix:
+        return [part[:, :3, :, :9].contiguous() for part in (layer.suffix, layer.suffix_scales)]
+    return [part[:, :3, :, :12].contiguous() for part in (layer.prefix, layer.prefix_scales)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -151,17 +151,17 @@ def test_keys_are_rotated_before_they_are_quantised(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("in_branch", (False, True))
+@pytest.mark.parametrize("in_suffix", (False, True))
 @pytest.mark.parametrize("size", (24, 64, 7))
-def test_nothing_is_stored_outside(dtype: torch.dtype, in_branch: bool, size: int) -> None:
+def test_nothing_is_stored_outside(dtype: torch.dtype, in_suffix: bool, size: int) -> None:
     codes, scales = Guarded(torch.int8, 2, 3, 2, 9, size), Guarded(torch.float32, 2, 3, 2, 9)
     before = codes.array.copy(), scales.array.copy()
     nothing = np.zeros((2, 1, 2, 0, size), np.int8), np.zeros((2, 1, 2, 0), np.float32)
     rows, table = np.arange(3, dtype=np.int32), np.repeat(np.arange(3, dtype=np.int32)[:, None], 9, 1)
     own, other = (codes.array, scales.array), nothing
-    trunk, branch = (other, own) if in_branch else (own, other)
-    lengths = (0, 8) if in_branch else (8, 0)
-    appended = Appended(trunk[0], branch[0], *lengths, in_branch, 5, rows, table, None, trunk[1], branch[1])
+    prefix, suffix = (other, own) if in_suffix else (own, other)
+    lengths = (0, 8) if in_suffix else (8, 0)
+    appended = Appended(prefix[0], suffix[0], *lengths, in_suffix, 5, rows, table, None, prefix[1], suffix[1])
     qkv = torch.randn(3, 5, 8 * size).to(dtype)
     expected, expected_scales = quantised(qkv.view(3, 5, 8, size)[:, :, 4:6].transpose(1, 2))
     functional.rotate_and_store(qkv, None, None, appended, 4, 2, size, "none")
@@ -189,13 +189,13 @@ def test_codes_are_as_near_as_they_can_be() -> None:
 
 
 WRONG: dict[str, dict[str, Any]] = {
-    "no scales": {"trunk_scales": None},
-    "no scales of the branch": {"branch_scales": None},
-    "scales of fewer columns": {"trunk_scales": np.ones((2, 2, 2, 3), np.float32)},
-    "scales of another type": {"trunk_scales": np.ones((2, 2, 2, 24), np.float64)},
-    "strided scales": {"trunk_scales": np.ones((2, 2, 2, 48), np.float32)[..., ::2]},
-    "floats with scales": {"trunk": np.zeros((2, 2, 2, 24, 24), np.float32)},
-    "codes of another width": {"trunk": np.zeros((2, 2, 2, 24, 23), np.int8)},
+    "no scales": {"prefix_scales": None},
+    "no scales of the suffix": {"suffix_scales": None},
+    "scales of fewer columns": {"prefix_scales": np.ones((2, 2, 2, 3), np.float32)},
+    "scales of another type": {"prefix_scales": np.ones((2, 2, 2, 24), np.float64)},
+    "strided scales": {"prefix_scales": np.ones((2, 2, 2, 48), np.float32)[..., ::2]},
+    "floats with scales": {"prefix": np.zeros((2, 2, 2, 24, 24), np.float32)},
+    "codes of another width": {"prefix": np.zeros((2, 2, 2, 24, 23), np.int8)},
 }
 
 
@@ -212,5 +212,5 @@ def test_caches_that_do_not_fit(name: str, n_new: int) -> None:
         lambda: functional.attend(qkv, broken, Mask("causal"), 0.2, *heads),
         lambda: functional.rotate_and_store(qkv, None, None, broken, *heads, "none"),
     ):
-        with pytest.raises(InvalidInput, match=r"appended\.(trunk|branch)"):
+        with pytest.raises(InvalidInput, match=r"appended\.(prefix|suffix)"):
             work()

@@ -12,7 +12,7 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 from hfopt.functional.activation import ACTIVATIONS
 from hfopt.functional.quantized import Compute, QuantizedWeights, quantized_linear
-from hfopt.kernels.linear.quantized import MOST_TERMS
+from hfopt.kernels.linear.quantized import MAX_TERMS
 from hfopt.kernels.linear.quantized import quantized_linear as quantized_kernel
 from hfopt.quantization import QuantizedMatrix
 from tests.quantized_cases import FORMATS, NF4, Format, Matrix, expected, noise, quantized_x, weights_of
@@ -133,7 +133,7 @@ def test_float_keeps_inputs_beside_a_large_one_without_weight(dtype: torch.dtype
     # what is promised
     largest = np.abs(x.double().numpy()).reshape(8, 8, 128).max(-1)
     bound = (
-        254.0 ** -MOST_TERMS[dtype.itemsize] * largest @ np.abs(matrix.values).reshape(64, 8, 128).sum(-1).T
+        254.0 ** -MAX_TERMS[dtype.itemsize] * largest @ np.abs(matrix.values).reshape(64, 8, 128).sum(-1).T
     )
     rounding = torch.finfo(dtype).eps * (
         np.abs(exact) + np.abs(x.double().numpy()) @ np.abs(matrix.values.T) / 64
@@ -235,7 +235,7 @@ def test_nothing_outside_the_output_is_written(rows: int, dtype: type, compute: 
         memory: NDArray = np.full(rows * columns + 2 * guard, 123, dtype)
         out = memory[guard:-guard].reshape(rows, columns)
         x: NDArray = np.zeros((rows, 256), dtype)
-        terms = 1 if compute == "int8" else MOST_TERMS[np.dtype(dtype).itemsize]
+        terms = 1 if compute == "int8" else MAX_TERMS[np.dtype(dtype).itemsize]
         levels = 0 if weights.levels is None else weights.levels.data_ptr()
         meaning = (weights.table, weights.scaling, weights.bits, weights.group, levels, terms)
         rest = (False, 0, np.empty(0, np.int64), out.ctypes.data, columns)

@@ -12,16 +12,16 @@ from tests.reference import DTYPES, Guarded, assert_as_exact_as_torch, assert_sa
 ROWS, NEW, HEADS, KV_HEADS = 3, 5, 4, 2
 
 
-def _appended(dtype: torch.dtype, size: int, in_branch: bool, capacity: int = 9) -> tuple[Appended, Guarded]:
+def _appended(dtype: torch.dtype, size: int, in_suffix: bool, capacity: int = 9) -> tuple[Appended, Guarded]:
     """A cache with room for NEW tokens in its last but one columns."""
     cache = Guarded(dtype, 2, ROWS, KV_HEADS, capacity, size)
     other = np.zeros((2, 1, KV_HEADS, 0, size), cache.array.dtype)
-    trunk, branch = (other, cache.array) if in_branch else (cache.array, other)
+    prefix, suffix = (other, cache.array) if in_suffix else (cache.array, other)
     length = capacity - 1
-    rows = np.zeros(ROWS, np.int32) if in_branch else np.arange(ROWS, dtype=np.int32)
+    rows = np.zeros(ROWS, np.int32) if in_suffix else np.arange(ROWS, dtype=np.int32)
     table = np.repeat(np.arange(ROWS, dtype=np.int32)[:, None], capacity, 1)
-    lengths = (0, length) if in_branch else (length, 0)
-    return Appended(trunk, branch, *lengths, in_branch, NEW, rows, table), cache
+    lengths = (0, length) if in_suffix else (length, 0)
+    return Appended(prefix, suffix, *lengths, in_suffix, NEW, rows, table), cache
 
 
 def _qkv(dtype: torch.dtype, size: int) -> torch.Tensor:
@@ -29,20 +29,20 @@ def _qkv(dtype: torch.dtype, size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("in_branch", (False, True))
+@pytest.mark.parametrize("in_suffix", (False, True))
 @pytest.mark.parametrize("kind", ("half", "interleaved"))
 @pytest.mark.parametrize(
     ("size", "n_rotary", "batch"),
     ((24, 24, 1), (24, 14, 3), (64, 64, 3), (80, 32, 1), (7, 6, 1), (128, 2, 3)),
 )
 def test_rotate_and_store(
-    dtype: torch.dtype, in_branch: bool, kind: str, size: int, n_rotary: int, batch: int
+    dtype: torch.dtype, in_suffix: bool, kind: str, size: int, n_rotary: int, batch: int
 ) -> None:
     angles = n_rotary if kind == "half" else n_rotary // 2
     # both halves of cos and sin are read, so they differ here
     cos, sin = torch.randn(batch, NEW, angles).to(dtype), torch.randn(batch, NEW, angles).to(dtype)
     qkv = _qkv(dtype, size)
-    appended, cache = _appended(dtype, size, in_branch)
+    appended, cache = _appended(dtype, size, in_suffix)
     before = cache.array.copy()
     rotated = qkv.clone()
     functional.rotate_and_store(rotated, cos, sin, appended, HEADS, KV_HEADS, size, kind)
@@ -67,7 +67,7 @@ def test_rotate_and_store(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_rotation_tokens_are_only_stored(dtype: torch.dtype) -> None:
     qkv = _qkv(dtype, 24)
-    appended, cache = _appended(dtype, 24, in_branch=False)
+    appended, cache = _appended(dtype, 24, in_suffix=False)
     given = qkv.clone()
     functional.rotate_and_store(given, None, None, appended, HEADS, KV_HEADS, 24, "none")
     assert torch.equal(given, qkv)
@@ -82,7 +82,7 @@ def test_angles_in_the_other_dtype_or_strided(dtype: torch.dtype) -> None:
     qkv = _qkv(dtype, 24)
     results = []
     for c, s in ((cos, sin), (cos.float(), sin.float().contiguous())):
-        appended, _ = _appended(dtype, 24, in_branch=False)
+        appended, _ = _appended(dtype, 24, in_suffix=False)
         rotated = qkv.clone()
         functional.rotate_and_store(rotated, c, s, appended, HEADS, KV_HEADS, 24, "half")
         results.append(rotated)

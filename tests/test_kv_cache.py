@@ -67,14 +67,14 @@ class FollowingCache(DynamicCache):
     def _rounded(self, states: Tensor, layer_idx: int, which: int) -> Tensor:
         n_rows, n_new, first = states.shape[0], states.shape[2], self.get_seq_length(layer_idx)
         layer: Any = self.followed.layers[layer_idx]
-        # physical rows: those of the trunk are prompts, and those of the branch never move
-        trunk = dequantised(layer.trunk[which], layer.trunk_scales[which], states.dtype)[
-            :, :, : layer.trunk_len
+        # physical rows: those of the prefix are prompts, and those of the suffix never move
+        prefix = dequantised(layer.prefix[which], layer.prefix_scales[which], states.dtype)[
+            :, :, : layer.prefix_len
         ]
-        known = trunk.repeat_interleave(n_rows // trunk.shape[0], 0)
-        if layer.branch_len:
-            branch = dequantised(layer.branch[which], layer.branch_scales[which], states.dtype)
-            known = torch.cat([known, branch[:n_rows]], 2)
+        known = prefix.repeat_interleave(n_rows // prefix.shape[0], 0)
+        if layer.suffix_len:
+            suffix = dequantised(layer.suffix[which], layer.suffix_scales[which], states.dtype)
+            known = torch.cat([known, suffix[:n_rows]], 2)
         known = known[:, :, first : first + n_new]
         limit = 0.501 * quantised(states)[1][..., None]
         return torch.where((known - states).abs() <= limit, known, rounded(states))
@@ -216,7 +216,7 @@ def test_tokens_do_not_depend_on_how_the_prompt_was_cut(cut: int) -> None:
 
 
 def made_cache(model: Model, **options: Any) -> Any:
-    return cache_of(generated(model, max_new_tokens=3, do_sample=False, **options))
+    return cache_of(generated(model, **{"max_new_tokens": 3, "do_sample": False, **options}))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -261,8 +261,10 @@ def test_layers_of_other_kinds_keep_their_cache() -> None:
         sliding_window=16,
     )
     model = hfopt.optimize(MistralForCausalLM(config).eval(), kv_cache="int8")
-    assert type(made_cache(model)) is DynamicCache
-    assert "cached not as int8: not all of its layers have full attention" in str(hfopt.explain(model))
+    assert type(made_cache(model, max_new_tokens=16)) is DynamicCache
+    assert type(made_cache(model, max_new_tokens=2)) is IndirectCache
+    report = hfopt.explain(model)
+    assert report.window == 16 and "texts of more than 16 tokens, its window, get" in str(report)
 
 
 @pytest.mark.parametrize("kv_cache", ["int4", "INT8", 8, True, torch.int8])
@@ -322,7 +324,7 @@ def test_random_operations(seed: int, dtype: torch.dtype) -> None:
         operate(pair, chance, chance.choice(kinds))
     pair.reset()
     assert pair.ours.get_seq_length() == 0 and pair.ours.kv_cache == "int8"
-    assert all(layer.trunk_scales is None for layer in pair.ours.layers)
+    assert all(layer.prefix_scales is None for layer in pair.ours.layers)
     pair.theirs = RoundedCache(config=config)  # reset() of transformers 4 leaves zeros
     pair.update(3, 5)
     pair.check()
@@ -334,15 +336,15 @@ def test_what_is_stored() -> None:
     keys, values = states(2, 5, torch.bfloat16)
     cache.update(keys, values, 0)
     layer: Any = cache.layers[0]
-    assert layer.trunk.dtype == torch.int8 and layer.trunk.shape == (2, 2, N_HEADS, 64, HEAD_DIM)
-    assert layer.trunk_scales.dtype == torch.float32 and layer.trunk_scales.shape == (2, 2, N_HEADS, 64)
+    assert layer.prefix.dtype == torch.int8 and layer.prefix.shape == (2, 2, N_HEADS, 64, HEAD_DIM)
+    assert layer.prefix_scales.dtype == torch.float32 and layer.prefix_scales.shape == (2, 2, N_HEADS, 64)
     codes, scales = cache.newest()
     expected = quantised(torch.stack([keys, values]))
     assert torch.equal(codes, expected[0][:, :, :, -1]) and torch.equal(scales, expected[1][:, :, :, -1])
     cache.reorder_cache(torch.tensor([1, 1]))
     appended = cache.append(0, 2, 1, N_HEADS, HEAD_DIM, torch.bfloat16)
-    assert appended.in_branch and appended.branch_scales is not None and appended.trunk_scales is not None
-    assert appended.branch.shape[:4] == appended.branch_scales.shape
+    assert appended.in_suffix and appended.suffix_scales is not None and appended.prefix_scales is not None
+    assert appended.suffix.shape[:4] == appended.suffix_scales.shape
     codes, scales = cache.newest()
     codes.fill_(3)
     scales.fill_(0.5)
@@ -355,14 +357,14 @@ def test_keys_that_autograd_records_and_what_follows() -> None:
     keys, values = states(2, 3, torch.float32)
     cache.update(keys.requires_grad_(), values, 0)  # as they are: a plain layer
     layer: Any = cache.layers[0]
-    assert layer.trunk is None and torch.equal(layer.keys, keys)
+    assert layer.prefix is None and torch.equal(layer.keys, keys)
     with torch.no_grad():
         more = states(2, 1, torch.float32)
         found, _ = cache.update(*more, 0)
-        assert layer.trunk is not None
+        assert layer.prefix is not None
         assert torch.equal(found, rounded(torch.cat([keys, more[0]], 2)))
     cache.update(*states(2, 1, torch.float32), 0)
-    assert layer.trunk is None and torch.equal(layer.keys[:, :, :4], found)
+    assert layer.prefix is None and torch.equal(layer.keys[:, :, :4], found)
 
 
 def test_memory_is_counted_with_scales(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +377,7 @@ def test_memory_is_counted_with_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "available_memory", lambda: one_layer * N_LAYERS)
     cache.append(0, 1, 5, N_HEADS, HEAD_DIM, torch.float32)
     layer: Any = cache.layers[0]
-    assert layer.trunk.nbytes + layer.trunk_scales.nbytes == one_layer
+    assert layer.prefix.nbytes + layer.prefix_scales.nbytes == one_layer
 
 
 def test_gptj_in_a_prompt_of_many_tokens() -> None:

@@ -70,7 +70,7 @@ def append(cache: IndirectCache, n_rows: int, n_layers: int = 2, dtype: torch.dt
 
 def everywhere(appended: Any) -> AppendedEverywhere:
     """What `append_everywhere` makes of such layers."""
-    return AppendedEverywhere(appended[0], [Buffers(each.trunk, each.branch) for each in appended])
+    return AppendedEverywhere(appended[0], [Buffers(each.prefix, each.suffix) for each in appended])
 
 
 def step(**arguments: Any) -> Tensor:
@@ -261,12 +261,12 @@ def test_an_operation_that_there_is_not(number: int) -> None:
     code[5, 0] = number
     run = Run(built._replace(code=code), 3)
     run._arena[:] = 0xA5
-    stored = [each.trunk.copy() for each in arguments["appended"]]
+    stored = [each.prefix.copy() for each in arguments["appended"]]
     with pytest.raises(InvalidInput, match=f"instruction 5 has operation {number}:"):
         step(**{**arguments, "run": run})
     assert (run._arena == 0xA5).all()
     for before, after in zip(stored, arguments["appended"], strict=True):
-        assert np.array_equal(before.view(np.uint8), after.trunk.view(np.uint8))
+        assert np.array_equal(before.view(np.uint8), after.prefix.view(np.uint8))
 
 
 # ---- steps -------------------------------------------------------------------------------------------------
@@ -305,26 +305,26 @@ WRONG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "appended": [IndirectCache().append(0, 3, 1, 2, 4, torch.float32) for _ in range(2)]
     },
     "several tokens": lambda a: {"appended": [each._replace(n_new=2) for each in a["appended"]]},
-    "longer than stored": lambda a: {"appended": [each._replace(trunk_len=65) for each in a["appended"]]},
-    "negative length": lambda a: {"appended": [each._replace(trunk_len=-1) for each in a["appended"]]},
-    "nothing stored": lambda a: {"appended": [each._replace(trunk_len=0) for each in a["appended"]]},
-    "no branch": lambda a: {
-        "appended": [each._replace(in_branch=True, branch_len=1) for each in a["appended"]]
+    "longer than stored": lambda a: {"appended": [each._replace(prefix_len=65) for each in a["appended"]]},
+    "negative length": lambda a: {"appended": [each._replace(prefix_len=-1) for each in a["appended"]]},
+    "nothing stored": lambda a: {"appended": [each._replace(prefix_len=0) for each in a["appended"]]},
+    "no suffix": lambda a: {
+        "appended": [each._replace(in_suffix=True, suffix_len=1) for each in a["appended"]]
     },
     "fewer rows of one layer": lambda a: {
-        "appended": _replaced(a["appended"], 1, trunk=a["appended"][1].trunk[:, :2].copy())
+        "appended": _replaced(a["appended"], 1, prefix=a["appended"][1].prefix[:, :2].copy())
     },
     "fewer columns of one layer": lambda a: {
-        "appended": _replaced(a["appended"], 1, trunk=a["appended"][1].trunk[:, :, :, :0].copy())
+        "appended": _replaced(a["appended"], 1, prefix=a["appended"][1].prefix[:, :, :, :0].copy())
     },
     "rows of another type": lambda a: {
-        "appended": [each._replace(trunk_row=each.trunk_row.astype(np.int64)) for each in a["appended"]]
+        "appended": [each._replace(prefix_row=each.prefix_row.astype(np.int64)) for each in a["appended"]]
     },
     "a row that is not there": lambda a: {
-        "appended": _replaced(a["appended"], trunk_row=np.array([0, 1, 3], np.int32))
+        "appended": _replaced(a["appended"], prefix_row=np.array([0, 1, 3], np.int32))
     },
     "a negative row": lambda a: {
-        "appended": _replaced(a["appended"], trunk_row=np.array([0, -1, 2], np.int32))
+        "appended": _replaced(a["appended"], prefix_row=np.array([0, -1, 2], np.int32))
     },
 }
 
@@ -332,11 +332,11 @@ WRONG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_step_refuses(name: str) -> None:
     arguments = given()
-    stored = [each.trunk.copy() for each in arguments["appended"]]
+    stored = [each.prefix.copy() for each in arguments["appended"]]
     with pytest.raises(InvalidInput):
         step(**{**arguments, **WRONG[name](arguments)})
     for before, after in zip(stored, arguments["appended"], strict=True):
-        assert np.array_equal(before.view(np.uint8), after.trunk.view(np.uint8))
+        assert np.array_equal(before.view(np.uint8), after.prefix.view(np.uint8))
     # and goes on with what is right
     assert step(**arguments).isfinite().all()
 
@@ -443,10 +443,10 @@ def test_nothing_is_written_around_arena_and_logits(
 def test_columns_behind_the_cache_stay() -> None:
     arguments = given(2)
     for each in arguments["appended"]:
-        each.trunk[:] = 7.0
+        each.prefix[:] = 7.0
     step(**arguments)
     for each in arguments["appended"]:
-        assert (each.trunk[:, :, :, 1:] == 7.0).all() and not (each.trunk[:, :, :, :1] == 7.0).any()
+        assert (each.prefix[:, :, :, 1:] == 7.0).all() and not (each.prefix[:, :, :, :1] == 7.0).any()
 
 
 def test_infinite_and_hidden() -> None:
@@ -456,7 +456,7 @@ def test_infinite_and_hidden() -> None:
     cache = IndirectCache()
     append(cache, 2)
     for layer in cache.layers:
-        layer.trunk[:] = torch.nan
+        layer.prefix[:] = torch.nan
     arguments["appended"] = append(cache, 2)
     arguments["mask"] = np.array([[0, 1], [0, 1]], np.uint8)
     assert torch.equal(bits(step(**arguments)), bits(first))

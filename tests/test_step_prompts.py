@@ -134,7 +134,7 @@ def test_threads(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "n_cropped", "n_more"), pairs_of(FAMILIES, [0, 3, 9], [1, 2, 64, 65]))
 def test_a_second_turn(name: str, n_cropped: int, n_more: int, passes: list[int]) -> None:
-    """Of beams, which have a branch; all of which may be cropped away."""
+    """Of beams, which have a suffix; all of which may be cropped away."""
     model = proven(LONG[name]())
     more = torch.randint(2, VOCABULARY, (4, n_more), generator=torch.Generator().manual_seed(2))
     for given in ({"num_beams": 4, "num_return_sequences": 4, **prompts(1)}, prompts(4)):
@@ -330,7 +330,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "other rows": lambda a: {"appended": appended(2, 5)},
     "fewer new tokens": lambda a: {"appended": appended(3, 4)},
     "a length that is too short": lambda a: {
-        "appended": a["appended"]._replace(first=a["appended"].first._replace(trunk_len=4))
+        "appended": a["appended"]._replace(first=a["appended"].first._replace(prefix_len=4))
     },
     "another mask": lambda a: {"mask": Mask("unsupported")},
     "a mask of fewer keys": lambda a: {"mask": Mask("bytes", np.ones((3, 5, 4), np.uint8))},
@@ -344,7 +344,7 @@ WRONG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_prompt_is_refused(name: str) -> None:
     arguments = given()
-    layers = [each.trunk for each in arguments["appended"].buffers]
+    layers = [each.prefix for each in arguments["appended"].buffers]
     for layer in layers:
         layer[:] = 7.0
     with pytest.raises(InvalidInput):

@@ -282,7 +282,7 @@ def chosen(n_rows: int, n_steps: int, *, of: Any = None, **changes: Any) -> Any:
     layout = *HEADS[1:], torch.float32
     for layer in range(2):
         cache.append(layer, n_rows, 1, *layout)
-        cache.layers[layer].trunk[:, :, :, 0] = 0.1
+        cache.layers[layer].prefix[:, :, :, 0] = 0.1
     appended = cache.append_everywhere(n_rows, n_steps, *layout)
     arguments = {
         "tokens": np.arange(n_rows, dtype=np.int64),

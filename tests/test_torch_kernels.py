@@ -169,7 +169,7 @@ def test_the_rows_of_all_leading_dimensions_count(monkeypatch: pytest.MonkeyPatc
 # ---- attention ---------------------------------------------------------------------------------------------
 
 SIZE = 24
-# (query heads, key heads), rows, rows of the trunk, which of them each row reads, tokens of the branch
+# (query heads, key heads), rows, rows of the prefix, which of them each row reads, tokens of the suffix
 LAYOUTS: dict[str, tuple[tuple[int, int], int, int, list[int], int]] = {
     "a row": ((2, 1), 1, 1, [0], 0),
     "rows in order": ((4, 4), 2, 2, [0, 1], 0),
@@ -183,15 +183,15 @@ def _scene(
     layout: str, dtype: torch.dtype, n_new: int, n_past: int
 ) -> tuple[Tensor, Appended, tuple[int, int, int]]:
     """Queries and a cache with n_past tokens before the new ones; NaN in its unused columns."""
-    (n_heads, n_kv_heads), n_rows, n_stored, rows, branch_len = LAYOUTS[layout]
-    trunk_len = n_past + n_new - branch_len
-    trunk = _random(dtype, 2, n_stored, n_kv_heads, trunk_len + 3, SIZE)
-    branch = _random(dtype, 2, n_rows, n_kv_heads, branch_len + 2 if branch_len else 0, SIZE)
-    trunk[:, :, :, trunk_len:] = torch.nan
-    branch[:, :, :, branch_len:] = torch.nan
+    (n_heads, n_kv_heads), n_rows, n_stored, rows, suffix_len = LAYOUTS[layout]
+    prefix_len = n_past + n_new - suffix_len
+    prefix = _random(dtype, 2, n_stored, n_kv_heads, prefix_len + 3, SIZE)
+    suffix = _random(dtype, 2, n_rows, n_kv_heads, suffix_len + 2 if suffix_len else 0, SIZE)
+    prefix[:, :, :, prefix_len:] = torch.nan
+    suffix[:, :, :, suffix_len:] = torch.nan
     appended = Appended(
-        bits(trunk), bits(branch), trunk_len, branch_len, branch_len > 0, n_new,
-        np.array(rows, np.int32), torch.randint(n_rows, (n_rows, branch_len + 2), dtype=torch.int32).numpy(),
+        bits(prefix), bits(suffix), prefix_len, suffix_len, suffix_len > 0, n_new,
+        np.array(rows, np.int32), torch.randint(n_rows, (n_rows, suffix_len + 2), dtype=torch.int32).numpy(),
     )  # fmt: skip
     return (
         _random(dtype, n_rows, n_new, (n_heads + 2 * n_kv_heads) * SIZE),
@@ -255,7 +255,7 @@ def test_attention_at_the_boundaries(n_new: int, torch_is_faster: None, torchs_a
 def test_what_a_mask_hides_does_not_spread(value: float, which: int) -> None:
     qkv, appended, heads = _scene("a row", torch.float32, 9, 0)
     clean = [_attend(qkv, appended, mask, heads, "torch") for mask, _ in _masks(1, 9, 9)]
-    appended.trunk[which, 0, 0, 6, 3] = value
+    appended.prefix[which, 0, 0, 6, 3] = value
     hidden = torch.ones(1, 9, 9, dtype=torch.bool)
     hidden[..., 6] = False
     padded = _attend(qkv, appended, Mask("bytes", hidden.to(torch.uint8).numpy()), heads, "torch")
@@ -268,13 +268,13 @@ def test_what_a_mask_hides_does_not_spread(value: float, which: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"trunk_row": [0, 2]}, {"trunk_row": [-1, 0]}, {"table": [[0, 2, 0]] * 2}]
+    "changes", [{"prefix_row": [0, 2]}, {"prefix_row": [-1, 0]}, {"table": [[0, 2, 0]] * 2}]
 )
 def test_rows_that_the_cache_has_not_are_refused(changes: dict[str, Any]) -> None:
-    trunk, branch = np.zeros((2, 2, 1, 9, SIZE), np.float32), np.zeros((2, 2, 1, 4, SIZE), np.float32)
-    rows = {"trunk_row": [0, 1], "table": [[0, 1, 0]] * 2, **changes}
-    trunk_row, table = (np.array(each, np.int32) for each in rows.values())
-    appended = Appended(trunk, branch, 5, 3, True, 2, trunk_row, table)
+    prefix, suffix = np.zeros((2, 2, 1, 9, SIZE), np.float32), np.zeros((2, 2, 1, 4, SIZE), np.float32)
+    rows = {"prefix_row": [0, 1], "table": [[0, 1, 0]] * 2, **changes}
+    prefix_row, table = (np.array(each, np.int32) for each in rows.values())
+    appended = Appended(prefix, suffix, 5, 3, True, 2, prefix_row, table)
     for by in ("hfopt", "torch"):
         with pytest.raises(InvalidInput, match="that the cache has not"):
             _attend(torch.randn(2, 2, 3 * SIZE), appended, Mask("causal"), (1, 1, SIZE), by)

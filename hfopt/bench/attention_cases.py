@@ -38,8 +38,8 @@ def filled(dtype: torch.dtype, n_tokens: int, n_kv_heads: int, head_dim: int) ->
 
 
 def _fill(appended: Appended, dtype: torch.dtype) -> None:
-    trunk = torch.from_numpy(appended.trunk).view(dtype)
-    trunk.copy_(random(dtype, *trunk.shape))
+    prefix = torch.from_numpy(appended.prefix).view(dtype)
+    prefix.copy_(random(dtype, *prefix.shape))
 
 
 def _beams(dtype: torch.dtype, n_beams: int, n_prompt: int, n_kv_heads: int, head_dim: int) -> Appended:
@@ -50,7 +50,7 @@ def _beams(dtype: torch.dtype, n_beams: int, n_prompt: int, n_kv_heads: int, hea
     cache.fork()
     for _ in range(_GENERATED):
         appended = cache.append(0, n_beams, 1, n_kv_heads, head_dim, dtype)
-        appended.branch[:] = 0
+        appended.suffix[:] = 0
         if n_beams > 1:
             cache.reorder_cache(torch.arange(n_beams).flip(0))
     return appended
@@ -59,16 +59,16 @@ def _beams(dtype: torch.dtype, n_beams: int, n_prompt: int, n_kv_heads: int, hea
 def _step(layers: list[Appended], dtype: torch.dtype, heads: Heads) -> Call:
     """A decode step over each of the layers."""
     n_heads, n_kv_heads, head_dim = heads
-    n_rows, n_prompt = len(layers[0].trunk_row), layers[0].trunk_len
+    n_rows, n_prompt = len(layers[0].prefix_row), layers[0].prefix_len
     qkv = random(dtype, n_rows, 1, (n_heads + 2 * n_kv_heads) * head_dim)
-    mask = prepare_mask(None, n_rows, 1, n_prompt + layers[0].branch_len)
+    mask = prepare_mask(None, n_rows, 1, n_prompt + layers[0].suffix_len)
     run = each(lambda layer: attend(qkv, layer, mask, head_dim**-0.5, *heads), layers)
     n_bytes = 2 * n_prompt * n_kv_heads * head_dim * dtype.itemsize
     return Call(run, len(layers), n_bytes, n_operations=4 * n_rows * n_heads * head_dim * n_prompt)
 
 
 def _stream(layers: list[Appended]) -> dict[str, Call]:
-    return stream([torch.from_numpy(layer.trunk) for layer in layers])
+    return stream([torch.from_numpy(layer.prefix) for layer in layers])
 
 
 def _n_layers(sizes: Sizes, dtype: torch.dtype, n_keys: int, heads: Heads) -> int:
@@ -101,7 +101,7 @@ def _prefill(dtype: torch.dtype, heads: Heads, n_tokens: int) -> dict[str, Call]
     qkv = random(dtype, 1, n_tokens, (n_heads + 2 * n_kv_heads) * head_dim)
     mask = prepare_mask(None, 1, n_tokens, n_tokens)
     q = qkv[:, :, : n_heads * head_dim].view(1, n_tokens, n_heads, head_dim).transpose(1, 2)
-    k, v = torch.from_numpy(layer.trunk).view(dtype)[:, :, :, :n_tokens]
+    k, v = torch.from_numpy(layer.prefix).view(dtype)[:, :, :, :n_tokens]
     group = n_heads // n_kv_heads
     runs = {
         # as transformers calls it; keys repeated beforehand are no faster here

@@ -17,15 +17,15 @@ class Buffers:
 
     def __init__(
         self,
-        trunk: np.ndarray,
-        branch: np.ndarray,
-        trunk_scales: np.ndarray | None = None,
-        branch_scales: np.ndarray | None = None,
+        prefix: np.ndarray,
+        suffix: np.ndarray,
+        prefix_scales: np.ndarray | None = None,
+        suffix_scales: np.ndarray | None = None,
     ) -> None:
-        self.trunk, self.branch = trunk, branch
-        self.trunk_scales, self.branch_scales = trunk_scales, branch_scales
-        self.trunk_columns = 0 if trunk is None else trunk.shape[3]
-        self.branch_rows, self.branch_columns = (0, 0) if branch is None else branch.shape[1:4:2]
+        self.prefix, self.suffix = prefix, suffix
+        self.prefix_scales, self.suffix_scales = prefix_scales, suffix_scales
+        self.prefix_columns = 0 if prefix is None else prefix.shape[3]
+        self.suffix_rows, self.suffix_columns = (0, 0) if suffix is None else suffix.shape[1:4:2]
         self.checked: tuple[torch.dtype, int, int] | None = None
         self.record: Any = None
 
@@ -33,23 +33,23 @@ class Buffers:
 class Appended(NamedTuple):
     """One layer after room was made for `n_new` tokens a row; the arrays are views of what is stored.
 
-    Token `t` of logical row `r` is `trunk[:, trunk_row[r], :, t]` for `t < trunk_len`; later tokens are
-    `branch[:, table[r, b], :, b]` with `b = t - trunk_len`. The new ones belong into row `r` and the columns
+    Token `t` of logical row `r` is `prefix[:, prefix_row[r], :, t]` for `t < prefix_len`; later tokens are
+    `suffix[:, table[r, b], :, b]` with `b = t - prefix_len`. The new ones belong into row `r` and the columns
     `[len - n_new, len)`. Columns beyond the length hold arbitrary bits. bfloat16 comes as uint16; or all are int8 codes, to
     be multiplied by the scale of their token and head.
     """
 
-    trunk: np.ndarray  # [2, n_prompts, n_kv_heads, columns, head_dim], keys then values
-    branch: np.ndarray  # [2, >= 1, n_kv_heads, columns, head_dim]; no columns as long as there is no branch
-    trunk_len: int  # with the new tokens, if they belong there
-    branch_len: int
-    in_branch: bool  # whether the new tokens belong into the branch
+    prefix: np.ndarray  # [2, n_prompts, n_kv_heads, columns, head_dim], keys then values
+    suffix: np.ndarray  # [2, >= 1, n_kv_heads, columns, head_dim]; no columns as long as there is no suffix
+    prefix_len: int  # with the new tokens, if they belong there
+    suffix_len: int
+    in_suffix: bool  # whether the new tokens belong into the suffix
     n_new: int
-    trunk_row: np.ndarray  # int32 [n_rows]
-    table: np.ndarray  # int32 [n_rows, >= branch_len], C-contiguous
-    buffers: Buffers | None = None  # if trunk and branch are those of a cache, which are checked once
-    trunk_scales: np.ndarray | None = None  # of codes: float32 [2, n_prompts, n_kv_heads, columns]
-    branch_scales: np.ndarray | None = None
+    prefix_row: np.ndarray  # int32 [n_rows]
+    table: np.ndarray  # int32 [n_rows, >= suffix_len], C-contiguous
+    buffers: Buffers | None = None  # if prefix and suffix are those of a cache, which are checked once
+    prefix_scales: np.ndarray | None = None  # of codes: float32 [2, n_prompts, n_kv_heads, columns]
+    suffix_scales: np.ndarray | None = None
 
 
 class AppendedEverywhere(NamedTuple):

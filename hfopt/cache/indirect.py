@@ -1,9 +1,9 @@
 """IndirectCache: a `transformers` cache in which rows share keys and values, and reordering moves none.
 
-A layer holds two buffers. The *trunk* has the tokens that were read before rows diverged, one row per prompt;
-the *branch* has those after that, one row per logical row (a beam, say): the two segments of
+A layer holds two buffers. The *prefix* has the tokens that were read before rows diverged, one row per prompt;
+the *suffix* has those after that, one row per logical row (a beam, say): the two segments of
 https://arxiv.org/abs/2401.05391. A `RowMap`, one for all layers, names the physical row in which a logical
-row finds its trunk and each of its branch tokens, so a step of beam search rewrites some integers, no more.
+row finds its prefix and each of its suffix tokens, so a step of beam search rewrites some integers, no more.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class IndirectCache(DynamicCache):
         first = layers[0].append(n_rows, n_new, *layout)
         for layer in layers[1:]:
             if have_room:
-                layer.trunk_len, layer.branch_len = first.trunk_len, first.branch_len
+                layer.prefix_len, layer.suffix_len = first.prefix_len, first.suffix_len
             else:
                 layer.append(n_rows, n_new, *layout)
         return AppendedEverywhere(first, [layer.buffers for layer in layers])
@@ -137,13 +137,13 @@ class IndirectCache(DynamicCache):
         rows, layers = self._rows, self.layers
         if not layers or not isinstance(layers[0], IndirectLayer):
             return False
-        trunk_len, branch_len = layers[0].trunk_len, layers[0].branch_len
+        prefix_len, suffix_len = layers[0].prefix_len, layers[0].suffix_len
         for layer in layers:
-            if not isinstance(layer, IndirectLayer) or layer.rows is not rows or layer.trunk is None:
+            if not isinstance(layer, IndirectLayer) or layer.rows is not rows or layer.prefix is None:
                 return False
-            if layer.trunk_len != trunk_len or layer.branch_len != branch_len:
+            if layer.prefix_len != prefix_len or layer.suffix_len != suffix_len:
                 return False
-        return trunk_len > 0 and rows.n_rows == n_rows
+        return prefix_len > 0 and rows.n_rows == n_rows
 
     def _is_empty(self) -> bool:
         """Whether all layers have room for the first tokens of the same rows."""
@@ -160,7 +160,7 @@ class IndirectCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Store [n_rows, n_kv_heads, n_new, head_dim], and return all keys and all values of the layer.
 
-        For attention code that knows nothing of trunks. A view as long as every row reads its own trunk row,
+        For attention code that knows nothing of prefixes. A view as long as every row reads its own prefix row,
         gathered after that, and dequantised from codes. Raises as `append`.
         """
         if self.copies > 1:
@@ -190,31 +190,31 @@ class IndirectCache(DynamicCache):
         return built
 
     def _settled(self) -> list[RowMap]:
-        """The maps in use, after every layer whose branch is shorter than its companions' has got its own.
+        """The maps in use, after every layer whose suffix is shorter than its companions' has got its own.
 
         Columns that only some layers have filled would otherwise be reordered before the others fill them.
         """
-        stored = [layer for layer in self._indirect() if layer.trunk is not None]
+        stored = [layer for layer in self._indirect() if layer.prefix is not None]
         companions: dict[int, list[IndirectLayer]] = {}
         for layer in stored:
             companions.setdefault(id(layer.rows), []).append(layer)
         for layers in companions.values():
             rows = layers[0].rows
-            rows.n_branch = max(layer.branch_len for layer in layers)
+            rows.n_suffix = max(layer.suffix_len for layer in layers)
             for layer in layers:
-                if layer.branch_len < rows.n_branch:
+                if layer.suffix_len < rows.n_suffix:
                     layer.own_rows()
         return list({id(layer.rows): layer.rows for layer in stored if layer.get_seq_length() > 0}.values())
 
     def _rearrange(self, method: str, argument: Any) -> None:
         if self.is_even(self._rows.n_rows):
-            self._rows.n_branch = self.layers[0].branch_len
+            self._rows.n_suffix = self.layers[0].suffix_len
             getattr(self._rows, method)(argument)
             return
         for rows in self._settled():
             getattr(rows, method)(argument)
         for layer in self.layers:
-            if not isinstance(layer, IndirectLayer) or layer.trunk is None:
+            if not isinstance(layer, IndirectLayer) or layer.prefix is None:
                 getattr(layer, method)(argument)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -237,7 +237,7 @@ class IndirectCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of every row."""
         for layer in self.layers:
-            if isinstance(layer, IndirectLayer) and layer.trunk is not None:
+            if isinstance(layer, IndirectLayer) and layer.prefix is not None:
                 layer.shorten(tokens_to_remove)
             else:
                 layer.crop(tokens_to_remove)

@@ -1,4 +1,4 @@
-"""IndirectLayer: the keys and values of one layer, in a trunk and a branch."""
+"""IndirectLayer: the keys and values of one layer, in a prefix and a suffix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CROPS_TO_LENGTH = "tokens_to_remove" not in inspect.signature(DynamicLayer.crop
 class IndirectLayer(DynamicLayer):
     """A layer whose rows read their keys and values through a `RowMap`.
 
-    While `trunk` is None it is a plain `DynamicLayer`. It turns into one for whatever the buffers cannot hold
+    While `prefix` is None it is a plain `DynamicLayer`. It turns into one for whatever the buffers cannot hold
     (keys and values of different shapes, other devices, tensors that autograd records, keys assigned from
     outside), and back with the next tokens that they can.
     """
@@ -37,25 +37,25 @@ class IndirectLayer(DynamicLayer):
         super().__init__()
 
     def _drop(self) -> None:
-        self.trunk: Tensor | None = None
-        self.branch: Tensor | None = None
-        self.trunk_scales: Tensor | None = None
-        self.branch_scales: Tensor | None = None
-        self.trunk_len = self.branch_len = 0
+        self.prefix: Tensor | None = None
+        self.suffix: Tensor | None = None
+        self.prefix_scales: Tensor | None = None
+        self.suffix_scales: Tensor | None = None
+        self.prefix_len = self.suffix_len = 0
         self._layout: Layout | None = None
         self._keys = self._values = None
         self._view()
 
     def _view(self) -> None:
-        parts = self.trunk, self.branch, self.trunk_scales, self.branch_scales
+        parts = self.prefix, self.suffix, self.prefix_scales, self.suffix_scales
         self.buffers = Buffers(*(bits(part) for part in parts))
 
     # What is stored
 
     @property
     def keys(self) -> Tensor | None:
-        """[n_rows, n_kv_heads, length, head_dim]; a view while rows read their own trunk row, else a copy, as of codes."""
-        return self._keys if self.trunk is None else self._gathered(0)
+        """[n_rows, n_kv_heads, length, head_dim]; a view while rows read their own prefix row, else a copy, as of codes."""
+        return self._keys if self.prefix is None else self._gathered(0)
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
@@ -65,7 +65,7 @@ class IndirectLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         """Values in the form of `keys`."""
-        return self._values if self.trunk is None else self._gathered(1)
+        return self._values if self.prefix is None else self._gathered(1)
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
@@ -73,24 +73,24 @@ class IndirectLayer(DynamicLayer):
         self._values = values
 
     def _gathered(self, which: int) -> Tensor:
-        assert self.trunk is not None and self.branch is not None and self._layout is not None
-        elements = self._read(self.trunk[which], self.branch[which])
-        if self.trunk_scales is None or self.branch_scales is None:
+        assert self.prefix is not None and self.suffix is not None and self._layout is not None
+        elements = self._read(self.prefix[which], self.suffix[which])
+        if self.prefix_scales is None or self.suffix_scales is None:
             return elements
-        scales = self._read(self.trunk_scales[which], self.branch_scales[which])
+        scales = self._read(self.prefix_scales[which], self.suffix_scales[which])
         return dequantised(elements, scales, self._layout[2])
 
-    def _read(self, trunk: Tensor, branch: Tensor) -> Tensor:
+    def _read(self, prefix: Tensor, suffix: Tensor) -> Tensor:
         """Gather what the rows read of [rows, n_kv_heads, columns, ...]."""
-        rows, trunk = self.rows, trunk[:, :, : self.trunk_len]
+        rows, prefix = self.rows, prefix[:, :, : self.prefix_len]
         return (
-            trunk
+            prefix
             if rows.is_identity
-            else gathered(trunk, branch, rows.trunk_row, rows.table[:, : self.branch_len])
+            else gathered(prefix, suffix, rows.prefix_row, rows.table[:, : self.suffix_len])
         )
 
     def _become_plain(self) -> None:
-        if self.trunk is not None:
+        if self.prefix is not None:
             keys, values = self.keys, self.values
             self._drop()
             self._keys, self._values = keys, values
@@ -104,7 +104,7 @@ class IndirectLayer(DynamicLayer):
         return self.rows.n_rows if self._keys is None else self._keys.shape[0]
 
     def get_seq_length(self) -> int:
-        return super().get_seq_length() if self.trunk is None else self.trunk_len + self.branch_len
+        return super().get_seq_length() if self.prefix is None else self.prefix_len + self.suffix_len
 
     # New tokens
 
@@ -114,40 +114,40 @@ class IndirectLayer(DynamicLayer):
             self._admit(n_rows, n_new, (n_kv_heads, head_dim, dtype))
         rows = self.rows
         if rows.is_identity:
-            length = self.trunk_len + n_new
-            if length > self.buffers.trunk_columns:
-                self.trunk, self.trunk_scales = self._grown(self.trunk, self.trunk_scales, n_rows, length)
+            length = self.prefix_len + n_new
+            if length > self.buffers.prefix_columns:
+                self.prefix, self.prefix_scales = self._grown(self.prefix, self.prefix_scales, n_rows, length)
                 self._view()
-            self.trunk_len = length
+            self.prefix_len = length
         else:
-            length = self.branch_len + n_new
-            if length > self.buffers.branch_columns or n_rows > self.buffers.branch_rows:
-                self.branch, self.branch_scales = self._grown(self.branch, self.branch_scales, n_rows, length)
+            length = self.suffix_len + n_new
+            if length > self.buffers.suffix_columns or n_rows > self.buffers.suffix_rows:
+                self.suffix, self.suffix_scales = self._grown(self.suffix, self.suffix_scales, n_rows, length)
                 self._view()
-            if length > rows.n_branch:
+            if length > rows.n_suffix:
                 rows.extend(length)
-            self.branch_len = length
+            self.suffix_len = length
         return Appended(
-            self.buffers.trunk,
-            self.buffers.branch,
-            self.trunk_len,
-            self.branch_len,
+            self.buffers.prefix,
+            self.buffers.suffix,
+            self.prefix_len,
+            self.suffix_len,
             not rows.is_identity,
             n_new,
-            rows.trunk_row,
+            rows.prefix_row,
             rows.table,
             self.buffers,
-            self.buffers.trunk_scales,
-            self.buffers.branch_scales,
+            self.buffers.prefix_scales,
+            self.buffers.suffix_scales,
         )
 
     def newest(self) -> list[Tensor]:
         """Keys and values of the last token, in place: [2, n_rows, n_kv_heads, head_dim], and the scales of codes."""
         rows = self.rows
         if rows.is_identity:
-            parts, length = (self.trunk, self.trunk_scales), self.trunk_len
+            parts, length = (self.prefix, self.prefix_scales), self.prefix_len
         else:
-            parts, length = (self.branch, self.branch_scales), self.branch_len
+            parts, length = (self.suffix, self.suffix_scales), self.suffix_len
         return [part[:, : rows.n_rows, :, length - 1] for part in parts if part is not None]
 
     def has_room(self, n_new: int, layout: Layout) -> bool:
@@ -156,38 +156,40 @@ class IndirectLayer(DynamicLayer):
         if self._layout != layout:
             return False
         if rows.is_identity:
-            return self.trunk_len + n_new <= buffers.trunk_columns
-        return self.branch_len + n_new <= buffers.branch_columns and rows.n_rows <= buffers.branch_rows
+            return self.prefix_len + n_new <= buffers.prefix_columns
+        return self.suffix_len + n_new <= buffers.suffix_columns and rows.n_rows <= buffers.suffix_rows
 
     def _admit(self, n_rows: int, n_new: int, layout: Layout) -> None:
         """Prepare for what an append seldom meets: the first tokens in the buffers, or arguments that do not fit."""
         length = self.get_seq_length()
-        if self.trunk is not None or length > 0:
-            stored = (self.n_rows, self._layout if self.trunk is not None else self._plain_layout())
+        if self.prefix is not None or length > 0:
+            stored = (self.n_rows, self._layout if self.prefix is not None else self._plain_layout())
             if stored != (n_rows, layout):
                 raise InvalidInput(
                     f"n_rows = {n_rows}, (n_kv_heads, head_dim, dtype) = {layout}: "
                     f"this layer has tokens of {stored[0]} rows and {stored[1] or 'another shape'}"
                 )
-        if self.trunk is not None:
+        if self.prefix is not None:
             return
 
         dtype = layout[2]
         if dtype not in DTYPES:
             raise InvalidInput(f"dtype = {dtype}: allowed are {', '.join(map(str, DTYPES))}")
-        trunk, trunk_scales = self._grown(*no_columns(n_rows, layout, self.kv_cache), n_rows, length + n_new)
+        prefix, prefix_scales = self._grown(
+            *no_columns(n_rows, layout, self.kv_cache), n_rows, length + n_new
+        )
         if length > 0 and self._keys is not None and self._values is not None:
             known = torch.stack([self._keys.detach(), self._values.detach()])
-            write(trunk, trunk_scales, n_rows, 0, known)
+            write(prefix, prefix_scales, n_rows, 0, known)
         if self.rows.n_rows == 0:
             self.rows.start(n_rows)
         elif not self.rows.is_identity or self.rows.n_rows != n_rows:
             self.rows = RowMap(n_rows)
         self._drop()
-        self.trunk, self.trunk_scales = trunk, trunk_scales
-        self.branch, self.branch_scales = no_columns(1, layout, self.kv_cache)
-        self.trunk_len, self._layout = length, layout
-        self.dtype, self.device, self.is_initialized = dtype, trunk.device, True
+        self.prefix, self.prefix_scales = prefix, prefix_scales
+        self.suffix, self.suffix_scales = no_columns(1, layout, self.kv_cache)
+        self.prefix_len, self._layout = length, layout
+        self.dtype, self.device, self.is_initialized = dtype, prefix.device, True
         self._view()
 
     def _grown(self, buffer: Tensor | None, scales: Tensor | None, n_rows: int, length: int) -> Segment:
@@ -211,7 +213,7 @@ class IndirectLayer(DynamicLayer):
         """
         # While autograd records, writing in place would change what it has saved.
         layout = None if torch.is_grad_enabled() else layout_of(key_states, value_states)
-        if self.trunk is not None:
+        if self.prefix is not None:
             fits = layout == self._layout
         else:
             fits = layout is not None and (self.get_seq_length() == 0 or layout == self._plain_layout())
@@ -220,11 +222,11 @@ class IndirectLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
 
         n_rows, n_kv_heads, n_new, head_dim = key_states.shape
-        in_branch = self.append(n_rows, n_new, n_kv_heads, head_dim, key_states.dtype).in_branch
-        if in_branch:
-            buffer, scales, length = self.branch, self.branch_scales, self.branch_len
+        in_suffix = self.append(n_rows, n_new, n_kv_heads, head_dim, key_states.dtype).in_suffix
+        if in_suffix:
+            buffer, scales, length = self.suffix, self.suffix_scales, self.suffix_len
         else:
-            buffer, scales, length = self.trunk, self.trunk_scales, self.trunk_len
+            buffer, scales, length = self.prefix, self.prefix_scales, self.prefix_len
         assert buffer is not None
         if scales is None:
             buffer[0, :n_rows, :, length - n_new : length] = key_states
@@ -237,10 +239,10 @@ class IndirectLayer(DynamicLayer):
 
     def own_rows(self) -> None:
         """Leave the map that is shared with other layers."""
-        self.rows = self.rows.cut(self.branch_len)
+        self.rows = self.rows.cut(self.suffix_len)
 
     def _rearrange(self, method: str, argument: Any) -> None:
-        if self.trunk is None:
+        if self.prefix is None:
             getattr(super(), method)(argument)
         elif self.get_seq_length() > 0:
             self.own_rows()
@@ -256,7 +258,7 @@ class IndirectLayer(DynamicLayer):
         self._rearrange("batch_select_indices", indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self.trunk is None:
+        if self.prefix is None:
             super().crop(tokens_to_remove)
         else:
             self.shorten(tokens_to_remove)
@@ -273,8 +275,8 @@ class IndirectLayer(DynamicLayer):
             raise InvalidInput(
                 f"tokens_to_remove = {tokens_to_remove}: give minus the number of tokens to remove"
             )
-        self.trunk_len = min(self.trunk_len, kept)
-        self.branch_len = kept - self.trunk_len
+        self.prefix_len = min(self.prefix_len, kept)
+        self.suffix_len = kept - self.prefix_len
 
     def reset(self) -> None:
         self._drop()
@@ -282,11 +284,11 @@ class IndirectLayer(DynamicLayer):
         super().reset()
 
     def offload(self) -> None:
-        if self.trunk is None:
+        if self.prefix is None:
             super().offload()
 
     def prefetch(self) -> None:
-        if self.trunk is None:
+        if self.prefix is None:
             super().prefetch()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from .rotary import check_qkv, held_by
 if TYPE_CHECKING:
     from hfopt.cache import Appended
 
-_WRONG_ROWS = "appended names rows in trunk_row or table that the cache has not"
+_WRONG_ROWS = "appended names rows in prefix_row or table that the cache has not"
 _NO_BYTES = np.zeros((0, 0, 0), np.uint8)
 _INT32 = np.dtype(np.int32)
 
@@ -113,7 +113,7 @@ def attend(
             return attended
     prepare_threads()
     like, target, factor = (ELEMENTS[qkv.dtype], held_by(appended, qkv.dtype)), out.data_ptr(), float(scale)
-    cache = (record, appended.trunk_len, appended.branch_len, appended.trunk_row, appended.table)
+    cache = (record, appended.prefix_len, appended.suffix_len, appended.prefix_row, appended.table)
     if n_new == 1:
         wrong = decode.attend_decode(*like, address, n_rows, *cache, hidden, factor, n_heads, target)
     else:
@@ -157,21 +157,21 @@ def _attend_in_torch(
 
 def _gathered(appended: "Appended", n_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values as the rows read them, [n_rows, n_kv_heads, n_keys, head_dim]; views if they are in order."""
-    trunk_row, table = appended.trunk_row[:n_rows], appended.table[:n_rows, : appended.branch_len]
-    for rows, stored in ((trunk_row, appended.trunk), (table, appended.branch)):
+    prefix_row, table = appended.prefix_row[:n_rows], appended.table[:n_rows, : appended.suffix_len]
+    for rows, stored in ((prefix_row, appended.prefix), (table, appended.suffix)):
         if rows.size and not 0 <= rows.min() <= rows.max() < stored.shape[1]:
             raise InvalidInput(_WRONG_ROWS)
 
-    def read(trunk: np.ndarray, branch: np.ndarray, of: torch.dtype) -> Tensor:
-        columns = torch.from_numpy(trunk)[:, :, : appended.trunk_len]
-        return gathered(columns.view(of), torch.from_numpy(branch).view(of), trunk_row, table)
+    def read(prefix: np.ndarray, suffix: np.ndarray, of: torch.dtype) -> Tensor:
+        columns = torch.from_numpy(prefix)[:, :, : appended.prefix_len]
+        return gathered(columns.view(of), torch.from_numpy(suffix).view(of), prefix_row, table)
 
     def floats(which: int) -> Tensor:
-        trunk, branch = appended.trunk[which], appended.branch[which]
-        if appended.trunk_scales is None or appended.branch_scales is None:
-            return read(trunk, branch, dtype)
-        scales = read(appended.trunk_scales[which], appended.branch_scales[which], torch.float32)
-        return dequantised(read(trunk, branch, torch.int8), scales, dtype)
+        prefix, suffix = appended.prefix[which], appended.suffix[which]
+        if appended.prefix_scales is None or appended.suffix_scales is None:
+            return read(prefix, suffix, dtype)
+        scales = read(appended.prefix_scales[which], appended.suffix_scales[which], torch.float32)
+        return dequantised(read(prefix, suffix, torch.int8), scales, dtype)
 
     return floats(0), floats(1)
 
@@ -182,7 +182,7 @@ def checked_bytes(mask: Mask, appended: "Appended", n_rows: int, n_new: int) -> 
         return _NO_BYTES
     if mask.kind not in KINDS:
         raise InvalidInput(f"mask is of kind {mask.kind!r}: {', '.join(map(repr, KINDS))} are allowed")
-    given, shape = mask.bytes, (n_rows, n_new, appended.trunk_len + appended.branch_len)
+    given, shape = mask.bytes, (n_rows, n_new, appended.prefix_len + appended.suffix_len)
     if given.shape != shape or given.dtype != np.uint8 or not given.flags.c_contiguous:
         raise InvalidInput(f"mask has bytes {given.dtype} {given.shape}: contiguous uint8 {shape} is needed")
     return given
@@ -190,18 +190,18 @@ def checked_bytes(mask: Mask, appended: "Appended", n_rows: int, n_new: int) -> 
 
 def check_lengths(appended: "Appended", n_rows: int) -> None:
     """Raises `InvalidInput` unless lengths and rows are those of something stored."""
-    if not 0 <= appended.trunk_len <= appended.trunk.shape[3]:
+    if not 0 <= appended.prefix_len <= appended.prefix.shape[3]:
         raise InvalidInput(
-            f"appended.trunk_len is {appended.trunk_len}: up to {appended.trunk.shape[3]} is allowed"
+            f"appended.prefix_len is {appended.prefix_len}: up to {appended.prefix.shape[3]} is allowed"
         )
-    if not 0 <= appended.branch_len <= appended.branch.shape[3]:
+    if not 0 <= appended.suffix_len <= appended.suffix.shape[3]:
         raise InvalidInput(
-            f"appended.branch_len is {appended.branch_len}: up to {appended.branch.shape[3]} is allowed"
+            f"appended.suffix_len is {appended.suffix_len}: up to {appended.suffix.shape[3]} is allowed"
         )
-    trunk_row, table, n_columns = appended.trunk_row, appended.table, appended.branch_len
-    if trunk_row.ndim != 1 or trunk_row.shape[0] < n_rows or not _is_index(trunk_row):
-        given = f"{trunk_row.dtype} {trunk_row.shape}"
-        raise InvalidInput(f"appended.trunk_row has {given}: int32 {(n_rows,)} is needed")
+    prefix_row, table, n_columns = appended.prefix_row, appended.table, appended.suffix_len
+    if prefix_row.ndim != 1 or prefix_row.shape[0] < n_rows or not _is_index(prefix_row):
+        given = f"{prefix_row.dtype} {prefix_row.shape}"
+        raise InvalidInput(f"appended.prefix_row has {given}: int32 {(n_rows,)} is needed")
     if table.ndim != 2 or table.shape[0] < n_rows or table.shape[1] < n_columns or not _is_index(table):
         given = f"{table.dtype} {table.shape}"
         raise InvalidInput(f"appended.table has {given}: int32 {(n_rows, n_columns)} is needed")

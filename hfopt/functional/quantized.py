@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
-from hfopt.kernels.linear.quantized import MOST_TERMS
+from hfopt.kernels.linear.quantized import MAX_TERMS
 from hfopt.kernels.linear.quantized import quantized_linear as quantized_kernel
 from hfopt.quantization.layout import ALIGNMENT, Layout, QuantizedMatrix, layout
 
@@ -232,7 +232,7 @@ def _shift_levels(levels: Sequence[int] | None, bits: int, has_zeros: bool) -> T
 
 def terms_of(compute: str, dtype: torch.dtype) -> int:
     """Number of rows of 8-bit codes that a row of x is the sum of."""
-    return 1 if compute == "int8" else MOST_TERMS[dtype.itemsize]
+    return 1 if compute == "int8" else MAX_TERMS[dtype.itemsize]
 
 
 def quantized_linear(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hfopt.errors import InvalidInput
 from hfopt.kernels import rope as kernels
-from hfopt.kernels.attention.cache_record import BRANCH, TRUNK, record_of
+from hfopt.kernels.attention.cache_record import PREFIX, SUFFIX, record_of
 
 from .checks import CODES, ELEMENTS, address_of, check_array, check_floats, prepare_threads
 
@@ -56,7 +56,9 @@ def rotate_and_store(
             )
         cos_at, sin_at, n_angle_rows = address_of("cos", cos), address_of("sin", sin), cos.shape[0]
     cache, length = (
-        (appended.branch, appended.branch_len) if appended.in_branch else (appended.trunk, appended.trunk_len)
+        (appended.suffix, appended.suffix_len)
+        if appended.in_suffix
+        else (appended.prefix, appended.prefix_len)
     )
     if cache.shape[1] < n_rows or not n_new <= length <= cache.shape[3]:
         raise InvalidInput(
@@ -78,7 +80,7 @@ def rotate_and_store(
             ROTATIONS[rotation],
             n_heads,
             record,
-            BRANCH if appended.in_branch else TRUNK,
+            SUFFIX if appended.in_suffix else PREFIX,
             length - n_new,
         )
 
@@ -95,13 +97,13 @@ def check_qkv(
             "positive numbers are needed, n_heads a multiple of n_kv_heads"
         )
     width = (n_heads + 2 * n_kv_heads) * head_dim
-    address = check_array("qkv", qkv, (len(appended.trunk_row), appended.n_new, width))
+    address = check_array("qkv", qkv, (len(appended.prefix_row), appended.n_new, width))
     return address, cache_record(appended, qkv.dtype, n_kv_heads, head_dim)
 
 
 def held_by(appended: "Appended | Buffers", dtype: torch.dtype) -> np.ndarray:
     """What tells a kernel of which type the elements of a cache are."""
-    return ELEMENTS[dtype] if appended.trunk_scales is None else CODES
+    return ELEMENTS[dtype] if appended.prefix_scales is None else CODES
 
 
 def cache_record(appended: "Appended", dtype: torch.dtype, n_kv_heads: int, head_dim: int) -> np.ndarray:
@@ -126,10 +128,10 @@ def record_of_buffers(buffers: "Buffers", dtype: torch.dtype, n_kv_heads: int, h
 def known_buffers(appended: "Appended") -> Any:
     """Those of a cache, unless `_replace` has put other arrays beside them."""
     buffers = appended.buffers
-    if buffers is None or buffers.trunk is not appended.trunk or buffers.branch is not appended.branch:
+    if buffers is None or buffers.prefix is not appended.prefix or buffers.suffix is not appended.suffix:
         return None
-    scales = buffers.trunk_scales, buffers.branch_scales
-    is_same = scales[0] is appended.trunk_scales and scales[1] is appended.branch_scales
+    scales = buffers.prefix_scales, buffers.suffix_scales
+    is_same = scales[0] is appended.prefix_scales and scales[1] is appended.suffix_scales
     return buffers if is_same else None
 
 
@@ -137,9 +139,9 @@ def _checked_record(
     stored: "Appended | Buffers", dtype: torch.dtype, n_kv_heads: int, head_dim: int
 ) -> np.ndarray:
     bits = held_by(stored, dtype).dtype
-    trunk, branch = stored.trunk, stored.branch
-    trunk_scales, branch_scales = stored.trunk_scales, stored.branch_scales
-    for name, cache, scales in (("trunk", trunk, trunk_scales), ("branch", branch, branch_scales)):
+    prefix, suffix = stored.prefix, stored.suffix
+    prefix_scales, suffix_scales = stored.prefix_scales, stored.suffix_scales
+    for name, cache, scales in (("prefix", prefix, prefix_scales), ("suffix", suffix, suffix_scales)):
         shape = cache.shape
         if len(shape) != 5 or shape[0] != 2 or shape[2] != n_kv_heads or shape[4] != head_dim:
             raise InvalidInput(
@@ -149,9 +151,9 @@ def _checked_record(
             raise InvalidInput(f"appended.{name} has dtype {cache.dtype}: contiguous {bits} is needed")
         if bits == CODES.dtype:
             _check_scales(f"appended.{name}_scales", scales, shape[:4])
-    if bits != CODES.dtype and branch_scales is not None:
-        raise InvalidInput(f"appended.branch_scales is given, and no trunk_scales: {bits} has none")
-    return record_of(trunk, branch, trunk_scales, branch_scales)
+    if bits != CODES.dtype and suffix_scales is not None:
+        raise InvalidInput(f"appended.suffix_scales is given, and no prefix_scales: {bits} has none")
+    return record_of(prefix, suffix, prefix_scales, suffix_scales)
 
 
 def _check_scales(name: str, scales: np.ndarray | None, shape: tuple[int, ...]) -> None:

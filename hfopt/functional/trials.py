@@ -44,13 +44,13 @@ def attention_trial(dtype: torch.dtype, n_new: int) -> Trial:
     n_heads, n_kv_heads, head_dim = (32 if n_new < 512 else 8), (8 if n_new < 512 else 2), _HEAD_DIM
     n_keys = n_past + n_new
     appended = Appended(
-        trunk=array_of(_filled(dtype, 2, n_rows, n_kv_heads, n_keys, head_dim)),
-        branch=array_of(_filled(dtype, 2, 1, n_kv_heads, 0, head_dim)),
-        trunk_len=n_keys,
-        branch_len=0,
-        in_branch=False,
+        prefix=array_of(_filled(dtype, 2, n_rows, n_kv_heads, n_keys, head_dim)),
+        suffix=array_of(_filled(dtype, 2, 1, n_kv_heads, 0, head_dim)),
+        prefix_len=n_keys,
+        suffix_len=0,
+        in_suffix=False,
         n_new=n_new,
-        trunk_row=np.arange(n_rows, dtype=np.int32),
+        prefix_row=np.arange(n_rows, dtype=np.int32),
         table=np.zeros((n_rows, 0), np.int32),
     )
     qkv = _filled(dtype, n_rows, n_new, (n_heads + 2 * n_kv_heads) * head_dim)

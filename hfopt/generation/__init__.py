@@ -9,6 +9,7 @@ from .generate import (
     is_installed,
     prepare_cache,
     uninstall,
+    window_of,
 )
 from .latency import Latency, record_latency
 from .prompt import share_prompts, unshare_prompts
@@ -41,4 +42,5 @@ __all__ = [
     "share_prompts",
     "uninstall",
     "unshare_prompts",
+    "window_of",
 ]

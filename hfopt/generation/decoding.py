@@ -207,7 +207,7 @@ class Decoding:
             self._program = program
         if len(self._positions) != n_rows:  # one stands for all rows
             self._positions = np.repeat(self._positions, n_rows)
-        mask = self._mask_over(appended.first.trunk_len + appended.first.branch_len)
+        mask = self._mask_over(appended.first.prefix_len + appended.first.suffix_len)
         return run, self._positions, appended, mask
 
     def _current(self, n_rows: int) -> StepProgram | None:

@@ -81,17 +81,16 @@ def cache_obstacle(model: Model) -> str | None:
         return refusal
     if not isinstance(model.__dict__.get(host.PREPARE_CACHE), Bound):
         return "its class prepares caches of its own"
-    return window_obstacle(model.config)
-
-
-def window_obstacle(config: host.Config) -> str | None:
-    """In words, which texts need a cache of transformers' own; None if none that the model is made for."""
-    reach = host.full_attention_of(config)
-    if reach == 0:
+    if host.full_attention_of(model.config) == 0:
         return "not all of its layers have full attention"
-    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    is_reached = isinstance(longest, int) and reach < longest
-    return f"texts of more than {reach:,} tokens are longer than its window" if is_reached else None
+    return None
+
+
+def window_of(model: Model) -> int | None:
+    """Tokens of the longest text that gets our cache and programs; None if the model is made for none that is longer."""
+    window = host.full_attention_of(model.config)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return window if isinstance(longest, int) and 0 < window < longest else None
 
 
 def generate(model: Model, *args: Any, **kwargs: Any) -> Any:

@@ -75,12 +75,12 @@ class Cached(NamedTuple):
     """The cache of all layers."""
 
     records: Any  # pointer to `cache_record`s, one after the other
-    trunk_len: Any
-    branch_len: Any
-    trunk_row: Any  # pointers to int32
+    prefix_len: Any
+    suffix_len: Any
+    prefix_row: Any  # pointers to int32
     table: Any
     table_row: Any  # elements from a row to the next
-    part: Any  # where new tokens go, TRUNK or BRANCH
+    part: Any  # where new tokens go, PREFIX or SUFFIX
     first: Any  # column of the first one
 
 

@@ -19,8 +19,8 @@ from hfopt.kernels.simd.vector import absolute, doubled, fence, fma, rotated_pai
 NONE, HALF, INTERLEAVED = range(3)
 
 _PARALLEL_SIZE = 1 << 15  # elements; below, more threads cost more than they save
-_MOST = 127  # of the size of a code
-_STEP = np.float32(1 / _MOST)
+_MAX = 127  # of the size of a code
+_STEP = np.float32(1 / _MAX)
 
 
 @body
@@ -78,7 +78,7 @@ def quantise(x, size, codes, scale):
     factor, step = ZERO, NAN
     if most <= LARGEST:
         # in float64, whose quotients no flag of the compiler makes approximate
-        factor = np.float32(min(np.float64(_MOST) / np.float64(most), np.float64(LARGEST)))
+        factor = np.float32(min(np.float64(_MAX) / np.float64(most), np.float64(LARGEST)))
         step = most * _STEP
     for k in range(0, size, LANES):
         value = load(x, k) if k + LANES <= size else load_part(x, k, size - k)
@@ -155,7 +155,7 @@ def rotate_and_store_rows(
     qkv, held, n_rows, n_new, cos, sin, n_angle_rows, n_rotary, kind, n_heads, record, part, first
 ):
     """Rotates the queries of qkv in place; writes rotated keys, and values, of n_new tokens a row to
-    columns from `first` on of a part of the `cache_record`, TRUNK or BRANCH.
+    columns from `first` on of a part of the `cache_record`, PREFIX or SUFFIX.
 
     Pointers to qkv [n_rows, n_new, (n_heads + 2 n_kv_heads) size], float32 or bfloat16 bits; to the record; and to cos, sin
     float32 [n_angle_rows = 1 or n_rows, n_new, n_rotary], or n_rotary / 2 for INTERLEAVED; n_rotary 0 for NONE. held: a

@@ -119,7 +119,7 @@ def _quantized(dtype: type, whole: bool, bits: int, n_rows: int) -> float:
     table = np.array([[_address(parts[0]), 0, n_columns, 0]], np.int64)
     scaling = np.array([[_address(part) for part in parts[1:]]], np.int64)
     out: Array = np.zeros((n_rows, n_columns), dtype)
-    terms = quantized.MOST_TERMS[x.itemsize] if whole else 1
+    terms = quantized.MAX_TERMS[x.itemsize] if whole else 1
     meaning = (table, scaling, bits, group, 0, terms)
     rest = (False, activation.NONE, np.zeros(0, np.int64), _address(out), n_columns)
     quantized.quantized_linear(np.empty(0, dtype), _address(x), n_rows, size, *meaning, *rest)
@@ -162,7 +162,7 @@ def _rotate_and_store(dtype: type, is_coded: bool) -> float:
         rope.HALF,
         2,
         record,
-        cache_record.TRUNK,
+        cache_record.PREFIX,
         2,
     )
     found, stored = cache[:, 0, 0, 2:], np.stack((expected[:, 2], x[:, 3]))
@@ -194,7 +194,7 @@ def _cache(
 
 def _attend_decode(dtype: type, is_coded: bool) -> float:
     qkv = _random(dtype, 2, 4 * 24)
-    buffers, scales, (trunk, branch) = _cache(dtype, is_coded, (2, 1, 1, 300, 24), (2, 2, 1, 5, 24))
+    buffers, scales, (prefix, suffix) = _cache(dtype, is_coded, (2, 1, 1, 300, 24), (2, 2, 1, 5, 24))
     table = np.array([[1, 0, 1, 0, 1], [0, 0, 1, 1, 1]], np.int32)
     out: Array = np.zeros((2, 48), dtype)
     record = cache_record.record_of(*buffers, *scales)
@@ -203,8 +203,8 @@ def _attend_decode(dtype: type, is_coded: bool) -> float:
     attention.attend_decode(*likes, _address(qkv), 2, *cache, 0.2, 2, _address(out))
     worst = 0.0
     for row in range(2):
-        tokens = [branch[:, table[row, t], 0, t] for t in range(4)]
-        k, v = np.concatenate((trunk[:, 0, 0, :290], np.stack(tokens, 1)), 1)
+        tokens = [suffix[:, table[row, t], 0, t] for t in range(4)]
+        k, v = np.concatenate((prefix[:, 0, 0, :290], np.stack(tokens, 1)), 1)
         q = _exact(qkv[row, :48]).reshape(2, 24) * 0.2
         worst = max(worst, _error(out[row].reshape(2, 24), _attended(q, k, v, np.ones(294, bool))))
     return worst
@@ -212,14 +212,14 @@ def _attend_decode(dtype: type, is_coded: bool) -> float:
 
 def _attend_prefill(dtype: type, is_coded: bool) -> float:
     qkv = _random(dtype, 70, 3 * 24)
-    buffers, scales, (trunk, _) = _cache(dtype, is_coded, (2, 1, 1, 80, 24), (2, 1, 1, 0, 24))
+    buffers, scales, (prefix, _) = _cache(dtype, is_coded, (2, 1, 1, 80, 24), (2, 1, 1, 0, 24))
     out: Array = np.zeros((70, 24), dtype)
     record = cache_record.record_of(*buffers, *scales)
     cache = (record, 75, 0, np.zeros(1, np.int32), np.zeros((1, 0), np.int32))
     mask = (attention_prefill.CAUSAL, _NO_MASK)
     likes: tuple[Array, Array] = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
     attention_prefill.attend_prefill(*likes, _address(qkv), 1, 70, *cache, *mask, 0.2, 1, _address(out))
-    k, v = trunk[:, 0, 0, :75]
+    k, v = prefix[:, 0, 0, :75]
     return _error(out, _attended(_exact(qkv[:, :24]) * 0.2, k, v, np.tri(70, 75, 5, dtype=bool)))
 
 

@@ -7,7 +7,7 @@ checked before it writes anything.
 import numpy as np
 
 from hfopt.kernels.attention.attend import ATTEND
-from hfopt.kernels.attention.cache_record import BRANCH, TRUNK
+from hfopt.kernels.attention.cache_record import PREFIX, SUFFIX
 from hfopt.kernels.elementwise import MULTIPLY, SCALE
 from hfopt.kernels.embedding import ADD_LOOKED_UP, LOOK_UP, POSITIONS, TOKENS
 from hfopt.kernels.instruction import (
@@ -147,10 +147,10 @@ def run_step(
     tables,
     ids,
     records,
-    trunk_len,
-    branch_len,
-    in_branch,
-    trunk_row,
+    prefix_len,
+    suffix_len,
+    in_suffix,
+    prefix_row,
     table,
     kind,
     mask,
@@ -170,7 +170,7 @@ def run_step(
     for which code is compiled of its own; code int64 [n, COLUMNS], scalars float64 [n]; formats int64 [n, FORMAT_COLUMNS],
     or None without instructions that need them, which are only compiled for programs that have some; address of the arena
     and of `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]: address, rows; ids int64 [2,
-    n_rows n_new]: tokens, positions; records int64 [layers, `cache_record`]; lengths the first time, in_branch, trunk_row
+    n_rows n_new]: tokens, positions; records int64 [layers, `cache_record`]; lengths the first time, in_suffix, prefix_row
     and table as in `cache.Appended`; kind as in `attention_prefill`, of mask, uint8 [n_rows, n_new keys]: empty if order
     alone hides keys; of one new token with the keys of the last time, or more; address of logits [n_rows, n_logits], of the
     element type, those of the last tokens. chosen int64 [n_steps, n_rows]: their `sampling.argmax` each time, or no rows if
@@ -178,14 +178,14 @@ def run_step(
     `ends`, int64 [n], for another row.
     """
     elements, cached = pointer(like), pointer(held)
-    rows = pointer(trunk_row), pointer(table), table.shape[1]
+    rows = pointer(prefix_row), pointer(table), table.shape[1]
     masked = kind, address_of(pointer(mask)) if mask.size > 0 else 0, mask.shape[1]
     sizes = n_rows, n_new, n_rows * n_new
     n_steps = max(chosen.shape[0], 1)
     for k in range(n_steps):
-        in_trunk = 0 if in_branch else k
-        lengths = trunk_len + in_trunk, branch_len + k - in_trunk
-        part, last = (BRANCH, lengths[1]) if in_branch else (TRUNK, lengths[0])
+        in_prefix = 0 if in_suffix else k
+        lengths = prefix_len + in_prefix, suffix_len + k - in_prefix
+        part, last = (SUFFIX, lengths[1]) if in_suffix else (PREFIX, lengths[0])
         cache = Cached(pointer(records), *lengths, *rows, part, last - n_new)
         step = Step(*sizes, arena, pointer(tables), pointer(ids), cache, *masked, scratch, threads)
         wrong = _check_all(cached, code, formats, step)

@@ -22,7 +22,7 @@ from hfopt.program.decoder import build
 from hfopt.program.program import Program
 
 _FAR = 4096  # positions
-_MOST_BYTES = 32 << 20  # in the cache of the long text
+_MAX_BYTES = 32 << 20  # in the cache of the long text
 _N_PROMPT, _N_PADDED = 20, 2
 # whatever the configuration asks for
 _OPTIONAL = {"logits_to_keep": 1, "output_attentions": False, "output_hidden_states": False}
@@ -92,7 +92,7 @@ class _Stage(NamedTuple):
         program = self.program
         n_heads, head_dim, dtype = self._layout
         token_bytes = 2 * n_heads * head_dim * dtype.itemsize * program.n_layers
-        n_past = max(1, min(_FAR, program.max_keys, _MOST_BYTES // token_bytes) - 1)
+        n_past = max(1, min(_FAR, program.max_keys, _MAX_BYTES // token_bytes) - 1)
         keys, values = torch.randn(2, 1, n_heads, n_past, head_dim, generator=self.generator).to(dtype)
         cache = self._cache()
         for layer_idx in range(program.n_layers):

@@ -87,8 +87,8 @@ class Run:
         first, buffers = appended
         if len(buffers) != program.n_layers:
             raise InvalidInput(f"appended has {len(buffers)} layers: {program.n_layers} are needed")
-        if first.n_new < 1 or len(first.trunk_row) != n_rows:
-            given = f"{first.n_new} tokens of {len(first.trunk_row)} rows"
+        if first.n_new < 1 or len(first.prefix_row) != n_rows:
+            given = f"{first.n_new} tokens of {len(first.prefix_row)} rows"
             raise InvalidInput(f"appended has {given}: tokens of {n_rows} rows are needed")
         if buffers != self._buffers:
             layout = program.dtype, program.n_kv_heads, program.head_dim
@@ -101,13 +101,13 @@ class Run:
             self._least = self.records.min(0).tolist()
         check_lengths(first, n_rows)
         part, length = (
-            (records.BRANCH, first.branch_len) if first.in_branch else (records.TRUNK, first.trunk_len)
+            (records.SUFFIX, first.suffix_len) if first.in_suffix else (records.PREFIX, first.prefix_len)
         )
-        longest = self._least[records.TRUNK + records.COLUMNS], self._least[records.BRANCH + records.COLUMNS]
-        is_stored = first.trunk_len <= longest[0] and first.branch_len <= longest[1]
+        longest = self._least[records.PREFIX + records.COLUMNS], self._least[records.SUFFIX + records.COLUMNS]
+        is_stored = first.prefix_len <= longest[0] and first.suffix_len <= longest[1]
         if not is_stored or length < first.n_new or self._least[part + records.ROWS] < n_rows:
             raise InvalidInput(
-                f"appended ends at columns {first.trunk_len} of {longest[0]} and {first.branch_len} of {longest[1]}: "
+                f"appended ends at columns {first.prefix_len} of {longest[0]} and {first.suffix_len} of {longest[1]}: "
                 f"room for {first.n_new} tokens of {n_rows} rows is needed"
             )
 
@@ -183,7 +183,7 @@ class Run:
         self.read(appended)
         if mask is None:
             return _NO_MASK
-        n_keys = first.trunk_len + first.branch_len
+        n_keys = first.prefix_len + first.suffix_len
         if mask.dtype != np.uint8 or mask.ndim != 2 or len(mask) != n_rows or mask.shape[1] < n_keys:
             shape = f"{mask.dtype} {mask.shape}"
             raise InvalidInput(f"mask is {shape}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
@@ -211,7 +211,7 @@ class Run:
         n_rows, n_steps = self.n_rows, max(len(chosen), 1)
         ids[0], ids[1] = tokens.reshape(-1), positions.reshape(-1)
         self.reach(int(ids[1].max()) + n_steps)
-        in_trunk = 0 if first.in_branch else n_ahead
+        in_prefix = 0 if first.in_suffix else n_ahead
         prepare_threads()
         outcome: int = kernels.run_step(
             ELEMENTS[program.dtype],
@@ -227,10 +227,10 @@ class Run:
             self.tables,
             ids,
             self.records,
-            first.trunk_len - in_trunk,
-            first.branch_len - (n_ahead - in_trunk),
-            first.in_branch,
-            first.trunk_row,
+            first.prefix_len - in_prefix,
+            first.suffix_len - (n_ahead - in_prefix),
+            first.in_suffix,
+            first.prefix_row,
             first.table,
             kind,
             hidden,

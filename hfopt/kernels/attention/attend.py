@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hfopt.kernels.attention.cache_record import BRANCH, LENGTH, ROWS, TRUNK
+from hfopt.kernels.attention.cache_record import LENGTH, PREFIX, ROWS, SUFFIX
 from hfopt.kernels.attention.cache_view import open_cache, valid_rows
 from hfopt.kernels.attention.decode import attend_rows
 from hfopt.kernels.attention.plan import layout_of
@@ -24,8 +24,8 @@ class _Attend(NamedTuple):
 def _open(cache, layer, held):
     """A layer of the cache; held: a pointer like those to its elements."""
     record = shifted(cache.records, layer * LENGTH)
-    lengths = cache.trunk_len, cache.branch_len
-    return open_cache(held, record, *lengths, cache.trunk_row, cache.table, cache.table_row)
+    lengths = cache.prefix_len, cache.suffix_len
+    return open_cache(held, record, *lengths, cache.prefix_row, cache.table, cache.table_row)
 
 
 @body
@@ -36,7 +36,7 @@ def _check(held, own, step):
     # one with no fewer rows than another before it, which is looked at as well, needs no look
     for layer in range(own.layer):
         other = shifted(cache.records, layer * LENGTH)
-        if other[TRUNK + ROWS] <= opened.trunk.n_rows and other[BRANCH + ROWS] <= opened.branch.n_rows:
+        if other[PREFIX + ROWS] <= opened.prefix.n_rows and other[SUFFIX + ROWS] <= opened.suffix.n_rows:
             return 0
     return 0 if valid_rows(opened, step.n_rows) else UNKNOWN_ROW
 
@@ -52,7 +52,7 @@ def _run(like, held, operands, step):
         mask, scratch = (step.mask, step.mask_row), (step.scratch, step.threads)
         attend_rows(opened, q, q_row, n_rows, n_heads, *mask, scale, *scratch, out)
     else:
-        seen = Seen(step.kind, bytes_at(step.mask), n_new, cache.trunk_len + cache.branch_len)
+        seen = Seen(step.kind, bytes_at(step.mask), n_new, cache.prefix_len + cache.suffix_len)
         plan = plan_tokens(q, opened, n_rows, n_new, n_heads, step.threads)
         attend_tokens(plan, opened, q, n_rows, n_heads, seen, scale, step.scratch, out)
 

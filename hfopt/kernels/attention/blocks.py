@@ -1,7 +1,7 @@
 """The blocks of keys and values of a chunk of decode attention, and which rows see the same ones.
 
 Blocks of 16 keys are read where they are, if they follow each other and all are seen. Others (those of the
-branch, and those of which a mask hides some) are gathered first, without what is hidden, so that NaN or Inf
+suffix, and those of which a mask hides some) are gathered first, without what is hidden, so that NaN or Inf
 there cannot reach a result. The scales of codes are gathered in any case, in the order of the keys.
 """
 
@@ -21,7 +21,7 @@ from hfopt.kernels.simd.tile import units_ratio
 from hfopt.kernels.simd.types import F32, LANES
 from hfopt.kernels.simd.vector import splat
 
-MOST_KEYS = 256  # of a chunk; also a literal in `chunk`, in the sizes of stacks
+MAX_KEYS = 256  # of a chunk; also a literal in `chunk`, in the sizes of stacks
 
 
 @body
@@ -34,7 +34,7 @@ def seen_of(problem, place, first, count):
 
 @intrinsic
 def stack_factors(typingctx, scales):
-    """Room on the stack of the calling body for the scales of a chunk, float32 [4, MOST_KEYS]: of the listed keys, of their
+    """Room on the stack of the calling body for the scales of a chunk, float32 [4, MAX_KEYS]: of the listed keys, of their
     values, and of those of both that were copied; None for None.
     """
     result = types.none if scales is types.none else types.CPointer(types.float32)
@@ -42,7 +42,7 @@ def stack_factors(typingctx, scales):
     def codegen(context, builder, sig, args):
         if result is types.none:
             return context.get_dummy_value()
-        block = stack_block(builder, F32, 4 * MOST_KEYS)
+        block = stack_block(builder, F32, 4 * MAX_KEYS)
         block.align = 64
         return builder.bitcast(block, F32.as_pointer())
 
@@ -53,7 +53,7 @@ def stack_factors(typingctx, scales):
 def _copy_factors(scales, to_values, n, factors):
     """n <= 16 scales of keys, and of their values."""
     store_part(factors, 0, n, load_part(scales, 0, n))
-    store_part(factors, MOST_KEYS, n, load_part(scales, to_values, n))
+    store_part(factors, MAX_KEYS, n, load_part(scales, to_values, n))
 
 
 @body
@@ -81,15 +81,15 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
     of the segment; factors: see `stack_factors`.
     """
     cache, size, padded = problem.cache, problem.cache.size, problem.padded
-    segment, in_trunk, p, kv_head = item.segment, item.in_trunk, item.row, item.kv_head
-    start = first if in_trunk else cache.trunk.n_tokens + first
+    segment, in_prefix, p, kv_head = item.segment, item.in_prefix, item.row, item.kv_head
+    start = first if in_prefix else cache.prefix.n_tokens + first
     held_values = shifted(room, problem.plan.chunk * padded)
     n_blocks = 0
     n_held = 0
     for t in range(0, n, BLOCK):
         count = min(n - t, BLOCK)
         seen = seen_of(problem, place, start + t, count)
-        if in_trunk and size == padded and seen == (1 << BLOCK) - 1:
+        if in_prefix and size == padded and seen == (1 << BLOCK) - 1:
             key = key_of(segment, p, kv_head, first + t, size)
             set_address(keys, n_blocks, address_of(key))
             set_address(values, n_blocks, address_of(shifted(key, segment.to_values)))
@@ -100,17 +100,17 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
                 prefetch(here, segment.to_value_scales + problem.plan.chunk)
             n_blocks += 1
         else:
-            together = count if in_trunk and seen == (1 << count) - 1 else 1
+            together = count if in_prefix and seen == (1 << count) - 1 else 1
             for token in range(first + t, first + t + count, together):
                 if seen >> (token - first - t) & 1:
-                    row = p if in_trunk else cache.table[problem.order[place] * cache.table_row + token]
+                    row = p if in_prefix else cache.table[problem.order[place] * cache.table_row + token]
                     key = key_of(segment, row, kv_head, token, size)
                     _hold(key, scales, together, size, shifted(room, n_held * padded), padded)
                     value = shifted(key, segment.to_values)
                     _hold(value, scales, together, size, shifted(held_values, n_held * padded), padded)
                     if scales is not None:
                         here = shifted(scales, scale_of(segment, row, kv_head, token))
-                        held_factors = shifted(factors, 2 * MOST_KEYS + n_held)
+                        held_factors = shifted(factors, 2 * MAX_KEYS + n_held)
                         _copy_factors(here, segment.to_value_scales, together, held_factors)
                     n_held += together
     n_seen = n_blocks * BLOCK + n_held
@@ -120,14 +120,14 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
     if scales is not None:
         for k in range(n_copied * padded, n_held * padded, LANES):
             copy_codes(held_values, 0, shifted(held_values, k))
-        store_part(factors, 3 * MOST_KEYS + n_copied, n_held - n_copied, splat(ZERO))
+        store_part(factors, 3 * MAX_KEYS + n_copied, n_held - n_copied, splat(ZERO))
     else:
         for k in range(n_copied * padded, n_held * padded, LANES):
             store(held_values, k, splat(ZERO))
     for t in range(0, n_held, BLOCK):
         if scales is not None:
-            held_factors = shifted(factors, 2 * MOST_KEYS + t)
-            _copy_factors(held_factors, MOST_KEYS, BLOCK, shifted(factors, n_blocks * BLOCK))
+            held_factors = shifted(factors, 2 * MAX_KEYS + t)
+            _copy_factors(held_factors, MAX_KEYS, BLOCK, shifted(factors, n_blocks * BLOCK))
         set_address(keys, n_blocks, address_of(shifted(room, t * padded)))
         set_address(values, n_blocks, address_of(shifted(held_values, t * padded)))
         n_blocks += 1

@@ -4,20 +4,20 @@ from typing import Any, NamedTuple
 
 from hfopt.kernels.attention.cache_record import (
     ADDRESS,
-    BRANCH,
     COLUMNS,
     HEAD_DIM,
     KV_HEADS,
+    PREFIX,
     ROWS,
     SCALES,
-    TRUNK,
+    SUFFIX,
 )
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd.pointer import address_as, scales_at, shifted
 
 
 class Segment(NamedTuple):
-    """The trunk or the branch, in elements."""
+    """The prefix or the suffix, in elements."""
 
     keys: Any  # pointer to the first; codes are int8
     to_values: Any  # from a key to its value
@@ -34,9 +34,9 @@ class Segment(NamedTuple):
 class Cache(NamedTuple):
     """As in `cache.Appended`."""
 
-    trunk: Segment
-    branch: Segment
-    trunk_row: Any  # pointers to int32
+    prefix: Segment
+    suffix: Segment
+    prefix_row: Any  # pointers to int32
     table: Any
     table_row: Any  # elements from a row to the next
     n_kv_heads: Any
@@ -55,12 +55,12 @@ def _segment(like, record, part, n_tokens):
 
 
 @body
-def open_cache(like, record, trunk_len, branch_len, trunk_row, table, table_row):
+def open_cache(like, record, prefix_len, suffix_len, prefix_row, table, table_row):
     """The cache of a `cache_record`, a pointer to int64; like: a pointer of its element type."""
     return Cache(
-        _segment(like, record, TRUNK, trunk_len),
-        _segment(like, record, BRANCH, branch_len),
-        trunk_row,
+        _segment(like, record, PREFIX, prefix_len),
+        _segment(like, record, SUFFIX, suffix_len),
+        prefix_row,
         table,
         table_row,
         record[KV_HEADS],
@@ -73,13 +73,13 @@ def valid_rows(cache, n_rows):
     """Whether all rows of the cache that the first n_rows name exist."""
     wrong = 0
     for row in range(n_rows):
-        p = cache.trunk_row[row]
+        p = cache.prefix_row[row]
         wrong |= p < 0
-        wrong |= p >= cache.trunk.n_rows
-        for t in range(cache.branch.n_tokens):
+        wrong |= p >= cache.prefix.n_rows
+        for t in range(cache.suffix.n_tokens):
             p = cache.table[row * cache.table_row + t]
             wrong |= p < 0
-            wrong |= p >= cache.branch.n_rows
+            wrong |= p >= cache.suffix.n_rows
     return wrong == 0
 
 

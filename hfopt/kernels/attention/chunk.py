@@ -6,7 +6,7 @@ memory is never idle.
 
 from typing import Any, NamedTuple
 
-from hfopt.kernels.attention.blocks import MOST_KEYS, list_blocks, rows_alike, stack_factors
+from hfopt.kernels.attention.blocks import MAX_KEYS, list_blocks, rows_alike, stack_factors
 from hfopt.kernels.attention.cache_view import key_of
 from hfopt.kernels.attention.elements import BLOCK, takes_integers
 from hfopt.kernels.attention.lanes import (
@@ -33,8 +33,8 @@ class Item(NamedTuple):
     """A span of chunks of a stream."""
 
     segment: Any
-    in_trunk: Any
-    row: Any  # physical, in the trunk
+    in_prefix: Any
+    row: Any  # physical, in the prefix
     kv_head: Any
     begin: Any  # places of the rows that read it: begin ... end
     end: Any
@@ -68,14 +68,14 @@ def query_of(problem, kv_head, number):
 def attend_blocks(problem, blocks, factors, query, n_queries, room, partial, row):
     """Unfinished softmax of n_queries <= 8 queries of a key head, from number `query` on, over some blocks.
 
-    factors: scales of the keys, and MOST_KEYS behind them of the values; None if they are no codes. partial: where the first
+    factors: scales of the keys, and MAX_KEYS behind them of the values; None if they are no codes. partial: where the first
     one is left, and `row` floats behind it the next.
     """
     size, padded = problem.cache.size, problem.padded
     scores = stack_floats(8 * 256)
     packed = room
     weights = shifted(packed, TOGETHER * padded)
-    filled = shifted(weights, TOGETHER * MOST_KEYS)
+    filled = shifted(weights, TOGETHER * MAX_KEYS)
     queries = 1 if n_queries == 1 else _TILE
     tiles = (n_queries + _TILE - 1) // _TILE
     width = LANES // queries
@@ -162,7 +162,7 @@ def attend_chunk(problem, item, chunk, next_key, room):
     to_next = next_key - here - to_values if next_key != 0 else 0
     begin, end = item.begin, item.end
     together = max(end - begin, 1) if rows_alike(problem, begin, end, first, n) else 1
-    n_slots = plan.trunk.n_spans + plan.branch.n_spans
+    n_slots = plan.prefix.n_spans + plan.suffix.n_spans
     row = n_slots * partial_size
     for place in range(begin, end, together):
         n_seen = list_blocks(problem, item, segment.scales, place, first, n, keys, values, held, factors)

@@ -1,7 +1,7 @@
 """Decode attention: one new token a row over all keys, reached through the rows of the cache.
 
 The keys are split into chunks. For each chunk, queries that read the same keys (the query heads of one key
-head; in the trunk of the cache also the rows of one prompt) are worked on together, and leave an unfinished
+head; in the prefix of the cache also the rows of one prompt) are worked on together, and leave an unfinished
 softmax: the largest score, the sum of the exponentials, and the weighted sum of the values. Those of a span of chunks
 are merged as it is read; in the end the spans of each query are joined, in order (https://arxiv.org/abs/2311.01282,
 with the indirect rows of https://arxiv.org/abs/2401.05391).
@@ -16,7 +16,7 @@ import numpy as np
 from hfopt.kernels.attention.cache_view import Cache, key_of, open_cache, valid_rows
 from hfopt.kernels.attention.chunk import Item, attend_chunk
 from hfopt.kernels.attention.partials import join_partials
-from hfopt.kernels.attention.plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_trunk_row
+from hfopt.kernels.attention.plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_prefix_row
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import (
     arrive,
@@ -50,7 +50,7 @@ class _Problem(NamedTuple):
     q: Any  # pointer to the queries of row 0
     q_row: Any  # elements from there to row 1
     n_rows: Any
-    n_groups: Any  # of rows that share their trunk
+    n_groups: Any  # of rows that share their prefix
     group: Any  # query heads of a key head
     cache: Cache
     mask: Any  # address of the bytes, or 0
@@ -58,8 +58,8 @@ class _Problem(NamedTuple):
     scale: Any  # for powers of 2 instead of e
     plan: Plan
     padded: Any  # channels of a head, with zeros up to whole vectors of units
-    order: Any  # row numbers, sorted by trunk row; "place" is a place in it
-    starts: Any  # order[starts[g]:starts[g + 1]] read one row of the trunk
+    order: Any  # row numbers, sorted by prefix row; "place" is a place in it
+    starts: Any  # order[starts[g]:starts[g + 1]] read one row of the prefix
     partials: Any  # float32 [n_kv_heads, places, group, spans, padded + 16], see MAX
 
 
@@ -68,32 +68,32 @@ class _Problem(NamedTuple):
 
 @inlined
 def item_of(problem, index):
-    """Item number `index`; those of the trunk are the first ones."""
+    """Item number `index`; those of the prefix are the first ones."""
     cache, plan, starts = problem.cache, problem.plan, problem.starts
-    n_trunk_items = cache.n_kv_heads * problem.n_groups * plan.trunk.n_spans
-    if index < n_trunk_items:
-        cut, segment, in_trunk = plan.trunk, cache.trunk, True
+    n_prefix_items = cache.n_kv_heads * problem.n_groups * plan.prefix.n_spans
+    if index < n_prefix_items:
+        cut, segment, in_prefix = plan.prefix, cache.prefix, True
         stream = index // cut.n_spans
         span = slot = index - stream * cut.n_spans
         kv_head = stream // problem.n_groups
         group = stream - kv_head * problem.n_groups
         begin, end = starts[group], starts[group + 1]
-        row = cache.trunk_row[problem.order[begin]]
+        row = cache.prefix_row[problem.order[begin]]
     else:
-        cut, segment, in_trunk = plan.branch, cache.branch, False
-        stream = (index - n_trunk_items) // cut.n_spans
-        span = index - n_trunk_items - stream * cut.n_spans
-        slot = plan.trunk.n_spans + span
+        cut, segment, in_prefix = plan.suffix, cache.suffix, False
+        stream = (index - n_prefix_items) // cut.n_spans
+        span = index - n_prefix_items - stream * cut.n_spans
+        slot = plan.prefix.n_spans + span
         begin = stream // cache.n_kv_heads
         kv_head, end, row = stream - begin * cache.n_kv_heads, begin + 1, 0
     first, last = span * cut.n_chunks // cut.n_spans, (span + 1) * cut.n_chunks // cut.n_spans
-    return Item(segment, in_trunk, row, kv_head, begin, end, first, last, slot)
+    return Item(segment, in_prefix, row, kv_head, begin, end, first, last, slot)
 
 
 @inlined
 def _first_key(problem, item, chunk):
-    """Address of the first key of a chunk in the trunk, or 0."""
-    if not item.in_trunk:
+    """Address of the first key of a chunk in the prefix, or 0."""
+    if not item.in_prefix:
         return 0
     cache = problem.cache
     return address_of(key_of(item.segment, item.row, item.kv_head, chunk * problem.plan.chunk, cache.size))
@@ -101,7 +101,7 @@ def _first_key(problem, item, chunk):
 
 @inlined
 def attend_item(problem, item, next_key, room):
-    """All chunks of an item, while what is read next in the trunk is asked for; next_key: what follows the item, or 0."""
+    """All chunks of an item, while what is read next in the prefix is asked for; next_key: what follows the item, or 0."""
     for chunk in range(item.first, item.last):
         key = _first_key(problem, item, chunk + 1) if chunk + 1 < item.last else next_key
         attend_chunk(problem, item, chunk, key, room)
@@ -114,7 +114,7 @@ def attend_item(problem, item, next_key, room):
 def _join(index, problem, out):
     cache, plan = problem.cache, problem.plan
     n_queries = problem.n_rows * problem.group
-    n_slots = plan.trunk.n_spans + plan.branch.n_spans
+    n_slots = plan.prefix.n_spans + plan.suffix.n_spans
     kv_head, query = index // n_queries, index % n_queries
     partial_size = problem.padded + LANES
     here = shifted(problem.partials, index * n_slots * partial_size)
@@ -170,7 +170,7 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scale, scratch
     places = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads)
     counters, order = integers_at(scratch), integers_at(scratch + places.order)
     starts = shifted(order, n_rows)
-    n_groups = sort_by_trunk_row(cache.trunk_row, n_rows, order, starts)
+    n_groups = sort_by_prefix_row(cache.prefix_row, n_rows, order, starts)
     plan = plan_rows(cache, n_rows, n_groups, n_heads, places.chunk, threads)
     counters[0] = counters[DONE] = counters[JOINED] = 0
     problem = _Problem(
@@ -195,7 +195,7 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scale, scratch
 
 @launch
 def attend_decode(
-    like, held, qkv, n_rows, record, trunk_len, branch_len, trunk_row, table, mask, scale, n_heads, out
+    like, held, qkv, n_rows, record, prefix_len, suffix_len, prefix_row, table, mask, scale, n_heads, out
 ):
     """`attend_rows`; returns 0, or 1 and does nothing if the cache names rows that it has not.
 
@@ -204,8 +204,8 @@ def attend_decode(
     codes. Rows and table as in `cache.Appended`; mask uint8 [n_rows, 1, keys or more], empty if all are seen.
     """
     q, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
-    rows = pointer(trunk_row), pointer(table), table.shape[1]
-    cache = open_cache(pointer(held), pointer(record), trunk_len, branch_len, *rows)
+    rows = pointer(prefix_row), pointer(table), table.shape[1]
+    cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows)
     if not valid_rows(cache, n_rows):
         return 1
     threads, item_size = usable_threads(), 4 // units_ratio(q)

@@ -47,10 +47,10 @@ def absmax(x, size):
 @body
 def token_of(cache, row, kv_head, token):
     """Pointers to the key and the value of a token of a logical row."""
-    segment, place = cache.trunk, cache.trunk_row[row]
+    segment, place = cache.prefix, cache.prefix_row[row]
     if token >= segment.n_tokens:
         token -= segment.n_tokens
-        segment, place = cache.branch, cache.table[row * cache.table_row + token]
+        segment, place = cache.suffix, cache.table[row * cache.table_row + token]
     key = key_of(segment, place, kv_head, token, cache.size)
     return key, shifted(key, segment.to_values)
 
@@ -60,10 +60,10 @@ def scales_of(cache, scales, row, kv_head, token):
     """Scales of the key and the value of a token of a logical row; 1 if scales is None, so that there are no codes."""
     if scales is None:
         return ONE, ONE
-    segment, place = cache.trunk, cache.trunk_row[row]
+    segment, place = cache.prefix, cache.prefix_row[row]
     if token >= segment.n_tokens:
         token -= segment.n_tokens
-        segment, place = cache.branch, cache.table[row * cache.table_row + token]
+        segment, place = cache.suffix, cache.table[row * cache.table_row + token]
     first = scale_of(segment, place, kv_head, token)
     return load_scalar(segment.scales, first), load_scalar(segment.scales, first + segment.to_value_scales)
 
@@ -94,10 +94,10 @@ def pack_queries(
 def find_keys(cache, scales, row, kv_head, first, n, size, room):
     """(pointer to the keys of n tokens from `first` on, elements from one to the next), readable up to a multiple of 8
     keys: in the cache where they lie in a row, else copied to `room`, as codes always are, times their scales."""
-    trunk = cache.trunk
+    prefix = cache.prefix
     n_read = rounded(n, ROWS)
     if scales is None:
-        fits = first + n <= trunk.n_tokens and (first + n_read) * size <= trunk.head
+        fits = first + n <= prefix.n_tokens and (first + n_read) * size <= prefix.head
         if fits and size % units_ratio(room) == 0:
             return pointer_as(token_of(cache, row, kv_head, first)[0], room), size
     stride = rounded(size, LANES * units_ratio(room))

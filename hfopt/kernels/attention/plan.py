@@ -1,20 +1,20 @@
 """How decode attention cuts its work, and the scratch that it needs for it, which does not grow with the context.
 
-A stream is what queries read one after the other: the keys and values of one key head in one physical row of the trunk,
-or in the branch of one row. It has chunks of keys, and spans of consecutive chunks, which are the items of work. Their
+A stream is what queries read one after the other: the keys and values of one key head in one physical row of the prefix,
+or in the suffix of one row. It has chunks of keys, and spans of consecutive chunks, which are the items of work. Their
 number is bounded, and no cut depends on the number of threads.
 """
 
 from typing import Any, NamedTuple
 
-from hfopt.kernels.attention.blocks import MOST_KEYS
+from hfopt.kernels.attention.blocks import MAX_KEYS
 from hfopt.kernels.attention.chunk import TOGETHER
 from hfopt.kernels.jit.parallel import body, threads_for
 from hfopt.kernels.simd.constants import LINE
 from hfopt.kernels.simd.pointer import item_bytes
 from hfopt.kernels.simd.types import LANES
 
-_LEAST_KEYS = 64  # of a chunk
+_MIN_KEYS = 64  # of a chunk
 _CHUNK_BYTES = 1 << 17  # of the keys of a chunk, which stay in the L2 cache of a core with their values
 _ITEMS = 128  # items that keep many threads busy to the end
 _PARALLEL_SIZE = 1 << 17  # bytes or multiply-adds; below, more threads cost more than they save
@@ -25,7 +25,7 @@ DONE, JOINED = (
 
 
 class Cut(NamedTuple):
-    """Of a stream of the trunk or the branch."""
+    """Of a stream of the prefix or the suffix."""
 
     n_chunks: Any
     n_spans: Any
@@ -35,14 +35,14 @@ class Plan(NamedTuple):
     """See `plan_rows`."""
 
     chunk: Any  # keys
-    trunk: Cut
-    branch: Cut
+    prefix: Cut
+    suffix: Cut
     n_items: Any
     threads: Any
 
 
 class Layout(NamedTuple):
-    """Of the scratch, in bytes: counters, order of the rows and where it has another row of the trunk, partials, rooms."""
+    """Of the scratch, in bytes: counters, order of the rows and where it has another row of the prefix, partials, rooms."""
 
     padded: Any  # channels of a head, with zeros up to whole vectors of units
     chunk: Any  # most keys of one
@@ -57,8 +57,8 @@ def layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
     """For as many keys as there may be; item_size: bytes of an element."""
     units = 4 // item_size * LANES
     padded = (head_dim + units - 1) // units * units
-    chunk = MOST_KEYS
-    while chunk > _LEAST_KEYS and chunk * head_dim * item_size > _CHUNK_BYTES:
+    chunk = MAX_KEYS
+    while chunk > _MIN_KEYS and chunk * head_dim * item_size > _CHUNK_BYTES:
         chunk //= 2
     order = 2 * LINE
     partials = order + ((2 * n_rows + 1) * 8 + LINE - 1) // LINE * LINE
@@ -67,7 +67,7 @@ def layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
     n_spans = (_ITEMS + n_kv_heads - 1) // n_kv_heads + (_ITEMS + n_streams - 1) // n_streams
     rooms = partials + n_rows * n_heads * n_spans * partial
     # keys and values that were gathered; queries, their weights, one with zeros behind it
-    elements = 2 * chunk * padded + TOGETHER * (padded + MOST_KEYS) + padded
+    elements = 2 * chunk * padded + TOGETHER * (padded + MAX_KEYS) + padded
     room = TOGETHER * partial + elements * item_size
     return Layout(padded, chunk, order, partials, rooms, room, rooms + threads * room)
 
@@ -84,17 +84,17 @@ layout_of = body(layout)
 
 
 @body
-def sort_by_trunk_row(trunk_row, n_rows, order, starts):
-    """order: row numbers sorted by trunk row; order[starts[g]:starts[g + 1]] have the same one. Returns how many."""
+def sort_by_prefix_row(prefix_row, n_rows, order, starts):
+    """order: row numbers sorted by prefix row; order[starts[g]:starts[g + 1]] have the same one. Returns how many."""
     for row in range(n_rows):
         place = row
-        while place > 0 and trunk_row[order[place - 1]] > trunk_row[row]:
+        while place > 0 and prefix_row[order[place - 1]] > prefix_row[row]:
             order[place] = order[place - 1]
             place -= 1
         order[place] = row
     n_groups = 0
     for place in range(n_rows):
-        if place == 0 or trunk_row[order[place]] != trunk_row[order[place - 1]]:
+        if place == 0 or prefix_row[order[place]] != prefix_row[order[place - 1]]:
             starts[n_groups] = place
             n_groups += 1
     starts[n_groups] = n_rows
@@ -109,17 +109,19 @@ def _cut(n_tokens, chunk, n_streams):
 
 @body
 def plan_rows(cache, n_rows, n_groups, n_heads, chunk, threads):
-    """How `attend_rows` is to do its work; n_groups: of rows that share their trunk; at most `chunk` keys and so many
+    """How `attend_rows` is to do its work; n_groups: of rows that share their prefix; at most `chunk` keys and so many
     threads."""
-    trunk, branch = cache.trunk, cache.branch
+    prefix, suffix = cache.prefix, cache.suffix
     n_streams = cache.n_kv_heads * n_groups
     # many keys, but so few that there are chunks for many threads
-    while chunk > _LEAST_KEYS and n_streams * ((trunk.n_tokens + chunk - 1) // chunk) < _ITEMS:
+    while chunk > _MIN_KEYS and n_streams * ((prefix.n_tokens + chunk - 1) // chunk) < _ITEMS:
         chunk //= 2
-    of_trunk = _cut(trunk.n_tokens, chunk, n_streams)
-    of_branch = _cut(branch.n_tokens, chunk, cache.n_kv_heads * n_rows)
-    n_items = cache.n_kv_heads * (n_groups * of_trunk.n_spans + n_rows * of_branch.n_spans)
-    n_multiply_adds = n_rows * n_heads * (trunk.n_tokens + branch.n_tokens) * cache.size
-    n_read = n_streams * trunk.n_tokens + cache.n_kv_heads * n_rows * branch.n_tokens
-    work = max(n_multiply_adds, n_read * cache.size * 2 * item_bytes(trunk.keys))
-    return Plan(chunk, of_trunk, of_branch, n_items, min(threads, threads_for(n_items, work, _PARALLEL_SIZE)))
+    of_prefix = _cut(prefix.n_tokens, chunk, n_streams)
+    of_suffix = _cut(suffix.n_tokens, chunk, cache.n_kv_heads * n_rows)
+    n_items = cache.n_kv_heads * (n_groups * of_prefix.n_spans + n_rows * of_suffix.n_spans)
+    n_multiply_adds = n_rows * n_heads * (prefix.n_tokens + suffix.n_tokens) * cache.size
+    n_read = n_streams * prefix.n_tokens + cache.n_kv_heads * n_rows * suffix.n_tokens
+    work = max(n_multiply_adds, n_read * cache.size * 2 * item_bytes(prefix.keys))
+    return Plan(
+        chunk, of_prefix, of_suffix, n_items, min(threads, threads_for(n_items, work, _PARALLEL_SIZE))
+    )

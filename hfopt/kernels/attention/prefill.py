@@ -159,7 +159,7 @@ def scratch(n_tiles, size, p):
 @body
 def attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, room, out):
     """One item: tiles begin to end of one row and key head. room: as `scratch` says."""
-    size, n_new, scales = cache.size, seen.n_new, cache.trunk.scales
+    size, n_new, scales = cache.size, seen.n_new, cache.prefix.scales
     group = n_heads // cache.n_kv_heads
     n_keys = seen.n_keys
     n_queries, n_past = n_new * group, n_keys - n_new
@@ -267,7 +267,7 @@ def _plan(like, n_rows, n_new, n_heads, n_kv_heads, size, threads):
 @body
 def plan_tokens(like, cache, n_rows, n_new, n_heads, threads):
     """How `attend_tokens` is to do its work, on no more than so many threads; like: a pointer as to the queries."""
-    n_keys = cache.trunk.n_tokens + cache.branch.n_tokens
+    n_keys = cache.prefix.n_tokens + cache.suffix.n_tokens
     work = n_rows * n_new * n_heads * n_keys * cache.size
     threads = min(threads, threads_for(threads, work, _PARALLEL_SIZE))
     return _plan(like, n_rows, n_new, n_heads, cache.n_kv_heads, cache.size, threads)
@@ -308,9 +308,9 @@ def attend_prefill(
     n_rows,
     n_new,
     record,
-    trunk_len,
-    branch_len,
-    trunk_row,
+    prefix_len,
+    suffix_len,
+    prefix_row,
     table,
     kind,
     mask,
@@ -324,12 +324,12 @@ def attend_prefill(
     token itself, or BYTES: what mask, uint8 [n_rows, n_new, keys], says; out [n_rows n_new, n_heads size].
     """
     qkv, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
-    rows = pointer(trunk_row), pointer(table), table.shape[1]
-    cache = open_cache(pointer(held), pointer(record), trunk_len, branch_len, *rows)
+    rows = pointer(prefix_row), pointer(table), table.shape[1]
+    cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows)
     if not valid_rows(cache, n_rows):
         return 1
     plan = plan_tokens(qkv, cache, n_rows, n_new, n_heads, usable_threads())
-    seen = Seen(kind, pointer(mask), n_new, trunk_len + branch_len)
+    seen = Seen(kind, pointer(mask), n_new, prefix_len + suffix_len)
     room = np.empty(_scratch_of(plan) // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + LINE - 1) // LINE * LINE
     attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, np.float32(scale), scratch, out)

@@ -5,7 +5,7 @@ Models of bfloat16 over codes have integers for weights and queries; these are r
 
 import numpy as np
 
-from hfopt.kernels.attention.blocks import MOST_KEYS
+from hfopt.kernels.attention.blocks import MAX_KEYS
 from hfopt.kernels.attention.lanes import (
     largest_weight,
     load_key_factors,
@@ -68,7 +68,7 @@ def weigh_scores(scores, n_vectors, width, n, scale, factors, like, weights, nex
         value = weight_of(load(scores, v * LANES) - shift, like)
         total = total + value
         if factors is not None:
-            value = value * load_key_factors(factors, MOST_KEYS + v * width, width)
+            value = value * load_key_factors(factors, MAX_KEYS + v * width, width)
             largest = largest_weight(value, largest)
             prefetch(ahead, (n_vectors + v) * LINE)
         store(weights, v * LANES, value)
