@@ -18,7 +18,7 @@ import torch
 from hfopt.bench import roofline
 from hfopt.functional import choice, choice_file
 from hfopt.machine import env
-from tests import other_machines
+from tests import other_machines, tomorrow_answers
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -26,8 +26,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     fixtures = {name for item in session.items for name in getattr(item, "fixturenames", ())}
-    if "elsewhere" in fixtures and not session.config.option.collectonly:
+    if session.config.option.collectonly:
+        return
+    if "elsewhere" in fixtures:
         other_machines.begun()
+    if "ask" in fixtures:
+        tomorrow_answers.begun(session)
 
 
 @pytest.fixture(autouse=True)

@@ -1,21 +1,14 @@
 """A release of transformers that nobody has seen makes hfopt slower at worst: never wrong, and never silent."""
 
-import json
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import pytest
 
-from tests import tomorrow, tomorrow_requests
+from tests import tomorrow, tomorrow_answers
+from tests.tomorrow_answers import TODAY, Answers
 
-Answers: TypeAlias = dict[str, Any]
 Ask: TypeAlias = Callable[[str], Answers]
-
-TODAY = ""  # the installed release
-SECONDS = 300
 
 each_variant = pytest.mark.parametrize(
     "name",
@@ -26,52 +19,16 @@ each_variant = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def ask(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    """The answers of each release to `tomorrow_requests`, from a process of its own; two of them run at a time.
-
-    They are forked from one that has imported what all of them need, which takes longer than everything else.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(tomorrow_requests.THIRD_PARTIES)
-    items: list[Any] = [item for item in request.session.items if item.path == request.path]
-    names = dict.fromkeys(item.callspec.params["name"] for item in items)
-    pool = ThreadPoolExecutor(2)
-    today = pool.submit(_answers, context, "", tmp_path_factory.mktemp("today"))
-    asked = {
-        name: pool.submit(_make_and_ask, context, name, tmp_path_factory.mktemp(name), today)
-        for name in names
-    }
+@pytest.fixture
+def ask(request: pytest.FixtureRequest) -> Ask:
+    """The answers of a release to `tomorrow_requests`, from processes that conftest began."""
 
     def answers(name: str) -> Answers:
         try:
-            return asked[name].result() if name else today.result()
+            return tomorrow_answers.begun(request.session).answers(name)
         except tomorrow.Inapplicable as reason:
             pytest.skip(f"transformers {tomorrow.Release().version}: {reason}")
 
-    yield answers
-    pool.shutdown(cancel_futures=True)
-
-
-def _make_and_ask(context: Any, name: str, folder: Path, today: "Future[Answers]") -> Answers:
-    release = folder / "release"
-    release.mkdir()
-    tomorrow.make(name, release)
-    if tomorrow.VARIANTS[name].keeps_version:
-        today.result()  # has left behind what it found out about a release of this version
-    return _answers(context, str(release), folder)
-
-
-def _answers(context: Any, release: str, folder: Path) -> Answers:
-    path = folder / "answers.json"
-    process = context.Process(target=tomorrow_requests.answer, args=(release, str(path)))
-    process.start()
-    process.join(SECONDS)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    assert process.exitcode == 0, f"{folder.name}: the process ended with {process.exitcode}"
-    answers: Answers = json.loads(path.read_text())
     return answers
 
 

@@ -498,7 +498,7 @@ def prefill_called_otherwise(release: Release) -> None:
         source.call(loop, "self._prefill", reorder)
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def prepare_cache_renamed(release: Release) -> None:
     release.rename(["_prepare_cache_for_generation"], "_make_cache", [GENERATION])
 
@@ -720,7 +720,7 @@ def _change_logits(release: Release, family: Family, argument: str, expression: 
     )
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def steps_counted(release: Release) -> None:
     """`_update_model_kwargs_for_generation` counts them, and the model is told."""
     release[GENERATION].replace(
@@ -1070,7 +1070,7 @@ def _give_gain(release: Release, value: str) -> None:
             source.call(function, callee, _giving("gain", expression))
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def attention_gain(release: Release) -> None:
     """One more argument that the decoder gives."""
     _give_gain(release, "0.5")
