@@ -30,6 +30,8 @@ def run(code: str, *arguments: str, **variables: str | None) -> str:
 class Process:
     """Runs Python code beside the tests.
 
+    Its global `n_threads_of_import` says how many threads importing hfopt has started.
+
     arguments: `sys.argv[1:]`.
     variables: of the environment, where it differs from this process's; None: not set. What libraries read while they are
         imported is known already.
@@ -71,14 +73,18 @@ def _server() -> subprocess.Popen[str]:
 
 def _serve() -> None:
     """Begins a process for a list, and answers with its id; for an id, waits for its status."""
-    import hfopt  # noqa: F401 (what all of the processes have in common)
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
 
-    assert "numba" not in sys.modules
+    n_before = _n_threads()
+    import hfopt  # noqa: F401 (what all of the processes have in common; no Numba: see test_imports)
+
+    known = {"__name__": "__main__", "n_threads_of_import": _n_threads() - n_before}
     running: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)
         if isinstance(request, list):
-            answer = _forked(*request)
+            answer = _forked(known, *request)
             running.add(answer)
         else:
             answer = os.waitstatus_to_exitcode(os.waitpid(request, 0)[1])
@@ -88,7 +94,13 @@ def _serve() -> None:
         os.kill(process, signal.SIGKILL)
 
 
-def _forked(code: str, arguments: list[str], environment: dict[str, str], folder: str) -> int:
+def _n_threads() -> int:
+    return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 0
+
+
+def _forked(
+    known: dict[str, Any], code: str, arguments: list[str], environment: dict[str, str], folder: str
+) -> int:
     child = os.fork()
     if child:
         return child
@@ -101,7 +113,7 @@ def _forked(code: str, arguments: list[str], environment: dict[str, str], folder
         for descriptor, file in enumerate(files):
             os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), descriptor)
         sys.argv[1:] = arguments
-        exec(code, {"__name__": "__main__"})
+        exec(code, known)
         status = 0
     except BaseException:  # noqa: BLE001 (as an interpreter of its own would)
         traceback.print_exc()

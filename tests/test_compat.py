@@ -3,8 +3,6 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, pipeline
 import hfopt
 from hfopt import functional
 from hfopt.patches.replacement import Replacement
+from tests import fresh
 from tests.generation_cases import FAMILIES, gptj, llama, one_thread, opt, prompts
 
 pytestmark = [
@@ -131,10 +130,11 @@ def test_a_fresh_process_reads_the_pickle(tmp_path: Path) -> None:
         "import hfopt; hfopt.restore(model)\n"
         "print(type(model.model.decoder.layers[0].self_attn).__module__)\n"
     )
-    finished = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert finished.stdout.split() == ["2", "UnrotatedAttention", "transformers.models.opt.modeling_opt"]
+    assert fresh.run(code, str(tmp_path)).split() == [
+        "2",
+        "UnrotatedAttention",
+        "transformers.models.opt.modeling_opt",
+    ]
 
 
 def test_pickles_hold_no_derived_data() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests import fresh
+
 # What every parent begins with. A child that takes longer than LIMIT seconds counts as hanging.
 _START = """
 import ctypes, json, os, select, signal, sys, threading, types
@@ -105,10 +107,10 @@ works = [torch_alone, linear]
 """
 
 
-def _children(program: str, *flags: str, **variables: str) -> dict[str, Any]:
+def _children(program: str, **variables: str) -> dict[str, Any]:
     """What each child of a parent, a new process that runs `program`, says of itself."""
     done = subprocess.run(
-        [sys.executable, "-c", _START + program, *flags],
+        [sys.executable, "-c", _START + program],
         cwd=Path(__file__).parents[1],
         env={**os.environ, **variables},
         capture_output=True,
@@ -117,6 +119,13 @@ def _children(program: str, *flags: str, **variables: str) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _children_without_runtime(program: str, layer: str) -> dict[str, Any]:
+    """The same where a layer of Numba is the pool: only torch's OpenMP asks whether the parent was forked itself."""
+    printed = fresh.run(_START + program, "without torch's OpenMP", NUMBA_THREADING_LAYER=layer)
+    answers: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return answers
 
 
 ON_SEVERAL, ON_ONE = ["same", True], ["same", False]
@@ -232,22 +241,21 @@ print(json.dumps(answers))
 
 
 def test_numbas_openmp_serves_children_on_one_thread() -> None:
-    answers = _children(
+    answers = _children_without_runtime(
         """
 torch.set_num_threads(2)
 works = [linear]
 expected = results()
 print(json.dumps({"two threads": answer_of(compared), "one thread": answer_of(on(1))}))
 """,
-        "without torch's OpenMP",
-        NUMBA_THREADING_LAYER="omp",
+        "omp",
     )
     assert _is_clear_error(answers["two threads"])
     assert answers["one thread"] == ON_ONE
 
 
 def test_numbas_workqueue_starts_anew_by_itself() -> None:
-    answers = _children(
+    answers = _children_without_runtime(
         """
 torch.set_num_threads(2)
 works = [linear]
@@ -257,7 +265,6 @@ from hfopt.kernels.jit import launch as jit
 threading.Thread(target=jit._workqueue_lock.acquire).start()
 print(json.dumps({"as it is": answer_of(compared)}))
 """,
-        "without torch's OpenMP",
-        NUMBA_THREADING_LAYER="workqueue",
+        "workqueue",
     )
     assert answers == {"as it is": ON_SEVERAL}

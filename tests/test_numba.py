@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hfopt.kernels import release
+from tests import fresh
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,25 +58,17 @@ print(json.dumps({
 """
 
 
-def _with_numba(folder: Path, version: str, source: str) -> dict[str, Any]:
-    """What hfopt does in a process whose Numba is of this version and consists of this source."""
+def _install_numba(folder: Path, version: str, source: str) -> None:
+    """A Numba of this version, which consists of this source."""
     information = folder / f"numba-{version}.dist-info"
     information.mkdir()
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: numba\nVersion: {version}\n")
     (folder / "numba.py").write_text(source)
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _check(found: dict[str, Any], *words: str) -> None:
+def _check(printed: str, *words: str) -> dict[str, Any]:
     """Each way to the kernels raises a KernelError with these words, and doctor gives them as advice."""
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     for work in ("optimize", "again", "explain", "functional"):
         name, message = found[work]
         assert name == "KernelError"
@@ -88,21 +81,28 @@ def _check(found: dict[str, Any], *words: str) -> None:
     code, _, errors = found["warmup"]
     assert code == 2 and "\n" not in errors.strip() and all(word in errors for word in words)
     assert found["untouched"]
+    return found
 
 
 def test_another_release_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
-    found = _with_numba(tmp_path, "0.70.1", "raise SystemError('_internal')")
-    _check(found, "numba 0.70.1 is installed", f"numba{release.RANGE}", "pip install")
+    _install_numba(tmp_path, "0.70.1", "raise SystemError('_internal')")
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = _check(done.stdout, "numba 0.70.1 is installed", f"numba{release.RANGE}", "pip install")
     assert not found["numba"]
 
 
 def test_a_release_that_does_not_load_is_a_clear_error(tmp_path: Path) -> None:
-    found = _with_numba(
-        tmp_path,
-        metadata.version("numba"),
-        "raise ImportError('Numba needs NumPy 2.4 or less. Got NumPy 2.9.')",
-    )
-    _check(found, "numba, which compiles the kernels, cannot be loaded", "needs NumPy 2.4 or less")
+    source = "raise ImportError('Numba needs NumPy 2.4 or less. Got NumPy 2.9.')"
+    _install_numba(tmp_path, metadata.version("numba"), source)
+    printed = fresh.run("import sys; sys.path.insert(0, sys.argv[1])\n" + _PROGRAM, str(tmp_path))
+    _check(printed, "numba, which compiles the kernels, cannot be loaded", "needs NumPy 2.4 or less")
 
 
 def _obstacle_of(version: str) -> str | None:

@@ -1,14 +1,11 @@
 """The thread pool of the kernels: torch's own, or Numba's threading layer where there is none."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 
 from hfopt import functional
 from hfopt.kernels.jit import openmp
 from hfopt.machine import env
+from tests import fresh
 
 _WITHOUT_RUNTIME = """
 import sys, types
@@ -35,16 +32,9 @@ print(jit.threading_layer())
 """
 
 
-def test_without_an_openmp_runtime_numbas_layer_serves_several_threads(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_RUNTIME],
-        cwd=Path(__file__).parents[1],
-        env={"PATH": "", "HFOPT_CACHE_DIR": str(tmp_path / "cache"), "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in ("omp", "tbb", "workqueue")
+def test_without_an_openmp_runtime_numbas_layer_serves_several_threads() -> None:
+    printed = fresh.run(_WITHOUT_RUNTIME, PATH="", NUMBA_THREADING_LAYER=None, OMP_WAIT_POLICY=None)
+    assert printed.strip() in ("omp", "tbb", "workqueue")
 
 
 def test_no_second_pool_is_loaded() -> None:
