@@ -267,7 +267,8 @@ def test_phi3_over_its_boundary(mode: str, length: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(Phi3ForCausalLM, "forward", noting)
     given = {**prompts(2, length), **MODES[mode], "max_new_tokens": 40}
     expected, same, found = results(stock, looped, model, **given)
-    assert dropped == [max(33, length)] * 3
+    # a prompt beyond the boundary is read by the program, a text that comes to it by the modules
+    assert dropped == [max(33, length)] * (3 if length <= 32 else 2)
     assert all(isinstance(cache_of(each), IndirectCache) for each in (same, found))
     assert_same(same, expected)
     assert torch.equal(found.sequences, expected.sequences)  # rounding may turn two beams round

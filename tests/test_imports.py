@@ -138,6 +138,26 @@ def test_each_part_imports_what_it_may_and_no_rule_is_stale() -> None:
     assert found == IMPORTS
 
 
+def test_imports_go_one_way() -> None:
+    below: set[str] = set()
+    while below != IMPORTS.keys():
+        free = {part for part, imports in IMPORTS.items() if imports <= below} - below
+        assert free, f"these import each other: {sorted(IMPORTS.keys() - below)}"
+        below |= free
+
+
+def test_rooms_files_and_functions_are_small() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 12 and len(list((PACKAGE / "cli").glob("*.py"))) <= 10
+    for source in SOURCES:
+        text = source.read_text()
+        assert len(text.splitlines()) <= 350, source
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                has_docstring = ast.get_docstring(node) is not None and len(node.body) > 1
+                first = node.body[1 if has_docstring else 0].lineno
+                assert node.end_lineno is not None and node.end_lineno - first < 80, f"{source}: {node.name}"
+
+
 def test_foreign_packages_stay_in_their_parts() -> None:
     wrong = [
         f"{source.relative_to(PACKAGE)} imports {package}"

@@ -130,7 +130,7 @@ def test_projections_of_several_kinds_go_one_after_the_other(left: str) -> None:
     # in kernels, not in the classes of transformers
     layer = model.model.layers[0]
     with torch.no_grad():
-        assert layer.mlp.feed(torch.randn(1, 3, 64)) is not None
+        assert layer.mlp.compute(torch.randn(1, 3, 64)) is not None
     assert layer.self_attn._hfopt.weights and layer.mlp._hfopt.weights
 
 
