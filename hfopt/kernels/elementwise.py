@@ -6,7 +6,7 @@ import numpy as np
 
 from hfopt.kernels.instruction import NONE, Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
-from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
+from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.simd.memory import load_part, load_two, store_part, store_two
 from hfopt.kernels.simd.pointer import address_as, pointer
 from hfopt.kernels.simd.types import LANES
@@ -44,7 +44,7 @@ def _multiply(x, count, out):
         k += LANES
 
 
-@inlined
+@body
 def _run_multiply(like, held, operands, step):
     _multiply(address_as(operands.x, like), operands.n * operands.size, address_as(operands.out, like))
 
@@ -89,7 +89,7 @@ class _Scale(NamedTuple):
     residual: int  # slot, or NONE
 
 
-@inlined
+@body
 def _run_scale(like, held, operands, step):
     own = read_fields(operands.own, _Scale)
     x, out = address_as(operands.x, like), address_as(operands.out, like)

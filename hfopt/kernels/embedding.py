@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from hfopt.kernels.elementwise import add_row
 from hfopt.kernels.instruction import UNKNOWN_INDEX, Instruction, read_fields
-from hfopt.kernels.jit.parallel import body, inlined
+from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.move import copy_bytes
 from hfopt.kernels.simd.pointer import address_as, shifted
 
@@ -30,7 +30,7 @@ def _check(held, own, step):
     return 0
 
 
-@inlined
+@body
 def _look_up(like, held, operands, step):
     own, size = read_fields(operands.own, _LookUp), operands.size
     source = step.tables[own.table * TABLE_FIELDS + TABLE_ADDRESS]
@@ -39,7 +39,7 @@ def _look_up(like, held, operands, step):
         copy_bytes(source + indices[token] * size, size, operands.out + token * size)
 
 
-@inlined
+@body
 def _add_looked_up(like, held, operands, step):
     own, size = read_fields(operands.own, _LookUp), operands.size
     source = address_as(step.tables[own.table * TABLE_FIELDS + TABLE_ADDRESS], like)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from hfopt.kernels.instruction import Instruction, read_fields
-from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
+from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.simd.pointer import address_as, bytes_at, integers_at, shifted
 
 _PARALLEL_SIZE = 1 << 16  # values to permute; below, more threads cost more than they save
@@ -20,7 +20,7 @@ def copy_bytes(source, n_bytes, target):
 # ---- the last token of each row ---------------------------------------------------------------------------------------
 
 
-@inlined
+@body
 def _take_last(like, held, operands, step):
     size, n_new = operands.size, step.n_new
     if n_new > 1:
@@ -48,7 +48,7 @@ def _permute_row(row, x, order, size, out):
         target[k] = source[order[k]]
 
 
-@inlined
+@body
 def _permute(like, held, operands, step):
     own, n, size = read_fields(operands.own, _Permute), operands.n, operands.size
     x, out = address_as(operands.x, like), address_as(operands.out, like)

@@ -6,7 +6,7 @@ import numpy as np
 
 from hfopt.kernels.instruction import Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
-from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
+from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.simd.constants import ZERO
 from hfopt.kernels.simd.memory import load_part, load_two, prefetch_two, store_part, store_two
 from hfopt.kernels.simd.pointer import address_as, pointer, shifted
@@ -195,21 +195,21 @@ class _HeadNorm(NamedTuple):
     n_heads: int
 
 
-@inlined
+@body
 def _run_rms_norm(like, held, operands, step):
     own = read_fields(operands.own, _RmsNorm)
     x, out = address_as(operands.x, like), address_as(operands.out, like)
     _rms_norm_rows(x, operands.n, operands.size, own.weight, operands.scalar, out)
 
 
-@inlined
+@body
 def _run_layer_norm(like, held, operands, step):
     own = read_fields(operands.own, _LayerNorm)
     x, out = address_as(operands.x, like), address_as(operands.out, like)
     _layer_norm_rows(x, operands.n, operands.size, own.weight, own.bias, operands.scalar, out)
 
 
-@inlined
+@body
 def _run_head_norm(like, held, operands, step):
     own, x = read_fields(operands.own, _HeadNorm), address_as(operands.out, like)
     heads = own.first, own.n_heads, operands.size

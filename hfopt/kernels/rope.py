@@ -9,7 +9,7 @@ from hfopt.kernels.attention.pack import absmax
 from hfopt.kernels.attention.tile import where_up_to
 from hfopt.kernels.instruction import Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
-from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
+from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.simd.constants import LARGEST, NAN, ZERO
 from hfopt.kernels.simd.memory import load, load_part, store, store_codes, store_part, store_scalar
 from hfopt.kernels.simd.pointer import address_as, floats_at, pointer, pointer_as, scales_at, shifted
@@ -225,7 +225,7 @@ class _RotateAndStore(NamedTuple):
     kind: int
 
 
-@inlined
+@body
 def _run(like, held, operands, step):
     own, cache = read_fields(operands.own, _RotateAndStore), step.cache
     record = shifted(cache.records, own.layer * LENGTH)

@@ -41,7 +41,6 @@ def _check(held, own, step):
     return 0 if valid_rows(opened, step.n_rows) else UNKNOWN_ROW
 
 
-# no `inlined`: that would take LLVM a tenth longer for a whole step, which would not be faster
 @body
 def _run(like, held, operands, step):
     own, cache, n_rows, n_new = read_fields(operands.own, _Attend), step.cache, step.n_rows, step.n_new

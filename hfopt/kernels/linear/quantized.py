@@ -19,7 +19,7 @@ import numpy as np
 
 from hfopt.kernels.instruction import Format, Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
-from hfopt.kernels.jit.parallel import body, inlined, parallel_for, threads_for
+from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.linear.blocks import LinearColumns, gather_residuals
 from hfopt.kernels.linear.quantized_rows import (
     Rows,
@@ -177,7 +177,7 @@ def quantized_linear(
 # ---- the instruction --------------------------------------------------------------------------------------------------
 
 
-@inlined
+@body
 def _run(like, held, operands, step):
     own, format = read_fields(operands.own, LinearColumns), read_fields(operands.format, Format)
     residuals = stack_addresses(2)

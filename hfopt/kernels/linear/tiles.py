@@ -10,7 +10,7 @@ import numpy as np
 
 from hfopt.kernels.instruction import Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
-from hfopt.kernels.jit.parallel import body, inlined, next_share, parallel_for, usable_threads
+from hfopt.kernels.jit.parallel import body, next_share, parallel_for, usable_threads
 from hfopt.kernels.linear.blocks import (
     SIZE,
     Linear,
@@ -266,7 +266,7 @@ def linear_tiles(like, x, n_rows, size, table, gated, code, residuals, out, widt
 # ---- the instruction --------------------------------------------------------------------------------------------------
 
 
-@inlined
+@body
 def _run(like, held, operands, step):
     own, n = read_fields(operands.own, LinearColumns), operands.n
     residuals = stack_addresses(2)
