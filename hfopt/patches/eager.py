@@ -86,7 +86,7 @@ class Eager:
             weights,
             activation=epilogue.activation,
             gated=epilogue.gated,
-            residuals=[residual.contiguous() for residual in epilogue.residuals],
+            residuals=[each.contiguous() for each in epilogue.residuals] if epilogue.residuals else (),
             by=self._by,
         )
 

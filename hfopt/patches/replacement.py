@@ -133,7 +133,10 @@ def is_usable(module: Any) -> bool:
 
 def are_others_bare(module: Replacement) -> bool:
     """Whether the children that the replacement neither reads nor calls (activations, dropouts) may be bypassed."""
-    return all(_may_be_bypassed(module, *each) and is_bare(each[1]) for each in _others(module))
+    for name, child in _others(module):
+        if not _may_be_bypassed(module, name, child) or not is_bare(child):
+            return False
+    return True
 
 
 def _bypass_obstacle(module: Replacement) -> str | None:
@@ -145,9 +148,11 @@ def _bypass_obstacle(module: Replacement) -> str | None:
 
 
 def _others(module: Replacement) -> list[tuple[str, Any]]:
-    spec = module._hfopt.spec
-    known = (*spec.reads, *spec.parts)
-    return [each for each in module._modules.items() if each[0] not in known]
+    children: dict[str, Any] = module._modules
+    if not children:
+        return []
+    reads, parts = module._hfopt.spec.reads, module._hfopt.spec.parts
+    return [each for each in children.items() if each[0] not in reads and each[0] not in parts]
 
 
 def _may_be_bypassed(module: Replacement, name: str, child: Any) -> bool:
