@@ -133,10 +133,7 @@ def is_usable(module: Any) -> bool:
 
 def are_others_bare(module: Replacement) -> bool:
     """Whether the children that the replacement neither reads nor calls (activations, dropouts) may be bypassed."""
-    for name, child in _others(module):
-        if not _may_be_bypassed(module, name, child) or not is_bare(child):
-            return False
-    return True
+    return all(_may_be_bypassed(module, *each) and is_bare(each[1]) for each in _others(module))
 
 
 def _bypass_obstacle(module: Replacement) -> str | None:
