@@ -225,8 +225,6 @@ def _check_whole(walk: Walk, programs: Programs, verdict: Verdict | None) -> Non
     from hfopt.program.decoder import obstacle
 
     generator = generation.generator_of(walk.model)
-    if generator is not None and (loops := generation.refusals()):
-        raise UnsupportedModel(f"strict: {generation.in_words(loops)}")
     reason = obstacle(generator or walk.model)
     if reason is not None:
         refused = [f"{path or 'the model'} ({why})" for path, why in walk.refused().items()]
@@ -235,6 +233,8 @@ def _check_whole(walk: Walk, programs: Programs, verdict: Verdict | None) -> Non
         raise UnsupportedModel(f"strict: {words}{reason}")
     if generator is None:
         return
+    if loops := generation.refusals():
+        raise UnsupportedModel(f"strict: {generation.in_words(loops)}")
     reason = next(filter(None, verdict or ()), None) or programs.refutation(generator)
     if reason is not None:
         raise UnsupportedModel(f"strict: decode steps go module by module: {reason}")
