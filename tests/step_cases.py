@@ -26,6 +26,7 @@ from hfopt.generation import Installed, installed, keep
 from hfopt.model_proof import verdict_on
 from hfopt.program import programs, rehearsal
 from tests.generation_cases import (
+    FAMILIES,
     IS_WHOLE,
     NOT_WHOLE,
     Model,
@@ -129,6 +130,18 @@ def prove(model: Model) -> None:
     assert hfopt.explain(model).by_module is None
     with torch.no_grad():
         assert programs_of(model).of(model, 1) is not None
+
+
+def proven(model: Model) -> Model:
+    """The model with its program."""
+    prove(optimized(model))
+    return model
+
+
+@functools.cache
+def proven_family(name: str, dtype: torch.dtype = torch.float32) -> Model:
+    """A model with its program, for all tests that leave it as it is."""
+    return proven(FAMILIES[name]().to(dtype))
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from tests.generation_cases import (
     prompts,
 )
 from tests.reference import DTYPES
-from tests.step_cases import bits, optimized, programs_of, prove
+from tests.step_cases import bits, programs_of, proven, proven_family
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -362,8 +362,7 @@ def test_tokens_outside_the_table(index: int) -> None:
     ],
 )
 def test_positions_outside_the_tables(name: str, position: int) -> None:
-    model = optimized(FAMILIES[name]())
-    prove(model)
+    model = proven_family(name)
     built = programs_of(model)._made.program
     cache = IndirectCache(model.config)
     appended = [
@@ -375,8 +374,7 @@ def test_positions_outside_the_tables(name: str, position: int) -> None:
 
 @pytest.mark.parametrize("name", ["gptj", "opt"])
 def test_requests_past_the_positions(name: str) -> None:
-    model = optimized(FAMILIES[name]())
-    prove(model)
+    model = proven_family(name)
     with pytest.raises(InvalidInput, match="position"):
         model.generate(**prompts(2), max_new_tokens=120, do_sample=False)
 
@@ -387,7 +385,7 @@ def test_a_token_that_the_embedding_has_not() -> None:
     model.lm_head = torch.nn.Linear(64, 400).eval()
     with torch.no_grad():
         model.lm_head.bias[3] = 1e3
-        prove(optimized(model))
+        proven(model)
         model.lm_head.bias[300] = 1e4
     cache = IndirectCache(model.config)
     with pytest.raises(InvalidInput, match="no such rows"):
@@ -404,8 +402,7 @@ def test_a_token_that_the_embedding_has_not() -> None:
 def test_nothing_is_written_around_arena_and_logits(
     name: str, dtype: torch.dtype, n_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = optimized(FAMILIES[name]().to(dtype))
-    prove(model)
+    model = proven_family(name, dtype)
     built: Program = programs_of(model)._made.program
     cache = IndirectCache(model.config)
     results = []

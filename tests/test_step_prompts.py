@@ -1,6 +1,7 @@
 """Prompts by the program have the bits that the modules give, in the logits and in the cache."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +42,11 @@ from tests.step_cases import (
     bits,
     generated,
     modules_alone,
-    optimized,
     passes,
     programs_of,
     prove,
+    proven,
+    proven_family,
     rehearsals,
 )
 from tests.test_step_inputs import HEADS, N_LOGITS, N_TOKENS, everywhere, program
@@ -62,20 +64,20 @@ LENGTHS = (1, 2, 7, 64, 65, 200)
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 3}
 
 
-def proven(model: Model) -> Model:
-    prove(optimized(model))
-    return model
+@functools.cache
+def proven_long(name: str, dtype: torch.dtype = torch.float32) -> Model:
+    return proven(LONG[name]().to(dtype))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def small() -> Model:
-    return proven(llama())
+    return proven_family("llama")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_lengths(name: str, dtype: torch.dtype, passes: list[int]) -> None:
-    model = proven(LONG[name]().to(dtype))
+    model = proven_long(name, dtype)
     for length in LENGTHS:
         for n_rows in (1, 3):
             assert_program_is_the_modules(model, passes, **prompts(n_rows, length), **GREEDY)
@@ -85,14 +87,14 @@ def test_lengths(name: str, dtype: torch.dtype, passes: list[int]) -> None:
 @pytest.mark.parametrize("n_rows, length", [(ROW_LIMIT, 1), (ROW_LIMIT + 1, 1), (2, 32), (ROW_LIMIT + 1, 2)])
 def test_rows(n_rows: int, length: int, dtype: torch.dtype, passes: list[int]) -> None:
     """The kernels of few rows and those of many, for all tokens and for the last ones."""
-    assert_program_is_the_modules(proven(llama().to(dtype)), passes, **prompts(n_rows, length), **GREEDY)
+    assert_program_is_the_modules(proven_family("llama", dtype), passes, **prompts(n_rows, length), **GREEDY)
 
 
 @pytest.mark.parametrize("is_shared", [True, False])
 @pytest.mark.parametrize("mode", ["beams", "several of a prompt"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompts_of_several_rows(name: str, mode: str, is_shared: bool, passes: list[int]) -> None:
-    model = proven(LONG[name]())
+    model = proven_long(name)
 
     def run() -> Any:
         # only a cache of our own knows which rows share a prompt
@@ -121,7 +123,7 @@ def test_masks(dtype: torch.dtype, attention: str, mode: str, passes: list[int])
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_threads(name: str) -> None:
-    model = proven(LONG[name]())
+    model = proven_long(name)
     results = []
     for n_threads in (1, 2):
         torch.set_num_threads(n_threads)
@@ -135,7 +137,7 @@ def test_threads(name: str) -> None:
 @pytest.mark.parametrize(("name", "n_cropped", "n_more"), pairs_of(FAMILIES, [0, 3, 9], [1, 2, 64, 65]))
 def test_a_second_turn(name: str, n_cropped: int, n_more: int, passes: list[int]) -> None:
     """Of beams, which have a suffix; all of which may be cropped away."""
-    model = proven(LONG[name]())
+    model = proven_long(name)
     more = torch.randint(2, VOCABULARY, (4, n_more), generator=torch.Generator().manual_seed(2))
     for given in ({"num_beams": 4, "num_return_sequences": 4, **prompts(1)}, prompts(4)):
 
@@ -389,7 +391,7 @@ def test_a_prompt_is_its_tokens_one_by_one(n_new: int) -> None:
 def test_nothing_is_written_around_arena_and_logits(
     name: str, dtype: torch.dtype, n_rows: int, n_new: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = proven(FAMILIES[name]().to(dtype))
+    model = proven_family(name, dtype)
     built: Program = programs_of(model)._made.program
     tokens = np.arange(n_rows * n_new).reshape(n_rows, n_new)
     torch.set_num_threads(2)
