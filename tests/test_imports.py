@@ -28,10 +28,10 @@ IMPORTS: dict[str, set[str]] = {
     "model_proof": {"errors", "generation", "host", "patches"},
     "checkpoints": {"errors", "machine", "patches", "quantization", "words"},
     "console": {"cache", "errors", "host", "quantization", "words"},
-    "patches": {"cache", "errors", "functional", "host", "quantization"},
     "functional": {"cache", "errors", "kernels", "machine", "quantization", "words"},
     "generation": {"cache", "errors", "functional", "host", "machine", "progress"},
-    "program": {"cache", "errors", "functional", "host", "kernels", "patches"},
+    "patches": {"cache", "errors", "functional", "host", "quantization", "words"},
+    "program": {"cache", "errors", "functional", "host", "kernels", "patches", "words"},
     "cli": {"bench", "console", "errors", "functional", "generation", "host", "kernels", "machine"},
     "report": {"errors", "functional", "generation", "machine", "model_proof", "patches", "program", "words"},
     "load": {

@@ -101,8 +101,7 @@ def computed_tables(rotary: Any, dtype: torch.dtype) -> AngleTables:
 
 def stored_tables(table: torch.Tensor, key: Hashable, dtype: torch.dtype) -> AngleTables:
     """What a table [positions, 2 angles] holds, sin beside cos."""
-    cos, sin = look_up(table, torch.arange(len(table)), dtype)
-    return AngleTables(key, lambda n: (cos, sin), limit=len(table))
+    return AngleTables(key, lambda n: look_up(table, torch.arange(len(table)), dtype), limit=len(table))
 
 
 def look_up(table: Any, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

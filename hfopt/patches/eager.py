@@ -15,7 +15,7 @@ from hfopt.patches.angles import are_angles, remembered
 from hfopt.patches.guards import are_readable, attention_kind, wants_attentions
 from hfopt.patches.ops import Declined
 from hfopt.patches.replacement import Replacement, are_others_bare, is_usable
-from hfopt.patches.weights import read_children, read_weights
+from hfopt.patches.weights import read_children
 
 
 class Past(NamedTuple):
@@ -71,11 +71,7 @@ class Eager:
     # ---- linear layers ----------------------------------------------------------------------------------------------
 
     def weights(self, module: Any, role: str, names: Sequence[str], n_parts: int = 1) -> Weights:
-        found = (
-            read_children(module, role, names, n_parts)
-            if names
-            else read_weights(module._hfopt, role, (module,))
-        )
+        found = read_children(module, role, names, n_parts)
         if found is None or found.dtype not in (None, self._dtype):
             raise Declined
         return found

@@ -11,6 +11,7 @@ from hfopt.host import Arguments
 from hfopt.patches.facts import HARMLESS
 from hfopt.patches.guards import DO_NOTHING, DTYPES, is_bare
 from hfopt.patches.replacement import Replacement, original_class
+from hfopt.words import dtype_name
 
 
 class Spec(Protocol):
@@ -98,9 +99,9 @@ def obstacle(module: nn.Module, spec: Spec) -> str | None:
         tensors += [tensor for tensor in child._parameters.values() if tensor is not None]
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:
-        return f"its weights have several dtypes ({', '.join(sorted(map(_short, dtypes)))})"
+        return f"its weights have several dtypes ({', '.join(sorted(map(dtype_name, dtypes)))})"
     if dtypes and not dtypes <= set(DTYPES):
-        return f"dtype {_short(dtypes.pop())} is not supported (float32, bfloat16)"
+        return f"dtype {dtype_name(dtypes.pop())} is not supported (float32, bfloat16)"
     if any(type(tensor) is not nn.Parameter for tensor in tensors):
         return "its weights are tensor subclasses"
     if any(not tensor.is_cpu for tensor in tensors):
@@ -117,7 +118,3 @@ def _is_bare_apart_from_training(module: nn.Module) -> bool:
         return is_bare(module)
     finally:
         module.__dict__["training"] = training
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -170,6 +170,11 @@ def read_quantized(
     return read_matrices(record, role, format, in_features, matrices, biases)
 
 
+def parts_of(tensor: torch.Tensor | None, n_parts: int) -> Sequence[torch.Tensor | None]:
+    """Rows of a tensor in n_parts equal parts, as views; of None as many times None."""
+    return [None] * n_parts if tensor is None else tensor.detach().chunk(n_parts)
+
+
 def _split(linear: QuantizedLinear, n_parts: int) -> list[tuple[QuantizedMatrix, torch.Tensor | None]] | None:
     """Equal parts of the rows and the bias; None where a part would begin within a block."""
     matrix, bias = linear.matrix, linear._parameters["bias"]
@@ -177,7 +182,7 @@ def _split(linear: QuantizedLinear, n_parts: int) -> list[tuple[QuantizedMatrix,
         return [(matrix, bias)]
     n_rows, left = divmod(matrix.out_features, n_parts)
     parts = [matrix.rows(place * n_rows, n_rows) for place in range(n_parts)]
-    biases = [None] * n_parts if bias is None else bias.detach().chunk(n_parts)
+    biases = parts_of(bias, n_parts)
     found = [(part, each) for part, each in zip(parts, biases, strict=True) if part is not None]
     return None if left or len(found) < n_parts else found
 

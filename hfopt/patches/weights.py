@@ -8,7 +8,7 @@ from torch import nn
 from hfopt.errors import InvalidInput
 from hfopt.functional import LinearWeights, MixedWeights, QuantizedWeights, Weights
 from hfopt.patches.guards import is_bare
-from hfopt.patches.quantized import QuantizedLinear, read_quantized
+from hfopt.patches.quantized import QuantizedLinear, parts_of, read_quantized
 from hfopt.patches.replacement import Record, Replacement, original_class
 
 
@@ -43,7 +43,8 @@ def _read_floats(record: Record, role: str, linears: Sequence[Any], n_parts: int
     weights = [linear._parameters["weight"] for linear in linears]
     biases = [linear._parameters["bias"] for linear in linears]
     if n_parts > 1:
-        weights, biases = _split(weights, n_parts), _split(biases, n_parts)
+        weights = [part for each in weights for part in parts_of(each, n_parts)]
+        biases = [part for each in biases for part in parts_of(each, n_parts)]
     known = record.weights.get(role)
     if isinstance(known, LinearWeights) and known.reads(weights, biases):
         return known
@@ -58,17 +59,11 @@ def _read_floats(record: Record, role: str, linears: Sequence[Any], n_parts: int
     return known
 
 
-def _split(tensors: Sequence[Any], n_parts: int) -> list[Any]:
-    """Rows of each tensor in n_parts equal parts; of what is missing as many times nothing."""
-    return [
-        part
-        for each in tensors
-        for part in ([None] * n_parts if each is None else each.detach().chunk(n_parts))
-    ]
-
-
 def read_children(module: Replacement, role: str, names: Sequence[str], n_parts: int = 1) -> Weights | None:
-    """The weights of these children, or None if one has to be called itself (an adapter, a hook)."""
+    """The weights of these children, or None if one has to be called itself (an adapter, a hook); without names those of
+    the module itself."""
+    if not names:
+        return read_weights(module._hfopt, role, (module,), n_parts)
     children = module._modules
     linears = [children[name] for name in names]
     for linear in linears:

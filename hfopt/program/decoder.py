@@ -13,6 +13,7 @@ from hfopt.patches.guards import DO_NOTHING, DTYPES, has_own_forward, is_bare
 from hfopt.program.builder import Builder, Value
 from hfopt.program.program import Program, Table
 from hfopt.program.recorder import Recorder, swapped
+from hfopt.words import dtype_name
 
 
 def build(model: nn.Module) -> Program:
@@ -114,7 +115,7 @@ def _embedding(decoder: Any, name: str, class_name: str | None = None) -> Table:
     if not is_known or module.max_norm is not None:
         raise UnsupportedModel(f"{name} is a {type(module).__name__} that does more than look up")
     if module.weight.dtype not in DTYPES:
-        raise UnsupportedModel(f"its weights are {str(module.weight.dtype).removeprefix('torch.')}")
+        raise UnsupportedModel(f"its weights are {dtype_name(module.weight.dtype)}")
     # tables of positions may begin with rows for other purposes
     return Table(module.weight.detach()[getattr(module, "offset", 0) :])
 

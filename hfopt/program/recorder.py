@@ -9,7 +9,7 @@ from hfopt.functional.epilogue import PLAIN
 from hfopt.patches.activation import fused_activation
 from hfopt.patches.ops import Ops
 from hfopt.patches.replacement import Replacement, is_swapped
-from hfopt.patches.weights import read_children, read_weights
+from hfopt.patches.weights import read_children
 from hfopt.program.builder import Builder, Value
 from hfopt.program.program import Table
 
@@ -43,10 +43,7 @@ class Recorder:
     # ---- linear layers ----------------------------------------------------------------------------------------------
 
     def weights(self, module: Any, role: str, names: Sequence[str], n_parts: int = 1) -> Weights:
-        if names:
-            found = read_children(module, role, names, n_parts)
-        else:
-            found = read_weights(module._hfopt, role, (module,))
+        found = read_children(module, role, names, n_parts)
         if found is None:
             raise UnsupportedModel(
                 f"{', '.join(names) or 'its weights'} cannot be read by a kernel as they are"
