@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 from hfopt.host import Arguments
-from hfopt.patches.facts import HARMLESS
+from hfopt.patches.facts import HARMLESS, helper_names_read, names_read
 from hfopt.patches.guards import DO_NOTHING, DTYPES, is_bare
 from hfopt.patches.replacement import Replacement, original_class
 from hfopt.words import dtype_name
+
+
+# what transformers' attention functions, which are in files of their own, read of the module that they are called for
+READ_BY_ATTENTION = frozenset({"is_causal", "num_key_value_groups", "sliding_window"})
 
 
 class Spec(Protocol):
@@ -64,11 +68,12 @@ def owns_nothing(module: nn.Module) -> bool:
 def unknown_parts(
     module: nn.Module, replacement: type[Replacement], known: Iterable[str], *, needs: Iterable[str] = ()
 ) -> str | None:
-    """In words, what attributes, or arguments of its `forward`, the replacement does not know.
+    """In words, what attributes that its `forward` reads, or arguments of that, the replacement does not know.
 
     needs: roles that there has to be an argument for.
     """
-    unknown = attributes(module) - set(known)
+    read = names_read(module) | helper_names_read(module) | READ_BY_ATTENTION
+    unknown = (attributes(module) & read) - set(known)
     if unknown:
         return f"unknown attributes {', '.join(sorted(unknown))}"
     arguments = Arguments.of(original_class(module).forward, replacement.takes)
