@@ -7,7 +7,7 @@ from torch import nn
 from hfopt import host
 from hfopt.errors import HfoptError, InvalidInput, UnsupportedModel
 from hfopt.patches.facts import names_read
-from hfopt.patches.families import FAMILIES, families_of
+from hfopt.patches.families import families_of
 from hfopt.patches.families.family import Decoder
 from hfopt.patches.guards import DO_NOTHING, DTYPES, has_own_forward, is_bare
 from hfopt.program.builder import Builder, Value
@@ -40,8 +40,7 @@ def _built(model: nn.Module) -> Program | None:
     """The program; None for a decoder without a head."""
     decoders = list(dict.fromkeys(family.decoder for family in families_of(model)))
     if not decoders:
-        known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
-        raise UnsupportedModel(f"{type(model).__name__} is no decoder that hfopt knows whole ({known})")
+        raise UnsupportedModel(f"{type(model).__name__} is no decoder that hfopt knows whole")
     for path, module in model.named_modules():
         if has_own_forward(module) or vars(module).get("_compiled_call_impl") is not None:
             raise UnsupportedModel(f"{path or 'the model'} has a forward of its own")
