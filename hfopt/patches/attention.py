@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from hfopt.errors import UnsupportedModel
-from hfopt.functional import Epilogue
+from hfopt.functional import Epilogue, Scoring
 from hfopt.functional.linear import Rows
 from hfopt.host import ROLES
 from hfopt.patches.angles import (
@@ -37,7 +37,7 @@ class AttentionSpec:
     inputs: Linears that give, side by side, the query, key and value heads. norms: of the query and of the key heads, with as
     many vectors as norm_heads says: 1 for all of them together. rows: (first row, rows) of the heads in a single input, in
     the order of kernels, if it has another one. clip: what limits queries, keys and values, an attribute or a
-    field of the configuration. layer_type: for which angles are, where there are several kinds.
+    field of the configuration; softcap: likewise what limits scores. layer_type: for which angles are, where there are several kinds.
     """
 
     inputs: tuple[str, ...]
@@ -52,6 +52,7 @@ class AttentionSpec:
     n_positions: int | None = None  # of a table of its own
     rows: Rows = ()
     clip: str | None = None
+    softcap: str | None = None
     layer_type: str | None = None
 
     @functools.cached_property
@@ -101,12 +102,15 @@ class Attention(Block):
         return ops.linear(attended, output, Epilogue(residuals=residuals))
 
     @property
-    def scale(self) -> float:
-        """Factor of the scores."""
+    def scoring(self) -> Scoring:
+        """How scores come about."""
         state = self.__dict__
         if _DIVISOR in state:
-            return 1.0 / float(state[_DIVISOR])
-        return next((float(state[name]) for name in SCALES if name in state), 1.0)
+            scale = 1.0 / float(state[_DIVISOR])
+        else:
+            scale = next((float(state[name]) for name in SCALES if name in state), 1.0)
+        softcap = self._hfopt.spec.softcap
+        return Scoring(scale, None if softcap is None else setting(self, softcap))
 
     def idle_reason(self) -> str | None:
         return super().idle_reason() or attention_obstacle(self)

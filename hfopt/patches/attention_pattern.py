@@ -18,6 +18,7 @@ from hfopt.patches.attention import (
     UnrotatedAttention,
     setting,
 )
+from hfopt.patches.facts import names_read
 from hfopt.patches.families.family import Angles, AttentionParts, Order
 from hfopt.patches.guards import attention_obstacle
 from hfopt.patches.norm import NormBlock
@@ -97,7 +98,8 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             tuple(norm_heads),
             None if table is None else table.shape[0],
             rows,
-            None if parts.clip is None or setting(module, parts.clip) is None else parts.clip,
+            _setting_read(module, parts.clip),
+            _setting_read(module, parts.softcap),
             vars(module).get("layer_type"),
         )
         for rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
@@ -120,7 +122,7 @@ def _flaw(module: Any, parts: AttentionParts) -> str | None:
     if state.get("is_causal", True) is not True:
         return "its attention is not causal"
     roles = ("attention_mask", "cache", *kind.needs)
-    known = (*_KNOWN, *(each for each in (parts.clip,) if each is not None))
+    known = (*_KNOWN, *(each for each in (parts.clip, parts.softcap) if each is not None))
     return attention_obstacle(module) or unknown_parts(module, kind.replacement, known, needs=roles)
 
 
@@ -152,6 +154,11 @@ def _heads_of(module: Any, name: str, n_heads: int, head_dim: int) -> int | str:
     if shape in ((head_dim,), (n_heads, head_dim)):
         return n_heads
     return 1 if shape == (n_heads * head_dim,) else f"{name} is over {shape} channels, not those of a head"
+
+
+def _setting_read(module: Any, name: str | None) -> str | None:
+    """The name, if the module reads it and has something there."""
+    return None if name is None or name not in names_read(module) or setting(module, name) is None else name
 
 
 def _rows(order: Order, n_heads: int, n_kv_heads: int, head_dim: int) -> Rows:

@@ -13,7 +13,6 @@ from hfopt.patches.guards import DO_NOTHING, DTYPES, is_bare
 from hfopt.patches.replacement import Replacement, original_class
 from hfopt.words import dtype_name
 
-
 # what transformers' attention functions, which are in files of their own, read of the module that they are called for
 READ_BY_ATTENTION = frozenset({"is_causal", "num_key_value_groups", "sliding_window"})
 

@@ -4,7 +4,6 @@ import itertools
 
 from hfopt.patches import attention_pattern, layer, mlp
 from hfopt.patches.families import FAMILIES
-from hfopt.patches.families.family import MlpParts
 from hfopt.patches.linear import LINEAR
 from hfopt.patches.norm import LAYER_NORM, RMS_NORM
 

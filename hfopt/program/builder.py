@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
-from hfopt.functional import Epilogue, LinearWeights, MixedWeights, Norm, QuantizedWeights, Weights
+from hfopt.functional import (
+    Epilogue,
+    LinearWeights,
+    MixedWeights,
+    Norm,
+    QuantizedWeights,
+    Scoring,
+    Weights,
+)
 from hfopt.functional.activation import CODES
 from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.limit import check_limit
@@ -19,7 +27,16 @@ from hfopt.functional.rotary import ROTATIONS
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import NONE, Instruction
 from hfopt.kernels.linear.blocks import RESIDUALS
-from hfopt.program.layout import Value, Written, format_of, in_words, line_of, places_of, row_of
+from hfopt.program.layout import (
+    Value,
+    Written,
+    format_of,
+    in_words,
+    line_of,
+    places_of,
+    row_of,
+    scores_in_words,
+)
 from hfopt.program.listing import Listing
 from hfopt.program.program import Program, Table
 
@@ -189,7 +206,7 @@ class Builder:
         columns |= {name: NONE for name in ("cos", "sin") if name not in operands}
         self._add(kernels.ROTATE_AND_STORE, f"{heads[0]} / {heads[1]} heads of {heads[2]}", operands, columns)
 
-    def attend(self, qkv: Value, layer: int, heads: tuple[int, int, int], scale: float) -> Value:
+    def attend(self, qkv: Value, layer: int, heads: tuple[int, int, int], scoring: Scoring) -> Value:
         """`functional.attend`."""
         self._check_heads(qkv, heads)
         self._cached.add(heads[1:])
@@ -197,8 +214,18 @@ class Builder:
         out = Value(heads[0] * heads[2], self.dtype)
         shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
         n_bytes = {"token_bytes": 2 * heads[1] * heads[2] * self.dtype.itemsize}
-        operands, columns = {"IN": qkv, "OUT": out}, {"layer": layer, "n_heads": heads[0]}
-        self._add(kernels.ATTEND, shapes, operands, columns, scalar=scale, n_bytes=n_bytes)
+        scale, softcap, slopes, sinks, window = scoring.numbers(heads[0], self.dtype)
+        self._kept += scoring.tensors
+        columns = {
+            "layer": layer,
+            "n_heads": heads[0],
+            "softcap": int(np.float32(softcap).view(np.int32)),
+            "slopes": slopes,
+            "sinks": sinks,
+            "window": window,
+        }
+        operands, then = {"IN": qkv, "OUT": out}, scores_in_words(scoring)
+        self._add(kernels.ATTEND, shapes, operands, columns, scalar=scale, then=then, n_bytes=n_bytes)
         return out
 
     def _check_heads(self, qkv: Value, heads: tuple[int, int, int]) -> None:

@@ -19,7 +19,6 @@ from hfopt.program.program import Program, Table
 from hfopt.program.recorder import Recorder, swapped
 from hfopt.words import dtype_name
 
-
 _N_TRIED = 64  # tokens
 
 

@@ -86,7 +86,7 @@ class Recorder:
         return past
 
     def attend(self, attention: Any, qkv: Value, past: Past) -> Value:
-        return self._builder.attend(qkv, past.layer, attention._hfopt.spec.heads, attention.scale)
+        return self._builder.attend(qkv, past.layer, attention._hfopt.spec.heads, attention.scoring)
 
     def angles(self, attention: Any) -> tuple[Value, Value] | None:
         """cos and sin of the new tokens, looked up once for all layers that share them."""

@@ -8,16 +8,26 @@ from hfopt.kernels.attention.cache_record import LENGTH, PREFIX, ROWS, SUFFIX
 from hfopt.kernels.attention.cache_view import open_cache, valid_rows
 from hfopt.kernels.attention.decode import attend_rows
 from hfopt.kernels.attention.plan import layout_of
-from hfopt.kernels.attention.prefill import Seen, attend_tokens, most_scratch, plan_tokens
+from hfopt.kernels.attention.prefill import attend_tokens, most_scratch, plan_tokens
+from hfopt.kernels.attention.scoring import Scoring
+from hfopt.kernels.attention.seen import Seen
 from hfopt.kernels.instruction import UNKNOWN_ROW, Instruction, read_fields
 from hfopt.kernels.jit.parallel import body
-from hfopt.kernels.simd.pointer import address_as, bytes_at, shifted
+from hfopt.kernels.simd.memory import load_scalar
+from hfopt.kernels.simd.pointer import address_as, address_of, bytes_at, floats_at, shifted
 from hfopt.kernels.simd.tile import units_ratio
 
 
 class _Attend(NamedTuple):
     layer: int
     n_heads: int
+    softcap: int  # bits of float32; the others as in `Scoring`
+    slopes: int
+    sinks: int
+    window: int
+
+
+_SOFTCAP = _Attend._fields.index("softcap")
 
 
 @body
@@ -44,16 +54,18 @@ def _check(held, own, step):
 @body
 def _run(like, held, operands, step):
     own, cache, n_rows, n_new = read_fields(operands.own, _Attend), step.cache, step.n_rows, step.n_new
-    opened, n_heads, scale = _open(cache, own.layer, held), own.n_heads, np.float32(operands.scalar)
+    opened, n_heads = _open(cache, own.layer, held), own.n_heads
+    softcap = load_scalar(floats_at(address_of(shifted(operands.own, _SOFTCAP))), 0)
+    scoring = Scoring(np.float32(operands.scalar), softcap, own.slopes, own.sinks, own.window)
     q, out = address_as(operands.x, like), address_as(operands.out, like)
     if n_new == 1:
         q_row = (n_heads + 2 * opened.n_kv_heads) * opened.size
         mask, scratch = (step.mask, step.mask_row), (step.scratch, step.threads)
-        attend_rows(opened, q, q_row, n_rows, n_heads, *mask, scale, *scratch, out)
+        attend_rows(opened, q, q_row, n_rows, n_heads, *mask, scoring, *scratch, out)
     else:
-        seen = Seen(step.kind, bytes_at(step.mask), n_new, cache.prefix_len + cache.suffix_len)
+        seen = Seen(step.kind, bytes_at(step.mask), n_new, cache.prefix_len + cache.suffix_len, own.window)
         plan = plan_tokens(q, opened, n_rows, n_new, n_heads, step.threads)
-        attend_tokens(plan, opened, q, n_rows, n_heads, seen, scale, step.scratch, out)
+        attend_tokens(plan, opened, q, n_rows, n_heads, seen, scoring, step.scratch, out)
 
 
 @body

@@ -69,6 +69,27 @@ def open_cache(like, record, prefix_len, suffix_len, prefix_row, table, table_ro
 
 
 @body
+def _behind(segment, n, size):
+    """The segment without its first n tokens."""
+    scales = segment.scales
+    if scales is not None:
+        scales = shifted(scales, n)
+    sizes = segment.to_values, segment.row, segment.head, segment.n_rows, segment.n_tokens - n
+    keys = shifted(segment.keys, n * size)
+    return Segment(keys, *sizes, scales, segment.to_value_scales, segment.n_heads, segment.columns)
+
+
+@body
+def cache_behind(cache, n):
+    """The cache without its first n tokens, up to all there are."""
+    n_prefix = min(n, cache.prefix.n_tokens)
+    n_suffix = n - n_prefix
+    prefix, suffix = _behind(cache.prefix, n_prefix, cache.size), _behind(cache.suffix, n_suffix, cache.size)
+    table = shifted(cache.table, n_suffix)
+    return Cache(prefix, suffix, cache.prefix_row, table, cache.table_row, cache.n_kv_heads, cache.size)
+
+
+@body
 def valid_rows(cache, n_rows):
     """Whether all rows of the cache that the first n_rows name exist."""
     wrong = 0

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from hfopt.patches.families.llama import LLAMA
 
-
 OLMO2 = replace(
     LLAMA,
     name="OLMo 2",
