@@ -9,9 +9,9 @@ from torch import nn
 
 from hfopt.host import Arguments
 from hfopt.patches.facts import HARMLESS
-from hfopt.patches.guards import DO_NOTHING, DTYPES, is_bare
+from hfopt.patches.guards import DO_NOTHING, is_bare
 from hfopt.patches.replacement import Replacement, original_class
-from hfopt.words import dtype_name
+from hfopt.words import DTYPES, dtype_name
 
 
 class Spec(Protocol):
@@ -101,7 +101,7 @@ def obstacle(module: nn.Module, spec: Spec) -> str | None:
     if len(dtypes) > 1:
         return f"its weights have several dtypes ({', '.join(sorted(map(dtype_name, dtypes)))})"
     if dtypes and not dtypes <= set(DTYPES):
-        return f"dtype {dtype_name(dtypes.pop())} is not supported (float32, bfloat16)"
+        return f"dtype {dtype_name(dtypes.pop())} is not supported ({', '.join(map(dtype_name, DTYPES))})"
     if any(type(tensor) is not nn.Parameter for tensor in tensors):
         return "its weights are tensor subclasses"
     if any(not tensor.is_cpu for tensor in tensors):

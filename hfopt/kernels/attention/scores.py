@@ -21,7 +21,7 @@ from hfopt.kernels.simd import types as simd
 from hfopt.kernels.simd.emit import accumulators, intp, is_pairs, literal_ints, outlined
 from hfopt.kernels.simd.integer_dot import emit_dot_bytes
 from hfopt.kernels.simd.tile import add_lanes
-from hfopt.kernels.simd.types import F32, F32X, I8, I32, I32X, LANES
+from hfopt.kernels.simd.types import F32, F32X, I32, I32X, LANES
 
 _SIGNS = simd.splat_int(0x80808080 - (1 << 32))
 

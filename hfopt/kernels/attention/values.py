@@ -20,7 +20,7 @@ from hfopt.kernels.attention.lanes import address_list
 from hfopt.kernels.jit import compiler
 from hfopt.kernels.simd import types as simd
 from hfopt.kernels.simd.emit import accumulators, intp, is_pairs, literal_ints, outlined
-from hfopt.kernels.simd.types import F32, F32X, I8, I16, I32, I32X, LANES
+from hfopt.kernels.simd.types import F32, F32X, I16, I32, I32X, LANES
 
 _CHAINS = 8  # sums that one query needs at least to add a product each cycle
 

@@ -30,10 +30,10 @@ def dot_tile(
 ):
     """sums[i, j] (+)= products of x row i and w row j, kept as 16 partial sums a pair, for literal n_x and n_w.
 
-    A chunk is 16 units (16 float32 or float16, or 32 bfloat16). x is packed: chunk c of row i at x + c * x_step + 16 i units,
-    padded with zeros. w is row-major, w_stride elements a row; of the chunk after the last whole one `tail` elements are read.
-    sums is float32 [n_x, 16, 16]. Beside each chunk, that of n_ahead rows (literal) from `ahead` on is asked for, and of
-    n_near from `near` on: a core drops requests when it waits for many lines, so what comes soon is asked for again.
+    A chunk is 16 units (16 float32 or float16, or 32 bfloat16). x is packed: chunk c of row i at x + c * x_step + 16 i
+    units, padded with zeros. w is row-major, w_stride elements a row; of the chunk after the last whole one `tail` elements
+    are read. sums is float32 [n_x, 16, 16]. Beside each chunk, that of n_ahead rows (literal) from `ahead` on is asked for,
+    and of n_near from `near` on: a core drops requests when it waits for many lines, so what comes soon is asked for again.
     """
     rows, columns, n_far, n_soon = literal_ints(n_x, n_w, n_ahead, n_near)
     index, literals = types.intp, (n_x, n_w, n_ahead, n_near)
