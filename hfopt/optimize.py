@@ -58,8 +58,7 @@ def optimize(
             `QuantizationConfig` that also says what becomes of the head. Each float weight is freed as soon as it is packed.
         keep_original: the float weights stay in memory, so that `restore` can bring them back.
         kv_cache: "int8" lets `generate` cache keys and values as 8-bit codes, with a scale for each token and head: half
-            the memory of 16-bit floats and half the traffic. None: as they are. A cache that is given to `generate` stays as it
-            is.
+            the memory and traffic of 16-bit floats. None: as they are. A cache that is given to `generate` stays what it is.
         calibration: texts like those that the model is for, which it reads so that weights are rounded with regard to the
             inputs that they meet: a list of strings, for the tokenizer in the model's own folder, or of token ids (lists or
             tensors). Longer ones than 512 tokens are cut into pieces.

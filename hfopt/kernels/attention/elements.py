@@ -49,6 +49,11 @@ def narrow_type(like):
     return I8 if is_codes(like) else I16 if is_halves(like) else None
 
 
+def line_elements(narrow):
+    """Narrow elements in 64 bytes."""
+    return 512 // narrow.width
+
+
 def emit_narrow(builder, row, place, pairs):
     """16 units of the narrow elements from row + place on."""
     if row.type.pointee == I16:

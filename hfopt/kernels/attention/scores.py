@@ -13,6 +13,7 @@ from hfopt.kernels.attention.elements import (
     emit_block,
     emit_narrow,
     kind_of,
+    line_elements,
     narrow_type,
 )
 from hfopt.kernels.attention.lanes import address_list
@@ -183,7 +184,7 @@ class _Tile:
         """As many segments at a time as a vector of units has."""
         builder, (queries, tiles, pairs, _), n_keys = self.builder, self.shape, self.shape.keys
         ratio, width = 2 if pairs else 1, self.shape.width
-        of_line = 512 // self.shape.narrow.width
+        of_line = line_elements(self.shape.narrow)
         with compiler.for_range(builder, builder.udiv(self.a.steps, intp(queries))) as loop:
             first = builder.mul(loop.index, intp(queries))
             places = [builder.add(first, intp(s)) for s in range(queries)]

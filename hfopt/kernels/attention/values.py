@@ -14,6 +14,7 @@ from hfopt.kernels.attention.elements import (
     emit_block,
     emit_narrow,
     kind_of,
+    line_elements,
     narrow_type,
 )
 from hfopt.kernels.attention.lanes import address_list
@@ -134,7 +135,7 @@ class _Tile:
         row = builder.gep(block, [builder.add(place, self.column)])
         if narrow:
             # a tile may have less than a line of a row
-            of_line = 512 // narrow.width
+            of_line = line_elements(narrow)
             n = of_line // LANES
             for line in range(vectors // n) if vectors >= n else range(key % (n // vectors) == 0):
                 emit_ahead(builder, row, intp(line * of_line), a.ahead)
