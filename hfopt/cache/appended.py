@@ -35,8 +35,8 @@ class Appended(NamedTuple):
 
     Token `t` of logical row `r` is `prefix[:, prefix_row[r], :, t]` for `t < prefix_len`; later tokens are
     `suffix[:, table[r, b], :, b]` with `b = t - prefix_len`. The new ones belong into row `r` and the columns
-    `[len - n_new, len)`. Columns beyond the length hold arbitrary bits. bfloat16 comes as uint16; or all are int8 codes, to
-    be multiplied by the scale of their token and head.
+    `[len - n_new, len)`. Columns beyond the length hold arbitrary bits. bfloat16 comes as uint16, float16 as int16; or all
+    are int8 codes, to be multiplied by the scale of their token and head.
     """
 
     prefix: np.ndarray  # [2, n_prompts, n_kv_heads, columns, head_dim], keys then values

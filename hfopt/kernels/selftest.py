@@ -19,22 +19,24 @@ from hfopt.kernels.linear import tiles as linear_tiles
 Array = NDArray[Any]
 Case = Callable[[type], float]
 
-_TOLERANCE = {
-    np.float32: 1e-5,
-    np.uint16: 2e-2,
-}  # of values of about 1; uint16 stands for the bits of bfloat16
+# of values of about 1; uint16 stands for the bits of bfloat16, int16 for those of float16
+_TOLERANCE = {np.float32: 1e-5, np.uint16: 2e-2, np.int16: 2.5e-3}
 _NO_MASK = np.zeros((0, 0, 0), np.uint8)
-_NAMES = {np.float32: "float32", np.uint16: "bfloat16"}
+_NAMES = {np.float32: "float32", np.uint16: "bfloat16", np.int16: "float16"}
 
 
 def _random(dtype: type, *shape: int) -> Array:
     """Normal random numbers, always the same for a shape."""
     values = np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+    if dtype is np.int16:
+        return values.astype(np.float16).view(np.int16)
     return values if dtype is np.float32 else (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def _exact(array: Array) -> NDArray[np.float64]:
-    """The values of float32, or of the bits of bfloat16."""
+    """The values of float32, or of the bits of bfloat16 or float16."""
+    if array.dtype == np.int16:
+        array = array.view(np.float16)
     if array.dtype == np.uint16:
         array = (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float64)

@@ -47,7 +47,7 @@ _LINEARS = frozenset({kernels.LINEAR, kernels.QUANTIZED_LINEAR})
 
 
 class Builder:
-    """Collects the instructions of a program for weights of one dtype, float32 or bfloat16; raises `InvalidInput` for
+    """Collects the instructions of a program for weights of one of `DTYPES`; raises `InvalidInput` for
     operands that do not fit.
 
     layer: the one that the next instructions belong to, for the listing.

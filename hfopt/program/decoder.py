@@ -13,11 +13,11 @@ from hfopt.errors import HfoptError, InvalidInput, UnsupportedModel
 from hfopt.patches.facts import names_read
 from hfopt.patches.families import decoders_for
 from hfopt.patches.families.family import Decoder
-from hfopt.patches.guards import DO_NOTHING, DTYPES, has_own_forward, is_bare
+from hfopt.patches.guards import DO_NOTHING, has_own_forward, is_bare
 from hfopt.program.builder import Builder, Value
 from hfopt.program.program import Program, Table
 from hfopt.program.recorder import Recorder, swapped
-from hfopt.words import dtype_name
+from hfopt.words import DTYPES, dtype_name
 
 _N_TRIED = 64  # tokens
 

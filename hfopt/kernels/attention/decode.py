@@ -33,7 +33,9 @@ from hfopt.kernels.simd.constants import LOG2_E, ZERO
 from hfopt.kernels.simd.pointer import (
     address_as,
     address_of,
+    as_packed,
     as_units,
+    bytes_at,
     floats_at,
     integers_at,
     pointer,
@@ -135,7 +137,7 @@ def _attend_task(worker, problem, counters, rooms, room_size, out):
     A second launch would wait for all threads. Here one that has no item left waits for a while only; the last one sees
     that it is, and joins what others have left.
     """
-    room = address_as(rooms + worker * room_size, problem.q)
+    room = as_packed(bytes_at(rooms + worker * room_size), problem.q)
     n_items, n_done = problem.plan.n_items, 0
     index = next_index(counters)
     while index < n_items:
