@@ -100,7 +100,7 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             rows,
             _setting_read(module, parts.clip),
             _setting_read(module, parts.softcap),
-            vars(module).get("layer_type"),
+            _layer_type(module),
         )
         for rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
         for rotation in parts.rotations
@@ -156,6 +156,15 @@ def _heads_of(module: Any, name: str, n_heads: int, head_dim: int) -> int | str:
     return 1 if shape == (n_heads * head_dim,) else f"{name} is over {shape} channels, not those of a head"
 
 
+def _layer_type(module: Any) -> str | None:
+    """The name of its kind of layers, for which there may be angles and masks of their own."""
+    state, types = vars(module), setting(module, "layer_types")
+    named = next((state[name] for name in ("layer_type", "attention_type") if name in state), None)
+    if named is None and types is not None and module.layer_idx < len(types):
+        named = types[module.layer_idx]
+    return named if isinstance(named, str) else None
+
+
 def _setting_read(module: Any, name: str | None) -> str | None:
     """The name, if the module reads it and has something there."""
     return None if name is None or name not in names_read(module) or setting(module, name) is None else name
@@ -180,7 +189,9 @@ def _rows(order: Order, n_heads: int, n_kv_heads: int, head_dim: int) -> Rows:
 
 def _trial(call: Any, spec: AttentionSpec, scene: Any) -> list[torch.Tensor]:
     return [
-        inputs.valid(call(hidden_states=inputs.hidden_states, **scene.roles(inputs, spec.n_positions)))
+        inputs.valid(
+            call(hidden_states=inputs.hidden_states, **scene.roles(inputs, spec.n_positions, spec.layer_type))
+        )
         for inputs in scene.inputs(spec.hidden_size)
     ]
 
