@@ -198,7 +198,7 @@ def _attend_decode(dtype: type, is_coded: bool) -> float:
     table = np.array([[1, 0, 1, 0, 1], [0, 0, 1, 1, 1]], np.int32)
     out: Array = np.zeros((2, 48), dtype)
     record = cache_record.record_of(*buffers, *scales)
-    cache = (record, 290, 4, np.zeros(2, np.int32), table, _NO_MASK)
+    cache = (record, 290, 4, np.zeros(2, np.int32), table, 0, _NO_MASK)
     likes: tuple[Array, Array] = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
     attention.attend_decode(*likes, _address(qkv), 2, *cache, 0.2, 2, _address(out))
     worst = 0.0
@@ -215,7 +215,7 @@ def _attend_prefill(dtype: type, is_coded: bool) -> float:
     buffers, scales, (prefix, _) = _cache(dtype, is_coded, (2, 1, 1, 80, 24), (2, 1, 1, 0, 24))
     out: Array = np.zeros((70, 24), dtype)
     record = cache_record.record_of(*buffers, *scales)
-    cache = (record, 75, 0, np.zeros(1, np.int32), np.zeros((1, 0), np.int32))
+    cache = (record, 75, 0, np.zeros(1, np.int32), np.zeros((1, 0), np.int32), 0)
     mask = (attention_prefill.CAUSAL, _NO_MASK)
     likes: tuple[Array, Array] = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
     attention_prefill.attend_prefill(*likes, _address(qkv), 1, 70, *cache, *mask, 0.2, 1, _address(out))

@@ -73,7 +73,8 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     layers = _layers(decoder, record)
     tokens = _embedding(decoder, record.tokens)
     builder = Builder(tokens.rows.dtype)
-    ops = Recorder(builder, None if record.rotary is None else decoder._modules.get(record.rotary))
+    rotary = None if record.rotary is None else decoder._modules.get(record.rotary)
+    ops = Recorder(builder, rotary, host.windows_of(model.config))
 
     x = builder.look_up(tokens, "tokens")
     if record.multiplier is not None:
@@ -95,7 +96,7 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     logits = ops.part(model, record.head, x)
     if record.divisor is not None:
         logits = builder.scale(logits, getattr(model.config, record.divisor), divide=True)
-    return builder.program(logits, len(layers), host.full_attention_of(model.config))
+    return builder.program(logits, len(layers))
 
 
 def _check_children(decoder: Any, record: Decoder) -> None:
@@ -132,8 +133,8 @@ def _layers(decoder: Any, record: Decoder) -> list[Any]:
     layers = [swapped(modules, name) for name in list(modules._modules)[:n_layers]]
     if not layers:
         raise UnsupportedModel("it has no layers")
-    if host.full_attention_of(config) == 0:
-        raise UnsupportedModel("not all of its layers have full attention")
+    if None in host.windows_of(config):
+        raise UnsupportedModel("not all of its layers have full attention or that of a window")
     # the decoder makes the masks
     if not getattr(config, "is_causal", True):
         raise UnsupportedModel("its configuration has is_causal=False")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfopt.kernels.attention.cache_view import Cache, key_of, open_cache, valid_rows
+from hfopt.kernels.attention.cache_view import Cache, holds, key_of, open_cache, valid_rows
 from hfopt.kernels.attention.chunk import Item, attend_chunk
 from hfopt.kernels.attention.partials import join_partials
 from hfopt.kernels.attention.plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_prefix_row
@@ -195,18 +195,33 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scale, scratch
 
 @launch
 def attend_decode(
-    like, held, qkv, n_rows, record, prefix_len, suffix_len, prefix_row, table, mask, scale, n_heads, out
+    like,
+    held,
+    qkv,
+    n_rows,
+    record,
+    prefix_len,
+    suffix_len,
+    prefix_row,
+    table,
+    skipped,
+    mask,
+    scale,
+    n_heads,
+    out,
 ):
-    """`attend_rows`; returns 0, or 1 and does nothing if the cache names rows that it has not.
+    """`attend_rows`; returns 0, or 1 and does nothing if the cache names rows that it has not, or has not all tokens but the
+    skipped ones.
 
     Addresses of qkv [n_rows, (n_heads + 2 n_kv_heads) size], queries first, and of out [n_rows, n_heads size], of the
     type of `like`, float32 or bfloat16 bits; the cache of the `cache_record` is of that of `held`, the same, or int8 for
-    codes. Rows and table as in `cache.Appended`; mask uint8 [n_rows, 1, keys or more], empty if all are seen.
+    codes. Rows, table and skipped as in `cache.Appended`; mask uint8 [n_rows, 1, keys behind the skipped ones, or
+    more], empty if all are seen.
     """
     q, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
     rows = pointer(prefix_row), pointer(table), table.shape[1]
-    cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows)
-    if not valid_rows(cache, n_rows):
+    cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows, skipped)
+    if not holds(pointer(record), prefix_len, skipped) or not valid_rows(cache, n_rows):
         return 1
     threads, item_size = usable_threads(), 4 // units_ratio(q)
     needed = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads).n_bytes

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfopt.kernels.attention.cache_view import open_cache, valid_rows
+from hfopt.kernels.attention.cache_view import holds, open_cache, valid_rows
 from hfopt.kernels.attention.pack import BLOCK, find_keys, pack_queries, pack_values, rounded
 from hfopt.kernels.attention.softmax import (
     LIMIT,
@@ -62,6 +62,7 @@ class Seen(NamedTuple):
 
     kind: Any  # ALL, CAUSAL: those up to the token itself, or BYTES
     bytes: Any  # pointer to uint8 [n_rows, n_new, n_keys], 0 for what is hidden
+    mask_row: Any  # bytes from a token to the next
     n_new: Any
     n_keys: Any
 
@@ -80,7 +81,7 @@ def count_seen(seen, row, begin, end, first, n):
     """How many bytes of the mask are not 0, for positions begin to end and n keys from `first` on."""
     total = splat(ZERO)
     for position in range(begin, end):
-        start = (row * seen.n_new + position) * seen.n_keys + first
+        start = (row * seen.n_new + position) * seen.mask_row + first
         for j in range(0, n, LANES):
             total = total + where_bytes(seen.bytes, start + j, n - j, splat(ONE), splat(ZERO))
     return sum_lanes(total)
@@ -312,6 +313,7 @@ def attend_prefill(
     suffix_len,
     prefix_row,
     table,
+    skipped,
     kind,
     mask,
     scale,
@@ -321,15 +323,16 @@ def attend_prefill(
     """As `decode.attend_decode` for n_new tokens a row, the last ones of the row's keys.
 
     qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size]; kind: ALL keys are seen, CAUSAL: those up to the
-    token itself, or BYTES: what mask, uint8 [n_rows, n_new, keys], says; out [n_rows n_new, n_heads size].
+    token itself, or BYTES: what mask, uint8 [n_rows, n_new, keys but the skipped ones],
+    says; out [n_rows n_new, n_heads size].
     """
     qkv, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
     rows = pointer(prefix_row), pointer(table), table.shape[1]
-    cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows)
-    if not valid_rows(cache, n_rows):
+    cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows, skipped)
+    if not holds(pointer(record), prefix_len, skipped) or not valid_rows(cache, n_rows):
         return 1
     plan = plan_tokens(qkv, cache, n_rows, n_new, n_heads, usable_threads())
-    seen = Seen(kind, pointer(mask), n_new, prefix_len + suffix_len)
+    seen = Seen(kind, pointer(mask), mask.shape[2], n_new, prefix_len + suffix_len - skipped)
     room = np.empty(_scratch_of(plan) // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + LINE - 1) // LINE * LINE
     attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, np.float32(scale), scratch, out)

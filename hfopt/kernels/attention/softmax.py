@@ -78,7 +78,7 @@ def hide_masked(scores, width, n, seen, row, group, q_begin, q_end, first):
         for start in range(0, n, LANES):
             for i in range(LANES):
                 q = min(q_begin + column + i, q_end - 1)
-                place = (row * seen.n_new + q // group) * seen.n_keys + first + start
+                place = (row * seen.n_new + q // group) * seen.mask_row + first + start
                 store(by_query, i * LANES, where_bytes(seen.bytes, place, n - start, splat(ONE), splat(ZERO)))
             transpose_block(by_query, LANES, by_key, LANES)
             for j in range(min(n - start, LANES)):
