@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hfopt.cache import Appended, IndirectCache
-from hfopt.functional import attend, prepare_mask
+from hfopt.functional import Scoring, attend, prepare_mask
 from hfopt.words import dtype_name
 
 from .kernel_case import (
@@ -62,7 +62,7 @@ def _step(layers: list[Appended], dtype: torch.dtype, heads: Heads) -> Call:
     n_rows, n_prompt = len(layers[0].prefix_row), layers[0].prefix_len
     qkv = random(dtype, n_rows, 1, (n_heads + 2 * n_kv_heads) * head_dim)
     mask = prepare_mask(None, n_rows, 1, n_prompt + layers[0].suffix_len)
-    run = each(lambda layer: attend(qkv, layer, mask, head_dim**-0.5, *heads), layers)
+    run = each(lambda layer: attend(qkv, layer, mask, Scoring(head_dim**-0.5), *heads), layers)
     n_bytes = 2 * n_prompt * n_kv_heads * head_dim * dtype.itemsize
     return Call(run, len(layers), n_bytes, n_operations=4 * n_rows * n_heads * head_dim * n_prompt)
 
@@ -106,7 +106,7 @@ def _prefill(dtype: torch.dtype, heads: Heads, n_tokens: int) -> dict[str, Call]
     runs = {
         # as transformers calls it; keys repeated beforehand are no faster here
         "SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1),
-        "hfopt": lambda: attend(qkv, layer, mask, head_dim**-0.5, *heads),
+        "hfopt": lambda: attend(qkv, layer, mask, Scoring(head_dim**-0.5), *heads),
     }
     operations = 2 * n_heads * head_dim * n_tokens * (n_tokens + 1)
     return {

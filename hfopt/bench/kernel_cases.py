@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from hfopt.bench import roofline
 from hfopt.functional import (
     LinearWeights,
+    Scoring,
     attend,
     layer_norm,
     linear,
@@ -218,7 +219,7 @@ def _tiny_calls(dtype: torch.dtype) -> dict[str, tuple[str, Callable[[], object]
         "rms_norm": ("1×64", lambda: rms_norm(x, weight, _EPS)),
         "rotate_and_store": ("4/2×16", lambda: rotate_and_store(qkv, cos, sin, appended, *heads, "half")),
         "linear": ("1×64 by 64×64", lambda: linear(x, record)),
-        "attend": ("4/2×16, 16 keys", lambda: attend(qkv, appended, mask, 0.25, *heads)),
+        "attend": ("4/2×16, 16 keys", lambda: attend(qkv, appended, mask, Scoring(0.25), *heads)),
     }
 
 

@@ -15,6 +15,7 @@ from .quantized import QuantizedWeights, quantized_linear
 from .rotary import rotate_and_store
 from .sampling import argmax, log_softmax_top_k
 from .scale import scale
+from .scoring import Scoring
 
 __all__ = [
     "ACTIVATIONS",
@@ -24,6 +25,7 @@ __all__ = [
     "Mask",
     "MixedWeights",
     "QuantizedWeights",
+    "Scoring",
     "Weights",
     "argmax",
     "attend",

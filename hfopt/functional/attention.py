@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from hfopt.cache.codes import dequantised
 from hfopt.cache.row_map import gathered
 from hfopt.errors import InvalidInput
-from hfopt.kernels.attention import decode, prefill
+from hfopt.kernels.attention import decode, prefill, seen
 
 from .checks import ELEMENTS, prepare_threads
 from .choice import Kernels, takes_torch
 from .rotary import check_qkv, held_by
+from .scoring import Scoring
 
 if TYPE_CHECKING:
     from hfopt.cache import Appended
@@ -35,7 +36,7 @@ class Mask(NamedTuple):
     bytes: np.ndarray = _NO_BYTES  # uint8 [n_rows, n_new, n_keys] of kind "bytes"
 
 
-KINDS = {"none": prefill.ALL, "causal": prefill.CAUSAL, "bytes": prefill.BYTES}
+KINDS = {"none": seen.ALL, "causal": seen.CAUSAL, "bytes": seen.BYTES}
 
 
 def prepare_mask(attention_mask: object, n_rows: int, n_new: int, n_keys: int) -> Mask:
@@ -84,44 +85,47 @@ def attend(
     qkv: Tensor,
     appended: "Appended",
     mask: Mask,
-    scale: float,
+    scoring: Scoring,
     n_heads: int,
     n_kv_heads: int,
     head_dim: int,
     *,
     by: Kernels = "hfopt",
 ) -> Tensor:
-    """softmax(scale * q k^T) v over the cached keys and values: [n_rows, n_new, n_heads * head_dim].
+    """softmax(scores) v over the cached keys and values: [n_rows, n_new, n_heads * head_dim]. scoring: how scores come about
+    from q k^T.
 
     qkv: [n_rows, n_new, (n_heads + 2 * n_kv_heads) * head_dim], contiguous, float32 or bfloat16 as the
     cache, unless that holds codes; of it only the queries, its first channels,
     are read: `rotate_and_store` has put the keys and values into the cache. Keys that a mask hides are not
     looked at, whatever they hold; a token that sees no key gets 0. by: "hfopt", "torch", or "auto" (what is
     faster for this many new tokens, see `choice`); one new token a row is always hfopt's, and so are infinite and NaN
-    keys and values behind a mask, which torch would spread. Raises `InvalidInput`.
+    keys and values behind a mask, which torch would spread, and scores that are more than scaled. Raises `InvalidInput`.
     """
     address, record = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
     n_rows, n_new, _ = qkv.shape
     check_lengths(appended, n_rows)
     _check_skipped(appended)
     hidden = checked_bytes(mask, appended.n_keys, n_rows, n_new)
+    numbers = scoring.numbers(n_heads, qkv.dtype)
     out = qkv.new_empty(n_rows, n_new, n_heads * head_dim)
     if not out.numel():
         return out
-    if n_new > 1 and by != "hfopt" and takes_torch(by, "attention", qkv.dtype, n_new):
-        attended = _attend_in_torch(qkv, appended, mask, scale, n_heads, head_dim)
+    by_torch = n_new > 1 and by != "hfopt" and scoring.is_plain(appended.n_keys)
+    if by_torch and takes_torch(by, "attention", qkv.dtype, n_new):
+        attended = _attend_in_torch(qkv, appended, mask, scoring.scale, n_heads, head_dim)
         if attended is not None:
             return attended
     prepare_threads()
-    like, target, factor = (ELEMENTS[qkv.dtype], held_by(appended, qkv.dtype)), out.data_ptr(), float(scale)
+    like, target = (ELEMENTS[qkv.dtype], held_by(appended, qkv.dtype)), out.data_ptr()
     lengths = appended.prefix_len, appended.suffix_len
     cache = (record, *lengths, appended.prefix_row, appended.table, appended.skipped)
     if n_new == 1:
-        wrong = decode.attend_decode(*like, address, n_rows, *cache, hidden, factor, n_heads, target)
+        wrong = decode.attend_decode(*like, address, n_rows, *cache, hidden, *numbers, n_heads, target)
     else:
         kind = KINDS[mask.kind]
         sizes = (address, n_rows, n_new)
-        wrong = prefill.attend_prefill(*like, *sizes, *cache, kind, hidden, factor, n_heads, target)
+        wrong = prefill.attend_prefill(*like, *sizes, *cache, kind, hidden, *numbers, n_heads, target)
     if wrong:
         raise InvalidInput(_WRONG_ROWS)
     return out

@@ -11,6 +11,7 @@ from .attention import Mask, attend
 from .checks import array_of
 from .choice import SCRATCH, Kernels
 from .linear import LinearWeights, linear
+from .scoring import Scoring
 
 Trial = Callable[[Kernels], None]
 
@@ -56,7 +57,7 @@ def attention_trial(dtype: torch.dtype, n_new: int) -> Trial:
     qkv = _filled(dtype, n_rows, n_new, (n_heads + 2 * n_kv_heads) * head_dim)
 
     def run(by: Kernels) -> None:
-        attend(qkv, appended, Mask("causal"), head_dim**-0.5, n_heads, n_kv_heads, head_dim, by=by)
+        attend(qkv, appended, Mask("causal"), Scoring(head_dim**-0.5), n_heads, n_kv_heads, head_dim, by=by)
 
     return run
 

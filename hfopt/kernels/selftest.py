@@ -11,6 +11,7 @@ from hfopt.kernels import elementwise, norm, rope, sampling
 from hfopt.kernels.attention import cache_record
 from hfopt.kernels.attention import decode as attention
 from hfopt.kernels.attention import prefill as attention_prefill
+from hfopt.kernels.attention.seen import CAUSAL
 from hfopt.kernels.linear import activation, quantized
 from hfopt.kernels.linear import rows as linear
 from hfopt.kernels.linear import tiles as linear_tiles
@@ -175,10 +176,25 @@ def _rotate_and_store(dtype: type, is_coded: bool) -> float:
     return max(rotated, _error(scales[:, 0, 0, 2:], steps), float(np.maximum(off, 0).max()))
 
 
-def _attended(q: Array, k: Array, v: Array, seen: Array) -> Array:
-    scores = np.where(seen, q @ k.T, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True) @ v
+def _scoring(dtype: type, n_heads: int, is_bent: bool) -> tuple[tuple[Any, ...], tuple[Array, Array]]:
+    """(what kernels are told of scores, slopes and sinks of the heads, which have to live)."""
+    slopes, sinks = _random(np.float32, n_heads) / np.float32(16), _random(dtype, n_heads)
+    bent = (2.0, _address(slopes), _address(sinks), 41) if is_bent else (0.0, 0, 0, 0)
+    return (0.2, *bent), (slopes, sinks)
+
+
+def _attended(q: Array, k: Array, v: Array, place: Array, kept: tuple[Array, Array], is_bent: bool) -> Array:
+    """Attention of queries whose tokens are at these places, one for each head or all of one head."""
+    distance = np.arange(len(k)) - place
+    scores, sink = q @ k.T * 0.2, np.full((1, 1), -np.inf)
+    seen = distance <= 0
+    if is_bent:
+        slope, sink = (_exact(each)[:, None] for each in kept)
+        scores, seen = 2 * np.tanh(scores / 2) + slope * distance, seen & (distance > -41)
+    scores = np.where(seen, scores, -np.inf)
+    top = np.maximum(scores.max(-1, keepdims=True), sink)
+    weights = np.exp(scores - top)
+    return weights / (weights.sum(-1, keepdims=True) + np.exp(sink - top)) @ v
 
 
 def _cache(
@@ -192,7 +208,7 @@ def _cache(
     return [codes for codes, _ in coded], [scales for _, scales in coded], [_values(*each) for each in coded]
 
 
-def _attend_decode(dtype: type, is_coded: bool) -> float:
+def _attend_decode(dtype: type, is_coded: bool, is_bent: bool) -> float:
     qkv = _random(dtype, 2, 4 * 24)
     buffers, scales, (prefix, suffix) = _cache(dtype, is_coded, (2, 1, 1, 300, 24), (2, 2, 1, 5, 24))
     table = np.array([[1, 0, 1, 0, 1], [0, 0, 1, 1, 1]], np.int32)
@@ -200,27 +216,30 @@ def _attend_decode(dtype: type, is_coded: bool) -> float:
     record = cache_record.record_of(*buffers, *scales)
     cache = (record, 290, 4, np.zeros(2, np.int32), table, 0, _NO_MASK)
     likes: tuple[Array, Array] = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
-    attention.attend_decode(*likes, _address(qkv), 2, *cache, 0.2, 2, _address(out))
+    scoring, kept = _scoring(dtype, 2, is_bent)
+    attention.attend_decode(*likes, _address(qkv), 2, *cache, *scoring, 2, _address(out))
     worst = 0.0
     for row in range(2):
         tokens = [suffix[:, table[row, t], 0, t] for t in range(4)]
         k, v = np.concatenate((prefix[:, 0, 0, :290], np.stack(tokens, 1)), 1)
-        q = _exact(qkv[row, :48]).reshape(2, 24) * 0.2
-        worst = max(worst, _error(out[row].reshape(2, 24), _attended(q, k, v, np.ones(294, bool))))
+        q = _exact(qkv[row, :48]).reshape(2, 24)
+        expected = _attended(q, k, v, np.array([[293]]), kept, is_bent)
+        worst = max(worst, _error(out[row].reshape(2, 24), expected))
     return worst
 
 
-def _attend_prefill(dtype: type, is_coded: bool) -> float:
+def _attend_prefill(dtype: type, is_coded: bool, is_bent: bool) -> float:
     qkv = _random(dtype, 70, 3 * 24)
     buffers, scales, (prefix, _) = _cache(dtype, is_coded, (2, 1, 1, 80, 24), (2, 1, 1, 0, 24))
     out: Array = np.zeros((70, 24), dtype)
     record = cache_record.record_of(*buffers, *scales)
     cache = (record, 75, 0, np.zeros(1, np.int32), np.zeros((1, 0), np.int32), 0)
-    mask = (attention_prefill.CAUSAL, _NO_MASK)
+    mask = (CAUSAL, _NO_MASK)
+    scoring, kept = _scoring(dtype, 1, is_bent)
     likes: tuple[Array, Array] = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
-    attention_prefill.attend_prefill(*likes, _address(qkv), 1, 70, *cache, *mask, 0.2, 1, _address(out))
+    attention_prefill.attend_prefill(*likes, _address(qkv), 1, 70, *cache, *mask, *scoring, 1, _address(out))
     k, v = prefix[:, 0, 0, :75]
-    return _error(out, _attended(_exact(qkv[:, :24]) * 0.2, k, v, np.tri(70, 75, 5, dtype=bool)))
+    return _error(out, _attended(_exact(qkv[:, :24]), k, v, np.arange(5, 75)[:, None], kept, is_bent))
 
 
 def _argmax(dtype: type) -> float:
@@ -260,8 +279,10 @@ _CASES: tuple[tuple[str, Case], ...] = (
         (f"{name}, cache of codes" if is_coded else name, functools.partial(case, is_coded=is_coded))
         for name, case in (
             ("rotate_and_store", _rotate_and_store),
-            ("attend_decode", _attend_decode),
-            ("attend_prefill", _attend_prefill),
+            ("attend_decode", functools.partial(_attend_decode, is_bent=False)),
+            ("attend_decode, bent scores", functools.partial(_attend_decode, is_bent=True)),
+            ("attend_prefill", functools.partial(_attend_prefill, is_bent=False)),
+            ("attend_prefill, bent scores", functools.partial(_attend_prefill, is_bent=True)),
         )
         for is_coded in (False, True)
     ),

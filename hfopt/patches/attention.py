@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from hfopt.errors import UnsupportedModel
-from hfopt.functional import Epilogue
+from hfopt.functional import Epilogue, Scoring
 from hfopt.host import ROLES
 from hfopt.patches.angles import (
     Angles,
@@ -78,11 +78,10 @@ class Attention(Block):
         return ops.linear(attended, output, Epilogue(residuals=residuals))
 
     @property
-    def scale(self) -> float:
-        """Factor of the scores."""
+    def scoring(self) -> Scoring:
+        """How scores come about."""
         state = self.__dict__
-        scale: float = 1.0 / float(state["scale_attn"]) if "scale_attn" in state else state["scaling"]
-        return scale
+        return Scoring(1.0 / float(state["scale_attn"]) if "scale_attn" in state else state["scaling"])
 
     def idle_reason(self) -> str | None:
         return super().idle_reason() or attention_obstacle(self)

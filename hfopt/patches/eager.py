@@ -156,7 +156,7 @@ class Eager:
 
     def attend(self, attention: Any, qkv: Tensor, past: Past) -> Tensor:
         heads = attention._hfopt.spec.heads
-        return functional.attend(qkv, past.appended, past.mask, attention.scale, *heads, by=self._by)
+        return functional.attend(qkv, past.appended, past.mask, attention.scoring, *heads, by=self._by)
 
 
 def _takes_appends(cache: Any, layer: int) -> bool:

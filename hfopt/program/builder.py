@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
-from hfopt.functional import Epilogue, LinearWeights, MixedWeights, QuantizedWeights, Weights
+from hfopt.functional import Epilogue, LinearWeights, MixedWeights, QuantizedWeights, Scoring, Weights
 from hfopt.functional.activation import CODES
 from hfopt.functional.checks import check_array
 from hfopt.functional.epilogue import PLAIN
@@ -19,7 +19,16 @@ from hfopt.functional.rotary import ROTATIONS
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import NONE, Instruction
 from hfopt.kernels.linear.blocks import RESIDUALS
-from hfopt.program.layout import Value, Written, format_of, in_words, line_of, places_of, row_of
+from hfopt.program.layout import (
+    Value,
+    Written,
+    format_of,
+    in_words,
+    line_of,
+    places_of,
+    row_of,
+    scores_in_words,
+)
 from hfopt.program.listing import Listing
 from hfopt.program.program import Program, Table
 
@@ -186,25 +195,31 @@ class Builder:
         columns |= {name: NONE for name in ("cos", "sin") if name not in operands}
         self._add(kernels.ROTATE_AND_STORE, f"{heads[0]} / {heads[1]} heads of {heads[2]}", operands, columns)
 
-    def attend(
-        self, qkv: Value, layer: int, heads: tuple[int, int, int], scale: float, window: int = sys.maxsize
-    ) -> Value:
-        """`functional.attend` over what has been stored. window: tokens that each sees, itself included."""
+    def attend(self, qkv: Value, layer: int, heads: tuple[int, int, int], scoring: Scoring) -> Value:
+        """`functional.attend`, over what has been stored."""
         self._check_heads(qkv, heads)
         if self._cached.get(layer) != heads[1:]:
             raise InvalidInput(
                 f"layer {layer} caches heads of {self._cached.get(layer)}: {heads[1:]} is needed"
             )
-        if window < 1:
-            raise InvalidInput(f"window is {window}: at least 1 is needed")
         out = Value(heads[0] * heads[2], self.dtype)
         shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
-        shapes += "" if window == sys.maxsize else f", window of {window}"
-        n_bytes = {"token_bytes": 2 * heads[1] * heads[2] * self.dtype.itemsize, "window": window}
-        operands = {"IN": qkv, "OUT": out}
-        sizes = dict(zip(("n_heads", "n_kv_heads", "head_dim"), heads, strict=True))
-        columns = {"layer": layer, **sizes, "window": window}
-        self._add(kernels.ATTEND, shapes, operands, columns, scalar=scale, n_bytes=n_bytes)
+        scale, softcap, slopes, sinks, window = scoring.numbers(heads[0], self.dtype)
+        n_bytes = {
+            "token_bytes": 2 * heads[1] * heads[2] * self.dtype.itemsize,
+            "window": window or sys.maxsize,
+        }
+        self._kept += scoring.tensors
+        columns = {
+            "layer": layer,
+            **dict(zip(("n_heads", "n_kv_heads", "head_dim"), heads, strict=True)),
+            "softcap": int(np.float32(softcap).view(np.int32)),
+            "slopes": slopes,
+            "sinks": sinks,
+            "window": window,
+        }
+        operands, then = {"IN": qkv, "OUT": out}, scores_in_words(scoring)
+        self._add(kernels.ATTEND, shapes, operands, columns, scalar=scale, then=then, n_bytes=n_bytes)
         return out
 
     def _check_heads(self, qkv: Value, heads: tuple[int, int, int]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from hfopt.functional import Epilogue, LinearWeights, QuantizedWeights
+from hfopt.functional import Epilogue, LinearWeights, QuantizedWeights, Scoring
 from hfopt.functional.quantized import terms_of
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import FORMAT_COLUMNS, LOGITS, Instruction
@@ -113,5 +113,16 @@ def in_words(epilogue: Epilogue[Value]) -> str:
         *([epilogue.activation] if epilogue.activation else []),
         *(["gate × up"] if epilogue.gated else []),
         *([f"+ {n_residuals} residual{'s' if n_residuals > 1 else ''}"] if n_residuals else []),
+    ]
+    return ", ".join(parts)
+
+
+def scores_in_words(scoring: Scoring) -> str:
+    """What attention makes of scores beside their scale, for the listing."""
+    parts = [
+        *([f"softcap {scoring.softcap:g}"] if scoring.softcap is not None else []),
+        *(["slopes"] if scoring.slopes is not None else []),
+        *(["sinks"] if scoring.sinks is not None else []),
+        *([f"window {scoring.window:,}"] if scoring.window is not None else []),
     ]
     return ", ".join(parts)

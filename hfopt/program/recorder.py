@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from hfopt.errors import UnsupportedModel
@@ -92,7 +93,8 @@ class Recorder:
         own = vars(attention).get("sliding_window", window)
         if window is None or window != (sys.maxsize if own is None else own):
             raise UnsupportedModel(f"the cache has a window of {window} for it, attention one of {own}")
-        return self._builder.attend(qkv, past.layer, attention._hfopt.spec.heads, attention.scale, window)
+        scoring = replace(attention.scoring, window=None if window == sys.maxsize else window)
+        return self._builder.attend(qkv, past.layer, attention._hfopt.spec.heads, scoring)
 
     def angles(self, attention: Any) -> tuple[Value, Value] | None:
         """cos and sin of the new tokens, looked up once for all layers that share them."""

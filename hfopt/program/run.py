@@ -17,7 +17,7 @@ from hfopt.functional.checks import ELEMENTS, prepare_threads
 from hfopt.functional.rotary import held_by, record_of_buffers
 from hfopt.kernels import step as kernels
 from hfopt.kernels.attention import cache_record as records
-from hfopt.kernels.attention.prefill import BYTES
+from hfopt.kernels.attention.seen import BYTES
 from hfopt.kernels.instruction import OP, UNKNOWN_INDEX
 from hfopt.program.memory import LINE
 

@@ -8,10 +8,13 @@ from hfopt.kernels.attention.cache_record import LENGTH, PREFIX, ROWS, SUFFIX
 from hfopt.kernels.attention.cache_view import holds, open_cache, valid_rows
 from hfopt.kernels.attention.decode import attend_rows
 from hfopt.kernels.attention.plan import layout_of
-from hfopt.kernels.attention.prefill import Seen, attend_tokens, most_scratch, plan_tokens
+from hfopt.kernels.attention.prefill import attend_tokens, most_scratch, plan_tokens
+from hfopt.kernels.attention.scoring import Scoring, skipped_keys
+from hfopt.kernels.attention.seen import Seen
 from hfopt.kernels.instruction import UNKNOWN_ROW, Instruction, read_fields
 from hfopt.kernels.jit.parallel import body
-from hfopt.kernels.simd.pointer import address_as, bytes_at, shifted
+from hfopt.kernels.simd.memory import load_scalar
+from hfopt.kernels.simd.pointer import address_as, address_of, bytes_at, floats_at, shifted
 from hfopt.kernels.simd.tile import units_ratio
 
 
@@ -20,13 +23,13 @@ class _Attend(NamedTuple):
     n_heads: int
     n_kv_heads: int
     head_dim: int
-    window: int  # tokens that each sees, itself included
+    softcap: int  # bits of float32; the others as in `Scoring`
+    slopes: int
+    sinks: int
+    window: int
 
 
-@body
-def _skipped(window, step):
-    """Tokens, the oldest ones, that no new one sees."""
-    return max(step.cache.prefix_len + step.cache.suffix_len - step.n_new + 1 - window, 0)
+_SOFTCAP = _Attend._fields.index("softcap")
 
 
 @body
@@ -41,7 +44,8 @@ def _open(cache, layer, held, skipped):
 def _check(held, own, step):
     """0 if the layer has the rows of the cache that those of the batch name, and the tokens that new ones see."""
     own, cache = read_fields(own, _Attend), step.cache
-    record, skipped = shifted(cache.records, own.layer * LENGTH), _skipped(own.window, step)
+    record = shifted(cache.records, own.layer * LENGTH)
+    skipped = skipped_keys(own.window, cache.prefix_len + cache.suffix_len, step.n_new)
     if not holds(record, cache.prefix_len, skipped):
         return UNKNOWN_ROW
     # one with no fewer rows than another before it, which is looked at as well, needs no look
@@ -56,19 +60,21 @@ def _check(held, own, step):
 @body
 def _run(like, held, operands, step):
     own, cache, n_rows, n_new = read_fields(operands.own, _Attend), step.cache, step.n_rows, step.n_new
-    skipped, n_heads, scale = _skipped(own.window, step), own.n_heads, np.float32(operands.scalar)
+    n_keys, n_heads = cache.prefix_len + cache.suffix_len, own.n_heads
+    skipped = skipped_keys(own.window, n_keys, n_new)
     opened = _open(cache, own.layer, held, skipped)
+    softcap = load_scalar(floats_at(address_of(shifted(operands.own, _SOFTCAP))), 0)
+    scoring = Scoring(np.float32(operands.scalar), softcap, own.slopes, own.sinks, own.window)
     q, out = address_as(operands.x, like), address_as(operands.out, like)
     mask = step.mask + skipped if step.mask != 0 else 0
     if n_new == 1:
         q_row = (n_heads + 2 * opened.n_kv_heads) * opened.size
         seen, scratch = (mask, step.mask_row), (step.scratch, step.threads)
-        attend_rows(opened, q, q_row, n_rows, n_heads, *seen, scale, *scratch, out)
+        attend_rows(opened, q, q_row, n_rows, n_heads, *seen, scoring, *scratch, out)
     else:
-        n_keys = cache.prefix_len + cache.suffix_len
-        shown = Seen(step.kind, bytes_at(mask), n_keys, n_new, n_keys - skipped)
+        shown = Seen(step.kind, bytes_at(mask), n_keys, n_new, n_keys - skipped, own.window)
         plan = plan_tokens(q, opened, n_rows, n_new, n_heads, step.threads)
-        attend_tokens(plan, opened, q, n_rows, n_heads, shown, scale, step.scratch, out)
+        attend_tokens(plan, opened, q, n_rows, n_heads, shown, scoring, step.scratch, out)
 
 
 @body

@@ -5,6 +5,7 @@ suffix, and those of which a mask hides some) are gathered first, without what i
 there cannot reach a result. The scales of codes are gathered in any case, in the order of the keys.
 """
 
+import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
@@ -19,7 +20,7 @@ from hfopt.kernels.simd.memory import copy_codes, load, load_part, prefetch, sto
 from hfopt.kernels.simd.pointer import address_of, as_units, bytes_at, shifted
 from hfopt.kernels.simd.tile import units_ratio
 from hfopt.kernels.simd.types import F32, LANES
-from hfopt.kernels.simd.vector import splat
+from hfopt.kernels.simd.vector import lane_numbers, splat
 
 MAX_KEYS = 256  # of a chunk; also a literal in `chunk`, in the sizes of stacks
 
@@ -73,17 +74,27 @@ def _hold(source, scales, n, size, target, padded):
             copy_row(shifted(source, i * size), size, ONE, shifted(target, i * padded), padded)
 
 
+@body
+def _distances_from(first):
+    """Of 16 keys that follow each other."""
+    return lane_numbers() + splat(np.float32(first))
+
+
 @inlined
-def list_blocks(problem, item, scales, place, first, n, keys, values, room, factors):
+def list_blocks(problem, item, scales, place, first, n, keys, values, room, factors, distances):
     """Addresses of blocks of those of n keys from token `first` of an item's segment on that the row at a place sees.
 
     Returns how many keys these are, and writes hidden ones nowhere. room: for copies of n keys and values. scales: those
-    of the segment; factors: see `stack_factors`.
+    of the segment; factors: see `stack_factors`. distances: room for those of the keys from the last key of the row, and of
+    as many that were copied; left alone where no score depends on them.
     """
     cache, size, padded = problem.cache, problem.cache.size, problem.padded
     segment, in_prefix, p, kv_head = item.segment, item.in_prefix, item.row, item.kv_head
     start = first if in_prefix else cache.prefix.n_tokens + first
     held_values = shifted(room, problem.plan.chunk * padded)
+    held_distances = shifted(distances, MAX_KEYS)
+    has_distances = problem.scoring.slopes != 0
+    nearest = start - (cache.prefix.n_tokens + cache.suffix.n_tokens - 1)
     n_blocks = 0
     n_held = 0
     for t in range(0, n, BLOCK):
@@ -98,6 +109,8 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
                 _copy_factors(here, segment.to_value_scales, BLOCK, shifted(factors, n_blocks * BLOCK))
                 prefetch(here, problem.plan.chunk)
                 prefetch(here, segment.to_value_scales + problem.plan.chunk)
+            if has_distances:
+                store(distances, n_blocks * BLOCK, _distances_from(nearest + t))
             n_blocks += 1
         else:
             together = count if in_prefix and seen == (1 << count) - 1 else 1
@@ -112,6 +125,8 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
                         here = shifted(scales, scale_of(segment, row, kv_head, token))
                         held_factors = shifted(factors, 2 * MAX_KEYS + n_held)
                         _copy_factors(here, segment.to_value_scales, together, held_factors)
+                    if has_distances:
+                        store(held_distances, n_held, _distances_from(nearest + token - first))
                     n_held += together
     n_seen = n_blocks * BLOCK + n_held
     n_copied = n_held
@@ -128,6 +143,8 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
         if scales is not None:
             held_factors = shifted(factors, 2 * MAX_KEYS + t)
             _copy_factors(held_factors, MAX_KEYS, BLOCK, shifted(factors, n_blocks * BLOCK))
+        if has_distances:
+            store(distances, n_blocks * BLOCK, load(held_distances, t))
         set_address(keys, n_blocks, address_of(shifted(room, t * padded)))
         set_address(values, n_blocks, address_of(shifted(held_values, t * padded)))
         n_blocks += 1

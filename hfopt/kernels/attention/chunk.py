@@ -16,7 +16,8 @@ from hfopt.kernels.attention.lanes import (
 from hfopt.kernels.attention.pack import copy_row
 from hfopt.kernels.attention.partials import MAX, SEEN, SUM, merge_partial
 from hfopt.kernels.attention.scores import score_tile
-from hfopt.kernels.attention.weights import round_query, round_weights, weigh_scores, weigh_values
+from hfopt.kernels.attention.scoring import slope_of
+from hfopt.kernels.attention.weights import Bent, round_query, round_weights, weigh_scores, weigh_values
 from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.simd.constants import ONE, ZERO
 from hfopt.kernels.simd.memory import store, store_part, store_scalar
@@ -65,11 +66,11 @@ def query_of(problem, kv_head, number):
 
 
 @inlined
-def attend_blocks(problem, blocks, factors, query, n_queries, room, partial, row):
+def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, partial, row):
     """Unfinished softmax of n_queries <= 8 queries of a key head, from number `query` on, over some blocks.
 
-    factors: scales of the keys, and MAX_KEYS behind them of the values; None if they are no codes. partial: where the first
-    one is left, and `row` floats behind it the next.
+    factors: scales of the keys, and MAX_KEYS behind them of the values; None if they are no codes. distances: see
+    `list_blocks`. partial: where the first one is left, and `row` floats behind it the next.
     """
     size, padded = problem.cache.size, problem.padded
     scores = stack_floats(8 * 256)
@@ -83,7 +84,11 @@ def attend_blocks(problem, blocks, factors, query, n_queries, room, partial, row
     steps = units // width
     n_blocks, n, like = blocks.n_blocks, blocks.n, blocks.like
     query_factors, weight_factors = stack_floats(2 * 16), stack_floats(2 * 16)
+    slopes, has_slopes = stack_floats(2 * 16), problem.scoring.slopes != 0
     for i in range(n_queries):
+        if has_slopes:
+            head = blocks.kv_head * problem.group + (query + i) % problem.group
+            store_part(slopes, i * width, width, splat(slope_of(problem.scoring, head)))
         source = query_of(problem, blocks.kv_head, query + i)
         is_packed = False
         if factors is not None:
@@ -126,7 +131,8 @@ def attend_blocks(problem, blocks, factors, query, n_queries, room, partial, row
         if factors is not None:
             is_rounded = takes_integers(room, like)
         following = blocks.values[0] + blocks.to_next
-        scoring = n_vectors, width, n, problem.scale, factors, like_weights
+        bent = Bent(problem.outer, has_slopes, shifted(slopes, tile * LANES), distances)
+        scoring = n_vectors, width, n, problem.scale, factors, like_weights, bent
         if is_rounded:
             top, total, largest = weigh_scores(here, *scoring, here, following)
             store(weight_factors, tile * LANES, round_weights(here, largest, n_vectors, width, w))
@@ -156,7 +162,7 @@ def attend_chunk(problem, item, chunk, next_key, room):
     held = shifted(room, TOGETHER * partial_size * units_ratio(room))
     scratch = shifted(held, 2 * plan.chunk * problem.padded)
     held = pointer_as(held, segment.keys)
-    factors = stack_factors(segment.scales)
+    factors, distances = stack_factors(segment.scales), stack_floats(2 * 256 + 16)
     here = address_of(key_of(segment, item.row, item.kv_head, first, size))
     to_values = address_of(shifted(segment.keys, segment.to_values)) - address_of(segment.keys)
     to_next = next_key - here - to_values if next_key != 0 else 0
@@ -165,7 +171,8 @@ def attend_chunk(problem, item, chunk, next_key, room):
     n_slots = plan.prefix.n_spans + plan.suffix.n_spans
     row = n_slots * partial_size
     for place in range(begin, end, together):
-        n_seen = list_blocks(problem, item, segment.scales, place, first, n, keys, values, held, factors)
+        lists = keys, values, held, factors, distances
+        n_seen = list_blocks(problem, item, segment.scales, place, first, n, *lists)
         n_blocks = (n_seen + BLOCK - 1) // BLOCK
         kinds = item.kv_head, segment.keys
         blocks = _Blocks(*kinds, keys, values, n_blocks, n_seen, to_values, to_next)
@@ -180,9 +187,9 @@ def attend_chunk(problem, item, chunk, next_key, room):
                         shifted(partial, i * row + problem.padded), SEEN, ONE if n_seen > 0 else ZERO
                     )
                 if n_seen > 0:
-                    attend_blocks(problem, blocks, factors, query, count, scratch, partial, row)
+                    attend_blocks(problem, blocks, factors, distances, query, count, scratch, partial, row)
             elif n_seen > 0:
-                attend_blocks(problem, blocks, factors, query, count, scratch, fresh, partial_size)
+                attend_blocks(problem, blocks, factors, distances, query, count, scratch, fresh, partial_size)
                 for i in range(count):
                     source, target = shifted(fresh, i * partial_size), shifted(partial, i * row)
                     merge_partial(source, target, problem.padded, as_units(room, room))

@@ -17,6 +17,7 @@ from hfopt.kernels.attention.cache_view import Cache, holds, key_of, open_cache,
 from hfopt.kernels.attention.chunk import Item, attend_chunk
 from hfopt.kernels.attention.partials import join_partials
 from hfopt.kernels.attention.plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_prefix_row
+from hfopt.kernels.attention.scoring import Scoring, sink_of, skipped_keys
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import (
     arrive,
@@ -28,7 +29,7 @@ from hfopt.kernels.jit.parallel import (
     parallel_for,
     usable_threads,
 )
-from hfopt.kernels.simd.constants import LOG2_E
+from hfopt.kernels.simd.constants import LOG2_E, ZERO
 from hfopt.kernels.simd.pointer import (
     address_as,
     address_of,
@@ -55,7 +56,9 @@ class _Problem(NamedTuple):
     cache: Cache
     mask: Any  # address of the bytes, or 0
     mask_row: Any  # bytes from a row to the next
-    scale: Any  # for powers of 2 instead of e
+    scoring: Scoring
+    scale: Any  # for powers of 2 instead of e, or for tanh
+    outer: Any  # factor behind tanh, for powers of 2; 0: there is none
     plan: Plan
     padded: Any  # channels of a head, with zeros up to whole vectors of units
     order: Any  # row numbers, sorted by prefix row; "place" is a place in it
@@ -121,7 +124,8 @@ def _join(index, problem, out):
     head = kv_head * problem.group + query % problem.group
     row = problem.order[query // problem.group]
     target = shifted(out, (row * cache.n_kv_heads * problem.group + head) * cache.size)
-    join_partials(here, n_slots, partial_size, cache.size, problem.padded, as_units(out, out), target)
+    sink = sink_of(problem.scoring, head, problem.q)
+    join_partials(here, n_slots, partial_size, cache.size, problem.padded, sink, as_units(out, out), target)
 
 
 @body
@@ -158,13 +162,13 @@ def _attend_task(worker, problem, counters, rooms, room_size, out):
 
 
 @body
-def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scale, scratch, threads, out):
-    """out[r, head] = softmax(scale * q[r, head] . keys of row r) values of row r; 0 for a row without
-    visible keys.
+def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scratch, threads, out):
+    """out[r, head] = softmax(scores of q[r, head] and the keys of row r) values of row r, scores as a `Scoring` says;
+    0 for a row without visible keys.
 
-    The cache must name valid rows. Pointers to q, rows `q_row` elements apart, and to out [n_rows, n_heads size];
-    addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes` for so many threads, on a 64-byte
-    boundary.
+    The cache must name valid rows, and begin with the window. Pointers to q, rows `q_row` elements apart, and to out
+    [n_rows, n_heads size]; addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes` for so many threads,
+    on a 64-byte boundary.
     """
     item_size = 4 // units_ratio(q)
     places = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads)
@@ -182,7 +186,9 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scale, scratch
         cache,
         mask,
         mask_row,
-        scale * np.float32(LOG2_E),
+        scoring,
+        scoring.scale / scoring.softcap if scoring.softcap > ZERO else scoring.scale * np.float32(LOG2_E),
+        scoring.softcap * np.float32(LOG2_E),
         plan,
         places.padded,
         order,
@@ -207,6 +213,10 @@ def attend_decode(
     skipped,
     mask,
     scale,
+    softcap,
+    slopes,
+    sinks,
+    window,
     n_heads,
     out,
 ):
@@ -215,20 +225,22 @@ def attend_decode(
 
     Addresses of qkv [n_rows, (n_heads + 2 n_kv_heads) size], queries first, and of out [n_rows, n_heads size], of the
     type of `like`, float32 or bfloat16 bits; the cache of the `cache_record` is of that of `held`, the same, or int8 for
-    codes. Rows, table and skipped as in `cache.Appended`; mask uint8 [n_rows, 1, keys behind the skipped ones, or
-    more], empty if all are seen.
+    codes. Rows, table and skipped as in `cache.Appended`; mask uint8 [n_rows, 1, keys behind the skipped ones, or more],
+    empty if all are seen; scale and what follows it as in `Scoring`.
     """
     q, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
     rows = pointer(prefix_row), pointer(table), table.shape[1]
-    cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows, skipped)
+    before = skipped_keys(window, prefix_len + suffix_len - skipped, 1)
+    cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows, skipped + before)
     if not holds(pointer(record), prefix_len, skipped) or not valid_rows(cache, n_rows):
         return 1
     threads, item_size = usable_threads(), 4 // units_ratio(q)
     needed = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads).n_bytes
     room = np.empty(needed // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + 63) // 64 * 64
-    seen = address_of(pointer(mask)) if mask.size > 0 else 0, mask.shape[2]
+    seen = address_of(pointer(mask)) + before if mask.size > 0 else 0, mask.shape[2]
     q_row = (n_heads + 2 * cache.n_kv_heads) * cache.size
-    attend_rows(cache, q, q_row, n_rows, n_heads, *seen, np.float32(scale), scratch, threads, out)
+    scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window)
+    attend_rows(cache, q, q_row, n_rows, n_heads, *seen, scoring, scratch, threads, out)
     room[0] = 0  # the last use of the scratch: it must live until here
     return 0

@@ -38,11 +38,11 @@ def merge_partial(fresh, partial, size, like):
 
 
 @body
-def join_partials(partials, n_slots, step, size, stats, like, out):
-    """out = the values weighted by the softmax over all slots of one query, `step` apart; 0 if no key is
+def join_partials(partials, n_slots, step, size, stats, sink, like, out):
+    """out = the values weighted by the softmax over all slots of one query, `step` apart, and a sink; 0 if no key is
     visible. stats: place of the statistics behind the values.
     """
-    largest = LOWEST
+    largest = sink
     seen = False
     for slot in range(n_slots):
         here = shifted(partials, slot * step + stats)
@@ -51,7 +51,7 @@ def join_partials(partials, n_slots, step, size, stats, like, out):
             if load_scalar(here, MAX) > largest:
                 largest = load_scalar(here, MAX)
     shift = ZERO if largest == LOWEST else largest
-    total = ZERO
+    total = lane(weight_of(splat(sink - shift), like), 0)
     for slot in range(n_slots):
         here = shifted(partials, slot * step + stats)
         if load_scalar(here, SEEN) > ZERO:

@@ -16,25 +16,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hfopt.kernels.attention.bend import bend_scores, powers_of
 from hfopt.kernels.attention.cache_view import holds, open_cache, valid_rows
 from hfopt.kernels.attention.pack import BLOCK, find_keys, pack_queries, pack_values, rounded
+from hfopt.kernels.attention.scoring import Scoring, sink_of, slope_of
+from hfopt.kernels.attention.seen import Seen, first_key, hide, last_key, sees_any, visible_part
 from hfopt.kernels.attention.softmax import (
     LIMIT,
+    SLOPE,
     STATS,
     TILE,
     TOP,
     TOTAL,
     add_infinite,
     add_values,
-    hide_later,
-    hide_masked,
     score_keys,
     weigh_keys,
 )
-from hfopt.kernels.attention.tile import where_bytes
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, next_index, parallel_for, threads_for, usable_threads
-from hfopt.kernels.simd.constants import LINE, LOG2_E, LOWEST, ONE, ZERO
+from hfopt.kernels.simd.constants import LINE, LOWEST, ONE, ZERO
 from hfopt.kernels.simd.memory import load, load_scalar, store, store_part, store_scalar
 from hfopt.kernels.simd.pointer import (
     address_as,
@@ -48,23 +49,11 @@ from hfopt.kernels.simd.pointer import (
 )
 from hfopt.kernels.simd.tile import transpose_block, units_ratio
 from hfopt.kernels.simd.types import LANES
-from hfopt.kernels.simd.vector import splat, sum_lanes
-
-ALL, CAUSAL, BYTES = range(3)
+from hfopt.kernels.simd.vector import splat
 
 _ITEM_FLOATS = 3 << 16  # of the queries and sums of an item, which stay in an L2 cache
 _ITEMS = 4  # of a thread at least, if there are as many tiles: threads should end together
 _PARALLEL_SIZE = 1 << 17  # multiply-adds; below, more threads cost more than they save
-
-
-class Seen(NamedTuple):
-    """Which keys the new tokens see."""
-
-    kind: Any  # ALL, CAUSAL: those up to the token itself, or BYTES
-    bytes: Any  # pointer to uint8 [n_rows, n_new, n_keys], 0 for what is hidden
-    mask_row: Any  # bytes from a token to the next
-    n_new: Any
-    n_keys: Any
 
 
 class _Plan(NamedTuple):
@@ -74,28 +63,6 @@ class _Plan(NamedTuple):
     n_parts: Any  # items that they make
     threads: Any
     room: Any  # floats of scratch of a thread
-
-
-@body
-def count_seen(seen, row, begin, end, first, n):
-    """How many bytes of the mask are not 0, for positions begin to end and n keys from `first` on."""
-    total = splat(ZERO)
-    for position in range(begin, end):
-        start = (row * seen.n_new + position) * seen.mask_row + first
-        for j in range(0, n, LANES):
-            total = total + where_bytes(seen.bytes, start + j, n - j, splat(ONE), splat(ZERO))
-    return sum_lanes(total)
-
-
-@body
-def visible_keys(seen, row, begin, end, n_past, first, n):
-    """(of n keys those up to the last that positions begin to end may see, those up to which all see all)."""
-    if seen.kind == CAUSAL:
-        return max(min(n, n_past + end - first), 0), max(min(n, n_past + begin + 1 - first), 0)
-    if seen.kind == BYTES:
-        count = count_seen(seen, row, begin, end, first, n)
-        return (n if count > ZERO else 0), (n if count == np.float32((end - begin) * n) else 0)
-    return n, n
 
 
 @body
@@ -111,9 +78,8 @@ def finish_tile(sums, stats, seen, n_heads, row, kv_head, group, q_begin, q_end,
             total = load_scalar(stats, TOTAL * TILE + column + i)
             inverse = ONE / total
             # a query may also have seen keys of which none has a weight: NaN is the answer then
-            if seen.kind == BYTES and total == ZERO:
-                count = count_seen(seen, row, position, position + 1, 0, seen.n_keys)
-                inverse = inverse if count > ZERO else ZERO
+            if total == ZERO and not sees_any(seen, row, position):
+                inverse = ZERO
             token = (row * seen.n_new + position) * n_heads + kv_head * group + head
             target = shifted(out, token * size)
             for k in range(0, size, LANES):
@@ -121,15 +87,18 @@ def finish_tile(sums, stats, seen, n_heads, row, kv_head, group, q_begin, q_end,
 
 
 @body
-def start_tile(q_begin, q_end, group, width, size, sums, stats):
-    """Sums and statistics of a tile that has seen nothing."""
+def start_tile(qkv, scoring, power, first_head, group, q_begin, q_end, width, size, sums, stats):
+    """Sums and statistics of a tile that has seen nothing but sinks; power: by which its scores are weighed."""
     for place in range(0, rounded(size, LANES) * width, LANES):
         store(sums, place, splat(ZERO))
     for i in range(width):
-        position = min(q_begin + i, q_end - 1) // group - q_begin // group
-        store_scalar(stats, TOP * TILE + i, LOWEST)
-        store_scalar(stats, TOTAL * TILE + i, ZERO)
-        store_scalar(stats, LIMIT * TILE + i, np.float32(position))
+        q = min(q_begin + i, q_end - 1)
+        head = first_head + q % group
+        sink = sink_of(scoring, head, qkv)
+        store_scalar(stats, TOP * TILE + i, LOWEST if sink == LOWEST else sink / power)
+        store_scalar(stats, TOTAL * TILE + i, ZERO if sink == LOWEST else ONE)
+        store_scalar(stats, LIMIT * TILE + i, np.float32(q // group - q_begin // group))
+        store_scalar(stats, SLOPE * TILE + i, slope_of(scoring, head))
 
 
 @body
@@ -158,12 +127,11 @@ def scratch(n_tiles, size, p):
 
 
 @body
-def attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, room, out):
+def attend_item(qkv, cache, seen, scoring, n_heads, row, kv_head, begin, end, room, out):
     """One item: tiles begin to end of one row and key head. room: as `scratch` says."""
     size, n_new, scales = cache.size, seen.n_new, cache.prefix.scales
     group = n_heads // cache.n_kv_heads
-    n_keys = seen.n_keys
-    n_queries, n_past = n_new * group, n_keys - n_new
+    n_queries, n_past = n_new * group, seen.n_keys - n_new
     qkv_row = (n_heads + 2 * cache.n_kv_heads) * size
     per_unit = units_ratio(qkv)
     units, channels = rounded(size, LANES * per_unit) // per_unit, rounded(size, LANES)
@@ -177,34 +145,41 @@ def attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, room
     queries, weights, values = as_units(room, qkv), as_units(scores, qkv), as_units(value_room, qkv)
     key_rows, query_rows = pointer_as(key_room, qkv), pointer_as(rows, qkv)
 
-    # queries take the sign of the scale, so that the largest product has the largest score
-    sign = ONE if scale > ZERO else -ONE
-    power = np.float32(abs(np.float64(scale)) * LOG2_E)
-    if scale == ZERO:
-        sign, power = ZERO, ONE
+    powers = powers_of(scoring)
     for tile in range(begin, end):
         q_begin, q_end, width = tile_place(tile, n_queries)
         place = (tile - begin) * TILE
         target = shifted(queries, place * units)
         pack_queries(
-            qkv, qkv_row, n_new, row, kv_head, group, q_begin, q_end, width, size, sign, query_rows, target
+            qkv,
+            qkv_row,
+            n_new,
+            row,
+            kv_head,
+            group,
+            q_begin,
+            q_end,
+            width,
+            size,
+            powers.sign,
+            query_rows,
+            target,
         )
-        start_tile(
-            q_begin, q_end, group, width, size, shifted(sums, place * channels), shifted(stats, place * STATS)
-        )
+        own_sums, own_stats = shifted(sums, place * channels), shifted(stats, place * STATS)
+        heads = kv_head * group, group
+        start_tile(qkv, scoring, powers.power, *heads, q_begin, q_end, width, size, own_sums, own_stats)
 
-    last = n_keys
-    if seen.kind == CAUSAL:
-        last = n_past + (tile_place(end - 1, n_queries)[1] - 1) // group + 1
-    for first in range(0, last, BLOCK * per_unit):
-        n = min(last - first, BLOCK * per_unit)
+    step = BLOCK * per_unit
+    last = last_key(seen, (tile_place(end - 1, n_queries)[1] - 1) // group)
+    for first in range(first_key(seen, begin * TILE // group) // step * step, last, step):
+        n = min(last - first, step)
         packed, finite = False, True
         keys, stride = key_rows, size
         for tile in range(begin, end):
             q_begin, q_end, width = tile_place(tile, n_queries)
             t_begin, t_end = q_begin // group, (q_end - 1) // group + 1
-            own, shared = visible_keys(seen, row, t_begin, t_end, n_past, first, n)
-            if own == 0:
+            part = visible_part(seen, row, t_begin, t_end, first, n)
+            if part.end == 0:
                 continue
             if not packed:
                 keys, stride = find_keys(cache, scales, row, kv_head, first, n, size, key_rows)
@@ -214,14 +189,12 @@ def attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, room
                 packed = True
             place = (tile - begin) * TILE
             own_sums, own_stats = shifted(sums, place * channels), shifted(stats, place * STATS)
+            own, offset = part.end, first - n_past - t_begin
             block = as_units(keys, qkv)
             score_keys(shifted(queries, place * units), width, block, stride // per_unit, size, own, scores)
-            if shared < own and seen.kind == CAUSAL:
-                hide_later(
-                    scores, width, shared, own, first - n_past - t_begin, shifted(own_stats, LIMIT * TILE)
-                )
-            elif shared < own:
-                hide_masked(scores, width, own, seen, row, group, q_begin, q_end, first)
+            power = bend_scores(scores, width, own, powers, scoring.slopes != 0, offset, own_stats)
+            limits = shifted(own_stats, LIMIT * TILE)
+            hide(scores, width, part, seen, row, group, q_begin, q_end, first, offset, limits)
             weigh_keys(scores, width, own, power, weights, own_sums, size, own_stats)
             add_values(weights, width, own, values, size, own_sums)
             if not finite:
@@ -237,7 +210,7 @@ def attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, room
 
 
 @body
-def _attend_task(worker, counter, plan, qkv, n_rows, cache, seen, scale, n_heads, room, out):
+def _attend_task(worker, counter, plan, qkv, n_rows, cache, seen, scoring, n_heads, room, out):
     n_sequences = n_rows * cache.n_kv_heads
     n_parts, n_tiles = plan.n_parts, plan.n_tiles
     here = shifted(room, worker * plan.room)
@@ -249,7 +222,7 @@ def _attend_task(worker, counter, plan, qkv, n_rows, cache, seen, scale, n_heads
         part, index = n_parts - 1 - item // n_sequences, item % n_sequences
         row, kv_head = index // cache.n_kv_heads, index % cache.n_kv_heads
         begin, end = part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts
-        attend_item(qkv, cache, seen, scale, n_heads, row, kv_head, begin, end, here, out)
+        attend_item(qkv, cache, seen, scoring, n_heads, row, kv_head, begin, end, here, out)
 
 
 @body
@@ -289,15 +262,15 @@ def most_scratch(like, n_rows, n_new, n_heads, n_kv_heads, size, threads):
 
 
 @body
-def attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, scale, room, out):
+def attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, scoring, room, out):
     """`decode.attend_rows` for several new tokens a row, the last ones of the row's keys.
 
     Pointers to qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size] and out [n_rows n_new, n_heads size]; address of
-    `most_scratch` bytes, on a 64-byte boundary.
+    `most_scratch` bytes, on a 64-byte boundary. scoring: a `Scoring` with the window of `seen`.
     """
     counter = integers_at(room)
     counter[0] = 0
-    arguments = counter, plan, qkv, n_rows, cache, seen, scale, n_heads, floats_at(room + LINE), out
+    arguments = counter, plan, qkv, n_rows, cache, seen, scoring, n_heads, floats_at(room + LINE), out
     parallel_for(_attend_task, plan.threads, plan.threads, arguments)
 
 
@@ -317,14 +290,17 @@ def attend_prefill(
     kind,
     mask,
     scale,
+    softcap,
+    slopes,
+    sinks,
+    window,
     n_heads,
     out,
 ):
     """As `decode.attend_decode` for n_new tokens a row, the last ones of the row's keys.
 
-    qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size]; kind: ALL keys are seen, CAUSAL: those up to the
-    token itself, or BYTES: what mask, uint8 [n_rows, n_new, keys but the skipped ones],
-    says; out [n_rows n_new, n_heads size].
+    qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size]; kind: as in `Seen`, of mask, uint8 [n_rows, n_new, keys behind the
+    skipped ones]; out [n_rows n_new, n_heads size].
     """
     qkv, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
     rows = pointer(prefix_row), pointer(table), table.shape[1]
@@ -332,9 +308,10 @@ def attend_prefill(
     if not holds(pointer(record), prefix_len, skipped) or not valid_rows(cache, n_rows):
         return 1
     plan = plan_tokens(qkv, cache, n_rows, n_new, n_heads, usable_threads())
-    seen = Seen(kind, pointer(mask), mask.shape[2], n_new, prefix_len + suffix_len - skipped)
+    seen = Seen(kind, pointer(mask), mask.shape[2], n_new, prefix_len + suffix_len - skipped, window)
+    scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window)
     room = np.empty(_scratch_of(plan) // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + LINE - 1) // LINE * LINE
-    attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, np.float32(scale), scratch, out)
+    attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, scoring, scratch, out)
     room[0] = 0  # the last use of the scratch: it must live until here
     return 0

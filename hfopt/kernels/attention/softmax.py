@@ -3,8 +3,6 @@
 Queries lie along the lanes of vectors, so arrays are [key or channel, width] with `width` queries: 16, 32 or 48.
 """
 
-import numpy as np
-
 from hfopt.kernels.attention.pack import BLOCK, ROWS, is_finite, rounded, scales_of, token_of
 from hfopt.kernels.attention.tile import (
     any_below,
@@ -12,19 +10,19 @@ from hfopt.kernels.attention.tile import (
     multiply_tile,
     store_pair,
     weight_of,
-    where_bytes,
     where_up_to,
 )
 from hfopt.kernels.jit.parallel import body
-from hfopt.kernels.simd.constants import LOWEST, ONE, ZERO
+from hfopt.kernels.simd.constants import LOWEST, ZERO
 from hfopt.kernels.simd.memory import load, load_scalar, store
 from hfopt.kernels.simd.pointer import shifted
-from hfopt.kernels.simd.tile import stack_floats, transpose_block, units_ratio
+from hfopt.kernels.simd.tile import units_ratio
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import fence, fma, larger, splat
 
 TILE = 48  # queries: 3 vectors; the last tile of a head may have 1 or 2
-TOP, TOTAL, LIMIT, STATS = range(4)  # of each query: largest score, sum of weights, position in its tile
+# of each query: largest score, sum of weights, position in its tile, slope of the bias
+TOP, TOTAL, LIMIT, SLOPE, STATS = range(5)
 # units of channels that are summed in a row: for float32, which has more digits to lose, a quarter of them, but not
 # fewer than 16
 _CHAIN, _CHAIN_OF_PAIRS = 16, 64
@@ -57,34 +55,6 @@ def score_keys(queries, width, keys, stride, size, n, scores):
                 last = begin + (c + 1) * (end - begin) // n_chains
                 here, key = shifted(queries, first * width), shifted(keys, j * stride + first)
                 multiply(key, stride, 1, here, last - first, shifted(scores, j * width), width, first > 0)
-
-
-@body
-def hide_later(scores, width, begin, n, offset, limits):
-    """-inf to scores begin to n of a query for which j + offset is more than its limit."""
-    for j in range(begin, n):
-        for place in range(j * width, (j + 1) * width, LANES):
-            limit = load(limits, place - j * width)
-            score = where_up_to(splat(np.float32(j + offset)), limit, load(scores, place), splat(LOWEST))
-            store(scores, place, score)
-
-
-@body
-def hide_masked(scores, width, n, seen, row, group, q_begin, q_end, first):
-    """-inf to the scores of n keys from `first` on that are hidden by a byte."""
-    by_query = stack_floats(256)
-    by_key = stack_floats(256)
-    for column in range(0, width, LANES):
-        for start in range(0, n, LANES):
-            for i in range(LANES):
-                q = min(q_begin + column + i, q_end - 1)
-                place = (row * seen.n_new + q // group) * seen.mask_row + first + start
-                store(by_query, i * LANES, where_bytes(seen.bytes, place, n - start, splat(ONE), splat(ZERO)))
-            transpose_block(by_query, LANES, by_key, LANES)
-            for j in range(min(n - start, LANES)):
-                place = (start + j) * width + column
-                is_seen = load(by_key, j * LANES)
-                store(scores, place, where_up_to(splat(ONE), is_seen, load(scores, place), splat(LOWEST)))
 
 
 @body

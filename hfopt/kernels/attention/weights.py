@@ -3,6 +3,8 @@
 Models of bfloat16 over codes have integers for weights and queries; these are rounded here.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from hfopt.kernels.attention.blocks import MAX_KEYS
@@ -18,11 +20,12 @@ from hfopt.kernels.attention.tile import weight_of, where_up_to
 from hfopt.kernels.attention.values import tile_columns, weigh_tile
 from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.simd.constants import LARGEST, LINE, LOWEST, NAN, ONE, ZERO
+from hfopt.kernels.simd.functions import tanh
 from hfopt.kernels.simd.memory import load, load_part, prefetch, store
 from hfopt.kernels.simd.pointer import as_units, bytes_at, shifted
 from hfopt.kernels.simd.tile import units_ratio
 from hfopt.kernels.simd.types import LANES
-from hfopt.kernels.simd.vector import absolute, larger, splat
+from hfopt.kernels.simd.vector import absolute, fma, larger, splat
 
 _SHORT = np.float32(32767.0)
 _SUM = np.float32(2147483520.0)  # below 2^31
@@ -30,16 +33,18 @@ _CODE = np.float32(127.0)
 _BLOCKS = 2  # blocks of long values, of which one pass takes some columns, and which the L1 cache holds
 
 
-@body
-def weigh_scores(scores, n_vectors, width, n, scale, factors, like, weights, next_line):
-    """weights = 2^(scale * scores - max) for n keys of a tile of queries; maxima, sums, and largest weights, each in all
-    lanes of its query.
+class Bent(NamedTuple):
+    """What scores go through behind products with a scale, which is that of tanh where there is an `outer`."""
 
-    like: units of a weight; weights may be the scores. factors: see `attend_blocks`; keys' are applied to scores, and those
-    of values to the weights, after these are summed up; largest weights are found of these. next_line: address of what is
-    read next, asked for here, as nothing else is read.
-    """
-    ahead = bytes_at(next_line)
+    outer: Any  # factor behind tanh; 0: there is none
+    has_slopes: Any
+    slopes: Any  # pointer to those of a tile, each in all lanes of its query
+    distances: Any  # pointer to those of the keys from the last one
+
+
+@body
+def _scale_scores(scores, n_vectors, width, n, scale, factors, ahead):
+    """scores = scale * scores, -inf behind the n keys; the largest in each lane."""
     top = splat(LOWEST)
     n_whole = n // width
     for v in range(n_whole):
@@ -56,6 +61,42 @@ def weigh_scores(scores, n_vectors, width, n, scale, factors, like, weights, nex
         value = where_keys(n - v * width, width, value, splat(LOWEST))
         store(scores, v * LANES, value)
         top = larger(value, top)
+    return top
+
+
+@body
+def _bend_scores(scores, n_vectors, width, n, scale, factors, bent):
+    """The same for scores that go through more."""
+    top = splat(LOWEST)
+    slope = load(bent.slopes, 0) if bent.has_slopes else splat(ZERO)
+    for v in range(n_vectors):
+        value = load(scores, v * LANES) * splat(scale)
+        if factors is not None:
+            value = value * load_key_factors(factors, v * width, width)
+        if bent.outer > ZERO:
+            value = tanh(value) * splat(bent.outer)
+        if bent.has_slopes:
+            value = fma(slope, load_key_factors(bent.distances, v * width, width), value)
+        value = where_keys(n - v * width, width, value, splat(LOWEST))
+        store(scores, v * LANES, value)
+        top = larger(value, top)
+    return top
+
+
+@body
+def weigh_scores(scores, n_vectors, width, n, scale, factors, like, bent, weights, next_line):
+    """weights = 2^(scale * scores - max) for n keys of a tile of queries; maxima, sums, and largest weights, each in all
+    lanes of its query.
+
+    like: units of a weight; weights may be the scores. factors: see `attend_blocks`; keys' are applied to scores, and those
+    of values to the weights, after these are summed up; largest weights are found of these. bent: what else scores go
+    through. next_line: address of what is read next, asked for here, as nothing else is read.
+    """
+    ahead = bytes_at(next_line)
+    if bent.outer > ZERO or bent.has_slopes:
+        top = _bend_scores(scores, n_vectors, width, n, scale, factors, bent)
+    else:
+        top = _scale_scores(scores, n_vectors, width, n, scale, factors, ahead)
     top = larger(top, partner(top, 1))
     top = larger(top, partner(top, 2))
     if width > 4:

@@ -146,6 +146,13 @@ def where_part(typingctx, count, inside, outside):
 
 
 @intrinsic
+def lane_numbers(typingctx):
+    """(0, 1, ..., 15)."""
+    numbers = ir.Constant(F32X, [ir.Constant(F32, float(k)) for k in range(LANES)])
+    return float32x(), lambda context, builder, sig, args: numbers
+
+
+@intrinsic
 def lane(typingctx, x, index):
     """Lane `index` as a number."""
 

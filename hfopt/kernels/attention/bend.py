@@ -1,0 +1,64 @@
+"""Scores of a tile of prefill attention, bent as a `Scoring` says, before they are hidden and weighed."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hfopt.kernels.attention.softmax import LIMIT, SLOPE, TILE
+from hfopt.kernels.jit.parallel import body
+from hfopt.kernels.simd.constants import LOG2_E, ONE, ZERO
+from hfopt.kernels.simd.functions import tanh
+from hfopt.kernels.simd.memory import load, store
+from hfopt.kernels.simd.types import LANES
+from hfopt.kernels.simd.vector import fma, splat
+
+
+class Powers(NamedTuple):
+    """What products become: first tanh, then powers of 2."""
+
+    sign: Any  # of queries, so that the largest product has the largest score
+    inner: Any  # factor before tanh
+    outer: Any  # and behind it; 0: there is none
+    power: Any  # of 2 instead of e
+
+
+@body
+def powers_of(scoring):
+    """The same for all queries and keys."""
+    scale = np.float64(scoring.scale)
+    sign = ONE if scoring.scale > ZERO else ZERO if scoring.scale == ZERO else -ONE
+    if scoring.softcap > ZERO:
+        softcap = np.float64(scoring.softcap)
+        return Powers(sign, np.float32(abs(scale) / softcap), np.float32(softcap * LOG2_E), ONE)
+    power = ONE if scoring.scale == ZERO else np.float32(abs(scale) * LOG2_E)
+    return Powers(sign, ZERO, ZERO, power)
+
+
+@body
+def _cap(scores, width, n, inner, outer):
+    """scores = outer * tanh(inner * scores) of n keys."""
+    for place in range(0, n * width, LANES):
+        store(scores, place, tanh(load(scores, place) * splat(inner)) * splat(outer))
+
+
+@body
+def _add_bias(scores, width, n, scale, offset, stats):
+    """scores = scale * scores + slope * (j + offset - limit) of n keys."""
+    for column in range(0, width, LANES):
+        slope = load(stats, SLOPE * TILE + column)
+        limit = load(stats, LIMIT * TILE + column)
+        for j in range(n):
+            place = j * width + column
+            bias = (splat(np.float32(j + offset)) - limit) * slope
+            store(scores, place, fma(load(scores, place), splat(scale), bias))
+
+
+@body
+def bend_scores(scores, width, n, powers, has_slopes, offset, stats):
+    """Scores of n keys as they are weighed; returns by which power."""
+    if powers.outer > ZERO:
+        _cap(scores, width, n, powers.inner, powers.outer)
+    if not has_slopes:
+        return powers.power
+    _add_bias(scores, width, n, powers.power, offset, stats)
+    return ONE

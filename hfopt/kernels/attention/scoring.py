@@ -1,0 +1,50 @@
+"""What scores go through before the softmax, and what else takes weight in it.
+
+The score of the key at place j for the token at place p is
+
+    softcap * tanh(scale * q.k / softcap) + slope * (j - p)
+
+(softcap and slopes, those of ALiBi, where a model has them). A sink takes weight as a key of that score would, and has no
+value. A window hides keys in front of it from a token, whatever its mask lets through.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hfopt.kernels.jit.parallel import body
+from hfopt.kernels.simd.constants import LOG2_E, LOWEST, ZERO
+from hfopt.kernels.simd.memory import load_scalar
+from hfopt.kernels.simd.pointer import address_as, floats_at
+
+
+class Scoring(NamedTuple):
+    """Scores are of powers of 2 instead of e, once a `slope_of` or `sink_of` is in them."""
+
+    scale: Any  # float32
+    softcap: Any  # float32; 0: none
+    slopes: Any  # address of float32 [n_heads], or 0
+    sinks: Any  # address of [n_heads], of the type of queries, or 0
+    window: Any  # keys up to its own that a token may see; 0: all
+
+
+@body
+def slope_of(scoring, head):
+    """Of a query head; 0 if there are none."""
+    if scoring.slopes == 0:
+        return ZERO
+    return load_scalar(floats_at(scoring.slopes), head) * np.float32(LOG2_E)
+
+
+@body
+def sink_of(scoring, head, like):
+    """Of a query head; -inf if there are none. like: a pointer as to queries."""
+    if scoring.sinks == 0:
+        return LOWEST
+    return load_scalar(address_as(scoring.sinks, like), head) * np.float32(LOG2_E)
+
+
+@body
+def skipped_keys(window, n_keys, n_new):
+    """Keys in front of the windows of the last n_new of so many keys."""
+    return max(n_keys - n_new + 1 - window, 0) if window > 0 else 0
