@@ -50,8 +50,27 @@ def grown(elements: Tensor, scales: Tensor | None, n_rows: int, length: int, n_f
 
     Raises `CacheFull` if they need more memory than there is.
     """
-    _, old_rows, n_kv_heads, old_columns, head_dim = elements.shape
+    old_columns = elements.shape[3]
+    least = max(rounded(length), old_columns)
+    wanted = max(least, rounded(old_columns * 3 // 2)) if length > old_columns else old_columns
+    return moved(elements, scales, n_rows, slice(old_columns), (least, wanted), n_following)
+
+
+def moved(
+    elements: Tensor,
+    scales: Tensor | None,
+    n_rows: int,
+    kept: slice,
+    n_columns: tuple[int, int],
+    n_following: int,
+) -> Segment:
+    """A segment that begins with the columns `kept` of another, and has as many rows, or more.
+
+    n_columns: at least, and if there is memory. Raises as `grown`. What was read of the other stays as it is.
+    """
+    _, old_rows, n_kv_heads, _, head_dim = elements.shape
     n_rows = max(n_rows, old_rows)
+    least, most = n_columns
     vector_bytes = head_dim * elements.element_size() + (0 if scales is None else scales.element_size())
     column_bytes = 2 * n_rows * n_kv_heads * vector_bytes
     old_bytes = elements.nbytes + (0 if scales is None else scales.nbytes)
@@ -60,22 +79,24 @@ def grown(elements: Tensor, scales: Tensor | None, n_rows: int, length: int, n_f
         added = n_columns * column_bytes - old_bytes
         return n_columns * column_bytes + n_following * added
 
-    least = max(rounded(length), old_columns)
-    n_columns = max(least, rounded(old_columns * 3 // 2)) if length > old_columns else old_columns
-    if needed(n_columns) > _UNCHECKED_BYTES and needed(n_columns) > (available := available_memory()):
-        n_columns = least
-        if needed(n_columns) > available:
+    columns = most
+    if needed(columns) > _UNCHECKED_BYTES and needed(columns) > (available := available_memory()):
+        columns = least
+        if needed(columns) > available:
             raise CacheFull(
-                f"keys and values of {length:,} tokens in {n_rows:,} rows need "
-                f"{needed(n_columns):,} bytes more; {available:,} bytes are available"
+                f"keys and values of {least:,} tokens in {n_rows:,} rows need "
+                f"{needed(columns):,} bytes more; {available:,} bytes are available"
             )
 
-    def moved(part: Tensor) -> Tensor:
-        target = _empty((2, n_rows, n_kv_heads, n_columns, *part.shape[4:]), part.dtype)
-        target[:, :old_rows, :, :old_columns] = part
+    def copied(part: Tensor) -> Tensor:
+        target, source = (
+            _empty((2, n_rows, n_kv_heads, columns, *part.shape[4:]), part.dtype),
+            part[:, :, :, kept],
+        )
+        target[:, :old_rows, :, : source.shape[3]] = source
         return target
 
-    return moved(elements), None if scales is None else moved(scales)
+    return copied(elements), None if scales is None else copied(scales)
 
 
 def write(elements: Tensor, scales: Tensor | None, n_rows: int, first: int, stored: Tensor) -> None:

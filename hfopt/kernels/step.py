@@ -77,7 +77,7 @@ _argmax = body(argmax.__wrapped__)
 
 
 @launch
-def scratch_bytes(like, code, formats, n_rows, n_new, n_kv_heads, head_dim, threads):
+def scratch_bytes(like, code, formats, n_rows, n_new, threads):
     """Bytes of scratch of the instruction of a program that needs most on so many threads, whatever the context.
 
     Arguments as in `run_step`.
@@ -86,7 +86,7 @@ def scratch_bytes(like, code, formats, n_rows, n_new, n_kv_heads, head_dim, thre
     for i in range(code.shape[0]):
         row = shifted(pointer(code), i * COLUMNS)
         n = n_rows if row[PER_ROW] != 0 else n_rows * n_new
-        sizes = Sizes(n, row[SIZE], n_rows, n_new, n_kv_heads, head_dim, threads)
+        sizes = Sizes(n, row[SIZE], n_rows, n_new, threads)
         arguments = pointer(like), shifted(row, OWN), format_at(formats, i), sizes
         most = max(most, _scratch(row[OP], formats, arguments))
     return most

@@ -139,10 +139,10 @@ class Eager:
         if rotary is None:
             raise Declined
         n_rows, n_new, _ = x.shape
-        n_past = cache.get_seq_length(layer)
-        mask = _mask(
-            cache, given.get("attention_mask"), attention_kind(attention), n_rows, n_new, n_past + n_new
-        )
+        n_past, n_keys = cache.get_seq_length(layer), cache.n_keys(layer, n_new)
+        is_windowed = layer < len(cache.layers) and cache.layers[layer].is_sliding
+        sizes = (n_rows, n_new, n_keys)
+        mask = _mask(cache, given.get("attention_mask"), attention_kind(attention), sizes, is_windowed)
         cos, sin = rotary(cache, n_past, self._dtype)
         if cos is not None and not are_angles(cos, n_rows, n_new):
             raise Declined
@@ -163,29 +163,36 @@ class Eager:
 
 
 def _takes_appends(cache: Any, layer: int) -> bool:
-    """Whether the cache is ours, and so is this layer of it (that of a sliding window is transformers')."""
+    """Whether the cache is ours, and so is this layer of it."""
     if not isinstance(cache, IndirectCache):
         return False
     return layer >= len(cache.layers) or hasattr(cache.layers[layer], "append")
 
 
 def _mask(
-    cache: IndirectCache, attention_mask: Any, kind: str | None, n_rows: int, n_new: int, n_keys: int
+    cache: IndirectCache,
+    attention_mask: Any,
+    kind: str | None,
+    sizes: tuple[int, int, int],
+    is_windowed: bool,
 ) -> Mask:
-    """The mask of a call as kernels read it; raises Declined if they cannot."""
-    sizes = (n_rows, n_new, n_keys)
+    """The mask of a call as kernels read it, with its sizes; raises Declined if they cannot."""
+    _, n_new, n_keys = sizes
     if attention_mask is None:
         # without a mask, only torch's own attention takes several tokens as causal, and only the first ones
         if kind is None or (n_new > 1 and not (kind == "sdpa" and n_keys == n_new)):
             raise Declined
         return functional.prepare_mask(None, *sizes)
-    # one that is shorter stands for all keys, or is wrong
+    # one that is shorter stands for all keys, or is wrong; one that is longer has columns behind the keys, if they are all
     if kind is None or type(attention_mask) is not Tensor or attention_mask.shape[-1] < n_keys:
+        raise Declined
+    if is_windowed and attention_mask.shape[-1] != n_keys:
         raise Declined
     if kind == "eager" and not attention_mask.is_floating_point():
         raise Declined  # it is added, whatever it is
+    tag = "window mask" if is_windowed else "mask"  # a model may have both
     mask: Mask = remembered(
-        cache, "mask", attention_mask, sizes, lambda: functional.prepare_mask(attention_mask, *sizes)
+        cache, tag, attention_mask, sizes, lambda: functional.prepare_mask(attention_mask, *sizes)
     )
     if mask.kind == "unsupported":
         raise Declined

@@ -60,9 +60,7 @@ class Builder:
         self._per_row = False
         self._tables: list[Table] = []
         self._kept: list[Weights | Tensor] = []
-        self._cached: set[tuple[int, int]] = set()
-        self._stored: list[int] = []  # layers, in the order of the instructions
-        self._attended: list[int] = []
+        self._cached: dict[int, tuple[int, int]] = {}  # layer -> heads of keys, channels of one
 
     def _add(
         self,
@@ -188,7 +186,9 @@ class Builder:
             raise InvalidInput(
                 f"rotation is {rotation!r}: {', '.join(ROTATIONS)} are allowed, angles but for none"
             )
-        self._stored.append(layer)
+        if layer in self._cached:
+            raise InvalidInput(f"layer {layer} is cached: once is allowed")
+        self._cached[layer] = heads[1:]
         operands = {"IN": qkv}
         columns = {"layer": layer, "n_heads": heads[0], "n_rotary": 0, "kind": ROTATIONS[rotation]}
         if angles is not None:
@@ -207,18 +207,23 @@ class Builder:
         self._add(kernels.ROTATE_AND_STORE, f"{heads[0]} / {heads[1]} heads of {heads[2]}", operands, columns)
 
     def attend(self, qkv: Value, layer: int, heads: tuple[int, int, int], scoring: Scoring) -> Value:
-        """`functional.attend`."""
+        """`functional.attend`, over what has been stored."""
         self._check_heads(qkv, heads)
-        self._cached.add(heads[1:])
-        self._attended.append(layer)
+        if self._cached.get(layer) != heads[1:]:
+            raise InvalidInput(
+                f"layer {layer} caches heads of {self._cached.get(layer)}: {heads[1:]} is needed"
+            )
         out = Value(heads[0] * heads[2], self.dtype)
         shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
-        n_bytes = {"token_bytes": 2 * heads[1] * heads[2] * self.dtype.itemsize}
         scale, softcap, slopes, sinks, window = scoring.numbers(heads[0], self.dtype)
+        n_bytes = {
+            "token_bytes": 2 * heads[1] * heads[2] * self.dtype.itemsize,
+            "window": window or sys.maxsize,
+        }
         self._kept += scoring.tensors
         columns = {
             "layer": layer,
-            "n_heads": heads[0],
+            **dict(zip(("n_heads", "n_kv_heads", "head_dim"), heads, strict=True)),
             "softcap": int(np.float32(softcap).view(np.int32)),
             "slopes": slopes,
             "sinks": sinks,
@@ -319,22 +324,19 @@ class Builder:
 
     # ---- the result -------------------------------------------------------------------------------------------------
 
-    def program(self, logits: Value, n_layers: int, max_keys: int = sys.maxsize) -> Program:
-        """What was collected, of which the result is `logits`. max_keys: that attention is over, without a window.
+    def program(self, logits: Value, n_layers: int) -> Program:
+        """What was collected, of which the result is `logits`.
 
-        Raises `InvalidInput` if layers cache heads of different shapes, or not each of them once, and for logits that are no
-        value of the last tokens, or that are read again.
+        Raises `InvalidInput` unless each of n_layers is cached, and for logits that are no value of the last tokens, or that
+        are read again.
         """
-        if len(self._cached) != 1:
-            raise InvalidInput(f"layers cache heads of shapes {sorted(self._cached)}: one is allowed")
-        if self._stored != self._attended or sorted(self._stored) != list(range(n_layers)):
-            raise InvalidInput(f"layers {self._attended} are cached: each of {n_layers} is needed once")
+        if sorted(self._cached) != list(range(n_layers)):
+            raise InvalidInput(f"layers {sorted(self._cached)} are cached: each of {n_layers} is needed once")
         last = self._written[-1]
         if last.out is not logits or not last.per_row:
             raise InvalidInput(
                 f"{last.instruction.name} is the last: it has to make the logits of the last tokens"
             )
-        ((n_kv_heads, head_dim),) = self._cached
         places, row_bytes = places_of(self._written, logits)
         lines = tuple(line_of(each, places) for each in self._written)
         linears = _LINEARS & {each.instruction for each in self._written}
@@ -347,11 +349,8 @@ class Builder:
             tables=tuple(self._tables),
             breaks=tuple(sorted({each for table in self._tables for each in table.breaks})),
             row_bytes=row_bytes,
-            n_layers=n_layers,
-            n_kv_heads=n_kv_heads,
-            head_dim=head_dim,
+            layouts=tuple((*self._cached[layer], self.dtype) for layer in range(n_layers)),
             n_logits=logits.size,
-            max_keys=max_keys,
             listing=Listing(
                 instructions=lines,
                 n_bytes=sum(each.bytes_read(1, 0) for each in lines),

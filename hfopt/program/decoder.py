@@ -77,7 +77,8 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     embedding = decoder._modules[record.tokens]
     tokens = token_table(embedding, record.embedding_scale)
     builder = Builder(tokens.rows.dtype)
-    ops = Recorder(builder, None if record.rotary is None else decoder._modules.get(record.rotary))
+    rotary = None if record.rotary is None else decoder._modules.get(record.rotary)
+    ops = Recorder(builder, rotary, host.windows_of(model.config))
 
     x = builder.look_up(tokens, "tokens")
     multiplier = None if record.multiplier is None else getattr(decoder, record.multiplier, None)
@@ -109,7 +110,7 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
         number = None if name is None else getattr(model.config, name, None)
         if number is not None:
             logits = operation(logits, number)
-    return builder.program(logits, len(layers), host.full_attention_of(model.config))
+    return builder.program(logits, len(layers))
 
 
 def _check_children(decoder: Any, record: Decoder) -> None:
@@ -132,8 +133,8 @@ def _layers(decoder: Any, record: Decoder) -> list[Any]:
     layers = [swapped(modules, name) for name in list(modules._modules)[:n_layers]]
     if not layers:
         raise UnsupportedModel("it has no layers")
-    if host.full_attention_of(config) == 0:
-        raise UnsupportedModel("not all of its layers have full attention")
+    if None in host.windows_of(config):
+        raise UnsupportedModel("not all of its layers have full attention or that of a window")
     # the decoder makes the masks
     if not getattr(config, "is_causal", True):
         raise UnsupportedModel("its configuration has is_causal=False")

@@ -1,6 +1,8 @@
 """Operations that are recorded: blocks written in verbs become instructions of a program."""
 
+import sys
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from hfopt.errors import UnsupportedModel
@@ -25,11 +27,12 @@ class Past(NamedTuple):
 class Recorder:
     """The verbs of `ops.Ops` on values of a program; raises UnsupportedModel for a module that kernels cannot stand for.
 
-    rotary: the module that computes angles for all layers, if the model has one.
+    rotary: the module that computes angles for all layers, if the model has one. windows: of the layers of its cache, see
+    `host.windows_of`.
     """
 
-    def __init__(self, builder: Builder, rotary: Any) -> None:
-        self._builder, self._rotary = builder, rotary
+    def __init__(self, builder: Builder, rotary: Any, windows: Sequence[int | None]) -> None:
+        self._builder, self._rotary, self._windows = builder, rotary, windows
         self._angles: dict[Hashable, tuple[Value, Value]] = {}
 
     # ---- parts ------------------------------------------------------------------------------------------------------
@@ -86,7 +89,12 @@ class Recorder:
         return past
 
     def attend(self, attention: Any, qkv: Value, past: Past) -> Value:
-        return self._builder.attend(qkv, past.layer, attention._hfopt.spec.heads, attention.scoring)
+        window = self._windows[past.layer] if past.layer < len(self._windows) else None
+        own = vars(attention).get("sliding_window", window)
+        if window is None or window != (sys.maxsize if own is None else own):
+            raise UnsupportedModel(f"the cache has a window of {window} for it, attention one of {own}")
+        scoring = replace(attention.scoring, window=None if window == sys.maxsize else window)
+        return self._builder.attend(qkv, past.layer, attention._hfopt.spec.heads, scoring)
 
     def angles(self, attention: Any) -> tuple[Value, Value] | None:
         """cos and sin of the new tokens, looked up once for all layers that share them."""

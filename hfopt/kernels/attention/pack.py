@@ -98,7 +98,7 @@ def find_keys(cache, scales, row, kv_head, first, n, size, room):
     n_read = rounded(n, ROWS)
     # of codes, which are smaller, copies are made, times their scales, and of float16, which is widened
     if item_bytes(prefix.keys) == item_bytes(room):
-        fits = first + n <= prefix.n_tokens and (first + n_read) * size <= prefix.head
+        fits = first + n <= prefix.n_tokens and first + n_read <= prefix.n_readable
         if fits and size % units_ratio(room) == 0:
             return pointer_as(token_of(cache, row, kv_head, first)[0], room), size
     stride = rounded(size, LANES * units_ratio(room))
