@@ -32,7 +32,7 @@ from hfopt.kernels.linear.quantized import QUANTIZED_LINEAR
 from hfopt.kernels.linear.tiles import LINEAR
 from hfopt.kernels.move import PERMUTE, TAKE_LAST
 from hfopt.kernels.norm import HEAD_NORM, LAYER_NORM, RMS_NORM
-from hfopt.kernels.rope import ROTATE_AND_STORE
+from hfopt.kernels.rope import ROTATE, ROTATE_AND_STORE
 from hfopt.kernels.sampling import argmax
 from hfopt.kernels.simd.pointer import address_of, pointer, shifted
 
@@ -52,6 +52,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     SCALE,
     HEAD_NORM,
     LIMIT,
+    ROTATE,
 )
 COLUMNS = OWN + max(len(each.columns) for each in INSTRUCTIONS)
 

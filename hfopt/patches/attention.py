@@ -49,6 +49,7 @@ class AttentionSpec:
     rotation: Rotation
     norms: tuple[str, ...] = ()
     norm_heads: tuple[int, ...] = ()
+    norms_last: bool = False  # behind the rotation
     n_positions: int | None = None  # of a table of its own
     rows: Rows = ()
     clip: str | None = None
@@ -92,12 +93,14 @@ class Attention(Block):
         limit = None if spec.clip is None else setting(self, spec.clip)
         if limit is not None:
             qkv = ops.clamp(qkv, limit)
-        firsts = 0, spec.n_heads * spec.head_dim
-        for name, first, count in zip(
-            spec.norms, firsts, spec.norm_heads, strict=False
-        ):  # most models have none
-            ops.norm_heads(self, name, qkv, first, count)
-        past = ops.store(self, qkv, past)
+        if spec.norms_last:
+            ops.rotate(self, qkv, past, spec.n_heads + spec.n_kv_heads)
+        if spec.norms:
+            places = zip(spec.norms, (0, spec.n_heads), spec.heads, spec.norm_heads, strict=False)
+            for name, first, n, count in places:
+                size = n // count * spec.head_dim
+                ops.norm_heads(self, name, qkv, first * spec.head_dim, count, size)
+        past = ops.store(self, qkv, past, rotates=not spec.norms_last)
         attended = ops.attend(self, qkv, past)
         return ops.linear(attended, output, Epilogue(residuals=residuals))
 

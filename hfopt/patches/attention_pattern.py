@@ -67,7 +67,7 @@ _HEAD_DIMS = ("head_dim", "head_size")
 
 def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str | None:
     """What the module may be, one spec for each rotation and order of rows."""
-    norms = tuple(name for name in parts.norms if module._modules.get(name) is not None)
+    norms = next((pair for pair in parts.norms if set(pair) <= module._modules.keys()), ())
     known = (*parts.inputs, parts.output, *norms)
     if not has_children(module, known):
         others = sorted(set(module._modules) - set(known))
@@ -96,6 +96,7 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             rotation,
             norms,
             tuple(norm_heads),
+            norms_last,
             None if table is None else table.shape[0],
             rows,
             _setting_read(module, parts.clip),
@@ -104,6 +105,7 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
         )
         for rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
         for rotation in parts.rotations
+        for norms_last in ((False, True) if norms and rotation != "none" else (False,))
     ]
 
 
@@ -151,7 +153,7 @@ def _heads_of(module: Any, name: str, n_heads: int, head_dim: int) -> int | str:
     if not isinstance(norm, NormBlock):
         return f"{name} is not swapped"
     shape = norm._hfopt.spec.shape
-    if shape in ((head_dim,), (n_heads, head_dim)):
+    if shape in (None, (head_dim,), (n_heads, head_dim)):
         return n_heads
     return 1 if shape == (n_heads * head_dim,) else f"{name} is over {shape} channels, not those of a head"
 

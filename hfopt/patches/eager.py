@@ -112,8 +112,8 @@ class Eager:
         ):
             raise Declined
 
-    def norm_heads(self, module: Any, name: str, qkv: Tensor, first: int, count: int) -> None:
-        functional.norm_heads(qkv, module._modules[name].norm, first, count)
+    def norm_heads(self, module: Any, name: str, qkv: Tensor, first: int, count: int, size: int) -> None:
+        functional.norm_heads(qkv, module._modules[name].norm, first, count, size)
 
     def clamp(self, x: Tensor, limit: float) -> Tensor:
         return functional.clamp(x, limit)
@@ -148,13 +148,18 @@ class Eager:
             raise Declined
         return Past(cache, layer, x.shape, mask, cos, sin)
 
-    def store(self, attention: Any, qkv: Tensor, past: Past) -> Past:
+    def rotate(self, attention: Any, qkv: Tensor, past: Past, n_heads: int) -> None:
+        spec = attention._hfopt.spec
+        if past.cos is not None:
+            functional.rotate(qkv, past.cos, past.sin, n_heads, spec.head_dim, spec.rotation_kind)
+
+    def store(self, attention: Any, qkv: Tensor, past: Past, *, rotates: bool = True) -> Past:
         spec = attention._hfopt.spec
         n_rows, n_new, _ = past.shape
         appended = past.cache.append(past.layer, n_rows, n_new, spec.n_kv_heads, spec.head_dim, self._dtype)
         n_heads, n_kv_heads, head_dim = spec.heads
-        angles = past.cos, past.sin
-        functional.rotate_and_store(qkv, *angles, appended, n_heads, n_kv_heads, head_dim, spec.rotation_kind)
+        angles, rotation = ((past.cos, past.sin), spec.rotation_kind) if rotates else ((None, None), "none")
+        functional.rotate_and_store(qkv, *angles, appended, n_heads, n_kv_heads, head_dim, rotation)
         return past._replace(appended=appended)
 
     def attend(self, attention: Any, qkv: Tensor, past: Past) -> Tensor:

@@ -8,6 +8,8 @@ from hfopt.patches.rotation import ROTATIONS, Rotation
 
 Topology = Literal["sequential", "parallel", "inline"]
 Angles = Literal["computed", "table", "none"]
+# of queries and keys, under the names that models have for them
+NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
 Order = Literal["stacked", "groups", "shards"]
 
 
@@ -28,7 +30,7 @@ class AttentionParts:
     output: str
     angles: Angles = "computed"
     rotations: tuple[Rotation, ...] = ROTATIONS
-    norms: tuple[str, ...] = ()
+    norms: tuple[tuple[str, str], ...] = NORMS
     orders: tuple[Order, ...] = ("stacked",)
     clip: str | None = None
     softcap: str | None = None
