@@ -13,6 +13,7 @@ from hfopt.patches.attention import (
     SCALES,
     Attention,
     AttentionSpec,
+    HeadNorm,
     RotaryAttention,
     TableAttention,
     UnrotatedAttention,
@@ -62,6 +63,7 @@ _KNOWN = (
     "num_kv_heads", "pos_embd_dim", "qk_layernorm", "rotary_dim", "rotary_ndims", "sliding_window", "split_size",
     "use_qk_norm", "use_rope", *SCALES, "scale_attn",
 )  # fmt: skip
+_EACH = "norms"  # a list of norms, one for each head
 _HEAD_DIMS = ("head_dim", "head_size")
 
 
@@ -83,10 +85,12 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
     sizes = _sizes(module, parts)
     if isinstance(sizes, str):
         return sizes
-    norm_heads = [_heads_of(module, name, n, sizes[-1]) for name, n in zip(norms, sizes[1:3], strict=False)]
-    wrong = next((each for each in norm_heads if isinstance(each, str)), None)
-    if wrong is not None:
-        return wrong
+    head_norms: list[HeadNorm] = []
+    for name, first, n in zip(norms, (0, sizes[1]), sizes[1:3], strict=False):
+        found = _head_norms(module, name, first, n, sizes[-1])
+        if isinstance(found, str):
+            return found
+        head_norms += found
     table = module._buffers.get(_TABLE)
     return [
         AttentionSpec(
@@ -94,8 +98,7 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             parts.output,
             *sizes,
             rotation,
-            norms,
-            tuple(norm_heads),
+            tuple(head_norms),
             norms_last,
             None if table is None else table.shape[0],
             rows,
@@ -147,15 +150,23 @@ def _sizes(module: Any, parts: AttentionParts) -> tuple[int, int, int, int] | st
     return hidden_size, n_heads, n_kv_heads, head_dim
 
 
-def _heads_of(module: Any, name: str, n_heads: int, head_dim: int) -> int | str:
-    """How many vectors a norm of so many heads is for, or what is wrong with it."""
-    norm = module._modules[name]
+def _head_norms(module: Any, name: str, first: int, n: int, size: int) -> list[HeadNorm] | str:
+    """The norms of n heads from head `first` on that a child stands for, or what is wrong with it."""
+    norm, place = module._modules[name], first * size
     if not isinstance(norm, NormBlock):
-        return f"{name} is not swapped"
-    shape = norm._hfopt.spec.shape
-    if shape in (None, (head_dim,), (n_heads, head_dim)):
-        return n_heads
-    return 1 if shape == (n_heads * head_dim,) else f"{name} is over {shape} channels, not those of a head"
+        each = norm._modules.get(_EACH)
+        if each is None or len(each) != n or not all(_is_norm_of(part, (size,)) for part in each):
+            return f"{name} is not swapped"
+        return [HeadNorm(f"{name}.{_EACH}.{head}", place + head * size, 1, size) for head in range(n)]
+    if _is_norm_of(norm, None, (size,), (n, size)):
+        return [HeadNorm(name, place, n, size)]
+    if _is_norm_of(norm, (n * size,)):
+        return [HeadNorm(name, place, 1, n * size)]
+    return f"{name} is over {norm._hfopt.spec.shape} channels, not those of a head"
+
+
+def _is_norm_of(module: Any, *shapes: tuple[int, ...] | None) -> bool:
+    return isinstance(module, NormBlock) and module._hfopt.spec.shape in shapes
 
 
 def _layer_type(module: Any) -> str | None:

@@ -13,7 +13,7 @@ from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
 from hfopt.patches.activation import fused_activation
 from hfopt.patches.angles import are_angles, remembered
-from hfopt.patches.guards import are_readable, attention_kind, wants_attentions
+from hfopt.patches.guards import are_readable, attention_kind, is_bare, wants_attentions
 from hfopt.patches.ops import Declined
 from hfopt.patches.replacement import Replacement, are_others_bare, is_usable
 from hfopt.patches.weights import read_children
@@ -112,8 +112,8 @@ class Eager:
         ):
             raise Declined
 
-    def norm_heads(self, module: Any, name: str, qkv: Tensor, first: int, count: int, size: int) -> None:
-        functional.norm_heads(qkv, module._modules[name].norm, first, count, size)
+    def norm_heads(self, module: Any, qkv: Tensor, path: str, first: int, count: int, size: int) -> None:
+        functional.norm_heads(qkv, module.get_submodule(path).norm, first, count, size)
 
     def clamp(self, x: Tensor, limit: float) -> Tensor:
         return functional.clamp(x, limit)
@@ -130,8 +130,10 @@ class Eager:
         cache = IndirectCache() if cache is None else cache
         if not _takes_appends(cache, layer) or wants_attentions(attention) or x.dim() != 3:
             raise Declined
-        for name in attention._hfopt.spec.norms:
-            norm = attention._modules[name]
+        if not all(is_bare(attention._modules[name]) for name in attention._hfopt.spec.parts):
+            raise Declined
+        for path, *_ in attention._hfopt.spec.norms:
+            norm = attention.get_submodule(path)
             if not isinstance(norm, Replacement) or not is_usable(norm):
                 raise Declined
             self._check_vectors(norm.norm)

@@ -42,8 +42,8 @@ class Ops(Protocol[X]):
     def norm(self, x: X, norm: Norm) -> X:
         """`functional.norm`."""
 
-    def norm_heads(self, module: Any, name: str, qkv: X, first: int, count: int, size: int) -> None:
-        """Each of `count` heads of `size` channels from channel `first` on, in place, as the norm of the child `name` makes it."""
+    def norm_heads(self, module: Any, qkv: X, path: str, first: int, count: int, size: int) -> None:
+        """Each of `count` heads of `size` channels from channel `first` on, in place, as the norm at `path` makes it."""
 
     def clamp(self, x: X, limit: float) -> X:
         """`functional.clamp`."""

@@ -69,8 +69,10 @@ class Recorder:
     def norm(self, x: Value, norm: Norm) -> Value:
         return self._builder.norm(x, norm)
 
-    def norm_heads(self, module: Any, name: str, qkv: Value, first: int, count: int, size: int) -> None:
-        self._builder.norm_heads(qkv, swapped(module, name).norm, first, count, size)
+    def norm_heads(self, module: Any, qkv: Value, path: str, first: int, count: int, size: int) -> None:
+        parent, _, name = path.rpartition(".")
+        norm = swapped(module.get_submodule(parent), name).norm
+        self._builder.norm_heads(qkv, norm, first, count, size)
 
     def clamp(self, x: Value, limit: float) -> Value:
         return self._builder.clamp(x, limit)
