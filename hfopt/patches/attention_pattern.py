@@ -59,7 +59,7 @@ _SHARDS = 4  # CodeGen's, one for each of the machines that it was trained on
 _KNOWN = (
     "alibi_slopes", "attention_type", "dropout", "embed_dim", "embed_positions", "enable_bias", "head_dim", "head_size", "reorder_and_upcast_attn",
     "is_causal", "is_cross_attention", "is_decoder", "is_sliding", "kv_dim", "kv_heads", "layer_type", "max_positions",
-    "mp_num", "multi_query", "num_attention_heads", "num_heads", "num_key_value_groups", "num_key_value_heads",
+    "mp_num", "multi_query", "new_decoder_architecture", "num_attention_heads", "num_heads", "num_key_value_groups", "num_key_value_heads",
     "num_kv_heads", "pos_embd_dim", "qk_layernorm", "rotary_dim", "rotary_ndims", "sliding_window", "split_size",
     "use_qk_norm", "use_rope", *SCALES, "scale_attn",
 )  # fmt: skip
@@ -92,11 +92,15 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             return found
         head_norms += found
     table = module._buffers.get(_TABLE)
+    hidden_size, n_heads, _, head_dim = sizes
     return [
         AttentionSpec(
             parts.inputs,
             parts.output,
-            *sizes,
+            hidden_size,
+            n_heads,
+            n_kv_heads,
+            head_dim,
             rotation,
             tuple(head_norms),
             norms_last,
@@ -106,7 +110,7 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             _setting_read(module, parts.softcap),
             _layer_type(module),
         )
-        for rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
+        for n_kv_heads, rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
         for rotation in parts.rotations
         for norms_last in ((False, True) if norms and rotation != "none" else (False,))
     ]
@@ -183,21 +187,24 @@ def _setting_read(module: Any, name: str | None) -> str | None:
     return None if name is None or name not in names_read(module) or setting(module, name) is None else name
 
 
-def _rows(order: Order, n_heads: int, n_kv_heads: int, head_dim: int) -> Rows:
-    """(first row, rows) of the heads of queries, then keys, then values in a single Linear; empty if they lie so."""
+def _rows(order: Order, n_heads: int, n_kv_heads: int, head_dim: int) -> tuple[int, Rows]:
+    """(key heads, (first row, rows) of the heads of queries, keys, values in a single Linear, or empty if they lie so)."""
     if order == "stacked":
-        return ()
+        return n_kv_heads, ()
     if order == "shards":
         n = n_heads // _SHARDS * head_dim
-        return tuple(((3 * shard + part) * n, n) for part in (0, 2, 1) for shard in range(_SHARDS))
+        return n_kv_heads, tuple(
+            ((3 * shard + part) * n, n) for part in (0, 2, 1) for shard in range(_SHARDS)
+        )
     n = n_heads // n_kv_heads
-    group = (n + 2) * head_dim
-    places = ((0, n), (n, 1), (n + 1, 1))
-    return tuple(
-        (index * group + first * head_dim, count * head_dim)
-        for first, count in places
+    copies = n if order == "spread" else 1
+    rows = tuple(
+        ((index * (n + 2) + first) * head_dim, count * head_dim)
+        for first, count, times in ((0, n, 1), (n, 1, copies), (n + 1, 1, copies))
         for index in range(n_kv_heads)
+        for _ in range(times)
     )
+    return n_kv_heads * copies, rows
 
 
 def _trial(call: Any, spec: AttentionSpec, scene: Any) -> list[torch.Tensor]:

@@ -138,7 +138,7 @@ class Eager:
                 raise Declined
             self._check_vectors(norm.norm)
         rotary = attention.rotary(given.get("position_embeddings"), given.get("position_ids"))
-        if rotary is None:
+        if rotary is None or given.get("position_bias") is not None:
             raise Declined
         n_rows, n_new, _ = x.shape
         n_past, n_keys = cache.get_seq_length(layer), cache.n_keys(layer, n_new)

@@ -107,6 +107,7 @@ class Scene:
         """What attention is given besides hidden states, by role. n_positions: of a table of its own."""
         position_ids = inputs.position_ids if n_positions is None else inputs.position_ids % n_positions
         roles = {"attention_mask": inputs.attention_mask, "cache": self.cache, "position_ids": position_ids}
+        roles["position_bias"] = None
         if n_positions is None and self.rotary_module is not None:
             roles["position_embeddings"] = self.rotary(inputs.hidden_states, inputs.position_ids, layer_type)
         return roles
