@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
