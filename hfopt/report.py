@@ -14,6 +14,7 @@ from torch import nn
 from hfopt import generation
 from hfopt.errors import InvalidInput
 from hfopt.machine import env
+from hfopt.machine.cores import Cores, cores_of_process
 from hfopt.words import dtype_name
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Report:
     for what `optimize` would do. by_module: why decode steps go module by module; None if one is a single call, of the
     instructions in program.
     loops: modes of `generate` that are left to transformers' own loops and caches, and what differed. idle: swapped modules
-    that cannot run in kernels as they are now, and why. kernels: the argument of `optimize`.
+    that cannot run in kernels as they are now, and why. cores: that threads fit in. kernels: the argument of `optimize`.
     window: tokens of the shortest window of a layer, if texts may be longer. choices: what "auto" takes for this
     model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and values are cached as floats all the same,
     or None. quantized: Linears with packed weights. left: those that
@@ -59,6 +60,7 @@ class Report:
     idle: dict[str, str]
     cpu_path: str
     threads: int
+    cores: Cores
     threading_layer: str
     kernels: str
     choices: tuple[Choice, ...]
@@ -94,6 +96,7 @@ class Report:
             idle=walk.idle(),
             cpu_path=env.cpu_path(),
             threads=env.threads(),
+            cores=cores_of_process(),
             threading_layer=env.threading_layer(),
             kernels=walk.kernels() if is_applied else "auto",
             kv_cache=kv_cache,
@@ -122,6 +125,7 @@ class Report:
         lines = [
             f"{self.model_class}: {verb} {counts}",
             f"{self.dtype}; {self.cpu_path}; {self.threads} threads, {self.threading_layer};"
+            f" {self.cores};"
             f" kernels {self.kernels or 'unused'};"
             f" memory {self.memory_before / 2**20:,.0f} MiB before, {grown:+,.1f} MiB after",
         ]

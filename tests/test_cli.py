@@ -27,7 +27,7 @@ from hfopt.cache import IndirectCache
 from hfopt.cli import doctor, main, run
 from hfopt.console import models
 from hfopt.console.shapes import SHAPES
-from hfopt.machine import env
+from hfopt.machine.cores import cores_of_process
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int8
 
@@ -542,7 +542,7 @@ def test_doctor_tests_the_kernels_and_names_the_machine(capsys: pytest.CaptureFi
 
 
 def test_doctor_advises_against_other_work() -> None:
-    cores = env.usable_cores().usable
+    cores = cores_of_process().usable
     assert any(f"keeps {cores:.1f} cores busy" in line for line in doctor._advice(cores))
     assert not any("busy" in line for line in doctor._advice(0.4 * cores))
 

@@ -40,6 +40,7 @@ IMPORTS: dict[str, set[str]] = {
         "checkpoints",
         "errors",
         "host",
+        "machine",
         "optimize",
         "progress",
         "quantization",

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -224,6 +225,7 @@ def test_report_lists_every_module_that_has_a_forward() -> None:
     assert listed == {name for name, _ in model.named_modules()} - containers
     assert all(module.reason for module in report.kept)
     assert report.dtype == "float32" and report.threads == torch.get_num_threads()
+    assert str(report.cores) in str(report) and report.to_dict()["cores"]["online"] == os.cpu_count()
 
 
 def test_report_is_readable_and_json() -> None:

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import time
-from dataclasses import dataclass
 from importlib import metadata
 
 import torch
@@ -52,37 +51,6 @@ def cpu_path() -> str:
 
 
 # ---- cores and threads -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cores:
-    """How many cores this process may use, and what set that number."""
-
-    usable: int
-    reason: str
-
-
-def cpu_quota() -> float | None:
-    """Cores' worth of time that control groups grant to this process, or None without a limit."""
-    quotas = []
-    for folder, is_second in linux.control_groups("cpu"):
-        value = linux.text(folder / ("cpu.max" if is_second else "cpu.cfs_quota_us")).strip()
-        quota, _, period = value.partition(" ")
-        if quota not in ("", "max", "-1"):
-            quotas.append(int(quota) / int(period or 100_000))
-    return min(quotas, default=None)
-
-
-def usable_cores() -> Cores:
-    """Cores that this process may use: online, allowed by its affinity mask, within its cgroup quota."""
-    online = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else online
-    quota = cpu_quota()
-    if quota is not None and quota < allowed:
-        return Cores(max(1, int(quota)), f"the cgroup quota grants {quota:g} of {online} online cores")
-    if allowed < online:
-        return Cores(allowed, f"the affinity mask allows {allowed} of {online} online cores")
-    return Cores(online, "all online cores")
 
 
 def busy_cores(seconds: float = 0.5) -> float:
