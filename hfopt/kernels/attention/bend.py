@@ -7,7 +7,7 @@ import numpy as np
 from hfopt.kernels.attention.softmax import LIMIT, SLOPE, TILE
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd.constants import LOG2_E, ONE, ZERO
-from hfopt.kernels.simd.functions import tanh
+from hfopt.kernels.simd.functions import quick_tanh
 from hfopt.kernels.simd.memory import load, store
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import fma, splat
@@ -38,7 +38,7 @@ def powers_of(scoring):
 def _cap(scores, width, n, inner, outer):
     """scores = outer * tanh(inner * scores) of n keys."""
     for place in range(0, n * width, LANES):
-        store(scores, place, tanh(load(scores, place) * splat(inner)) * splat(outer))
+        store(scores, place, quick_tanh(load(scores, place) * splat(inner)) * splat(outer))
 
 
 @body
