@@ -34,7 +34,7 @@ class Report:
     instructions in program.
     loops: modes of `generate` that are left to transformers' own loops and caches, and what differed. idle: swapped modules
     that cannot run in kernels as they are now, and why. kernels: the argument of `optimize`.
-    window: tokens of the longest text that gets hfopt's cache, if there are longer ones. choices: what "auto" takes for this
+    window: tokens of the shortest window of a layer, if texts may be longer. choices: what "auto" takes for this
     model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and values are cached as floats all the same,
     or None. quantized: Linears with packed weights. left: those that
     `quantization` left as they are, and why.
@@ -136,7 +136,7 @@ class Report:
             )
             lines.append(f"keys and values are cached {stored}")
         if self.window is not None:
-            lines.append(f"texts of more than {self.window:,} tokens, its window, get transformers' cache")
+            lines.append(f"layers of a window of {self.window:,} tokens cache little more than those")
         if self.swapped:
             lines += ["", *_table(("swapped", "from", "to", "probe differs by"), self._swapped_rows())]
         if self.quantized:

@@ -25,6 +25,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    cache_utils,
 )
 
 from hfopt.cache import Appended, IndirectCache, storage
@@ -573,7 +574,12 @@ def test_inference_mode_inside_and_outside():
     pair.check()
 
 
-def test_layers_of_other_kinds_stay():
+class OtherLayer(cache_utils.DynamicSlidingWindowLayer):
+    pass
+
+
+def test_layers_of_other_kinds_stay(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, "sliding_attention", OtherLayer)
     config = MistralConfig(num_hidden_layers=2, sliding_window=4)
     ours, theirs = IndirectCache(config), dynamic_cache(config=config)
     for n_new in (3, 1, 1, 1):
@@ -584,7 +590,7 @@ def test_layers_of_other_kinds_stay():
     ours.reorder_cache(torch.tensor([1, 0]))
     theirs.reorder_cache(torch.tensor([1, 0]))
     assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
-    with pytest.raises(InvalidInput, match="DynamicSlidingWindowLayer"):
+    with pytest.raises(InvalidInput, match="OtherLayer"):
         ours.append(0, 2, 1, N_HEADS, HEAD_DIM, torch.float32)
 
 

@@ -299,7 +299,7 @@ def test_other_types_of_number(dtype: torch.dtype) -> None:
         compare(model, **prompts(), max_new_tokens=12, **MODES[mode])
 
 
-def test_a_sliding_window_keeps_its_cache(small: Model) -> None:
+def test_a_sliding_window_gets_our_cache(small: Model) -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
@@ -318,7 +318,7 @@ def test_a_sliding_window_keeps_its_cache(small: Model) -> None:
     result = compare(
         MistralForCausalLM(config).eval(), **prompts(), max_new_tokens=20, num_beams=3, **EVERYTHING
     )
-    assert type(cache_of(result)) is DynamicCache
+    assert type(cache_of(result)) is IndirectCache
 
 
 @torch.no_grad()

@@ -188,7 +188,7 @@ def _attend_within(
 ):
     q, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
     rows = pointer(prefix_row), pointer(table), table.shape[1]
-    cache = open_cache(q, pointer(record), prefix_len, suffix_len, *rows)
+    cache = open_cache(q, pointer(record), prefix_len, suffix_len, *rows, 0)
     q_row = (n_heads + 2 * cache.n_kv_heads) * cache.size
     scoring = scores.Scoring(np.float32(0.1), np.float32(0.0), 0, 0, 0)
     attention.attend_rows(cache, q, q_row, n_rows, n_heads, 0, 0, scoring, scratch, threads, out)
@@ -451,7 +451,7 @@ def test_nothing_is_written_outside(
     cache = make(dtype, 2, 2, n_kv_heads, size, (21, 5))
     before = [part.tobytes() for part in (cache.prefix, cache.suffix)]
     record = cache_record.record_of(cache.prefix, cache.suffix, cache.prefix_scales, cache.suffix_scales)
-    parts = (record, 21, 5, cache.prefix_row, cache.table)
+    parts = (record, 21, 5, cache.prefix_row, cache.table, 0)
     out = Guarded(dtype, 2 * n_new, n_heads * size)
     kinds, no_mask = (bits(qkv)[0, 0, :0], cache.prefix.ravel()[:0]), np.zeros((0, 0, 0), np.uint8)
     given, numbers = (*kinds, qkv.data_ptr(), 2), Scoring(0.2).numbers(n_heads, dtype)

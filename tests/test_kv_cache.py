@@ -250,7 +250,7 @@ def test_a_cache_that_is_given_stays_what_it_is() -> None:
     )
 
 
-def test_layers_of_other_kinds_keep_their_cache() -> None:
+def test_layers_of_a_window_are_coded_too() -> None:
     config = MistralConfig(
         num_hidden_layers=2,
         hidden_size=64,
@@ -261,10 +261,13 @@ def test_layers_of_other_kinds_keep_their_cache() -> None:
         sliding_window=16,
     )
     model = hfopt.optimize(MistralForCausalLM(config).eval(), kv_cache="int8")
-    assert type(made_cache(model, max_new_tokens=16)) is DynamicCache
-    assert type(made_cache(model, max_new_tokens=2)) is IndirectCache
+    for max_new_tokens, is_windowed in ((16, True), (2, False)):
+        cache = made_cache(model, max_new_tokens=max_new_tokens)
+        assert type(cache) is IndirectCache
+        for layer in cache.layers:
+            assert layer.is_sliding is is_windowed and layer.prefix.dtype is torch.int8
     report = hfopt.explain(model)
-    assert report.window == 16 and "texts of more than 16 tokens, its window, get" in str(report)
+    assert report.window == 16 and "layers of a window of 16 tokens cache little more" in str(report)
 
 
 @pytest.mark.parametrize("kv_cache", ["int4", "INT8", 8, True, torch.int8])

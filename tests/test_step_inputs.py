@@ -407,9 +407,7 @@ def test_nothing_is_written_around_arena_and_logits(
     cache = IndirectCache(model.config)
     results = []
     for is_guarded in (False, True):
-        appended = [
-            cache.append(layer, n_rows, 1, built.n_kv_heads, built.head_dim, dtype) for layer in range(2)
-        ]
+        appended = [cache.append(layer, n_rows, 1, *layout) for layer, layout in enumerate(built.layouts)]
         run = Run(built, n_rows)
         arena, guard = built.row_bytes * n_rows, 256
         size = arena + run.scratch_bytes

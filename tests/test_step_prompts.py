@@ -400,7 +400,7 @@ def test_nothing_is_written_around_arena_and_logits(
     results = []
     for is_guarded in (False, True):
         cache = IndirectCache(model.config)
-        room = cache.append_everywhere(n_rows, n_new, built.n_kv_heads, built.head_dim, dtype)
+        room = cache.append_everywhere(n_rows, n_new, built.layouts)
         assert room is not None
         size, n_bytes = built.row_bytes * n_rows * n_new, n_rows * built.n_logits * dtype.itemsize
         memory = np.full(size + 2 * guard + 64, 0xA5, np.uint8)

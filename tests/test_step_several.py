@@ -272,7 +272,7 @@ def chosen(n_rows: int, n_steps: int, *, of: Any = None, **changes: Any) -> Any:
     for layer in range(2):
         cache.append(layer, n_rows, 1, *layout)
         cache.layers[layer].prefix[:, :, :, 0] = 0.1
-    appended = cache.append_everywhere(n_rows, n_steps, *layout)
+    appended = cache.append_everywhere(n_rows, n_steps, [layout] * len(cache.layers))
     arguments = {
         "tokens": np.arange(n_rows, dtype=np.int64),
         "positions": np.arange(n_rows, dtype=np.int64),
@@ -287,7 +287,7 @@ def test_one_step_after_the_other() -> None:
     alone, cache = chosen(2, 1, of=made)
     tokens = [alone[0]]
     for index in range(1, len(together)):
-        appended = cache.append_everywhere(2, 1, *HEADS[1:], torch.float32)
+        appended = cache.append_everywhere(2, 1, [(*HEADS[1:], torch.float32)] * len(cache.layers))
         (one,) = made.steps(2).choose(tokens[-1], np.arange(2) + index, appended)
         tokens.append(one)
     assert np.array_equal(together, np.stack(tokens))
@@ -335,6 +335,6 @@ def test_a_step_with_logits_is_one() -> None:
     layout = *HEADS[1:], torch.float32
     for layer in range(2):
         cache.append(layer, 1, 1, *layout)
-    appended: Any = cache.append_everywhere(1, 2, *layout)
+    appended: Any = cache.append_everywhere(1, 2, [layout] * len(cache.layers))
     with pytest.raises(InvalidInput, match="2 tokens"):
         program().steps(1).logits(np.zeros(1, np.int64), np.zeros(1, np.int64), appended)

@@ -100,7 +100,7 @@ class ReadyStep:
         if not isinstance(program, Program):
             reason = hfopt.explain(model).by_module or f"a step of {n_rows} rows has other kernels"
             raise InvalidInput(f"--profile: decode steps of this model go module by module: {reason}")
-        appended = cache.append_everywhere(n_rows, 1, program.n_kv_heads, program.head_dim, program.dtype)
+        appended = cache.append_everywhere(n_rows, 1, program.layouts)
         run = program.steps(n_rows)
         tokens, positions = np.zeros(n_rows, np.int64), np.full(n_rows, workload.prompt_tokens)
         #: logits of the last one

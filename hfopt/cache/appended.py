@@ -11,8 +11,9 @@ import torch
 class Buffers:
     """The two buffers of a layer until one of them changes, with what `functional` found out about them.
 
-    The scales are those of 8-bit codes. checked: (dtype, n_kv_heads, head_dim) that they have been found to have. record:
-    see `kernels.cache_record`.
+    The scales are those of 8-bit codes. starts: tokens of prefix and suffix that came before the first column of each, and
+    are not held any more. checked: (dtype, n_kv_heads, head_dim) that they have been found to have. record: see
+    `kernels.cache_record`.
     """
 
     def __init__(
@@ -21,8 +22,10 @@ class Buffers:
         suffix: np.ndarray,
         prefix_scales: np.ndarray | None = None,
         suffix_scales: np.ndarray | None = None,
+        *,
+        starts: tuple[int, int] = (0, 0),
     ) -> None:
-        self.prefix, self.suffix = prefix, suffix
+        self.prefix, self.suffix, self.starts = prefix, suffix, starts
         self.prefix_scales, self.suffix_scales = prefix_scales, suffix_scales
         self.prefix_columns = 0 if prefix is None else prefix.shape[3]
         self.suffix_rows, self.suffix_columns = (0, 0) if suffix is None else suffix.shape[1:4:2]
@@ -35,8 +38,11 @@ class Appended(NamedTuple):
 
     Token `t` of logical row `r` is `prefix[:, prefix_row[r], :, t]` for `t < prefix_len`; later tokens are
     `suffix[:, table[r, b], :, b]` with `b = t - prefix_len`. The new ones belong into row `r` and the columns
-    `[len - n_new, len)`. Columns beyond the length hold arbitrary bits. bfloat16 comes as uint16; or all are int8 codes, to
-    be multiplied by the scale of their token and head.
+    `[len - n_new, len)`. Columns beyond the length hold arbitrary bits. bfloat16 comes as uint16, float16 as int16; or all
+    are int8 codes, to be multiplied by the scale of their token and head.
+
+    In a layer of a window, the buffers begin with later tokens: all columns are less by what `starts` says. No new token
+    sees any of the first `skipped` ones, some of which may still be there.
     """
 
     prefix: np.ndarray  # [2, n_prompts, n_kv_heads, columns, head_dim], keys then values
@@ -50,6 +56,13 @@ class Appended(NamedTuple):
     buffers: Buffers | None = None  # if prefix and suffix are those of a cache, which are checked once
     prefix_scales: np.ndarray | None = None  # of codes: float32 [2, n_prompts, n_kv_heads, columns]
     suffix_scales: np.ndarray | None = None
+    starts: tuple[int, int] = (0, 0)  # of prefix and suffix
+    skipped: int = 0
+
+    @property
+    def n_keys(self) -> int:
+        """Tokens that a new one may see."""
+        return self.prefix_len + self.suffix_len - self.skipped
 
 
 class AppendedEverywhere(NamedTuple):

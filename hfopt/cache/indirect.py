@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, TypeVar
 
 import torch
@@ -21,8 +22,10 @@ from hfopt.cache.appended import Appended, AppendedEverywhere, Buffers
 from hfopt.cache.codes import KV_CACHES, check_kv_cache
 from hfopt.cache.layer import IndirectLayer
 from hfopt.cache.row_map import RowMap
+from hfopt.cache.storage import Layout
+from hfopt.cache.window import WindowLayer
 from hfopt.errors import InvalidInput
-from hfopt.host import Config, full_attention
+from hfopt.host import Config, window_of
 
 __all__ = ["KV_CACHES", "Appended", "AppendedEverywhere", "Buffers", "IndirectCache"]
 
@@ -33,12 +36,12 @@ class IndirectCache(DynamicCache):
     """A `DynamicCache` whose reordering moves no key and no value, and whose rows can share a prompt.
 
     Args:
-        config: of the model; names the layers. Those that are not full attention stay transformers' own.
+        config: of the model; names the layers. Those that are neither full attention nor of a window stay transformers' own.
         copies: rows that each prompt is for (`num_beams` or `num_return_sequences`). Above 1, the rows that
             arrive first are prompts; `fork`, or the first update of `copies` times as many rows, makes
             `copies` rows of each.
         max_length: tokens that it is meant for; layers of a window as long are no others than those without. (Longer texts
-            are right too, and then more is kept than the window.)
+            are right too, and then more is kept than the window.) Those of a shorter one keep little more than the window.
         kv_cache: "int8" stores keys and values as 8-bit codes with a scale for each token and head, in half the memory of
             bfloat16; None as they are.
 
@@ -76,11 +79,14 @@ class IndirectCache(DynamicCache):
         if self.layer_class_to_replicate is not None:
             self.layer_class_to_replicate = functools.partial(IndirectLayer, self._rows, kv_cache=kv_cache)
         length = sys.maxsize if max_length is None else max_length
-        n_following = sum(full_attention(layer) >= length for layer in self.layers)
-        for index, layer in enumerate(self.layers):
-            if full_attention(layer) >= length:
-                n_following -= 1
-                self.layers[index] = IndirectLayer(self._rows, n_following, kv_cache=kv_cache)
+        windows = [window_of(layer) for layer in self.layers]
+        kinds = [None if window is None else min(window, length) for window in windows]
+        for index, (kind, window) in enumerate(zip(kinds, windows, strict=True)):
+            made = (self._rows, kinds[index + 1 :].count(kind))
+            if kind is not None and kind == length:
+                self.layers[index] = IndirectLayer(*made, kv_cache=kv_cache)
+            elif window is not None:
+                self.layers[index] = WindowLayer(window, *made, kv_cache=kv_cache)
 
     def emptied(self, config: Config) -> IndirectCache:
         """A new cache of this kind, for as many copies, with nothing in it."""
@@ -112,25 +118,33 @@ class IndirectCache(DynamicCache):
         return layer.append(n_rows, n_new, n_kv_heads, head_dim, dtype)
 
     def append_everywhere(
-        self, n_rows: int, n_new: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
+        self, n_rows: int, n_new: int, layouts: Sequence[Layout]
     ) -> AppendedEverywhere | None:
         """`append` tokens in every layer; None, with nothing changed, unless all hold the same tokens and rows, or none.
 
-        Raises as `append`.
+        layouts: (n_kv_heads, head_dim, dtype) of each layer. Raises as `append`, and if there are other layers.
         """
+        if len(layouts) != len(self.layers):
+            raise InvalidInput(f"layouts are {len(layouts)}: the cache has {len(self.layers)} layers")
         if self.copies > 1:
             self._fork_for(n_rows)
         if not self.is_even(n_rows) and not self._is_empty():
             return None
-        layers, layout = self.layers, (n_kv_heads, head_dim, dtype)
-        have_room = all(layer.has_room(n_new, layout) for layer in layers)
-        first = layers[0].append(n_rows, n_new, *layout)
-        for layer in layers[1:]:
+        layers = self.layers
+        have_room = all(map(IndirectLayer.has_room, layers, repeat(n_new), layouts))
+        first = layers[0].append(n_rows, n_new, *layouts[0])
+        for layer, layout in zip(layers[1:], layouts[1:], strict=True):
             if have_room:
                 layer.prefix_len, layer.suffix_len = first.prefix_len, first.suffix_len
             else:
                 layer.append(n_rows, n_new, *layout)
         return AppendedEverywhere(first, [layer.buffers for layer in layers])
+
+    def n_keys(self, layer_idx: int, n_new: int) -> int:
+        """Tokens that attention of so many more in this layer is over."""
+        length = self.get_seq_length(layer_idx)
+        skipped = self.layers[layer_idx].first_seen(length) if layer_idx < len(self.layers) else 0
+        return length + n_new - int(skipped)
 
     def is_even(self, n_rows: int) -> bool:
         """Whether all layers have buffers with the same tokens, at least one, of the same n_rows rows."""
@@ -235,7 +249,13 @@ class IndirectCache(DynamicCache):
         self._rearrange("batch_select_indices", indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens of every row."""
+        """Remove the last `-tokens_to_remove` tokens of every row.
+
+        Raises RuntimeError, with nothing changed, if a layer of a window no longer has what those before them see.
+        """
+        for layer in self._indirect():
+            if layer.prefix is not None:
+                layer.cropped_length(tokens_to_remove)
         for layer in self.layers:
             if isinstance(layer, IndirectLayer) and layer.prefix is not None:
                 layer.shorten(tokens_to_remove)

@@ -29,12 +29,14 @@ class IndirectLayer(DynamicLayer):
     _keys: Tensor | None
     _values: Tensor | None
 
-    def __init__(self, rows: RowMap, n_following: int = 0, *, kv_cache: str | None = None) -> None:
+    def __init__(
+        self, rows: RowMap, n_following: int = 0, *, kv_cache: str | None = None, **kwargs: Any
+    ) -> None:
         self.rows = rows
         self.n_following = n_following  # layers that will need the same room in the same step
         self.kv_cache = kv_cache
         self._drop()
-        super().__init__()
+        super().__init__(**kwargs)
 
     def _drop(self) -> None:
         self.prefix: Tensor | None = None
@@ -42,20 +44,31 @@ class IndirectLayer(DynamicLayer):
         self.prefix_scales: Tensor | None = None
         self.suffix_scales: Tensor | None = None
         self.prefix_len = self.suffix_len = 0
+        self.starts = 0, 0  # tokens of prefix and suffix that are not held any more
         self._layout: Layout | None = None
         self._keys = self._values = None
         self._view()
 
     def _view(self) -> None:
-        parts = self.prefix, self.suffix, self.prefix_scales, self.suffix_scales
-        self.buffers = Buffers(*(bits(part) for part in parts))
+        prefix, suffix, *scales = map(
+            bits, (self.prefix, self.suffix, self.prefix_scales, self.suffix_scales)
+        )
+        self.buffers = Buffers(prefix, suffix, *scales, starts=self.starts)
+
+    def first_seen(self, length: int) -> int:
+        """The first token that those behind so many others see."""
+        return 0
+
+    def _first_kept(self) -> int:
+        """The first token that `keys` and `values` are promised to hold."""
+        return 0
 
     # What is stored
 
     @property
     def keys(self) -> Tensor | None:
         """[n_rows, n_kv_heads, length, head_dim]; a view while rows read their own prefix row, else a copy, as of codes."""
-        return self._keys if self.prefix is None else self._gathered(0)
+        return self._keys if self.prefix is None else self._gathered(0, self._first_kept())
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
@@ -65,29 +78,31 @@ class IndirectLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         """Values in the form of `keys`."""
-        return self._values if self.prefix is None else self._gathered(1)
+        return self._values if self.prefix is None else self._gathered(1, self._first_kept())
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
         self._become_plain()
         self._values = values
 
-    def _gathered(self, which: int) -> Tensor:
+    def _gathered(self, which: int, first: int) -> Tensor:
         assert self.prefix is not None and self.suffix is not None and self._layout is not None
-        elements = self._read(self.prefix[which], self.suffix[which])
+        elements = self._read(self.prefix[which], self.suffix[which], first)
         if self.prefix_scales is None or self.suffix_scales is None:
             return elements
-        scales = self._read(self.prefix_scales[which], self.suffix_scales[which])
+        scales = self._read(self.prefix_scales[which], self.suffix_scales[which], first)
         return dequantised(elements, scales, self._layout[2])
 
-    def _read(self, prefix: Tensor, suffix: Tensor) -> Tensor:
-        """Gather what the rows read of [rows, n_kv_heads, columns, ...]."""
-        rows, prefix = self.rows, prefix[:, :, : self.prefix_len]
-        return (
-            prefix
-            if rows.is_identity
-            else gathered(prefix, suffix, rows.prefix_row, rows.table[:, : self.suffix_len])
-        )
+    def _read(self, prefix: Tensor, suffix: Tensor, first: int) -> Tensor:
+        """Gather what the rows read of [rows, n_kv_heads, columns, ...], from token `first` on."""
+        rows, starts, ends = self.rows, self.starts, (self.prefix_len, self.suffix_len)
+        in_prefix = min(first, ends[0])
+        in_suffix = first - in_prefix
+        prefix = prefix[:, :, in_prefix - starts[0] : ends[0] - starts[0]]
+        if rows.is_identity:
+            return prefix
+        table = rows.table[:, in_suffix : ends[1]]
+        return gathered(prefix, suffix[:, :, in_suffix - starts[1] :], rows.prefix_row, table)
 
     def _become_plain(self) -> None:
         if self.prefix is not None:
@@ -112,21 +127,16 @@ class IndirectLayer(DynamicLayer):
         """See `IndirectCache.append`."""
         if n_rows != self.rows.n_rows or self._layout != (n_kv_heads, head_dim, dtype):
             self._admit(n_rows, n_new, (n_kv_heads, head_dim, dtype))
-        rows = self.rows
+        rows, skipped = self.rows, self.first_seen(self.prefix_len + self.suffix_len)
+        if not self._fits(n_new):
+            self._make_room(n_rows, n_new)
+            self._view()
         if rows.is_identity:
-            length = self.prefix_len + n_new
-            if length > self.buffers.prefix_columns:
-                self.prefix, self.prefix_scales = self._grown(self.prefix, self.prefix_scales, n_rows, length)
-                self._view()
-            self.prefix_len = length
+            self.prefix_len += n_new
         else:
-            length = self.suffix_len + n_new
-            if length > self.buffers.suffix_columns or n_rows > self.buffers.suffix_rows:
-                self.suffix, self.suffix_scales = self._grown(self.suffix, self.suffix_scales, n_rows, length)
-                self._view()
-            if length > rows.n_suffix:
-                rows.extend(length)
-            self.suffix_len = length
+            self.suffix_len += n_new
+            if self.suffix_len > rows.n_suffix:
+                rows.extend(self.suffix_len)
         return Appended(
             self.buffers.prefix,
             self.buffers.suffix,
@@ -139,25 +149,38 @@ class IndirectLayer(DynamicLayer):
             self.buffers,
             self.buffers.prefix_scales,
             self.buffers.suffix_scales,
+            self.starts,
+            skipped,
         )
+
+    def _fits(self, n_new: int) -> bool:
+        """Whether the buffers are right for so many more tokens of each row."""
+        rows, buffers, starts = self.rows, self.buffers, self.starts
+        if rows.is_identity:
+            return self.prefix_len + n_new <= buffers.prefix_columns + starts[0]
+        has_rows = rows.n_rows <= buffers.suffix_rows
+        return self.suffix_len + n_new <= buffers.suffix_columns + starts[1] and has_rows
+
+    def _make_room(self, n_rows: int, n_new: int) -> None:
+        if self.rows.is_identity:
+            length = self.prefix_len + n_new
+            self.prefix, self.prefix_scales = self._grown(self.prefix, self.prefix_scales, n_rows, length)
+        else:
+            length = self.suffix_len + n_new
+            self.suffix, self.suffix_scales = self._grown(self.suffix, self.suffix_scales, n_rows, length)
 
     def newest(self) -> list[Tensor]:
         """Keys and values of the last token, in place: [2, n_rows, n_kv_heads, head_dim], and the scales of codes."""
         rows = self.rows
         if rows.is_identity:
-            parts, length = (self.prefix, self.prefix_scales), self.prefix_len
+            parts, length = (self.prefix, self.prefix_scales), self.prefix_len - self.starts[0]
         else:
-            parts, length = (self.suffix, self.suffix_scales), self.suffix_len
+            parts, length = (self.suffix, self.suffix_scales), self.suffix_len - self.starts[1]
         return [part[:, : rows.n_rows, :, length - 1] for part in parts if part is not None]
 
     def has_room(self, n_new: int, layout: Layout) -> bool:
         """Whether the buffers have this layout, and columns for so many more tokens of each row."""
-        rows, buffers = self.rows, self.buffers
-        if self._layout != layout:
-            return False
-        if rows.is_identity:
-            return self.prefix_len + n_new <= buffers.prefix_columns
-        return self.suffix_len + n_new <= buffers.suffix_columns and rows.n_rows <= buffers.suffix_rows
+        return self._layout == layout and self._fits(n_new)
 
     def _admit(self, n_rows: int, n_new: int, layout: Layout) -> None:
         """Prepare for what an append seldom meets: the first tokens in the buffers, or arguments that do not fit."""
@@ -175,11 +198,14 @@ class IndirectLayer(DynamicLayer):
         dtype = layout[2]
         if dtype not in DTYPES:
             raise InvalidInput(f"dtype = {dtype}: allowed are {', '.join(map(str, DTYPES))}")
-        prefix, prefix_scales = self._grown(
-            *no_columns(n_rows, layout, self.kv_cache), n_rows, length + n_new
-        )
+        known = None
         if length > 0 and self._keys is not None and self._values is not None:
             known = torch.stack([self._keys.detach(), self._values.detach()])
+        n_known = 0 if known is None else known.shape[3]
+        prefix, prefix_scales = self._grown(
+            *no_columns(n_rows, layout, self.kv_cache), n_rows, n_known + n_new
+        )
+        if known is not None:
             write(prefix, prefix_scales, n_rows, 0, known)
         if self.rows.n_rows == 0:
             self.rows.start(n_rows)
@@ -188,7 +214,7 @@ class IndirectLayer(DynamicLayer):
         self._drop()
         self.prefix, self.prefix_scales = prefix, prefix_scales
         self.suffix, self.suffix_scales = no_columns(1, layout, self.kv_cache)
-        self.prefix_len, self._layout = length, layout
+        self.prefix_len, self.starts, self._layout = length, (length - n_known, 0), layout
         self.dtype, self.device, self.is_initialized = dtype, prefix.device, True
         self._view()
 
@@ -222,18 +248,18 @@ class IndirectLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
 
         n_rows, n_kv_heads, n_new, head_dim = key_states.shape
-        in_suffix = self.append(n_rows, n_new, n_kv_heads, head_dim, key_states.dtype).in_suffix
-        if in_suffix:
-            buffer, scales, length = self.suffix, self.suffix_scales, self.suffix_len
+        appended = self.append(n_rows, n_new, n_kv_heads, head_dim, key_states.dtype)
+        if appended.in_suffix:
+            buffer, scales, length = self.suffix, self.suffix_scales, self.suffix_len - self.starts[1]
         else:
-            buffer, scales, length = self.prefix, self.prefix_scales, self.prefix_len
+            buffer, scales, length = self.prefix, self.prefix_scales, self.prefix_len - self.starts[0]
         assert buffer is not None
         if scales is None:
             buffer[0, :n_rows, :, length - n_new : length] = key_states
             buffer[1, :n_rows, :, length - n_new : length] = value_states
         else:
             write(buffer, scales, n_rows, length - n_new, torch.stack([key_states, value_states]))
-        return self._gathered(0), self._gathered(1)
+        return self._gathered(0, appended.skipped), self._gathered(1, appended.skipped)
 
     # The rest of DynamicLayer, on a map of its own: other layers must not see it
 
@@ -266,17 +292,20 @@ class IndirectLayer(DynamicLayer):
 
     def shorten(self, tokens_to_remove: int) -> None:
         """`crop`, leaving it to the caller to settle the map."""
-        length = self.get_seq_length()
-        if _CROPS_TO_LENGTH and tokens_to_remove >= 0:
-            kept = min(tokens_to_remove, length)
-        elif tokens_to_remove <= 0:
-            kept = max(length + tokens_to_remove, 0)
-        else:
-            raise InvalidInput(
-                f"tokens_to_remove = {tokens_to_remove}: give minus the number of tokens to remove"
-            )
+        kept = self.cropped_length(tokens_to_remove)
         self.prefix_len = min(self.prefix_len, kept)
         self.suffix_len = kept - self.prefix_len
+
+    def cropped_length(self, tokens_to_remove: int) -> int:
+        """Tokens that `crop` leaves; raises `InvalidInput` for a number that is not minus what is to be removed."""
+        length = self.get_seq_length()
+        if _CROPS_TO_LENGTH and tokens_to_remove >= 0:
+            return min(tokens_to_remove, length)
+        if tokens_to_remove <= 0:
+            return max(length + tokens_to_remove, 0)
+        raise InvalidInput(
+            f"tokens_to_remove = {tokens_to_remove}: give minus the number of tokens to remove"
+        )
 
     def reset(self) -> None:
         self._drop()

@@ -17,6 +17,7 @@ Layout: TypeAlias = tuple[int, int, torch.dtype]  # (n_kv_heads, head_dim, dtype
 Segment: TypeAlias = tuple[Tensor, Tensor | None]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # those with a numpy view
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 _UNCHECKED_BYTES = 1 << 26  # growth that is too small to ask the system about
 
 
@@ -49,8 +50,27 @@ def grown(elements: Tensor, scales: Tensor | None, n_rows: int, length: int, n_f
 
     Raises `CacheFull` if they need more memory than there is.
     """
-    _, old_rows, n_kv_heads, old_columns, head_dim = elements.shape
+    old_columns = elements.shape[3]
+    least = max(rounded(length), old_columns)
+    wanted = max(least, rounded(old_columns * 3 // 2)) if length > old_columns else old_columns
+    return moved(elements, scales, n_rows, slice(old_columns), (least, wanted), n_following)
+
+
+def moved(
+    elements: Tensor,
+    scales: Tensor | None,
+    n_rows: int,
+    kept: slice,
+    n_columns: tuple[int, int],
+    n_following: int,
+) -> Segment:
+    """A segment that begins with the columns `kept` of another, and has as many rows, or more.
+
+    n_columns: at least, and if there is memory. Raises as `grown`. What was read of the other stays as it is.
+    """
+    _, old_rows, n_kv_heads, _, head_dim = elements.shape
     n_rows = max(n_rows, old_rows)
+    least, most = n_columns
     vector_bytes = head_dim * elements.element_size() + (0 if scales is None else scales.element_size())
     column_bytes = 2 * n_rows * n_kv_heads * vector_bytes
     old_bytes = elements.nbytes + (0 if scales is None else scales.nbytes)
@@ -59,22 +79,24 @@ def grown(elements: Tensor, scales: Tensor | None, n_rows: int, length: int, n_f
         added = n_columns * column_bytes - old_bytes
         return n_columns * column_bytes + n_following * added
 
-    least = max(rounded(length), old_columns)
-    n_columns = max(least, rounded(old_columns * 3 // 2)) if length > old_columns else old_columns
-    if needed(n_columns) > _UNCHECKED_BYTES and needed(n_columns) > (available := available_memory()):
-        n_columns = least
-        if needed(n_columns) > available:
+    columns = most
+    if needed(columns) > _UNCHECKED_BYTES and needed(columns) > (available := available_memory()):
+        columns = least
+        if needed(columns) > available:
             raise CacheFull(
-                f"keys and values of {length:,} tokens in {n_rows:,} rows need "
-                f"{needed(n_columns):,} bytes more; {available:,} bytes are available"
+                f"keys and values of {least:,} tokens in {n_rows:,} rows need "
+                f"{needed(columns):,} bytes more; {available:,} bytes are available"
             )
 
-    def moved(part: Tensor) -> Tensor:
-        target = _empty((2, n_rows, n_kv_heads, n_columns, *part.shape[4:]), part.dtype)
-        target[:, :old_rows, :, :old_columns] = part
+    def copied(part: Tensor) -> Tensor:
+        target, source = (
+            _empty((2, n_rows, n_kv_heads, columns, *part.shape[4:]), part.dtype),
+            part[:, :, :, kept],
+        )
+        target[:, :old_rows, :, : source.shape[3]] = source
         return target
 
-    return moved(elements), None if scales is None else moved(scales)
+    return copied(elements), None if scales is None else copied(scales)
 
 
 def write(elements: Tensor, scales: Tensor | None, n_rows: int, first: int, stored: Tensor) -> None:
@@ -86,11 +108,15 @@ def write(elements: Tensor, scales: Tensor | None, n_rows: int, first: int, stor
         elements[:, :n_rows, :, columns], scales[:, :n_rows, :, columns] = quantised(stored)
 
 
+def bits_of(tensor: Tensor) -> Tensor:
+    """The same memory, bfloat16 as uint16 and float16 as int16: as kernels know them."""
+    kind = _BITS.get(tensor.dtype)
+    return tensor if kind is None else tensor.view(kind)
+
+
 def bits(part: Tensor | None) -> Any:
-    """The part as numpy sees it, bfloat16 as uint16."""
-    if part is None:
-        return None
-    return (part.view(torch.uint16) if part.dtype == torch.bfloat16 else part).numpy()
+    """The part as numpy sees it, in the form of `bits_of`."""
+    return None if part is None else bits_of(part).numpy()
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

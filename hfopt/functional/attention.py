@@ -105,20 +105,21 @@ def attend(
     address, record = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
     n_rows, n_new, _ = qkv.shape
     check_lengths(appended, n_rows)
-    hidden = checked_bytes(mask, appended, n_rows, n_new)
+    _check_skipped(appended)
+    hidden = checked_bytes(mask, appended.n_keys, n_rows, n_new)
     numbers = scoring.numbers(n_heads, qkv.dtype)
     out = qkv.new_empty(n_rows, n_new, n_heads * head_dim)
     if not out.numel():
         return out
-    n_keys = appended.prefix_len + appended.suffix_len
-    by_torch = n_new > 1 and by != "hfopt" and scoring.is_plain(n_keys)
+    by_torch = n_new > 1 and by != "hfopt" and scoring.is_plain(appended.n_keys)
     if by_torch and takes_torch(by, "attention", qkv.dtype, n_new):
         attended = _attend_in_torch(qkv, appended, mask, scoring.scale, n_heads, head_dim)
         if attended is not None:
             return attended
     prepare_threads()
     like, target = (ELEMENTS[qkv.dtype], held_by(appended, qkv.dtype)), out.data_ptr()
-    cache = (record, appended.prefix_len, appended.suffix_len, appended.prefix_row, appended.table)
+    lengths = appended.prefix_len, appended.suffix_len
+    cache = (record, *lengths, appended.prefix_row, appended.table, appended.skipped)
     if n_new == 1:
         wrong = decode.attend_decode(*like, address, n_rows, *cache, hidden, *numbers, n_heads, target)
     else:
@@ -162,14 +163,17 @@ def _attend_in_torch(
 
 def _gathered(appended: "Appended", n_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values as the rows read them, [n_rows, n_kv_heads, n_keys, head_dim]; views if they are in order."""
-    prefix_row, table = appended.prefix_row[:n_rows], appended.table[:n_rows, : appended.suffix_len]
+    in_prefix, starts = min(appended.skipped, appended.prefix_len), appended.starts
+    in_suffix = appended.skipped - in_prefix
+    prefix_row, table = appended.prefix_row[:n_rows], appended.table[:n_rows, in_suffix : appended.suffix_len]
     for rows, stored in ((prefix_row, appended.prefix), (table, appended.suffix)):
         if rows.size and not 0 <= rows.min() <= rows.max() < stored.shape[1]:
             raise InvalidInput(_WRONG_ROWS)
 
     def read(prefix: np.ndarray, suffix: np.ndarray, of: torch.dtype) -> Tensor:
-        columns = torch.from_numpy(prefix)[:, :, : appended.prefix_len]
-        return gathered(columns.view(of), torch.from_numpy(suffix).view(of), prefix_row, table)
+        columns = torch.from_numpy(prefix)[:, :, in_prefix - starts[0] : appended.prefix_len - starts[0]]
+        later = torch.from_numpy(suffix)[:, :, in_suffix - starts[1] :]
+        return gathered(columns.view(of), later.view(of), prefix_row, table)
 
     def floats(which: int) -> Tensor:
         prefix, suffix = appended.prefix[which], appended.suffix[which]
@@ -181,13 +185,13 @@ def _gathered(appended: "Appended", n_rows: int, dtype: torch.dtype) -> tuple[Te
     return floats(0), floats(1)
 
 
-def checked_bytes(mask: Mask, appended: "Appended", n_rows: int, n_new: int) -> np.ndarray:
+def checked_bytes(mask: Mask, n_keys: int, n_rows: int, n_new: int) -> np.ndarray:
     """The bytes of a mask, none for a kind without; raises `InvalidInput` for other kinds and for bytes that do not fit."""
     if mask.kind in ("none", "causal"):
         return _NO_BYTES
     if mask.kind not in KINDS:
         raise InvalidInput(f"mask is of kind {mask.kind!r}: {', '.join(map(repr, KINDS))} are allowed")
-    given, shape = mask.bytes, (n_rows, n_new, appended.prefix_len + appended.suffix_len)
+    given, shape = mask.bytes, (n_rows, n_new, n_keys)
     if given.shape != shape or given.dtype != np.uint8 or not given.flags.c_contiguous:
         raise InvalidInput(f"mask has bytes {given.dtype} {given.shape}: contiguous uint8 {shape} is needed")
     return given
@@ -195,14 +199,12 @@ def checked_bytes(mask: Mask, appended: "Appended", n_rows: int, n_new: int) -> 
 
 def check_lengths(appended: "Appended", n_rows: int) -> None:
     """Raises `InvalidInput` unless lengths and rows are those of something stored."""
-    if not 0 <= appended.prefix_len <= appended.prefix.shape[3]:
-        raise InvalidInput(
-            f"appended.prefix_len is {appended.prefix_len}: up to {appended.prefix.shape[3]} is allowed"
-        )
-    if not 0 <= appended.suffix_len <= appended.suffix.shape[3]:
-        raise InvalidInput(
-            f"appended.suffix_len is {appended.suffix_len}: up to {appended.suffix.shape[3]} is allowed"
-        )
+    starts = appended.starts
+    lengths = appended.prefix_len, appended.suffix_len
+    ends = starts[0] + appended.prefix.shape[3], starts[1] + appended.suffix.shape[3]
+    for name, first, length, end in zip(("prefix_len", "suffix_len"), starts, lengths, ends, strict=True):
+        if not first <= length <= end:
+            raise InvalidInput(f"appended.{name} is {length}: from {first} up to {end} is allowed")
     prefix_row, table, n_columns = appended.prefix_row, appended.table, appended.suffix_len
     if prefix_row.ndim != 1 or prefix_row.shape[0] < n_rows or not _is_index(prefix_row):
         given = f"{prefix_row.dtype} {prefix_row.shape}"
@@ -210,6 +212,15 @@ def check_lengths(appended: "Appended", n_rows: int) -> None:
     if table.ndim != 2 or table.shape[0] < n_rows or table.shape[1] < n_columns or not _is_index(table):
         given = f"{table.dtype} {table.shape}"
         raise InvalidInput(f"appended.table has {given}: int32 {(n_rows, n_columns)} is needed")
+
+
+def _check_skipped(appended: "Appended") -> None:
+    """Raises `InvalidInput` unless all tokens but those that are not seen are held."""
+    in_prefix, starts = min(appended.skipped, appended.prefix_len), appended.starts
+    if appended.n_keys < appended.n_new or starts[0] > in_prefix or starts[1] > appended.skipped - in_prefix:
+        raise InvalidInput(
+            f"appended.skipped is {appended.skipped}: from {starts[0]} + {starts[1]} up to the new tokens is allowed"
+        )
 
 
 def _is_index(array: np.ndarray) -> bool:

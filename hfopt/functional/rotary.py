@@ -55,14 +55,14 @@ def rotate_and_store(
                 f"sin has shape {tuple(sin.shape)}: that of cos, {tuple(cos.shape)}, is needed"
             )
         cos_at, sin_at, n_angle_rows = address_of("cos", cos), address_of("sin", sin), cos.shape[0]
-    cache, length = (
-        (appended.suffix, appended.suffix_len)
+    cache, length, start = (
+        (appended.suffix, appended.suffix_len, appended.starts[1])
         if appended.in_suffix
-        else (appended.prefix, appended.prefix_len)
+        else (appended.prefix, appended.prefix_len, appended.starts[0])
     )
-    if cache.shape[1] < n_rows or not n_new <= length <= cache.shape[3]:
+    if cache.shape[1] < n_rows or not n_new <= length - start <= cache.shape[3]:
         raise InvalidInput(
-            f"appended ends at column {length} of {cache.shape}: "
+            f"appended ends at column {length - start} of {cache.shape}: "
             f"room for {n_new} tokens of {n_rows} rows is needed"
         )
     if address:
@@ -130,6 +130,8 @@ def known_buffers(appended: "Appended") -> Any:
     buffers = appended.buffers
     if buffers is None or buffers.prefix is not appended.prefix or buffers.suffix is not appended.suffix:
         return None
+    if buffers.starts != appended.starts:
+        return None
     scales = buffers.prefix_scales, buffers.suffix_scales
     is_same = scales[0] is appended.prefix_scales and scales[1] is appended.suffix_scales
     return buffers if is_same else None
@@ -153,7 +155,10 @@ def _checked_record(
             _check_scales(f"appended.{name}_scales", scales, shape[:4])
     if bits != CODES.dtype and suffix_scales is not None:
         raise InvalidInput(f"appended.suffix_scales is given, and no prefix_scales: {bits} has none")
-    return record_of(prefix, suffix, prefix_scales, suffix_scales)
+    starts = stored.starts
+    if min(starts) < 0:
+        raise InvalidInput(f"appended.starts is {starts}: from 0 on are allowed")
+    return record_of(prefix, suffix, prefix_scales, suffix_scales, starts=starts)
 
 
 def _check_scales(name: str, scales: np.ndarray | None, shape: tuple[int, ...]) -> None:

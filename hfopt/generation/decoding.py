@@ -195,10 +195,7 @@ class Decoding:
 
     def _make_room(self, program: StepProgram, n_rows: int, n_steps: int) -> _Room | None:
         """The run, and what it is given besides tokens, once the cache has columns for n_steps more; None if it cannot."""
-        if self._cache.get_seq_length() + n_steps > program.max_keys:
-            return None
-        layout = program.n_kv_heads, program.head_dim, program.dtype
-        appended = self._cache.append_everywhere(n_rows, n_steps, *layout)
+        appended = self._cache.append_everywhere(n_rows, n_steps, program.layouts)
         if appended is None:
             return None
         run = self._run
@@ -219,7 +216,7 @@ class Decoding:
             return None
         program = self._programs.of(self._model, n_rows, 1, self._cache.kv_cache)
         # a cache may have other layers than the model uses now
-        return program if program is not None and program.n_layers == len(self._cache.layers) else None
+        return program if program is not None and len(program.layouts) == len(self._cache.layers) else None
 
     def _mask_over(self, n_keys: int) -> np.ndarray | None:
         """uint8 [n_rows, >= n_keys]; no new token is hidden."""

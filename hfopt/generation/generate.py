@@ -81,14 +81,14 @@ def cache_obstacle(model: Model) -> str | None:
         return refusal
     if not isinstance(model.__dict__.get(host.PREPARE_CACHE), Bound):
         return "its class prepares caches of its own"
-    if host.full_attention_of(model.config) == 0:
-        return "not all of its layers have full attention"
+    if None in host.windows_of(model.config):
+        return "not all of its layers have full attention or that of a window"
     return None
 
 
 def window_of(model: Model) -> int | None:
-    """Tokens of the longest text that gets our cache and programs; None if the model is made for none that is longer."""
-    window = host.full_attention_of(model.config)
+    """Tokens of the shortest window of a layer; None if the model is made for no text that is longer."""
+    window = min((each for each in host.windows_of(model.config) if each is not None), default=0)
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return window if isinstance(longest, int) and 0 < window < longest else None
 
@@ -143,7 +143,7 @@ def run(loop: Callable[..., Any], model: Model, arguments: dict[str, Any]) -> An
 
 def prepare_cache(model: Model, *args: Any, **kwargs: Any) -> Any:
     """The method of GenerationMixin that makes a request's cache, with an IndirectCache in place of a DynamicCache of
-    plain layers."""
+    layers that have one of ours."""
     name, given = host.REQUEST_CACHE, (*args, *kwargs.values())
     # by type, because they may be given in another order than today's
     config = next((each for each in given if isinstance(each, GenerationConfig)), None)
@@ -153,7 +153,7 @@ def prepare_cache(model: Model, *args: Any, **kwargs: Any) -> Any:
     if name is None or config is None or request is None or had_cache or not takes_our_cache():
         return result
     made = request.get(name)
-    if type(made) is DynamicCache and not made.offloading and _is_full(made, config.max_length):
+    if type(made) is DynamicCache and not made.offloading and _is_ours(made):
         cache = request[name] = IndirectCache(
             model.config.get_text_config(decoder=True),
             copies=int(max(config.num_beams, config.num_return_sequences)),
@@ -165,9 +165,9 @@ def prepare_cache(model: Model, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _is_full(cache: DynamicCache, length: int) -> bool:
-    """Whether all layers have full attention over a text of this length, and nothing else to remember."""
-    return bool(cache.layers) and all(host.full_attention(layer) >= length for layer in cache.layers)
+def _is_ours(cache: DynamicCache) -> bool:
+    """Whether all layers have full attention or that of a window, and nothing else to remember."""
+    return bool(cache.layers) and all(host.window_of(layer) is not None for layer in cache.layers)
 
 
 _BOUND: dict[str, Callable] = {"generate": generate, host.PREPARE_CACHE: prepare_cache}

@@ -91,7 +91,7 @@ class Prefill:
             return None
         programs, (n_rows, n_new) = installed(model).programs, text.tokens.shape
         program = None if programs is None else programs.of(model, n_rows, n_new, cache.kv_cache)
-        if program is None or len(cache.layers) != program.n_layers:
+        if program is None or len(cache.layers) != len(program.layouts):
             return None
         logits = text.read(program, cache)
         if logits is None:
@@ -129,10 +129,11 @@ class _Text(NamedTuple):
         """Logits [n_rows, 1, n_logits]; None, with nothing changed, for a long text, and if layers hold different tokens."""
         n_rows, n_new = self.tokens.shape
         n_keys = self.n_past + n_new
-        if n_keys > program.max_keys or program.work(n_rows, n_new, n_keys) > _MAX_WORK:
+        if program.work(n_rows, n_new, n_keys) > _MAX_WORK:
             return None
-        layout = program.n_kv_heads, program.head_dim, program.dtype
-        appended = cache.append_everywhere(n_rows, n_new, *layout)
+        if n_new > 1 and n_keys > min(program.windows):  # until several tokens know of a window
+            return None
+        appended = cache.append_everywhere(n_rows, n_new, program.layouts)
         if appended is None:
             return None
         tokens, positions = (

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from hfopt.cache import AppendedEverywhere
+from hfopt.cache import AppendedEverywhere, Layout
 
 if TYPE_CHECKING:  # `import hfopt` must not load Numba
     from hfopt.functional import Mask
@@ -58,24 +58,12 @@ class StepProgram(Protocol):
     """A model as it is now, for new tokens behind a cache."""
 
     @property
-    def n_layers(self) -> int:
-        """Layers of the cache."""
+    def layouts(self) -> Sequence[Layout]:
+        """Of each layer of the cache: heads of keys and values, channels of one, and their type."""
 
     @property
-    def n_kv_heads(self) -> int:
-        """Heads of keys and values in each of them."""
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of a head."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of keys, values and logits."""
-
-    @property
-    def max_keys(self) -> int:
-        """Tokens up to which each sees all before it; longer texts are for the modules."""
+    def windows(self) -> set[int]:
+        """Tokens that each sees of those before it, itself included, in one layer or another."""
 
     def work(self, n_rows: int, n_new: int, n_keys: int) -> int:
         """Multiply-adds of a call for n_new tokens in each of n_rows rows, the last of which sees n_keys keys."""

@@ -9,7 +9,7 @@ from hfopt.host.release import OLDEST, check_release, installed
 check_release()
 
 from hfopt.host.attention import attention_kind, registered_attention  # noqa: E402
-from hfopt.host.cache_layer import DynamicLayer, full_attention, full_attention_of  # noqa: E402
+from hfopt.host.cache_layer import DynamicLayer, WindowedLayer, layer_kinds, window_of, windows_of  # noqa: E402
 from hfopt.host.cache_names import (  # noqa: E402  (an older release would fail here with less of a message)
     REQUEST_CACHE,
     beam_output,
@@ -30,6 +30,7 @@ from hfopt.host.criteria import (  # noqa: E402
     MaxTimeCriteria,
     PrefixConstrainedLogitsProcessor,
 )
+from hfopt.host.linear import Conv1D, is_linear_class
 from hfopt.host.loops import (  # noqa: E402
     GENERATE_ORDER,
     MODES,
@@ -54,6 +55,8 @@ from hfopt.host.roles import ROLES, Arguments  # noqa: E402
 from hfopt.host.rotary import rewritten  # noqa: E402
 
 __all__ = [
+    "Conv1D",
+    "is_linear_class",
     "GENERATE_ORDER",
     "MODES",
     "OLDEST",
@@ -72,6 +75,7 @@ __all__ = [
     "MaxLengthCriteria",
     "MaxTimeCriteria",
     "PrefixConstrainedLogitsProcessor",
+    "WindowedLayer",
     "attention_kind",
     "beam_output",
     "cache_argument",
@@ -83,12 +87,11 @@ __all__ = [
     "causal_output",
     "check_release",
     "fingerprint",
-    "full_attention",
-    "full_attention_of",
     "generate_arguments",
     "installed",
     "is_capture",
     "knows_causal_output",
+    "layer_kinds",
     "loop_of",
     "methods",
     "missing",
@@ -100,4 +103,6 @@ __all__ = [
     "settings_in",
     "sorts_samples",
     "unknown_option",
+    "window_of",
+    "windows_of",
 ]

@@ -1,6 +1,7 @@
-"""The classes of layers in transformers' growing cache: plain ones, which ours are made from, and those of a window."""
+"""The classes of layers in transformers' growing cache, which ours are made from: plain ones, and those of a window."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import DynamicCache, cache_utils
@@ -8,18 +9,26 @@ from transformers import DynamicCache, cache_utils
 # asked of a cache, because the class is not among transformers' public names
 _kind = DynamicCache().layer_class_to_replicate
 DynamicLayer: Any = _kind if isinstance(_kind, type) else cache_utils.DynamicLayer
-_Window: Any = getattr(cache_utils, "DynamicSlidingWindowLayer", None)
+WindowedLayer: Any = cache_utils.DynamicSlidingWindowLayer
 
 
-def full_attention(layer: Any) -> int:
-    """Tokens up to which attention over a layer is over all that it has been given; 0 if the layer is of another kind."""
+def window_of(layer: Any) -> int | None:
+    """Tokens that each token sees of those in a layer of a cache, itself included: sys.maxsize if all; None if the layer
+    is of another kind.
+    """
     if type(layer) is DynamicLayer:
         return sys.maxsize
-    window = getattr(layer, "sliding_window", None) if type(layer) is _Window else None
-    return window if isinstance(window, int) else 0
+    window = layer.sliding_window if type(layer) is WindowedLayer else None
+    return window if isinstance(window, int) and window > 1 else None
 
 
-def full_attention_of(config: Any) -> int:
-    """The same for all layers that a model of this configuration caches."""
+def layer_kinds(config: Any) -> Sequence[str]:
+    """What a model of this configuration calls the kind of each of its layers; none if they are of one kind."""
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
+    return kinds if isinstance(kinds, list | tuple) else ()
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """The same for each layer that a model of this configuration caches."""
     layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
-    return min(map(full_attention, layers), default=0)
+    return [window_of(layer) for layer in layers]

@@ -12,7 +12,7 @@ from transformers.generation import GenerationMode, logits_process, stopping_cri
 from transformers.generation import utils as _utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hfopt.host.cache_layer import DynamicLayer
+from hfopt.host.cache_layer import DynamicLayer, WindowedLayer
 from hfopt.host.cache_names import BeamOutput, SampleOutput
 from hfopt.host.release import installed
 
@@ -111,6 +111,7 @@ _CLASSES = (
     CausalLMOutputWithPast,
     DynamicCache,
     DynamicLayer,
+    WindowedLayer,
     *DynamicCache.__mro__[1:-1],
     *DynamicLayer.__mro__[1:-1],
     *(
@@ -124,9 +125,8 @@ _CLASSES = (
 
 def methods() -> tuple[Any, ...]:
     """The functions of the classes that loops and caches depend on, as they are now."""
-    return tuple(
-        value for kind in (GenerationMixin, DynamicCache, DynamicLayer) for value in vars(kind).values()
-    )
+    kinds = GenerationMixin, DynamicCache, DynamicLayer, WindowedLayer
+    return tuple(value for kind in kinds for value in vars(kind).values())
 
 
 _read: dict[str, tuple[tuple[Any, ...], frozenset[str]]] = {}

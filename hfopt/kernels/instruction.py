@@ -108,8 +108,6 @@ class Sizes(NamedTuple):
     size: Any
     n_rows: Any
     n_new: Any
-    n_kv_heads: Any
-    head_dim: Any
     threads: Any
 
 

@@ -4,7 +4,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfopt.kernels.attention.cache_record import ADDRESS, COLUMNS, HEAD_DIM, KV_HEADS, LENGTH, ROWS, SCALES
+from hfopt.kernels.attention.cache_record import (
+    ADDRESS,
+    COLUMNS,
+    HEAD_DIM,
+    KV_HEADS,
+    LENGTH,
+    ROWS,
+    SCALES,
+    START,
+)
 from hfopt.kernels.attention.pack import absmax
 from hfopt.kernels.attention.tile import where_up_to
 from hfopt.kernels.instruction import Instruction, read_fields
@@ -155,13 +164,14 @@ def rotate_and_store_rows(
     qkv, held, n_rows, n_new, cos, sin, n_angle_rows, n_rotary, kind, n_heads, record, part, first
 ):
     """Rotates the queries of qkv in place; writes rotated keys, and values, of n_new tokens a row to
-    columns from `first` on of a part of the `cache_record`, PREFIX or SUFFIX.
+    places from `first` on of a part of the `cache_record`, PREFIX or SUFFIX.
 
     Pointers to qkv [n_rows, n_new, (n_heads + 2 n_kv_heads) size], float32 or bfloat16 bits; to the record; and to cos, sin
     float32 [n_angle_rows = 1 or n_rows, n_new, n_rotary], or n_rotary / 2 for INTERLEAVED; n_rotary 0 for NONE. held: a
     pointer like those to elements of the cache, the type of qkv, or codes, for which keys are rotated in place too.
     """
     n_kv_heads, size, columns = record[KV_HEADS], record[HEAD_DIM], record[part + COLUMNS]
+    column = first - record[part + START]
     width = (n_heads + 2 * n_kv_heads) * size
     n_tokens = n_rows * n_new
     n_angles = n_rotary // 2 if kind == INTERLEAVED else n_rotary
@@ -169,7 +179,7 @@ def rotate_and_store_rows(
         qkv,
         cos,
         sin,
-        shifted(address_as(record[part + ADDRESS], held), first * size),
+        shifted(address_as(record[part + ADDRESS], held), column * size),
         width,
         n_new,
         n_angles,
@@ -181,7 +191,7 @@ def rotate_and_store_rows(
         size,
         record[part + ROWS] * n_kv_heads * columns * size,
         columns,
-        first,
+        column,
         record[part + ROWS] * n_kv_heads * columns,
     )
     scales = scales_at(record[part + SCALES], held)

@@ -8,7 +8,7 @@ import numpy as np
 
 from hfopt.kernels.attention.attend import ATTEND
 from hfopt.kernels.attention.cache_record import PREFIX, SUFFIX
-from hfopt.kernels.elementwise import MULTIPLY, SCALE
+from hfopt.kernels.elementwise import LIMIT, MULTIPLY, SCALE
 from hfopt.kernels.embedding import ADD_LOOKED_UP, LOOK_UP, POSITIONS, TOKENS
 from hfopt.kernels.instruction import (
     IN,
@@ -51,6 +51,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     MULTIPLY,
     SCALE,
     HEAD_NORM,
+    LIMIT,
 )
 COLUMNS = OWN + max(len(each.columns) for each in INSTRUCTIONS)
 
@@ -76,7 +77,7 @@ _argmax = body(argmax.__wrapped__)
 
 
 @launch
-def scratch_bytes(like, code, formats, n_rows, n_new, n_kv_heads, head_dim, threads):
+def scratch_bytes(like, code, formats, n_rows, n_new, threads):
     """Bytes of scratch of the instruction of a program that needs most on so many threads, whatever the context.
 
     Arguments as in `run_step`.
@@ -85,7 +86,7 @@ def scratch_bytes(like, code, formats, n_rows, n_new, n_kv_heads, head_dim, thre
     for i in range(code.shape[0]):
         row = shifted(pointer(code), i * COLUMNS)
         n = n_rows if row[PER_ROW] != 0 else n_rows * n_new
-        sizes = Sizes(n, row[SIZE], n_rows, n_new, n_kv_heads, head_dim, threads)
+        sizes = Sizes(n, row[SIZE], n_rows, n_new, threads)
         arguments = pointer(like), shifted(row, OWN), format_at(formats, i), sizes
         most = max(most, _scratch(row[OP], formats, arguments))
     return most

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from hfopt import host
 from hfopt.host import captured_outputs, is_capture
 from hfopt.patches.facts import class_names_read
+from hfopt.words import DTYPES
 
-DTYPES = (torch.float32, torch.bfloat16)
 DO_NOTHING = (nn.Dropout, nn.Identity)  # in evaluation mode
 
 
@@ -87,14 +87,17 @@ def attention_kind(attention: Any) -> Literal["sdpa", "eager"] | None:
     """`host.attention_kind` of this module."""
     kind: Any = type(attention)
     original = getattr(kind, "_hfopt_original", kind)
-    return host.attention_kind(attention.config, original, class_names_read(original))
+    config = vars(attention).get("config")
+    if config is None:  # its attention is in its own code
+        return "eager" if isinstance(vars(attention).get("layer_idx"), int) else None
+    return host.attention_kind(config, original, class_names_read(original))
 
 
 def attention_obstacle(attention: Any) -> str | None:
     """In words, why kernels cannot stand for this module's attention, whatever the call; None if they can."""
     if attention_kind(attention) is not None:
         return None
-    name = attention.config._attn_implementation
+    name = getattr(vars(attention).get("config"), "_attn_implementation", None)
     return f"its attention {name!r} is not transformers' own sdpa or eager function and mask"
 
 

@@ -1,21 +1,16 @@
 """All patterns: those of the families' parts, and of parts that stand in models of no family."""
 
+import itertools
+
 from hfopt.patches import attention_pattern, layer, mlp
 from hfopt.patches.families import FAMILIES
-from hfopt.patches.families.family import MlpParts
 from hfopt.patches.linear import LINEAR
 from hfopt.patches.norm import LAYER_NORM, RMS_NORM
 
-_MLPS = (
-    *(family.mlp for family in FAMILIES if family.mlp is not None),
-    MlpParts(("fc1",), "fc2"),
-    MlpParts(("c_fc",), "c_proj"),
-    MlpParts(("up_proj",), "down_proj"),
-)
+_MLPS = (family.mlp for family in FAMILIES if family.mlp is not None)
 
-# families have parts in common; of those that name more, what they say of a module is closer to it
-_ATTENTIONS = sorted({family.attention: None for family in FAMILIES}, key=lambda parts: -len(parts.norms))
-_LAYERS = sorted({family.layer: None for family in FAMILIES}, key=lambda parts: parts.multiplier is None)
+_ATTENTIONS = dict.fromkeys(family.attention for family in FAMILIES)
+_LAYERS = dict.fromkeys(family.layer for family in FAMILIES)
 
 # In this order: attention and layers are recognised by their swapped parts, and a Linear stands for itself if no other
 # pattern reads it.
@@ -24,6 +19,6 @@ PATTERNS = (
     LAYER_NORM,
     *map(attention_pattern.pattern_of, _ATTENTIONS),
     *map(mlp.pattern_of, dict.fromkeys(_MLPS)),
-    *map(layer.pattern_of, _LAYERS),
+    *itertools.chain.from_iterable(map(layer.patterns_of, _LAYERS)),
     LINEAR,
 )

@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import nn
 
+from hfopt import host
 from hfopt.patches.facts import Facts
 from hfopt.patches.guards import has_own_forward
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.patches.replacement import Record, Replacement, original_class
 
-_ENOUGH = 3  # layers, of which the others differ in numbers alone
+_ENOUGH = 3  # layers, of which the others of their kind differ in numbers alone
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_always_called",
@@ -27,10 +28,10 @@ def shadow(
     """A model with the same tensors, in evaluation mode and without hooks at its root.
 
     is_original: its modules are of their original classes; otherwise all of them take hfopt's kernels. is_short: it has no
-    more than the first three of its layers. is_exact: quantised ones round no inputs, which would hide differences in their
-    noise.
+    more than the first three of its layers, or as many as it takes to have one of each kind. is_exact: quantised ones
+    round no inputs, which would hide differences in their noise.
     """
-    twin = _twin(model, is_original, _depth(model) if is_short else None, {})
+    twin = _twin(model, is_original, _depths(model) if is_short else None, {})
     if is_exact:
         for module in twin.modules():
             if isinstance(module, QuantizedLinear):
@@ -41,24 +42,34 @@ def shadow(
     return twin
 
 
-def _depth(model: Any) -> int | None:
+def _depths(model: Any) -> tuple[int, int] | None:
+    """How many layers a model has, and how many of them will do; None if that is not known."""
     config = getattr(model, "config", None)
-    return (
+    depth = (
         None if config is None else getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     )
+    if not isinstance(depth, int):
+        return None
+    kinds = host.layer_kinds(config)[:depth]
+    return depth, max([_ENOUGH, *(kinds.index(kind) + 1 for kind in kinds)])
 
 
-def _twin(module: nn.Module, is_original: bool, depth: int | None, known: dict[int, Any]) -> Any:
+def _twin(module: nn.Module, is_original: bool, depths: tuple[int, int] | None, known: dict[int, Any]) -> Any:
     if id(module) in known:
         return known[id(module)]
     kind: Any = original_class(module) if is_original else type(module)
     twin = known[id(module)] = kind.__new__(kind)
     state, children = dict(vars(module)), list(module._modules.items())
     state.update((name, state[name].copy()) for name in _TABLES)
-    if isinstance(module, nn.ModuleList) and len(children) == depth and _are_layers(module):
-        children = children[:_ENOUGH]
+    if (
+        depths is not None
+        and isinstance(module, nn.ModuleList)
+        and len(children) == depths[0]
+        and _are_layers(module)
+    ):
+        children = children[: depths[1]]
     state["_modules"] = {
-        name: child if child is None else _twin(child, is_original, depth, known) for name, child in children
+        name: child if child is None else _twin(child, is_original, depths, known) for name, child in children
     }
     if "forward" in state and not has_own_forward(module):
         del state["forward"]  # accelerate leaves behind what is bound to the model's own module

@@ -1,37 +1,77 @@
 """The matrices of Linears as records that kernels read, floats or quantised, in place."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from hfopt.errors import InvalidInput
 from hfopt.functional import LinearWeights, MixedWeights, QuantizedWeights, Weights
+from hfopt.functional.linear import Rows
+from hfopt.host import Conv1D, is_linear_class
 from hfopt.patches.guards import is_bare
-from hfopt.patches.quantized import QuantizedLinear, parts_of, read_quantized
+from hfopt.patches.quantized import QuantizedLinear, read_quantized
 from hfopt.patches.replacement import Record, Replacement, original_class
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Whether the module is torch's own Linear or one of ours, not an adapter's or another library's."""
-    return module is not None and original_class(module) in (nn.Linear, QuantizedLinear)
+    """Whether the module is a Linear of torch or transformers, or one of ours, not an adapter's or another library's."""
+    if module is None:
+        return False
+    kind = original_class(module)
+    return kind in (QuantizedLinear, Conv1D) or is_linear_class(kind)
 
 
-def read_weights(record: Record, role: str, linears: Sequence[Any], n_parts: int = 1) -> Weights | None:
+class Features(NamedTuple):
+    """Sizes of a linear layer."""
+
+    inputs: int
+    outputs: int
+
+    @classmethod
+    def of(cls, linear: Any) -> "Features":
+        """Those of a module for which `is_linear` holds."""
+        if isinstance(linear, Conv1D):
+            return cls(linear.nx, linear.nf)
+        return cls(linear.in_features, linear.out_features)
+
+
+def matrix_of(linear: Any) -> Any:
+    """Its weight [out, in], as a view where the module keeps it the other way round."""
+    weight = linear._parameters["weight"]
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def lay_by_outputs(linear: Any) -> bool:
+    """Let the weight [in, out] of a Conv1D lie in memory as kernels read it: the same parameter, of this shape, with other
+    strides. False if it lies so, or is none that kernels read.
+    """
+    weight = linear._parameters["weight"]
+    if type(weight) is not nn.Parameter or not weight.is_cpu or weight.t().is_contiguous():
+        return False
+    weight.data = weight.data.t().contiguous().t()
+    return True
+
+
+def lay_by_inputs(linear: Any) -> None:
+    """Undo `lay_by_outputs`."""
+    weight = linear._parameters["weight"]
+    weight.data = weight.data.contiguous()
+
+
+def read_weights(record: Record, role: str, linears: Sequence[Any], rows: Rows = ()) -> Weights | None:
     """The weights of these Linears as one record, or None where kernels cannot read them.
 
-    n_parts: matrices that each of them holds, one below the other, for kernels that read them side by side.
+    rows: (first row, rows) of the matrices that a single Linear is read as.
     """
     quantized = [isinstance(linear, QuantizedLinear) for linear in linears]
     if not any(quantized):
-        return _read_floats(record, role, linears, n_parts)
+        return _read_floats(record, role, linears, rows)
     if all(quantized):
-        known = read_quantized(record, role, linears, n_parts)
+        known = read_quantized(record, role, linears, rows)
         if known is not None or len(linears) == 1:
             return known
-    parts = [
-        read_weights(record, f"{role} {index}", (linear,), n_parts) for index, linear in enumerate(linears)
-    ]
+    parts = [read_weights(record, f"{role} {index}", (linear,), rows) for index, linear in enumerate(linears)]
     found = [part for part in parts if isinstance(part, LinearWeights | QuantizedWeights)]
     try:
         return MixedWeights(tuple(found)) if len(found) == len(parts) else None
@@ -39,12 +79,9 @@ def read_weights(record: Record, role: str, linears: Sequence[Any], n_parts: int
         return None
 
 
-def _read_floats(record: Record, role: str, linears: Sequence[Any], n_parts: int) -> LinearWeights | None:
-    weights = [linear._parameters["weight"] for linear in linears]
+def _read_floats(record: Record, role: str, linears: Sequence[Any], rows: Rows) -> LinearWeights | None:
+    weights = [matrix_of(linear) for linear in linears]
     biases = [linear._parameters["bias"] for linear in linears]
-    if n_parts > 1:
-        weights = [part for each in weights for part in parts_of(each, n_parts)]
-        biases = [part for each in biases for part in parts_of(each, n_parts)]
     known = record.weights.get(role)
     if isinstance(known, LinearWeights) and known.reads(weights, biases):
         return known
@@ -53,20 +90,20 @@ def _read_floats(record: Record, role: str, linears: Sequence[Any], n_parts: int
     if any(type(linear._parameters["weight"]) is not nn.Parameter for linear in linears):
         return None
     try:
-        known = record.weights[role] = LinearWeights.of(weights, biases)
+        known = record.weights[role] = LinearWeights.of(weights, biases, rows)
     except InvalidInput:
         return None
     return known
 
 
-def read_children(module: Replacement, role: str, names: Sequence[str], n_parts: int = 1) -> Weights | None:
+def read_children(module: Replacement, role: str, names: Sequence[str], rows: Rows = ()) -> Weights | None:
     """The weights of these children, or None if one has to be called itself (an adapter, a hook); without names those of
     the module itself."""
     if not names:
-        return read_weights(module._hfopt, role, (module,), n_parts)
+        return read_weights(module._hfopt, role, (module,), rows)
     children = module._modules
     linears = [children[name] for name in names]
     for linear in linears:
         if not is_linear(linear) or not is_bare(linear):  # type: ignore[arg-type]
             return None
-    return read_weights(module._hfopt, role, linears, n_parts)
+    return read_weights(module._hfopt, role, linears, rows)

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
-from hfopt.functional import Epilogue, LinearWeights, MixedWeights, QuantizedWeights, Scoring, Weights
+from hfopt.functional import (
+    Epilogue,
+    LinearWeights,
+    MixedWeights,
+    Norm,
+    QuantizedWeights,
+    Scoring,
+    Weights,
+)
 from hfopt.functional.activation import CODES
-from hfopt.functional.checks import check_array
 from hfopt.functional.epilogue import PLAIN
+from hfopt.functional.limit import check_limit
 from hfopt.functional.linear import width_of
 from hfopt.functional.rotary import ROTATIONS
 from hfopt.kernels import step as kernels
@@ -39,7 +47,7 @@ _LINEARS = frozenset({kernels.LINEAR, kernels.QUANTIZED_LINEAR})
 
 
 class Builder:
-    """Collects the instructions of a program for weights of one dtype, float32 or bfloat16; raises `InvalidInput` for
+    """Collects the instructions of a program for weights of one of `DTYPES`; raises `InvalidInput` for
     operands that do not fit.
 
     layer: the one that the next instructions belong to, for the listing.
@@ -52,9 +60,7 @@ class Builder:
         self._per_row = False
         self._tables: list[Table] = []
         self._kept: list[Weights | Tensor] = []
-        self._cached: set[tuple[int, int]] = set()
-        self._stored: list[int] = []  # layers, in the order of the instructions
-        self._attended: list[int] = []
+        self._cached: dict[int, tuple[int, int]] = {}  # layer -> heads of keys, channels of one
 
     def _add(
         self,
@@ -99,50 +105,37 @@ class Builder:
 
     # ---- norms and scales -------------------------------------------------------------------------------------------
 
-    def _vector(self, name: str, tensor: Tensor, size: int) -> int:
-        self._kept.append(tensor)
-        return check_array(name, tensor, (size,), self.dtype)
-
-    def rms_norm(self, x: Value, weight: Tensor, eps: float) -> Value:
-        """`functional.rms_norm`."""
-        if weight is None:  # as a LayerNorm may have
-            raise InvalidInput("weight is None: a torch.Tensor is needed")
-        return self._norm(kernels.RMS_NORM, x, {"weight": weight}, eps)
-
-    def layer_norm(self, x: Value, weight: Tensor | None, bias: Tensor | None, eps: float) -> Value:
-        """`functional.layer_norm`."""
-        return self._norm(kernels.LAYER_NORM, x, {"weight": weight, "bias": bias}, eps)
-
-    def _norm(
-        self, instruction: Instruction, x: Value, vectors: dict[str, Tensor | None], eps: float
-    ) -> Value:
+    def norm(self, x: Value, norm: Norm) -> Value:
+        """`functional.norm`."""
         self._check(x)
         out = Value(x.size, self.dtype)
-        columns = {
-            name: 0 if each is None else self._vector(name, each, x.size) for name, each in vectors.items()
-        }
-        n_bytes = {"n_bytes": sum(each.nbytes for each in vectors.values() if each is not None)}
-        operands = {"IN": x, "OUT": out}
-        self._add(
-            instruction, f"[{x.size}]", operands, {"SIZE": x.size, **columns}, scalar=eps, n_bytes=n_bytes
-        )
+        instruction = kernels.LAYER_NORM if norm.kind == "layer" else kernels.RMS_NORM
+        columns = {"SIZE": x.size, **self._vectors(norm, (x.size,))}
+        operands, n_bytes = {"IN": x, "OUT": out}, {"n_bytes": _n_bytes(norm)}
+        self._add(instruction, f"[{x.size}]", operands, columns, scalar=norm.eps, n_bytes=n_bytes)
         return out
 
-    def norm_heads(self, qkv: Value, weight: Tensor, eps: float, first: int, count: int) -> None:
-        """`functional.rms_norm_heads`, in place."""
+    def _vectors(self, norm: Norm, shape: tuple[int, ...]) -> dict[str, int]:
+        columns = norm.addresses(shape, self.dtype) | {"offset": int(norm.unit_offset)}
+        self._kept += norm.vectors.values()
+        return columns
+
+    def norm_heads(self, qkv: Value, norm: Norm, first: int, count: int) -> None:
+        """`functional.norm_heads`, in place."""
         self._check(qkv)
-        size = weight.shape[0]
-        if first < 0 or count < 1 or (first + count) * size > qkv.size:
-            raise InvalidInput(f"heads {first} to {first + count} of {size}: {qkv.size} values hold fewer")
+        size, shape = norm.of_heads(qkv.size, first, count)
         columns = {
             "SIZE": size,
-            "weight": self._vector("weight", weight, size),
+            "step": size if len(shape) == 2 else 0,
+            "width": qkv.size,
             "first": first,
             "n_heads": count,
-            "width": qkv.size,
+            "is_layer": int(norm.kind == "layer"),
+            **self._vectors(norm, shape),
         }
-        shapes, n_bytes = f"{count} heads of {size}", {"n_bytes": weight.nbytes}
-        self._add(kernels.HEAD_NORM, shapes, {"IN": qkv, "OUT": qkv}, columns, scalar=eps, n_bytes=n_bytes)
+        shapes, n_bytes = f"{count} heads of {size}", {"n_bytes": _n_bytes(norm)}
+        more = {"scalar": norm.eps, "n_bytes": n_bytes}
+        self._add(kernels.HEAD_NORM, shapes, {"IN": qkv, "OUT": qkv}, columns, **more)
 
     def scale(self, x: Value, factor: float, residual: Value | None = None, *, divide: bool = False) -> Value:
         """`functional.scale`."""
@@ -161,6 +154,22 @@ class Builder:
         self._add(kernels.SCALE, shapes, operands, columns, scalar=factor, then=then, in_place=True)
         return operands["OUT"]
 
+    def clamp(self, x: Value, limit: float) -> Value:
+        """`functional.clamp`."""
+        return self._limit(x, limit, smooth=False)
+
+    def softcap(self, x: Value, limit: float) -> Value:
+        """`functional.softcap`."""
+        return self._limit(x, limit, smooth=True)
+
+    def _limit(self, x: Value, limit: float, *, smooth: bool) -> Value:
+        self._check(x)
+        operands = {"IN": x, "OUT": Value(x.size, self.dtype)}
+        shapes = f"[{x.size}] {'softly ' if smooth else ''}within {limit:g}"
+        columns = {"SIZE": x.size, "smooth": int(smooth)}
+        self._add(kernels.LIMIT, shapes, operands, columns, scalar=check_limit(limit), in_place=True)
+        return operands["OUT"]
+
     # ---- attention --------------------------------------------------------------------------------------------------
 
     def rotate_and_store(
@@ -177,7 +186,9 @@ class Builder:
             raise InvalidInput(
                 f"rotation is {rotation!r}: {', '.join(ROTATIONS)} are allowed, angles but for none"
             )
-        self._stored.append(layer)
+        if layer in self._cached:
+            raise InvalidInput(f"layer {layer} is cached: once is allowed")
+        self._cached[layer] = heads[1:]
         operands = {"IN": qkv}
         columns = {"layer": layer, "n_heads": heads[0], "n_rotary": 0, "kind": ROTATIONS[rotation]}
         if angles is not None:
@@ -196,18 +207,23 @@ class Builder:
         self._add(kernels.ROTATE_AND_STORE, f"{heads[0]} / {heads[1]} heads of {heads[2]}", operands, columns)
 
     def attend(self, qkv: Value, layer: int, heads: tuple[int, int, int], scoring: Scoring) -> Value:
-        """`functional.attend`."""
+        """`functional.attend`, over what has been stored."""
         self._check_heads(qkv, heads)
-        self._cached.add(heads[1:])
-        self._attended.append(layer)
+        if self._cached.get(layer) != heads[1:]:
+            raise InvalidInput(
+                f"layer {layer} caches heads of {self._cached.get(layer)}: {heads[1:]} is needed"
+            )
         out = Value(heads[0] * heads[2], self.dtype)
         shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
-        n_bytes = {"token_bytes": 2 * heads[1] * heads[2] * self.dtype.itemsize}
         scale, softcap, slopes, sinks, window = scoring.numbers(heads[0], self.dtype)
+        n_bytes = {
+            "token_bytes": 2 * heads[1] * heads[2] * self.dtype.itemsize,
+            "window": window or sys.maxsize,
+        }
         self._kept += scoring.tensors
         columns = {
             "layer": layer,
-            "n_heads": heads[0],
+            **dict(zip(("n_heads", "n_kv_heads", "head_dim"), heads, strict=True)),
             "softcap": int(np.float32(softcap).view(np.int32)),
             "slopes": slopes,
             "sinks": sinks,
@@ -308,22 +324,19 @@ class Builder:
 
     # ---- the result -------------------------------------------------------------------------------------------------
 
-    def program(self, logits: Value, n_layers: int, max_keys: int = sys.maxsize) -> Program:
-        """What was collected, of which the result is `logits`. max_keys: that attention is over, without a window.
+    def program(self, logits: Value, n_layers: int) -> Program:
+        """What was collected, of which the result is `logits`.
 
-        Raises `InvalidInput` if layers cache heads of different shapes, or not each of them once, and for logits that are no
-        value of the last tokens, or that are read again.
+        Raises `InvalidInput` unless each of n_layers is cached, and for logits that are no value of the last tokens, or that
+        are read again.
         """
-        if len(self._cached) != 1:
-            raise InvalidInput(f"layers cache heads of shapes {sorted(self._cached)}: one is allowed")
-        if self._stored != self._attended or sorted(self._stored) != list(range(n_layers)):
-            raise InvalidInput(f"layers {self._attended} are cached: each of {n_layers} is needed once")
+        if sorted(self._cached) != list(range(n_layers)):
+            raise InvalidInput(f"layers {sorted(self._cached)} are cached: each of {n_layers} is needed once")
         last = self._written[-1]
         if last.out is not logits or not last.per_row:
             raise InvalidInput(
                 f"{last.instruction.name} is the last: it has to make the logits of the last tokens"
             )
-        ((n_kv_heads, head_dim),) = self._cached
         places, row_bytes = places_of(self._written, logits)
         lines = tuple(line_of(each, places) for each in self._written)
         linears = _LINEARS & {each.instruction for each in self._written}
@@ -336,11 +349,8 @@ class Builder:
             tables=tuple(self._tables),
             breaks=tuple(sorted({each for table in self._tables for each in table.breaks})),
             row_bytes=row_bytes,
-            n_layers=n_layers,
-            n_kv_heads=n_kv_heads,
-            head_dim=head_dim,
+            layouts=tuple((*self._cached[layer], self.dtype) for layer in range(n_layers)),
             n_logits=logits.size,
-            max_keys=max_keys,
             listing=Listing(
                 instructions=lines,
                 n_bytes=sum(each.bytes_read(1, 0) for each in lines),
@@ -349,4 +359,9 @@ class Builder:
             ),
             kept=tuple(self._kept),
             linears=linears,
+            is_exact=not any(each.columns.get("smooth") for each in self._written),
         )
+
+
+def _n_bytes(norm: Norm) -> int:
+    return sum(each.nbytes for each in norm.vectors.values())

@@ -1,19 +1,36 @@
 """A whole decoder as a program: from the record of its family and its swapped modules to a flat list of instructions."""
 
+import contextlib
+import functools
 from typing import Any
 
 from torch import nn
 
 from hfopt import host
 from hfopt.errors import HfoptError, InvalidInput, UnsupportedModel
-from hfopt.patches.facts import names_read
-from hfopt.patches.families import FAMILIES, families_of
+from hfopt.patches.attention import setting
+from hfopt.patches.facts import helper_names_read, names_read, own_names
+from hfopt.patches.families import decoders_for
 from hfopt.patches.families.family import Decoder
-from hfopt.patches.guards import DO_NOTHING, DTYPES, has_own_forward, is_bare
+from hfopt.patches.guards import DO_NOTHING, has_own_forward, is_bare
 from hfopt.program.builder import Builder, Value
-from hfopt.program.program import Program, Table
+from hfopt.program.embeddings import position_table, scale_of, token_table
+from hfopt.program.program import Program
 from hfopt.program.recorder import Recorder, swapped
-from hfopt.words import dtype_name
+
+# attributes and fields that change nothing in what a decoder computes, or what the rehearsal shows
+_HARMLESS = frozenset(
+    {
+        "bos_token_id", "config", "dropout", "dtype", "embedding_dropout", "eos_token_id", "gradient_checkpointing",
+        "has_sliding_layers", "hidden_size", "layer_types", "layerdrop", "loss_type", "max_seq_len", "multi_query",
+        "num_heads", "num_hidden_layers", "output_attentions", "output_hidden_states", "pad_token_id", "return_dict",
+        "sliding_window", "use_cache", "vocab_size",
+    }
+)  # fmt: skip
+# those that change nothing where they are off
+_SWITCHES = frozenset(
+    {"add_cross_attention", "is_encoder_decoder", "use_alibi", "use_bidirectional_attention"}
+)
 
 
 def build(model: nn.Module) -> Program:
@@ -38,22 +55,23 @@ def obstacle(model: nn.Module) -> str | None:
 
 def _built(model: nn.Module) -> Program | None:
     """The program; None for a decoder without a head."""
-    decoders = list(dict.fromkeys(family.decoder for family in families_of(model)))
+    decoders = decoders_for(model)
     if not decoders:
-        known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
-        raise UnsupportedModel(f"{type(model).__name__} is no decoder that hfopt knows whole ({known})")
+        raise UnsupportedModel(f"{type(model).__name__} is no decoder whose parts hfopt knows")
     for path, module in model.named_modules():
         if has_own_forward(module) or vars(module).get("_compiled_call_impl") is not None:
             raise UnsupportedModel(f"{path or 'the model'} has a forward of its own")
         is_called = type(module).forward is not nn.Module.forward  # a ModuleList is not
         if path and is_called and not is_bare(module):
             raise UnsupportedModel(f"{path} is in training mode or has hooks")
-    for decoder in decoders[:-1]:
-        try:
-            return _read(model, decoder)
-        except UnsupportedModel:
-            pass
-    return _read(model, decoders[-1])
+    first, *others = decoders
+    try:
+        return _read(model, first)
+    except UnsupportedModel as error:
+        for decoder in others:
+            with contextlib.suppress(UnsupportedModel):
+                return _read(model, decoder)
+        raise error
 
 
 def _read(model: Any, record: Decoder) -> Program | None:
@@ -70,17 +88,25 @@ def _read(model: Any, record: Decoder) -> Program | None:
 def _recorded(model: Any, record: Decoder) -> Program | None:
     decoder: Any = model.get_submodule(record.path)
     _check_children(decoder, record)
+    for module in (model, decoder):
+        _check_settings(module, record)
     layers = _layers(decoder, record)
-    tokens = _embedding(decoder, record.tokens)
+    embedding = decoder._modules[record.tokens]
+    tokens = token_table(embedding, record.embedding_scale)
     builder = Builder(tokens.rows.dtype)
-    ops = Recorder(builder, None if record.rotary is None else decoder._modules.get(record.rotary))
+    rotary = decoder._modules.get(record.rotary)
+    ops = Recorder(builder, rotary, host.windows_of(model.config))
 
     x = builder.look_up(tokens, "tokens")
-    if record.multiplier is not None:
-        x = builder.scale(x, getattr(decoder, record.multiplier))
+    multiplier = vars(decoder).get(record.multiplier)
+    for factor in (scale_of(embedding, record.embedding_scale), multiplier):
+        if factor is not None:
+            x = builder.scale(x, factor)
+    x = _through(ops, decoder, record.tokens_norm, x)
     x = _through(ops, decoder, record.project_in, x)
     if record.positions is not None:
-        builder.add_looked_up(_embedding(decoder, record.positions, record.position_class), "positions", x)
+        positions = position_table(decoder._modules[record.positions], tokens.rows.dtype)
+        builder.add_looked_up(positions, "positions", x)
     for layer in layers:
         ops.angles(_attention(layer))
     for index, layer in enumerate(layers):
@@ -89,13 +115,20 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     builder.layer = None
     x = _through(ops, decoder, record.norm, x)
     x = _through(ops, decoder, record.project_out, x)
-    if record.head not in model._modules:
+    head = next((name for name in record.heads if model._modules.get(name) is not None), None)
+    if head is None:
         return None
     builder.take_last(x)
-    logits = ops.part(model, record.head, x)
-    if record.divisor is not None:
-        logits = builder.scale(logits, getattr(model.config, record.divisor), divide=True)
-    return builder.program(logits, len(layers), host.full_attention_of(model.config))
+    logits = ops.part(model, head, x)
+    for name, operation in (
+        (record.divisor, functools.partial(builder.scale, divide=True)),
+        (record.factor, builder.scale),
+        (record.softcap, builder.softcap),
+    ):
+        number = getattr(model.config, name, None) if name in names_read(model) else None
+        if number is not None:
+            logits = operation(logits, number)
+    return builder.program(logits, len(layers))
 
 
 def _check_children(decoder: Any, record: Decoder) -> None:
@@ -106,18 +139,13 @@ def _check_children(decoder: Any, record: Decoder) -> None:
             raise UnsupportedModel(f"{name} is a {type(child).__name__}, which no record names")
 
 
-def _embedding(decoder: Any, name: str, class_name: str | None = None) -> Table:
-    """What `decoder.name` looks up, which is torch's own module or of exactly this class."""
-    module = decoder._modules[name]
-    is_known = type(module) is nn.Embedding or (
-        isinstance(module, nn.Embedding) and type(module).__name__ == class_name
-    )
-    if not is_known or module.max_norm is not None:
-        raise UnsupportedModel(f"{name} is a {type(module).__name__} that does more than look up")
-    if module.weight.dtype not in DTYPES:
-        raise UnsupportedModel(f"its weights are {dtype_name(module.weight.dtype)}")
-    # tables of positions may begin with rows for other purposes
-    return Table(module.weight.detach()[getattr(module, "offset", 0) :])
+def _check_settings(module: Any, record: Decoder) -> None:
+    """Raises UnsupportedModel if what `forward` reads of the module and its config may change more than the record says."""
+    read = names_read(module) | helper_names_read(module)
+    fields = module.config.__dict__.keys() | getattr(module.config, "attribute_map", {}).keys()
+    for name in sorted(read & (fields | set(own_names(vars(module)))) - _HARMLESS - record.settings):
+        if name not in _SWITCHES or setting(module, name):
+            raise UnsupportedModel(f"its forward reads {name}, which no record knows")
 
 
 def _through(ops: Recorder, decoder: Any, name: str | None, x: Value) -> Value:
@@ -132,15 +160,16 @@ def _layers(decoder: Any, record: Decoder) -> list[Any]:
     layers = [swapped(modules, name) for name in list(modules._modules)[:n_layers]]
     if not layers:
         raise UnsupportedModel("it has no layers")
-    if host.full_attention_of(config) == 0:
-        raise UnsupportedModel("not all of its layers have full attention")
+    if None in host.windows_of(config):
+        raise UnsupportedModel("not all of its layers have full attention or that of a window")
     # the decoder makes the masks
     if not getattr(config, "is_causal", True):
         raise UnsupportedModel("its configuration has is_causal=False")
     kind = config._attn_implementation
-    other = next((each for each in map(_attention, layers) if each.config._attn_implementation != kind), None)
+    configs = (vars(each).get("config", config) for each in map(_attention, layers))
+    other = next((each._attn_implementation for each in configs if each._attn_implementation != kind), None)
     if other is not None:
-        raise UnsupportedModel(f"masks are for {kind!r}, attention is {other.config._attn_implementation!r}")
+        raise UnsupportedModel(f"masks are for {kind!r}, attention is {other!r}")
     return layers
 
 

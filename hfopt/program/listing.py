@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +17,8 @@ class Line:
 
     layer: of the decoder, None before and behind them. then: what the same kernel does to its results. n_bytes: of weights
     that it reads, whatever the number of rows; row_bytes: for each row; token_bytes: for each row and token of its
-    context. reads, writes: slots by the bytes of scratch a row before them; writes is None for the logits.
+    context, up to `window` of them. reads, writes: slots by the bytes of scratch a row before them; writes is None for the
+    logits.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Line:
     n_bytes: int = 0
     row_bytes: int = 0
     token_bytes: int = 0
+    window: int = sys.maxsize
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -36,7 +39,11 @@ class Line:
 
     def bytes_read(self, n_rows: int, n_tokens: int) -> int:
         """Bytes that must come from memory in a step of n_rows rows, each with a context of n_tokens."""
-        return self.n_bytes + n_rows * (self.row_bytes + n_tokens * self.token_bytes)
+        return self.n_bytes + n_rows * (self.row_bytes + self.cached_bytes(n_tokens))
+
+    def cached_bytes(self, n_tokens: int) -> int:
+        """Bytes of keys and values that it reads of a context of n_tokens."""
+        return min(n_tokens, self.window) * self.token_bytes
 
     @property
     def slots(self) -> str:

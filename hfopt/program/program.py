@@ -24,7 +24,7 @@ from hfopt.program.listing import Listing
 from hfopt.program.run import Run, prefill
 
 if TYPE_CHECKING:
-    from hfopt.cache import AppendedEverywhere
+    from hfopt.cache import AppendedEverywhere, Layout
 
 
 class Table:
@@ -96,14 +96,17 @@ class Program(NamedTuple):
     tables: tuple[Table, ...]
     breaks: tuple[int, ...]  # lengths of a text beyond which tables are others
     row_bytes: int
-    n_layers: int
-    n_kv_heads: int
-    head_dim: int
+    layouts: tuple[Layout, ...]  # of each layer of the cache
     n_logits: int
-    max_keys: int  # that attention is over, without a window
     listing: Listing
     kept: tuple[Weights | Tensor, ...]
     linears: frozenset[Instruction]  # those of linear layers that there are
+    is_exact: bool  # whether logits have the bits of the model's own, which takes torch's tanh to limit them
+
+    @property
+    def windows(self) -> set[int]:
+        """Tokens that each sees of those before it, itself included, in one layer or another."""
+        return {each.window for each in self.listing.instructions if each.token_bytes}
 
     @property
     def is_quantized(self) -> bool:
@@ -124,8 +127,8 @@ class Program(NamedTuple):
 
     def work(self, n_rows: int, n_new: int, n_keys: int) -> int:
         """Multiply-adds of a call for n_new tokens in each of n_rows rows, the last of which sees n_keys keys."""
-        token_bytes = self.listing.n_bytes + n_keys * self.listing.cached_bytes
-        return n_rows * n_new * token_bytes // self.dtype.itemsize
+        cached_bytes = sum(each.cached_bytes(n_keys) for each in self.listing.instructions)
+        return n_rows * n_new * (self.listing.n_bytes + cached_bytes) // self.dtype.itemsize
 
     def prefill(
         self, tokens: np.ndarray, positions: np.ndarray, appended: AppendedEverywhere, mask: Mask

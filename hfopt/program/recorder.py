@@ -1,11 +1,14 @@
 """Operations that are recorded: blocks written in verbs become instructions of a program."""
 
+import sys
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from hfopt.errors import UnsupportedModel
-from hfopt.functional import Epilogue, Weights
+from hfopt.functional import Epilogue, Norm, Weights
 from hfopt.functional.epilogue import PLAIN
+from hfopt.functional.linear import Rows
 from hfopt.patches.activation import fused_activation
 from hfopt.patches.ops import Ops
 from hfopt.patches.replacement import Replacement, is_swapped
@@ -24,11 +27,12 @@ class Past(NamedTuple):
 class Recorder:
     """The verbs of `ops.Ops` on values of a program; raises UnsupportedModel for a module that kernels cannot stand for.
 
-    rotary: the module that computes angles for all layers, if the model has one.
+    rotary: the module that computes angles for all layers, if the model has one. windows: of the layers of its cache, see
+    `host.windows_of`.
     """
 
-    def __init__(self, builder: Builder, rotary: Any) -> None:
-        self._builder, self._rotary = builder, rotary
+    def __init__(self, builder: Builder, rotary: Any, windows: Sequence[int | None]) -> None:
+        self._builder, self._rotary, self._windows = builder, rotary, windows
         self._angles: dict[Hashable, tuple[Value, Value]] = {}
 
     # ---- parts ------------------------------------------------------------------------------------------------------
@@ -42,8 +46,8 @@ class Recorder:
 
     # ---- linear layers ----------------------------------------------------------------------------------------------
 
-    def weights(self, module: Any, role: str, names: Sequence[str], n_parts: int = 1) -> Weights:
-        found = read_children(module, role, names, n_parts)
+    def weights(self, module: Any, role: str, names: Sequence[str], rows: Rows = ()) -> Weights:
+        found = read_children(module, role, names, rows)
         if found is None:
             raise UnsupportedModel(
                 f"{', '.join(names) or 'its weights'} cannot be read by a kernel as they are"
@@ -62,15 +66,14 @@ class Recorder:
 
     # ---- norms and scales -------------------------------------------------------------------------------------------
 
-    def rms_norm(self, x: Value, weight: Any, eps: float) -> Value:
-        return self._builder.rms_norm(x, weight, eps)
-
-    def layer_norm(self, x: Value, weight: Any, bias: Any, eps: float) -> Value:
-        return self._builder.layer_norm(x, weight, bias, eps)
+    def norm(self, x: Value, norm: Norm) -> Value:
+        return self._builder.norm(x, norm)
 
     def norm_heads(self, module: Any, name: str, qkv: Value, first: int, count: int) -> None:
-        norm = swapped(module, name)
-        self._builder.norm_heads(qkv, norm._parameters["weight"], norm.epsilon, first, count)
+        self._builder.norm_heads(qkv, swapped(module, name).norm, first, count)
+
+    def clamp(self, x: Value, limit: float) -> Value:
+        return self._builder.clamp(x, limit)
 
     def scale(self, x: Value, factor: float, residual: Value | None = None) -> Value:
         return self._builder.scale(x, factor, residual)
@@ -82,11 +85,15 @@ class Recorder:
 
     def store(self, attention: Any, qkv: Value, past: Past) -> Past:
         spec = attention._hfopt.spec
-        self._builder.rotate_and_store(qkv, past.layer, spec.heads, spec.rotation, past.angles)
+        self._builder.rotate_and_store(qkv, past.layer, spec.heads, spec.rotation_kind, past.angles)
         return past
 
     def attend(self, attention: Any, qkv: Value, past: Past) -> Value:
-        return self._builder.attend(qkv, past.layer, attention._hfopt.spec.heads, attention.scoring)
+        window = self._windows[past.layer] if past.layer < len(self._windows) else None
+        if window is None:
+            raise UnsupportedModel(f"the cache has no layer {past.layer} of a known kind")
+        scoring = replace(attention.scoring, window=None if window == sys.maxsize else window)
+        return self._builder.attend(qkv, past.layer, attention._hfopt.spec.heads, scoring)
 
     def angles(self, attention: Any) -> tuple[Value, Value] | None:
         """cos and sin of the new tokens, looked up once for all layers that share them."""

@@ -49,7 +49,7 @@ class Run:
         self.ids = np.zeros((2, n_rows * n_new), np.int64)
         self.none_finished = np.zeros(n_rows, np.bool_)
         self.threads = torch.get_num_threads()
-        sizes = n_rows, n_new, program.n_kv_heads, program.head_dim, self.threads
+        sizes = n_rows, n_new, self.threads
         self.scratch_bytes: int = kernels.scratch_bytes(
             ELEMENTS[program.dtype], program.code, program.formats if program.is_quantized else None, *sizes
         )
@@ -58,8 +58,11 @@ class Run:
         self.scratch = self.arena + program.row_bytes * n_rows * n_new
         self.tables = np.zeros((len(program.tables), 2), np.int64)
         self.held = ELEMENTS[program.dtype]  # tells of which type the elements of the cache are
-        self.records = np.zeros((program.n_layers, records.LENGTH), np.int64)
-        self._least: list[int] = []  # of each number in the records
+        self.records = np.zeros((len(program.layouts), records.LENGTH), np.int64)
+        # of prefix and suffix, in all layers: first column, the one behind the last, and rows
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self._least_rows: list[int] = []
         self._n_positions = self._stretch = 0  # that tables have rows for; breaks below them
         self._rows: list[Tensor] = []
         self._buffers: list[Buffers] = []
@@ -85,29 +88,32 @@ class Run:
         """Note where the cache has its layers. Raises `InvalidInput` unless the new tokens fit into all of them."""
         program, n_rows = self.program, self.n_rows
         first, buffers = appended
-        if len(buffers) != program.n_layers:
-            raise InvalidInput(f"appended has {len(buffers)} layers: {program.n_layers} are needed")
+        if len(buffers) != len(program.layouts):
+            raise InvalidInput(f"appended has {len(buffers)} layers: {len(program.layouts)} are needed")
         if first.n_new < 1 or len(first.prefix_row) != n_rows:
             given = f"{first.n_new} tokens of {len(first.prefix_row)} rows"
             raise InvalidInput(f"appended has {given}: tokens of {n_rows} rows are needed")
         if buffers != self._buffers:
-            layout = program.dtype, program.n_kv_heads, program.head_dim
             held = {held_by(each, program.dtype).dtype for each in buffers}
             if len(held) > 1:
                 raise InvalidInput(f"appended has layers of {held}: all have to be of one type")
             self.held = held_by(buffers[0], program.dtype)
-            self.records[:] = [record_of_buffers(each, *layout) for each in buffers]
+            layouts = zip(buffers, program.layouts, strict=True)
+            self.records[:] = [record_of_buffers(each, layout[2], *layout[:2]) for each, layout in layouts]
             self._buffers = buffers
-            self._least = self.records.min(0).tolist()
+            parts = [self.records[:, part:] for part in (records.PREFIX, records.SUFFIX)]
+            behind = [each[:, records.START] + each[:, records.COLUMNS] for each in parts]
+            self._starts = [int(each[:, records.START].max()) for each in parts]
+            self._ends = [int(each.min()) for each in behind]
+            self._least_rows = [int(each[:, records.ROWS].min()) for each in parts]
         check_lengths(first, n_rows)
-        part, length = (
-            (records.SUFFIX, first.suffix_len) if first.in_suffix else (records.PREFIX, first.prefix_len)
-        )
-        longest = self._least[records.PREFIX + records.COLUMNS], self._least[records.SUFFIX + records.COLUMNS]
-        is_stored = first.prefix_len <= longest[0] and first.suffix_len <= longest[1]
-        if not is_stored or length < first.n_new or self._least[part + records.ROWS] < n_rows:
+        lengths, ends, part = (first.prefix_len, first.suffix_len), self._ends, int(first.in_suffix)
+        is_stored = lengths[0] <= ends[0] and lengths[1] <= ends[1]
+        # no layer has left behind where new tokens go
+        is_new = lengths[part] - first.n_new >= self._starts[part]
+        if not is_stored or not is_new or self._least_rows[part] < n_rows:
             raise InvalidInput(
-                f"appended ends at columns {first.prefix_len} of {longest[0]} and {first.suffix_len} of {longest[1]}: "
+                f"appended ends at columns {lengths[0]} of {ends[0]} and {lengths[1]} of {ends[1]}: "
                 f"room for {first.n_new} tokens of {n_rows} rows is needed"
             )
 
@@ -250,7 +256,9 @@ class Run:
         if outcome == -UNKNOWN_INDEX:
             raise InvalidInput(f"tokens {ids[0]} at positions {ids[1]}: the model's tables have no such rows")
         if outcome < 0:
-            raise InvalidInput("the cache names rows that it has not")
+            raise InvalidInput(
+                "the cache names rows that it has not, or has left behind tokens that are seen"
+            )
         return outcome
 
 
@@ -275,7 +283,8 @@ def prefill(
         raise InvalidInput(f"positions is {given}: int64 [1 or {n_rows}, {n_new}] is needed")
     run = Run(program, n_rows, n_new)
     run.read(appended)
-    hidden = checked_bytes(mask, appended.first, n_rows, n_new)
+    n_keys = appended.first.prefix_len + appended.first.suffix_len
+    hidden = checked_bytes(mask, n_keys, n_rows, n_new)
     # of as many dimensions as for a step: one variant of the kernel
     hidden = hidden.reshape(n_rows, -1) if hidden.size else _NO_MASK
     logits, chosen = _empty_logits(run), np.empty((0, n_rows), np.int64)

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import numpy as np
 
 from hfopt.kernels.attention.cache_record import LENGTH, PREFIX, ROWS, SUFFIX
-from hfopt.kernels.attention.cache_view import open_cache, valid_rows
+from hfopt.kernels.attention.cache_view import holds, open_cache, valid_rows
 from hfopt.kernels.attention.decode import attend_rows
 from hfopt.kernels.attention.plan import layout_of
 from hfopt.kernels.attention.prefill import attend_tokens, most_scratch, plan_tokens
-from hfopt.kernels.attention.scoring import Scoring
+from hfopt.kernels.attention.scoring import Scoring, skipped_keys
 from hfopt.kernels.attention.seen import Seen
 from hfopt.kernels.instruction import UNKNOWN_ROW, Instruction, read_fields
 from hfopt.kernels.jit.parallel import body
@@ -21,6 +21,8 @@ from hfopt.kernels.simd.tile import units_ratio
 class _Attend(NamedTuple):
     layer: int
     n_heads: int
+    n_kv_heads: int
+    head_dim: int
     softcap: int  # bits of float32; the others as in `Scoring`
     slopes: int
     sinks: int
@@ -31,47 +33,54 @@ _SOFTCAP = _Attend._fields.index("softcap")
 
 
 @body
-def _open(cache, layer, held):
+def _open(cache, layer, held, skipped):
     """A layer of the cache; held: a pointer like those to its elements."""
     record = shifted(cache.records, layer * LENGTH)
     lengths = cache.prefix_len, cache.suffix_len
-    return open_cache(held, record, *lengths, cache.prefix_row, cache.table, cache.table_row)
+    return open_cache(held, record, *lengths, cache.prefix_row, cache.table, cache.table_row, skipped)
 
 
 @body
 def _check(held, own, step):
-    """0 if the layer has the rows of the cache that those of the batch name."""
+    """0 if the layer has the rows of the cache that those of the batch name, and the tokens that new ones see."""
     own, cache = read_fields(own, _Attend), step.cache
-    opened = _open(cache, own.layer, held)
+    record = shifted(cache.records, own.layer * LENGTH)
+    skipped = skipped_keys(own.window, cache.prefix_len + cache.suffix_len, step.n_new)
+    if not holds(record, cache.prefix_len, skipped):
+        return UNKNOWN_ROW
     # one with no fewer rows than another before it, which is looked at as well, needs no look
     for layer in range(own.layer):
         other = shifted(cache.records, layer * LENGTH)
-        if other[PREFIX + ROWS] <= opened.prefix.n_rows and other[SUFFIX + ROWS] <= opened.suffix.n_rows:
+        if other[PREFIX + ROWS] <= record[PREFIX + ROWS] and other[SUFFIX + ROWS] <= record[SUFFIX + ROWS]:
             return 0
-    return 0 if valid_rows(opened, step.n_rows) else UNKNOWN_ROW
+    # all of them: a layer behind this one may see more
+    return 0 if valid_rows(_open(cache, own.layer, held, 0), step.n_rows) else UNKNOWN_ROW
 
 
 @body
 def _run(like, held, operands, step):
     own, cache, n_rows, n_new = read_fields(operands.own, _Attend), step.cache, step.n_rows, step.n_new
-    opened, n_heads = _open(cache, own.layer, held), own.n_heads
+    n_keys, n_heads = cache.prefix_len + cache.suffix_len, own.n_heads
+    skipped = skipped_keys(own.window, n_keys, n_new)
+    opened = _open(cache, own.layer, held, skipped)
     softcap = load_scalar(floats_at(address_of(shifted(operands.own, _SOFTCAP))), 0)
     scoring = Scoring(np.float32(operands.scalar), softcap, own.slopes, own.sinks, own.window)
     q, out = address_as(operands.x, like), address_as(operands.out, like)
+    mask = step.mask + skipped if step.mask != 0 else 0
     if n_new == 1:
         q_row = (n_heads + 2 * opened.n_kv_heads) * opened.size
-        mask, scratch = (step.mask, step.mask_row), (step.scratch, step.threads)
-        attend_rows(opened, q, q_row, n_rows, n_heads, *mask, scoring, *scratch, out)
+        seen, scratch = (mask, step.mask_row), (step.scratch, step.threads)
+        attend_rows(opened, q, q_row, n_rows, n_heads, *seen, scoring, *scratch, out)
     else:
-        seen = Seen(step.kind, bytes_at(step.mask), n_new, cache.prefix_len + cache.suffix_len, own.window)
+        shown = Seen(step.kind, bytes_at(mask), n_keys, n_new, n_keys - skipped, own.window)
         plan = plan_tokens(q, opened, n_rows, n_new, n_heads, step.threads)
-        attend_tokens(plan, opened, q, n_rows, n_heads, seen, scoring, step.scratch, out)
+        attend_tokens(plan, opened, q, n_rows, n_heads, shown, scoring, step.scratch, out)
 
 
 @body
 def _scratch_bytes(like, own, format, sizes):
     own = read_fields(own, _Attend)
-    heads = own.n_heads, sizes.n_kv_heads, sizes.head_dim
+    heads = own.n_heads, own.n_kv_heads, own.head_dim
     if sizes.n_new == 1:
         return layout_of(sizes.n_rows, *heads, 4 // units_ratio(like), sizes.threads).n_bytes
     return most_scratch(like, sizes.n_rows, sizes.n_new, *heads, sizes.threads)

@@ -10,6 +10,7 @@ from hfopt.kernels.attention.cache_record import (
     PREFIX,
     ROWS,
     SCALES,
+    START,
     SUFFIX,
 )
 from hfopt.kernels.jit.parallel import body
@@ -29,10 +30,11 @@ class Segment(NamedTuple):
     to_value_scales: Any  # from that of a key to that of its value
     n_heads: Any
     columns: Any
+    n_readable: Any  # columns from the first key to the last of its head
 
 
 class Cache(NamedTuple):
-    """As in `cache.Appended`."""
+    """As in `cache.Appended`, from the first token on that is seen."""
 
     prefix: Segment
     suffix: Segment
@@ -44,49 +46,40 @@ class Cache(NamedTuple):
 
 
 @body
-def _segment(like, record, part, n_tokens):
-    n_rows, n_kv_heads = record[part + ROWS], record[KV_HEADS]
-    head = record[part + COLUMNS] * record[HEAD_DIM]
-    keys, scales = address_as(record[part + ADDRESS], like), scales_at(record[part + SCALES], like)
+def _segment(like, record, part, first, n_tokens):
+    n_rows, n_kv_heads, columns = record[part + ROWS], record[KV_HEADS], record[part + COLUMNS]
+    head, column = columns * record[HEAD_DIM], first - record[part + START]
+    keys = shifted(address_as(record[part + ADDRESS], like), column * record[HEAD_DIM])
+    scales = scales_at(record[part + SCALES] + 4 * column, like)
     to_values = n_rows * n_kv_heads * head
-    to_value_scales = n_rows * n_kv_heads * record[part + COLUMNS]
+    to_value_scales = n_rows * n_kv_heads * columns
     sizes = to_values, n_kv_heads * head, head, n_rows, n_tokens
-    return Segment(keys, *sizes, scales, to_value_scales, n_kv_heads, record[part + COLUMNS])
+    return Segment(keys, *sizes, scales, to_value_scales, n_kv_heads, columns, columns - column)
 
 
 @body
-def open_cache(like, record, prefix_len, suffix_len, prefix_row, table, table_row):
-    """The cache of a `cache_record`, a pointer to int64; like: a pointer of its element type."""
+def holds(record, prefix_len, skipped):
+    """Whether a layer still has all tokens behind so many."""
+    in_prefix = min(skipped, prefix_len)
+    return record[PREFIX + START] <= in_prefix and record[SUFFIX + START] <= skipped - in_prefix
+
+
+@body
+def open_cache(like, record, prefix_len, suffix_len, prefix_row, table, table_row, skipped):
+    """The cache of a `cache_record`, a pointer to int64; like: a pointer of its element type. skipped: tokens, the oldest
+    ones, that are not looked at, and that it need not hold any more.
+    """
+    in_prefix = min(skipped, prefix_len)
+    in_suffix = skipped - in_prefix
     return Cache(
-        _segment(like, record, PREFIX, prefix_len),
-        _segment(like, record, SUFFIX, suffix_len),
+        _segment(like, record, PREFIX, in_prefix, prefix_len - in_prefix),
+        _segment(like, record, SUFFIX, in_suffix, suffix_len - in_suffix),
         prefix_row,
-        table,
+        shifted(table, in_suffix),
         table_row,
         record[KV_HEADS],
         record[HEAD_DIM],
     )
-
-
-@body
-def _behind(segment, n, size):
-    """The segment without its first n tokens."""
-    scales = segment.scales
-    if scales is not None:
-        scales = shifted(scales, n)
-    sizes = segment.to_values, segment.row, segment.head, segment.n_rows, segment.n_tokens - n
-    keys = shifted(segment.keys, n * size)
-    return Segment(keys, *sizes, scales, segment.to_value_scales, segment.n_heads, segment.columns)
-
-
-@body
-def cache_behind(cache, n):
-    """The cache without its first n tokens, up to all there are."""
-    n_prefix = min(n, cache.prefix.n_tokens)
-    n_suffix = n - n_prefix
-    prefix, suffix = _behind(cache.prefix, n_prefix, cache.size), _behind(cache.suffix, n_suffix, cache.size)
-    table = shifted(cache.table, n_suffix)
-    return Cache(prefix, suffix, cache.prefix_row, table, cache.table_row, cache.n_kv_heads, cache.size)
 
 
 @body

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfopt.kernels.attention.cache_view import Cache, cache_behind, key_of, open_cache, valid_rows
+from hfopt.kernels.attention.cache_view import Cache, holds, key_of, open_cache, valid_rows
 from hfopt.kernels.attention.chunk import Item, attend_chunk
 from hfopt.kernels.attention.partials import join_partials
 from hfopt.kernels.attention.plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_prefix_row
@@ -33,7 +33,9 @@ from hfopt.kernels.simd.constants import LOG2_E, ZERO
 from hfopt.kernels.simd.pointer import (
     address_as,
     address_of,
+    as_packed,
     as_units,
+    bytes_at,
     floats_at,
     integers_at,
     pointer,
@@ -135,7 +137,7 @@ def _attend_task(worker, problem, counters, rooms, room_size, out):
     A second launch would wait for all threads. Here one that has no item left waits for a while only; the last one sees
     that it is, and joins what others have left.
     """
-    room = address_as(rooms + worker * room_size, problem.q)
+    room = as_packed(bytes_at(rooms + worker * room_size), problem.q)
     n_items, n_done = problem.plan.n_items, 0
     index = next_index(counters)
     while index < n_items:
@@ -166,14 +168,10 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scrat
     """out[r, head] = softmax(scores of q[r, head] and the keys of row r) values of row r, scores as a `Scoring` says;
     0 for a row without visible keys.
 
-    The cache must name valid rows. Pointers to q, rows `q_row` elements apart, and to out [n_rows, n_heads size];
-    addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes` for so many threads, on a 64-byte
-    boundary.
+    The cache must name valid rows, and begin with the window. Pointers to q, rows `q_row` elements apart, and to out
+    [n_rows, n_heads size]; addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes` for so many threads,
+    on a 64-byte boundary.
     """
-    n_skipped = skipped_keys(scoring.window, cache.prefix.n_tokens + cache.suffix.n_tokens)
-    cache = cache_behind(cache, n_skipped)
-    if mask != 0:
-        mask += n_skipped
     item_size = 4 // units_ratio(q)
     places = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads)
     counters, order = integers_at(scratch), integers_at(scratch + places.order)
@@ -214,6 +212,7 @@ def attend_decode(
     suffix_len,
     prefix_row,
     table,
+    skipped,
     mask,
     scale,
     softcap,
@@ -223,23 +222,25 @@ def attend_decode(
     n_heads,
     out,
 ):
-    """`attend_rows`; returns 0, or 1 and does nothing if the cache names rows that it has not.
+    """`attend_rows`; returns 0, or 1 and does nothing if the cache names rows that it has not, or has not all tokens but the
+    skipped ones.
 
     Addresses of qkv [n_rows, (n_heads + 2 n_kv_heads) size], queries first, and of out [n_rows, n_heads size], of the
     type of `like`, float32 or bfloat16 bits; the cache of the `cache_record` is of that of `held`, the same, or int8 for
-    codes. Rows and table as in `cache.Appended`; mask uint8 [n_rows, 1, keys or more], empty if all are seen; scale and what
-    follows it as in `Scoring`.
+    codes. Rows, table and skipped as in `cache.Appended`; mask uint8 [n_rows, 1, keys behind the skipped ones, or more],
+    empty if all are seen; scale and what follows it as in `Scoring`.
     """
     q, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
     rows = pointer(prefix_row), pointer(table), table.shape[1]
-    cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows)
-    if not valid_rows(cache, n_rows):
+    before = skipped_keys(window, prefix_len + suffix_len - skipped, 1)
+    cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows, skipped + before)
+    if not holds(pointer(record), prefix_len, skipped) or not valid_rows(cache, n_rows):
         return 1
     threads, item_size = usable_threads(), 4 // units_ratio(q)
     needed = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads).n_bytes
     room = np.empty(needed // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + 63) // 64 * 64
-    seen = address_of(pointer(mask)) if mask.size > 0 else 0, mask.shape[2]
+    seen = address_of(pointer(mask)) + before if mask.size > 0 else 0, mask.shape[2]
     q_row = (n_heads + 2 * cache.n_kv_heads) * cache.size
     scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window)
     attend_rows(cache, q, q_row, n_rows, n_heads, *seen, scoring, scratch, threads, out)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hfopt.kernels.attention.bend import bend_scores, powers_of
-from hfopt.kernels.attention.cache_view import open_cache, valid_rows
+from hfopt.kernels.attention.cache_view import holds, open_cache, valid_rows
 from hfopt.kernels.attention.pack import BLOCK, find_keys, pack_queries, pack_values, rounded
 from hfopt.kernels.attention.scoring import Scoring, sink_of, slope_of
 from hfopt.kernels.attention.seen import Seen, first_key, hide, last_key, sees_any, visible_part
@@ -40,11 +40,11 @@ from hfopt.kernels.simd.memory import load, load_scalar, store, store_part, stor
 from hfopt.kernels.simd.pointer import (
     address_as,
     address_of,
+    as_packed,
     as_units,
     floats_at,
     integers_at,
     pointer,
-    pointer_as,
     shifted,
 )
 from hfopt.kernels.simd.tile import transpose_block, units_ratio
@@ -143,7 +143,7 @@ def attend_item(qkv, cache, seen, scoring, n_heads, row, kv_head, begin, end, ro
     value_room = shifted(key_room, sizes[4])
     rows = shifted(value_room, sizes[5])
     queries, weights, values = as_units(room, qkv), as_units(scores, qkv), as_units(value_room, qkv)
-    key_rows, query_rows = pointer_as(key_room, qkv), pointer_as(rows, qkv)
+    key_rows, query_rows = as_packed(key_room, qkv), as_packed(rows, qkv)
 
     powers = powers_of(scoring)
     for tile in range(begin, end):
@@ -286,6 +286,7 @@ def attend_prefill(
     suffix_len,
     prefix_row,
     table,
+    skipped,
     kind,
     mask,
     scale,
@@ -298,16 +299,16 @@ def attend_prefill(
 ):
     """As `decode.attend_decode` for n_new tokens a row, the last ones of the row's keys.
 
-    qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size]; kind: as in `Seen`, of mask, uint8 [n_rows, n_new, keys]; out [n_rows
-    n_new, n_heads size].
+    qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size]; kind: as in `Seen`, of mask, uint8 [n_rows, n_new, keys behind the
+    skipped ones]; out [n_rows n_new, n_heads size].
     """
     qkv, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
     rows = pointer(prefix_row), pointer(table), table.shape[1]
-    cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows)
-    if not valid_rows(cache, n_rows):
+    cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows, skipped)
+    if not holds(pointer(record), prefix_len, skipped) or not valid_rows(cache, n_rows):
         return 1
     plan = plan_tokens(qkv, cache, n_rows, n_new, n_heads, usable_threads())
-    seen = Seen(kind, pointer(mask), n_new, prefix_len + suffix_len, window)
+    seen = Seen(kind, pointer(mask), mask.shape[2], n_new, prefix_len + suffix_len - skipped, window)
     scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window)
     room = np.empty(_scratch_of(plan) // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + LINE - 1) // LINE * LINE

@@ -45,6 +45,6 @@ def sink_of(scoring, head, like):
 
 
 @body
-def skipped_keys(window, n_keys):
-    """Keys in front of the window of the last of so many keys."""
-    return max(n_keys - window, 0) if window > 0 else 0
+def skipped_keys(window, n_keys, n_new):
+    """Keys in front of the windows of the last n_new of so many keys."""
+    return max(n_keys - n_new + 1 - window, 0) if window > 0 else 0

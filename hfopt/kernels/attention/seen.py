@@ -20,6 +20,7 @@ class Seen(NamedTuple):
 
     kind: Any  # ALL, CAUSAL: those up to the token itself, or BYTES
     bytes: Any  # pointer to uint8 [n_rows, n_new, n_keys], 0 for what is hidden
+    mask_row: Any  # bytes from a token to the next
     n_new: Any
     n_keys: Any
     window: Any  # of these, keys up to its own that a token sees at most; 0: all
@@ -39,7 +40,7 @@ def count_seen(seen, row, begin, end, first, n):
     """How many bytes of the mask are not 0, for positions begin to end and n keys from `first` on."""
     total = splat(ZERO)
     for position in range(begin, end):
-        start = (row * seen.n_new + position) * seen.n_keys + first
+        start = (row * seen.n_new + position) * seen.mask_row + first
         for j in range(0, n, LANES):
             total = total + where_bytes(seen.bytes, start + j, n - j, splat(ONE), splat(ZERO))
     return sum_lanes(total)
@@ -115,7 +116,7 @@ def _hide_masked(scores, width, n, seen, row, group, q_begin, q_end, first):
         for start in range(0, n, LANES):
             for i in range(LANES):
                 q = min(q_begin + column + i, q_end - 1)
-                place = (row * seen.n_new + q // group) * seen.n_keys + first + start
+                place = (row * seen.n_new + q // group) * seen.mask_row + first + start
                 store(by_query, i * LANES, where_bytes(seen.bytes, place, n - start, splat(ONE), splat(ZERO)))
             transpose_block(by_query, LANES, by_key, LANES)
             for j in range(min(n - start, LANES)):

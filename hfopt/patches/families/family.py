@@ -4,26 +4,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hfopt.patches.attention import Rotation
+from hfopt.patches.rotation import ROTATIONS, Rotation
 
 Topology = Literal["sequential", "parallel", "inline"]
 Angles = Literal["computed", "table", "none"]
+Order = Literal["stacked", "groups", "shards"]
 
 
 @dataclass(frozen=True)
 class AttentionParts:
     """Children of an attention module.
 
-    inputs: Linears that give, side by side, all query, key and value heads. norms: of each query head and each key head.
+    inputs: Linears that give, side by side, all query, key and value heads. norms: of queries and of keys, in models that have
+    such.
     angles: whether the model computes cos and sin for all layers, they are looked up in a table, or positions are in the
-    hidden states. rotations: which channels turn together; where there are several, the proof chooses.
+    hidden states. rotations: which channels turn together; where there are several, the proof chooses. orders: of the rows of
+    a single Linear, likewise: "stacked" (all queries, then all keys, then all values), "groups" (the queries of a key head,
+    the key, the value, and so on), "shards" (CodeGen: four parts, each of queries, values, keys). clip: what limits queries, keys and values, an attribute or a field of the configuration. softcap:
+    likewise what limits scores, smoothly.
     """
 
     inputs: tuple[str, ...]
     output: str
     angles: Angles = "computed"
-    rotations: tuple[Rotation, ...] = ("half",)
+    rotations: tuple[Rotation, ...] = ROTATIONS
     norms: tuple[str, ...] = ()
+    orders: tuple[Order, ...] = ("stacked",)
+    clip: str | None = None
+    softcap: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,46 +55,59 @@ class MlpParts:
 class LayerParts:
     """Children of a decoder layer, and how they are put together (see `patches.layer`).
 
-    mlp: the child, or (input, activation, output) where the block is in the layer itself. multiplier: attribute that scales
-    what attention and feed-forward block add.
+    topology: where there are several, the proof chooses. norms: before attention and before the feed-forward block; one for
+    both where they are parallel. post_norms: behind them, of what they add. mlp: the child, or (input, activation, output)
+    where the block is in the layer itself. multiplier: attribute, if the layer has it, that scales what attention and
+    feed-forward block add.
     """
 
-    topology: Topology
+    topology: Topology | tuple[Topology, ...]
     attention: str
     norms: tuple[str, ...]
+    post_norms: tuple[str, ...] = ()
     mlp: str | tuple[str, str, str] = "mlp"
-    multiplier: str | None = None
+    multiplier: str = "residual_multiplier"
 
 
 @dataclass(frozen=True)
 class Decoder:
     """How a model puts its modules together: names of the children of the module at `path`.
 
-    What a token looks up in `tokens`, times `multiplier`, goes through `project_in`, is added to what its position looks up
-    in `positions`, and goes through `layers`, `norm`, `project_out`, and the model's own child `head`, whose logits are
-    divided by the config's field `divisor`. A part that is None in a family, or in a model, is left out. rotary: computes
-    cos and sin for all layers. position_class: name of the class of `positions`, whose first `offset` rows are for other
-    purposes. multiplier: an attribute.
+    What a token looks up in `tokens`, times the attribute `embedding_scale` of that and `multiplier` of the decoder, goes
+    through `tokens_norm` and `project_in`, is added to what its position looks up in `positions`, and goes through `layers`,
+    `norm`, `project_out`, and the model's own child in `heads`. Its logits are divided by the field `divisor` of the config,
+    multiplied by `factor` and limited, smoothly, by `softcap`. What a model has not, or does not read, is left out. rotary:
+    computes cos and sin for all layers.
     """
 
     path: str
     tokens: str
     layers: str
     norm: str
-    head: str = "lm_head"
-    rotary: str | None = None
+    heads: tuple[str, ...] = ("lm_head", "embed_out", "output_projection")
+    rotary: str = "rotary_emb"
     positions: str | None = None
-    position_class: str | None = None
+    tokens_norm: str | None = None
     project_in: str | None = None
     project_out: str | None = None
-    multiplier: str | None = None
-    divisor: str | None = None
+    embedding_scale: str = "embed_scale"
+    multiplier: str = "embedding_multiplier"
+    divisor: str = "logits_scaling"
+    factor: str = "logit_scale"
+    softcap: str = "final_logit_softcapping"
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """Names of attributes and fields that it knows."""
+        names = self.multiplier, self.divisor, self.factor, self.softcap, self.project_in, self.project_out
+        return frozenset(name for name in names if name is not None)
 
     @property
     def children(self) -> frozenset[str]:
         """Names of the children that it knows."""
         names = (
-            self.tokens, self.layers, self.norm, self.rotary, self.positions, self.project_in, self.project_out,
+            self.tokens, self.tokens_norm, self.layers, self.norm, self.rotary, self.positions, self.project_in,
+            self.project_out,
         )  # fmt: skip
         return frozenset(name for name in names if name is not None)
 
