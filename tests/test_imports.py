@@ -29,7 +29,7 @@ IMPORTS: dict[str, set[str]] = {
     "checkpoints": {"errors", "machine", "patches", "quantization", "words"},
     "console": {"cache", "errors", "host", "quantization", "words"},
     "functional": {"cache", "errors", "kernels", "machine", "quantization", "words"},
-    "generation": {"cache", "errors", "functional", "host", "machine", "progress"},
+    "generation": {"cache", "errors", "functional", "host", "machine", "progress", "words"},
     "patches": {"cache", "errors", "functional", "host", "quantization", "words"},
     "program": {"cache", "errors", "functional", "host", "kernels", "patches", "words"},
     "cli": {"bench", "console", "errors", "functional", "generation", "host", "kernels", "machine"},
@@ -85,6 +85,7 @@ IMPORTS: dict[str, set[str]] = {
         "progress",
         "quantization",
         "report",
+        "words",
     },
 }
 # Foreign packages that only some parts may import.

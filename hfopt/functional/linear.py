@@ -63,7 +63,7 @@ class LinearWeights:
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> "LinearWeights":
         """Record of the matrices `weights` ([out_i, in] each) and `biases` ([out_i] or None each).
 
-        Raises `InvalidInput` unless all are contiguous CPU tensors of one dtype, float32 or bfloat16.
+        Raises `InvalidInput` unless all are contiguous CPU tensors of one dtype, float32, bfloat16 or float16.
         """
         if not weights or len(biases) != len(weights):
             raise InvalidInput(

@@ -20,7 +20,7 @@ from .checks import (
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension (https://arxiv.org/abs/1910.07467).
 
-    hidden_states [..., size], its last dimension contiguous; weight [size]; float32 or bfloat16, both the
+    hidden_states [..., size], its last dimension contiguous; weight [size]; float32, bfloat16 or float16, both the
     same. Raises `InvalidInput`.
     """
     x = check_rows("hidden_states", hidden_states)
@@ -38,7 +38,7 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm_heads(qkv: Tensor, weight: Tensor, eps: float, first: int, count: int) -> None:
     """`rms_norm`, in place, of `count` heads of qkv from head `first` on, as some models do to queries and keys.
 
-    qkv [..., width], contiguous, with heads of as many channels as weight [size] has; float32 or bfloat16, both the same.
+    qkv [..., width], contiguous, with heads of as many channels as weight [size] has; both of one of `DTYPES`.
     Raises `InvalidInput`.
     """
     check_floats("qkv", qkv)

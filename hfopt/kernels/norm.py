@@ -155,7 +155,7 @@ def _norm_heads(x, n_rows, width, first, count, size, weight, eps):
 def rms_norm(like, x, n_rows, size, weight, eps, out):
     """out = weight * x / sqrt(mean(x^2) + eps) over rows.
 
-    Addresses of arrays of the type of `like`, float32 or bfloat16 bits: x, out [n_rows, size] and weight [size].
+    Addresses of arrays of the type of `like`: x, out [n_rows, size] and weight [size].
     """
     _rms_norm_rows(address_as(x, pointer(like)), n_rows, size, weight, eps, address_as(out, pointer(like)))
 

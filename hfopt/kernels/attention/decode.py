@@ -202,7 +202,7 @@ def attend_decode(
     """`attend_rows`; returns 0, or 1 and does nothing if the cache names rows that it has not.
 
     Addresses of qkv [n_rows, (n_heads + 2 n_kv_heads) size], queries first, and of out [n_rows, n_heads size], of the
-    type of `like`, float32 or bfloat16 bits; the cache of the `cache_record` is of that of `held`, the same, or int8 for
+    type of `like`; the cache of the `cache_record` is of that of `held`, the same, or int8 for
     codes. Rows and table as in `cache.Appended`; mask uint8 [n_rows, 1, keys or more], empty if all are seen.
     """
     q, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
