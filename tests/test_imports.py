@@ -23,7 +23,7 @@ IMPORTS: dict[str, set[str]] = {
     "machine": {"errors", "kernels"},
     "save": {"checkpoints", "errors"},
     "cache": {"errors", "host", "machine"},
-    "warmup": {"functional", "optimize", "quantization"},
+    "warmup": {"functional", "optimize", "quantization", "words"},
     "calibration": {"errors", "progress", "quantization", "words"},
     "model_proof": {"errors", "generation", "host", "patches"},
     "checkpoints": {"errors", "machine", "patches", "quantization", "words"},

@@ -68,7 +68,7 @@ def _copy(x: np.ndarray, out: np.ndarray) -> None:
 
 def _converted(x: np.ndarray, dtype: type) -> np.ndarray:
     """The elements, read and written in the four ways, which have to agree."""
-    out = np.zeros((4, x.size), dtype)
+    out: np.ndarray = np.zeros((4, x.size), dtype)
     numba.njit(**jit.OPTIONS)(_copy)(np.stack([x] * 4), out)
     for other in out[1:]:
         np.testing.assert_array_equal(other.view(np.uint8), out[0].view(np.uint8))
@@ -93,8 +93,8 @@ def test_rounding_to_float16(body: None) -> None:
     with np.errstate(all="ignore"):
         middles = (values[:-1] + values[1:]) / 2
         numbers = [values, middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, values[1:])]
-    limits = [65504, 65519.996, 65520, 65520.004, 65536, 3e38, 2.0**-25, 2.0**-24, 1e-40, 1e-45]
-    limits = np.array([*limits, *(-each for each in limits)], np.float32)
+    ends = [65504, 65519.996, 65520, 65520.004, 65536, 3e38, 2.0**-25, 2.0**-24, 1e-40, 1e-45]
+    limits = np.array([*ends, *(-each for each in ends)], np.float32)
     random = np.random.default_rng(0).integers(0, 1 << 32, 1 << 18).astype(np.uint32).view(np.float32)
     x = np.concatenate([*numbers, limits, random])
     x = np.pad(x, (0, -x.size % (2 * LANES)))
