@@ -259,6 +259,12 @@ def test_checkpoints_of_other_tools(tmp_path, write, bits, group, options):
     assert not isinstance(loaded.lm_head, QuantizedLinear)
     expected = logits(float_model)
     assert (logits(loaded) - expected).norm() < 0.05 * expected.norm()
+    half: Model = hfopt.load(tmp_path / "foreign", dtype=torch.float16)
+    assert half.dtype is torch.float16 and not hfopt.explain(half).idle
+    assert torch.equal(
+        half.model.layers[1].mlp.up_proj.quantized_codes, loaded.model.layers[1].mlp.up_proj.quantized_codes
+    )
+    assert (logits(half) - expected).norm() < 0.05 * expected.norm()
 
     hfopt.save(loaded, tmp_path / "own")
     again = hfopt.load(tmp_path / "own")
