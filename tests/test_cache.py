@@ -34,6 +34,7 @@ from hfopt.machine import memory
 from tests import cache_cases, fake_machine
 from tests.cache_cases import HEAD_DIM, N_HEADS, N_LAYERS, operate, random_states
 from tests.generation_cases import CACHE, cache_of
+from tests.reference import bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -69,10 +70,6 @@ class Pair(cache_cases.Pair):
             keys, values = random_states(n_rows, n_new, self.dtype), random_states(n_rows, n_new, self.dtype)
             self.theirs.update(keys, values, layer_idx)
             write(self.ours.append(layer_idx, n_rows, n_new, N_HEADS, HEAD_DIM, self.dtype), keys, values)
-
-
-def bits(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def write(appended: Appended, keys: torch.Tensor, values: torch.Tensor) -> None:

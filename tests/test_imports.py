@@ -23,13 +23,13 @@ IMPORTS: dict[str, set[str]] = {
     "machine": {"errors", "kernels"},
     "save": {"checkpoints", "errors"},
     "cache": {"errors", "host", "machine"},
-    "warmup": {"functional", "optimize", "quantization"},
+    "warmup": {"functional", "optimize", "quantization", "words"},
     "calibration": {"errors", "progress", "quantization", "words"},
     "model_proof": {"errors", "generation", "host", "patches"},
     "checkpoints": {"errors", "machine", "patches", "quantization", "words"},
     "console": {"cache", "errors", "host", "quantization", "words"},
     "functional": {"cache", "errors", "kernels", "machine", "quantization", "words"},
-    "generation": {"cache", "errors", "functional", "host", "machine", "progress"},
+    "generation": {"cache", "errors", "functional", "host", "machine", "progress", "words"},
     "patches": {"cache", "errors", "functional", "host", "quantization", "words"},
     "program": {"cache", "errors", "functional", "host", "kernels", "patches", "words"},
     "cli": {"bench", "console", "errors", "functional", "generation", "host", "kernels", "machine"},
@@ -86,6 +86,7 @@ IMPORTS: dict[str, set[str]] = {
         "progress",
         "quantization",
         "report",
+        "words",
     },
 }
 # Foreign packages that only some parts may import.

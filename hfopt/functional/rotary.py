@@ -39,7 +39,7 @@ def rotate_and_store(
         order; cos, sin [1 or
         n_rows, n_new, n_rotary]); "interleaved" turns channels 2i and 2i + 1 (GPT-J; cos, sin [1 or n_rows,
         n_new, n_rotary / 2]); "none" only stores (cos, sin None). Channels from n_rotary on stay. cos, sin:
-        float32 or bfloat16.
+        float32, bfloat16 or float16.
     Raises `InvalidInput`.
     """
     address, record = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)

@@ -166,7 +166,7 @@ def rotate_and_store_rows(
     """Rotates the queries of qkv in place; writes rotated keys, and values, of n_new tokens a row to
     places from `first` on of a part of the `cache_record`, PREFIX or SUFFIX.
 
-    Pointers to qkv [n_rows, n_new, (n_heads + 2 n_kv_heads) size], float32 or bfloat16 bits; to the record; and to cos, sin
+    Pointers to qkv [n_rows, n_new, (n_heads + 2 n_kv_heads) size], floats; to the record; and to cos, sin
     float32 [n_angle_rows = 1 or n_rows, n_new, n_rotary], or n_rotary / 2 for INTERLEAVED; n_rotary 0 for NONE. held: a
     pointer like those to elements of the cache, the type of qkv, or codes, for which keys are rotated in place too.
     """

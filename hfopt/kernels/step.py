@@ -168,7 +168,7 @@ def run_step(
     Returns how many times, or -UNKNOWN_INDEX, -UNKNOWN_ROW or -(UNKNOWN_OPERATION + number of the row of code) if the first
     found that, nothing written.
 
-    Like an array of the element type, float32 or bfloat16 bits, held one of that of the cache, the same, or int8 for codes,
+    Like an array of the element type, held one of that of the cache, the same, or int8 for codes,
     for which code is compiled of its own; code int64 [n, COLUMNS], scalars float64 [n]; formats int64 [n, FORMAT_COLUMNS],
     or None without instructions that need them, which are only compiled for programs that have some; address of the arena
     and of `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]: address, rows; ids int64 [2,

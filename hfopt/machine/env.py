@@ -50,6 +50,13 @@ def cpu_path() -> str:
     return cpu.PATH
 
 
+def has_bfloat16_products() -> bool:
+    """Whether the compilation target has instructions for products of bfloat16."""
+    from hfopt.kernels.jit import cpu
+
+    return cpu.HAS_AVX512_BF16
+
+
 # ---- cores and threads -------------------------------------------------------------------------------------
 
 
