@@ -24,7 +24,7 @@ from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.host import Config
 from hfopt.optimize import optimize
 from hfopt.progress import progress
-from hfopt.words import in_words
+from hfopt.words import DTYPES, dtypes_in_words, in_words
 
 if TYPE_CHECKING:
     from hfopt.quantization import Format, QuantizationConfig
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _MODEL = ("attn_implementation", "trust_remote_code")
-_DTYPES = (torch.float32, torch.bfloat16)
 # While a model is made empty, torch's default dtype and how modules take parameters are others, for all threads
 _BUILDING = threading.Lock()
 
@@ -52,7 +51,7 @@ def load(
     Args:
         path_or_id: a folder or an id of the Hub. It may hold floats, what `hfopt.save` wrote, or layers that GPTQ, AWQ or
             compressed-tensors have quantised; those are packed for hfopt's kernels with every integer as it was.
-        dtype: float32 or bfloat16, of what is not quantised. None: that of the checkpoint, but bfloat16 for float16.
+        dtype: float32, bfloat16 or float16, of what is not quantised. None: that of the checkpoint.
         quantization: what to turn linear layers into that the checkpoint holds as floats, while they are read: a format or
             its name ("int8", "int4", "nf4"), or a config that says so for parts of the model. None: nothing.
         kv_cache: as in `optimize`.
@@ -77,8 +76,8 @@ def load(
     if not isinstance(path_or_id, str | os.PathLike):
         raise InvalidInput(f"path_or_id={path_or_id!r}: a folder or an id of the Hub is needed")
     source = os.fspath(path_or_id)
-    if dtype is not None and dtype not in _DTYPES:
-        raise InvalidInput(f"dtype = {dtype}: torch.float32, torch.bfloat16 or None is allowed")
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidInput(f"dtype = {dtype}: {dtypes_in_words('None')} is allowed")
     check_kv_cache(kv_cache)
     if unknown := sorted(kwargs.keys() - {*_HUB, *_MODEL}):
         raise InvalidInput(
@@ -142,7 +141,7 @@ def _dtype_of(source: str, config: Config, checkpoint: Checkpoint) -> torch.dtyp
     if dtype is None:
         found = (FLOATS[stored.dtype] for stored in checkpoint.tensors.values() if stored.dtype in FLOATS)
         dtype = next(found, torch.float32)
-    if dtype in _DTYPES:
+    if dtype in DTYPES:
         return dtype
     logger.warning("%s holds %s, which hfopt has no kernels for: it becomes bfloat16", source, dtype)
     return torch.bfloat16
@@ -160,16 +159,18 @@ def _empty_model(source: str, config: Config, dtype: torch.dtype, options: dict[
         raise UnsupportedModel(
             f"{source} is no causal language model of transformers ({in_words(error)})"
         ) from error
-    if dtype is torch.bfloat16:
-        _keep_in_float32(model)
+    _keep_in_float32(model, dtype)
     model.tie_weights()  # moving a parameter to `meta` has parted it from the other names it had
     model.config._name_or_path = source
     return model
 
 
-def _keep_in_float32(model: PreTrainedModel) -> None:
-    """Keep in float32 what must not be bfloat16 by the model's class, as `from_pretrained` does."""
-    for pattern in model._keep_in_fp32_modules_strict or ():
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keep in float32 what must not be of this dtype by the model's class, as `from_pretrained` does."""
+    kept: list[str] = [] if dtype is torch.float32 else [*(model._keep_in_fp32_modules_strict or ())]
+    if dtype is torch.float16:
+        kept += model._keep_in_fp32_modules or ()
+    for pattern in kept:
         for name, tensor in model.state_dict(keep_vars=True).items():
             if re.search(pattern.replace("*", ".*"), name) and tensor.is_floating_point():
                 tensor.data = tensor.data.float()

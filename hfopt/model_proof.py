@@ -24,7 +24,7 @@ from hfopt.patches.walk import Walk
 logger = logging.getLogger(__name__)
 
 # Of the largest logit, and the share of rows and steps that have to be as near: rounding may choose other experts.
-_TOLERANCES = {torch.float32: (1e-3, 1.0), torch.bfloat16: (5e-2, 0.75)}
+_TOLERANCES = {torch.float32: (1e-3, 1.0), torch.bfloat16: (5e-2, 0.75), torch.float16: (7e-3, 0.75)}
 _LENGTH, _N_PADDED, _N_NEW, _N_BEAMS = 12, 3, 3, 2
 # what the code of others may have been put around
 _WRAPPED = ("forward", "_hf_hook")

@@ -22,6 +22,7 @@ from hfopt.machine import env
 from hfopt.progress import compile_progress, progress
 from hfopt.quantization import Format, InputStatistics, QuantizationConfig, config_of
 from hfopt.report import Report
+from hfopt.words import DTYPES, dtypes_in_words
 
 if TYPE_CHECKING:
     from hfopt.generation import Verdict
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = (torch.float32, torch.bfloat16)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -49,7 +49,7 @@ def optimize(
 
     Args:
         model: a causal language model of transformers. Of other modules, known parts are swapped.
-        dtype: converts the weights first (float32 or bfloat16); None leaves them as they are.
+        dtype: converts the weights first (float32, bfloat16 or float16); None leaves them as they are.
         strict: raise UnsupportedModel unless the whole decoder runs as one program, and all loops are hfopt's.
         kernels: whose kernels compute linear layers, and attention of several new tokens. "auto" takes torch's where a
             timing on this machine has shown them to be faster; with "hfopt" results have the same bits at any number of
@@ -57,8 +57,8 @@ def optimize(
         quantization: a format for the weights of Linears ("int8", "int4", "nf4", or one from `hfopt.quantization`), or a
             `QuantizationConfig` that also says what becomes of the head. Each float weight is freed as soon as it is packed.
         keep_original: the float weights stay in memory, so that `restore` can bring them back.
-        kv_cache: "int8" lets `generate` cache keys and values as 8-bit codes, with a scale for each token and head: half the
-            memory of bfloat16 and of its traffic. None: as they are. A cache that is given to `generate` stays what it is.
+        kv_cache: "int8" lets `generate` cache keys and values as 8-bit codes, with a scale for each token and head: half
+            the memory and traffic of 16-bit floats. None: as they are. A cache that is given to `generate` stays what it is.
         calibration: texts like those that the model is for, which it reads so that weights are rounded with regard to the
             inputs that they meet: a list of strings, for the tokenizer in the model's own folder, or of token ids (lists or
             tensors). Longer ones than 512 tokens are cut into pieces.
@@ -185,8 +185,8 @@ def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
         hint = ": pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
         hint = ": hfopt.load reads one from a folder" if isinstance(model, str | Path) else hint
         raise InvalidInput(f"model is a {type(model).__name__}, a torch.nn.Module is needed{hint}")
-    if dtype is not None and dtype not in _DTYPES:
-        raise InvalidInput(f"dtype = {dtype!r}: torch.float32, torch.bfloat16 or None is allowed")
+    if dtype is not None and dtype not in DTYPES:
+        raise InvalidInput(f"dtype = {dtype!r}: {dtypes_in_words('None')} is allowed")
     for name, parameter in model.named_parameters():
         if parameter.device.type == "cpu" or (parameter.is_meta and _is_offloaded(model, name)):
             continue

@@ -1,11 +1,10 @@
-"""How exceptions and dtypes are put into messages and reports."""
+"""How exceptions and dtypes are put into messages and reports, and which dtypes there are kernels for."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
-if TYPE_CHECKING:
-    import torch
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights, activations and caches
 
 
 def first_line(error: Exception) -> str:
@@ -23,3 +22,9 @@ def in_words(error: Exception) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def dtypes_in_words(last: str = "") -> str:
+    """Those of weights: `torch.float32, torch.bfloat16 or torch.float16`; with a last one more."""
+    *first, end = [*map(str, DTYPES), *filter(None, [last])]
+    return f"{', '.join(first)} or {end}"

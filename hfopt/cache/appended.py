@@ -38,8 +38,8 @@ class Appended(NamedTuple):
 
     Token `t` of logical row `r` is `prefix[:, prefix_row[r], :, t]` for `t < prefix_len`; later tokens are
     `suffix[:, table[r, b], :, b]` with `b = t - prefix_len`. The new ones belong into row `r` and the columns
-    `[len - n_new, len)`. Columns beyond the length hold arbitrary bits. bfloat16 comes as uint16; or all are int8 codes, to
-    be multiplied by the scale of their token and head.
+    `[len - n_new, len)`. Columns beyond the length hold arbitrary bits. bfloat16 comes as uint16, float16 as int16; or all
+    are int8 codes, to be multiplied by the scale of their token and head.
 
     In a layer of a window, the buffers begin with later tokens: all columns are less by what `starts` says. No new token
     sees any of the first `skipped` ones, some of which may still be there.

@@ -17,6 +17,7 @@ Layout: TypeAlias = tuple[int, int, torch.dtype]  # (n_kv_heads, head_dim, dtype
 Segment: TypeAlias = tuple[Tensor, Tensor | None]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # those with a numpy view
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 _UNCHECKED_BYTES = 1 << 26  # growth that is too small to ask the system about
 
 
@@ -107,11 +108,15 @@ def write(elements: Tensor, scales: Tensor | None, n_rows: int, first: int, stor
         elements[:, :n_rows, :, columns], scales[:, :n_rows, :, columns] = quantised(stored)
 
 
+def bits_of(tensor: Tensor) -> Tensor:
+    """The same memory, bfloat16 as uint16 and float16 as int16: as kernels know them."""
+    kind = _BITS.get(tensor.dtype)
+    return tensor if kind is None else tensor.view(kind)
+
+
 def bits(part: Tensor | None) -> Any:
-    """The part as numpy sees it, bfloat16 as uint16."""
-    if part is None:
-        return None
-    return (part.view(torch.uint16) if part.dtype == torch.bfloat16 else part).numpy()
+    """The part as numpy sees it, in the form of `bits_of`."""
+    return None if part is None else bits_of(part).numpy()
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

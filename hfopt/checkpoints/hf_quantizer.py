@@ -107,13 +107,6 @@ class HfoptQuantizer(HfQuantizer):
         """Everything on the CPU, where "auto" might choose another device."""
         return {"": "cpu"}
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """bfloat16 for float16, which there are no kernels for."""
-        if dtype == torch.float16:
-            logger.warning("hfopt has no kernels for float16: what is not quantised becomes bfloat16")
-            return torch.bfloat16
-        return dtype
-
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:

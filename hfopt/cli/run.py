@@ -14,7 +14,6 @@ from hfopt.bench import roofline
 from hfopt.bench.measure import Case, Pair, Sample, Summary, alternate, generate, paired_ratio
 from hfopt.console import prompts
 from hfopt.console.arguments import (
-    DTYPES,
     add_kv_cache,
     add_model_arguments,
     add_quantization,
@@ -91,7 +90,7 @@ def _load_pair(args: argparse.Namespace) -> tuple[Pair, PreTrainedTokenizerBase 
     if args.random_weights is None:
         optimized = hfopt.load(
             args.model_id or hfopt.embedded_model(),
-            dtype=DTYPES[args.dtype],
+            dtype=getattr(torch, args.dtype),
             quantization=args.quantization,
             kv_cache=args.kv_cache,
             trust_remote_code=args.trust_remote_code,
@@ -213,7 +212,7 @@ def _print_summaries(
         elif args.dtype == "float32":
             say("Same tokens: no")
         else:
-            say("Same tokens: no (in bfloat16 both round, at different places; float32 gives the same)")
+            say(f"Same tokens: no (in {args.dtype} both round, at different places; float32 gives the same)")
 
 
 def _ratios(samples: dict[str, list[Sample]]) -> dict[str, float | bool]:

@@ -11,8 +11,7 @@ from hfopt.console import models
 from hfopt.console.output import progress
 from hfopt.errors import InvalidInput
 from hfopt.quantization import FORMATS
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from hfopt.words import DTYPES, dtype_name
 
 
 def positive(text: str) -> int:
@@ -30,7 +29,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG",
         help=f"random weights instead of a checkpoint: a config.json or one of {', '.join(models.SHAPES)}",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=[*map(dtype_name, DTYPES)], default="bfloat16", help="(default: %(default)s)"
+    )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code from the checkpoint (default: never)"
     )
@@ -57,7 +58,7 @@ def add_kv_cache(parser: argparse.ArgumentParser, what: str) -> None:
 
 def load_model(args: argparse.Namespace) -> PreTrainedModel:
     """The stock model that the flags ask for."""
-    dtype = DTYPES[args.dtype]
+    dtype = getattr(torch, args.dtype)
     if args.random_weights is None:
         return models.load(args.model_id or hfopt.embedded_model(), dtype, args.trust_remote_code)
     if args.model_id is not None:

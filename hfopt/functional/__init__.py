@@ -8,9 +8,10 @@ from .activation import ACTIVATIONS
 from .attention import Mask, attend, prepare_mask
 from .choice import Kernels
 from .epilogue import Epilogue
+from .limit import clamp, softcap
 from .linear import LinearWeights, Weights, linear
 from .mixed import MixedWeights
-from .norm import layer_norm, rms_norm, rms_norm_heads
+from .norm import Norm, layer_norm, norm, norm_heads, rms_norm
 from .quantized import QuantizedWeights, quantized_linear
 from .rotary import rotate_and_store
 from .sampling import argmax, log_softmax_top_k
@@ -24,18 +25,22 @@ __all__ = [
     "LinearWeights",
     "Mask",
     "MixedWeights",
+    "Norm",
     "QuantizedWeights",
     "Scoring",
     "Weights",
     "argmax",
     "attend",
+    "clamp",
     "layer_norm",
     "linear",
     "log_softmax_top_k",
+    "norm",
+    "norm_heads",
     "prepare_mask",
     "quantized_linear",
     "rms_norm",
-    "rms_norm_heads",
     "rotate_and_store",
     "scale",
+    "softcap",
 ]

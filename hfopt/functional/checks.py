@@ -7,17 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hfopt.cache.storage import bits_of
 from hfopt.errors import InvalidInput
 from hfopt.kernels.jit import launch as jit
 from hfopt.kernels.jit import openmp
+from hfopt.words import DTYPES, dtypes_in_words
 
-# Empty arrays whose type tells a kernel what is at the addresses that it gets; bfloat16 as its bits.
+# Empty arrays whose type tells a kernel what is at the addresses that it gets; bfloat16 and float16 as their bits.
 ELEMENTS: dict[torch.dtype, np.ndarray] = {
     torch.float32: np.empty(0, np.float32),
     torch.bfloat16: np.empty(0, np.uint16),
+    torch.float16: np.empty(0, np.int16),
 }
 CODES = np.empty(0, np.int8)  # the same for a cache of 8-bit codes
-DTYPES = tuple(ELEMENTS)
 _STRIDED = torch.strided  # attributes of a module take time
 
 
@@ -26,13 +28,13 @@ def _fail(name: str, given: object, allowed: str) -> InvalidInput:
 
 
 def check_floats(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raise `InvalidInput` unless it is dense, on the CPU, and float32 or bfloat16 (or just `dtype`)."""
+    """Raise `InvalidInput` unless it is dense, on the CPU, and of one of `DTYPES` (or just `dtype`)."""
     if not isinstance(tensor, Tensor):
         raise _fail(name, f"is a {type(tensor).__name__}", "a torch.Tensor is needed")
     if not tensor.is_cpu:
         raise _fail(name, f"is on device {tensor.device}", "only tensors in CPU memory are allowed")
     if tensor.dtype is not dtype and (dtype is not None or tensor.dtype not in DTYPES):
-        allowed = "torch.float32 or torch.bfloat16 is allowed" if dtype is None else f"{dtype} is needed here"
+        allowed = f"{dtypes_in_words()} is allowed" if dtype is None else f"{dtype} is needed here"
         raise _fail(name, f"has dtype {tensor.dtype}", allowed)
     if tensor.layout is not torch.strided:
         raise _fail(name, f"has layout {tensor.layout}", "torch.strided is needed")
@@ -78,8 +80,8 @@ def check_rows(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> T
 
 
 def check_array(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> int:
-    """Address of a contiguous tensor of this shape, float32 or bfloat16 (or just `dtype`); raises `InvalidInput` for
-    anything else."""
+    """Address of a contiguous tensor of this shape, of one of `DTYPES` (or just `dtype`); raises `InvalidInput` for anything
+    else."""
     if not (_is_contiguous(tensor, dtype) and tensor.shape == shape):
         check_floats(name, tensor, dtype)
         check_shape(name, tensor, shape)
@@ -96,12 +98,10 @@ def address_of(name: str, tensor: Tensor) -> int:
 
 
 def array_of(tensor: Tensor) -> np.ndarray:
-    """A tensor's own memory as an array; bfloat16 as its bits (uint16)."""
+    """A tensor's own memory as an array; bfloat16 and float16 as their bits (uint16, int16)."""
     if tensor.requires_grad:
         tensor = tensor.detach()
-    if tensor.dtype is torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    return tensor.numpy()
+    return bits_of(tensor).numpy()
 
 
 def prepare_threads() -> None:

@@ -25,10 +25,9 @@ import torch
 from hfopt.errors import InvalidInput
 from hfopt.kernels.linear.rows import ROW_LIMIT
 from hfopt.machine.memory import available_memory
-from hfopt.words import dtype_name
+from hfopt.words import DTYPES, dtype_name
 
 from . import choice_file
-from .checks import DTYPES
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from .checks import (
 from .choice import Kernels, takes_torch
 from .epilogue import PLAIN, Epilogue
 
+Rows: TypeAlias = tuple[tuple[int, int], ...]
+
 _NO_RESIDUALS = np.empty(0, np.int64)
 
 
@@ -49,7 +51,8 @@ class Fingerprint(NamedTuple):
 class LinearWeights:
     """One or several `[out_i, in]` matrices with their biases, as kernels read them: in place, by address.
 
-    The tensors are kept alive. Weights that are moved or replaced are noticed by `reads`; build a new record then.
+    The tensors are kept alive. Weights that are moved or replaced are noticed by `reads`; build a new record then. rows: where
+    the matrices lie in a single tensor that holds them all, (first row, rows) each; else empty.
     """
 
     table: np.ndarray
@@ -58,12 +61,16 @@ class LinearWeights:
     dtype: torch.dtype
     tensors: tuple[Tensor | None, ...]
     fingerprints: tuple[Fingerprint | None, ...]
+    rows: Rows = ()
 
     @classmethod
-    def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> "LinearWeights":
+    def of(
+        cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None], rows: Rows = ()
+    ) -> "LinearWeights":
         """Record of the matrices `weights` ([out_i, in] each) and `biases` ([out_i] or None each).
 
-        Raises `InvalidInput` unless all are contiguous CPU tensors of one dtype, float32 or bfloat16.
+        rows: (first row, rows) of the matrices that a single weight is to be read as. Raises `InvalidInput` unless all are
+        contiguous CPU tensors of one dtype, float32 or bfloat16, and for rows that the weight has not.
         """
         if not weights or len(biases) != len(weights):
             raise InvalidInput(
@@ -75,21 +82,35 @@ class LinearWeights:
                 raise InvalidInput(f"weights[{index}] has shape {tuple(weight.shape)}: [out, in] is needed")
             check_shape(f"weights[{index}]", weight, (weight.shape[0], weights[0].shape[1]))
             check_contiguous(f"weights[{index}]", weight)
-        dtype = weights[0].dtype
-        table = np.zeros((len(weights), 4), np.int64)
-        column = 0
+        dtype, n_inputs = weights[0].dtype, weights[0].shape[1]
+        entries = []
         for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             address = 0 if bias is None else check_array(f"biases[{index}]", bias, (weight.shape[0],), dtype)
-            table[index] = weight.data_ptr(), address, weight.shape[0], column
-            column += weight.shape[0]
+            entries.append((weight.data_ptr(), address, weight.shape[0]))
+        if rows:
+            _check_rows(rows, weights)
+            ((weight_at, bias_at, _),) = entries
+            entries = [
+                (
+                    weight_at + first * n_inputs * dtype.itemsize,
+                    bias_at and bias_at + first * dtype.itemsize,
+                    n,
+                )
+                for first, n in rows
+            ]
+        sizes = [n for *_, n in entries]
+        columns = [sum(sizes[:place]) for place in range(len(sizes))]
         tensors = (*weights, *biases)
         return cls(
-            table=table,
-            in_features=weights[0].shape[1],
-            sizes=[weight.shape[0] for weight in weights],
+            table=np.array(
+                [(*entry, column) for entry, column in zip(entries, columns, strict=True)], np.int64
+            ),
+            in_features=n_inputs,
+            sizes=sizes,
             dtype=dtype,
             tensors=tensors,
             fingerprints=tuple(Fingerprint.of(tensor) for tensor in tensors),
+            rows=rows,
         )
 
     def reads(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
@@ -120,6 +141,15 @@ class LinearWeights:
             out.shape[-1],
         )
         return out
+
+
+def _check_rows(rows: Rows, weights: Sequence[Tensor]) -> None:
+    if len(weights) != 1:
+        raise InvalidInput(f"rows are given for {len(weights)} weights: they are of one")
+    n_rows = weights[0].shape[0]
+    wrong = next(((first, n) for first, n in rows if first < 0 or n < 0 or first + n > n_rows), None)
+    if wrong is not None:
+        raise InvalidInput(f"rows has {wrong[1]} from {wrong[0]} on: the weight has {n_rows}")
 
 
 class Weights(Protocol):
@@ -211,10 +241,13 @@ def linear(
 @torch.no_grad()
 def _linear_in_torch(x: Tensor, weights: LinearWeights, epilogue: Epilogue[Tensor]) -> Tensor:
     """`linear` as the modules of transformers compute it."""
-    n_matrices = len(weights.table)
-    pairs = zip(weights.tensors[:n_matrices], weights.tensors[n_matrices:], strict=True)
+    n_weights = len(weights.tensors) // 2
+    pairs = zip(weights.tensors[:n_weights], weights.tensors[n_weights:], strict=True)
     parts = [F.linear(x, weight, bias) for weight, bias in pairs]  # type: ignore[arg-type]
-    y = parts[0] if epilogue.gated or n_matrices == 1 else torch.cat(parts, -1)
+    if weights.rows:
+        (whole,) = parts
+        parts = [whole[..., first : first + n] for first, n in weights.rows]
+    y = parts[0] if epilogue.gated or len(parts) == 1 else torch.cat(parts, -1)
     if epilogue.activation is not None:
         y = ACTIVATIONS[epilogue.activation](y)
     if epilogue.gated:

@@ -1,4 +1,6 @@
-"""RMSNorm and LayerNorm."""
+"""RMSNorm and LayerNorm, over the last dimension or over heads."""
+
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,65 +19,121 @@ from .checks import (
 )
 
 
-def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension (https://arxiv.org/abs/1910.07467).
+class Norm(NamedTuple):
+    """A norm: `(weight + offset) * x / sqrt(mean(x^2) + eps) + bias`, with x - mean(x) in place of x for "layer".
 
-    hidden_states [..., size], its last dimension contiguous; weight [size]; float32 or bfloat16, both the
-    same. Raises `InvalidInput`.
+    weight, bias: [size], or None; for heads that have their own, [n_heads, size]. "rms" has no bias. unit_offset: the offset
+    is 1 (the weight is kept as its difference from 1), else 0.
+    """
+
+    kind: Literal["rms", "layer"]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    unit_offset: bool = False
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """The weight and the bias, where there are such."""
+        return {
+            name: each for name, each in (("weight", self.weight), ("bias", self.bias)) if each is not None
+        }
+
+    def addresses(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
+        """Those of weight and bias, 0 for one that is not there; raises `InvalidInput` unless they have this shape."""
+        if self.kind == "rms" and self.bias is not None:
+            raise InvalidInput("bias is a Tensor: an rms norm has none")
+        known = {name: check_array(name, each, shape, dtype) for name, each in self.vectors.items()}
+        return {"weight": 0, "bias": 0} | known
+
+    def of_heads(self, n_channels: int, first: int, count: int) -> tuple[int, tuple[int, ...]]:
+        """(channels of a head, shape of weight and bias), for `count` heads from channel `first` on of n_channels.
+
+        Raises `InvalidInput` if there are none such.
+        """
+        if not self.vectors:
+            raise InvalidInput("weight is None: a norm of heads needs it, or a bias")
+        shape = tuple(next(iter(self.vectors.values())).shape)
+        if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != count):
+            raise InvalidInput(f"weight has shape {shape}: [size] or [{count}, size] is needed")
+        size = shape[-1]
+        if first < 0 or count < 0 or first + count * size > n_channels:
+            raise InvalidInput(f"{count} heads of {size} begin at channel {first}: there are {n_channels}")
+        return size, shape
+
+
+def norm(hidden_states: Tensor, norm: Norm) -> Tensor:
+    """The norm over the last dimension.
+
+    hidden_states [..., size], its last dimension contiguous, float32 or bfloat16 as weight and bias are; or
+    [..., n_heads, size] where heads have their own. Raises `InvalidInput`.
     """
     x = check_rows("hidden_states", hidden_states)
     size, dtype = x.shape[-1], x.dtype
-    w = check_array("weight", weight, (size,), dtype)
+    shape = next((each.shape for each in norm.vectors.values()), torch.Size((size,)))
+    if len(shape) == 2 and x.shape[-2:] == shape:
+        heads = x.clone(memory_format=torch.contiguous_format)
+        norm_heads(heads.flatten(-2), norm, 0, shape[0])
+        return heads
+    vectors = norm.addresses((size,), dtype)
     out = torch.empty_like(x)
     n = out.numel()
     if n:
         prepare_threads()
-        address = address_of("hidden_states", x)
-        kernels.rms_norm(ELEMENTS[dtype], address, n // size, size, w, float(eps), out.data_ptr())
+        kernels.norm(
+            ELEMENTS[dtype],
+            norm.kind == "layer",
+            address_of("hidden_states", x),
+            n // size,
+            size,
+            vectors["weight"],
+            vectors["bias"],
+            int(norm.unit_offset),
+            float(norm.eps),
+            out.data_ptr(),
+        )
     return out
 
 
-def rms_norm_heads(qkv: Tensor, weight: Tensor, eps: float, first: int, count: int) -> None:
-    """`rms_norm`, in place, of `count` heads of qkv from head `first` on, as some models do to queries and keys.
+def norm_heads(qkv: Tensor, norm: Norm, first: int, count: int) -> None:
+    """The norm, in place, of `count` heads of qkv from channel `first` on, as some models do to queries and keys.
 
-    qkv [..., width], contiguous, with heads of as many channels as weight [size] has; float32 or bfloat16, both the same.
+    qkv [..., width], contiguous, float32 or bfloat16 as weight and bias are, with heads of as many channels as these have.
     Raises `InvalidInput`.
     """
     check_floats("qkv", qkv)
     check_contiguous("qkv", qkv)
-    check_floats("weight", weight)
     if qkv.ndim == 0:
         raise InvalidInput("qkv has shape (): [..., width] is needed")
-    if weight.ndim != 1:
-        raise InvalidInput(f"weight has shape {tuple(weight.shape)}: [size] is needed")
-    width, size = qkv.shape[-1], len(weight)
-    w = check_array("weight", weight, (size,), qkv.dtype)
-    if first < 0 or count < 0 or (first + count) * size > width:
-        raise InvalidInput(f"heads are {first} to {first + count} of {size} channels: qkv has {width}")
+    width = qkv.shape[-1]
+    size, shape = norm.of_heads(width, first, count)
+    vectors = norm.addresses(shape, qkv.dtype)
     n = qkv.numel()
     if n and count * size:
         prepare_threads()
-        address = address_of("qkv", qkv)
-        kernels.rms_norm_heads(
-            ELEMENTS[qkv.dtype], address, n // width, width, first, count, size, w, float(eps)
+        kernels.norm_heads(
+            ELEMENTS[qkv.dtype],
+            norm.kind == "layer",
+            address_of("qkv", qkv),
+            n // width,
+            width,
+            first,
+            count,
+            size,
+            size if len(shape) == 2 else 0,
+            vectors["weight"],
+            vectors["bias"],
+            int(norm.unit_offset),
+            float(norm.eps),
         )
+
+
+def rms_norm(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension (https://arxiv.org/abs/1910.07467); see `norm`."""
+    return norm(hidden_states, Norm("rms", weight, None, eps))
 
 
 def layer_norm(hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """weight * (x - mean(x)) / sqrt(var(x) + eps) + bias over the last dimension
-    (https://arxiv.org/abs/1607.06450).
-
-    hidden_states [..., size], its last dimension contiguous; weight and bias [size] or None; float32 or
-    bfloat16, all the same. Raises `InvalidInput`.
-    """
-    x = check_rows("hidden_states", hidden_states)
-    size, dtype = x.shape[-1], x.dtype
-    w = 0 if weight is None else check_array("weight", weight, (size,), dtype)
-    b = 0 if bias is None else check_array("bias", bias, (size,), dtype)
-    out = torch.empty_like(x)
-    n = out.numel()
-    if n:
-        prepare_threads()
-        address = address_of("hidden_states", x)
-        kernels.layer_norm(ELEMENTS[dtype], address, n // size, size, w, b, float(eps), out.data_ptr())
-    return out
+    (https://arxiv.org/abs/1607.06450); see `norm`."""
+    return norm(hidden_states, Norm("layer", weight, bias, eps))

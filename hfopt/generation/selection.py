@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from hfopt import host
+from hfopt.words import DTYPES
 
 
 def _is_readable(logits: Tensor) -> bool:
-    return logits.is_cpu and logits.dtype in (torch.float32, torch.bfloat16) and logits.stride(-1) == 1
+    return logits.is_cpu and logits.dtype in DTYPES and logits.stride(-1) == 1
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """Rotary modules of transformers: what their angles depend on."""
 
 import copy
+import inspect
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 # kinds (`rope_type`) whose angles follow from the position alone
-_STATIC = frozenset({"default", "linear", "llama3", "yarn"})
+_STATIC = frozenset({"default", "linear", "llama3", "yarn", "ntk_alpha", "proportional"})
 _LONG = "longrope"  # other angles for all tokens of a text that is longer than those of the first training
 _REWRITTEN = frozenset({"inv_freq", "long_inv_freq"})
+_TYPE = "layer_type"  # an argument of those that have several tables
 
 
 class Kind(NamedTuple):
@@ -17,17 +19,30 @@ class Kind(NamedTuple):
     breaks: tuple[int, ...] = ()
 
 
-def kind_of(rotary: Any) -> Kind | None:
-    """The kind of a rotary module; None if it is not known."""
+def kind_of(rotary: Any, layer_type: str | None = None) -> Kind | None:
+    """The kind of a rotary module, for layers of a type where it has several; None if it is not known."""
     name = getattr(rotary, "rope_type", None)
+    if isinstance(name, dict):
+        name = name.get(layer_type)
     if not isinstance(name, str):
         return None
     if name in _STATIC:
         return Kind()
     if name == _LONG:
-        length = _original_length(rotary)
+        length = _original_length(rotary, layer_type)
         return None if length is None else Kind((length,))
     return None
+
+
+def takes_types(rotary: nn.Module) -> bool:
+    """Whether its forward has to be told the type of the layers that angles are for."""
+    return _TYPE in inspect.signature(type(rotary).forward).parameters
+
+
+def angles(rotary: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str | None) -> Any:
+    """What the forward of its class gives for these positions; x: tells the dtype."""
+    more = {_TYPE: layer_type} if takes_types(rotary) else {}
+    return type(rotary).forward(rotary, x, position_ids, **more)
 
 
 def rewritten(module: nn.Module) -> frozenset[str]:
@@ -42,9 +57,10 @@ def twin(rotary: nn.Module) -> nn.Module:
     return made
 
 
-def _original_length(rotary: Any) -> int | None:
+def _original_length(rotary: Any, layer_type: str | None) -> int | None:
     config = rotary.config
     settings: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    settings = settings.get(layer_type, settings)
     name = "original_max_position_embeddings"
     # releases of 4.x read the field of the config first
     length = settings.get(name) or getattr(config, name, None)

@@ -7,10 +7,12 @@ import numpy as np
 from hfopt.kernels.instruction import NONE, Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
+from hfopt.kernels.simd.constants import ZERO
+from hfopt.kernels.simd.functions import tanh
 from hfopt.kernels.simd.memory import load_part, load_two, store_part, store_two
 from hfopt.kernels.simd.pointer import address_as, pointer
 from hfopt.kernels.simd.types import LANES
-from hfopt.kernels.simd.vector import product, quotient, splat
+from hfopt.kernels.simd.vector import maximum, product, quotient, splat
 
 _STEP = 2 * LANES
 _BLOCK = 1 << 12  # values that a thread scales at a time
@@ -99,3 +101,51 @@ def _run_scale(like, held, operands, step):
 
 # OUT = IN * the scalar, or IN / it; IN and OUT may be the same, or LOGITS
 SCALE = Instruction("scale", _Scale._fields, _run_scale)
+
+
+# ---- limits -----------------------------------------------------------------------------------------------------------
+
+
+@body
+def _limit_block(index, x, count, limit, smooth, out):
+    most, least = splat(limit), splat(-limit)
+    zero = splat(ZERO)
+    for k in range(index * _BLOCK, min((index + 1) * _BLOCK, count), LANES):
+        n = min(count - k, LANES)
+        value = load_part(x, k, n)
+        if smooth:
+            value = product(tanh(quotient(value, most)), most)
+        else:
+            value = zero - maximum(zero - maximum(value, least), least)
+        store_part(out, k, n, value)
+
+
+@body
+def _limit(x, count, limit, smooth, out):
+    n_blocks = (count + _BLOCK - 1) // _BLOCK
+    arguments = x, count, np.float32(limit), smooth, out
+    parallel_for(_limit_block, threads_for(n_blocks, count, _PARALLEL_SIZE), n_blocks, arguments)
+
+
+@launch
+def limit(like, x, count, limit, smooth, out):
+    """out = x between -limit and limit; or limit * tanh(x / limit), if it is smooth.
+
+    Addresses of arrays [count] of the type of `like`, float32 or bfloat16 bits; out may be x.
+    """
+    _limit(address_as(x, pointer(like)), count, limit, smooth, address_as(out, pointer(like)))
+
+
+class _Limit(NamedTuple):
+    smooth: int
+
+
+@body
+def _run_limit(like, held, operands, step):
+    own = read_fields(operands.own, _Limit)
+    x, out = address_as(operands.x, like), address_as(operands.out, like)
+    _limit(x, operands.n * operands.size, operands.scalar, own.smooth != 0, out)
+
+
+# OUT = IN, limited by the scalar; IN and OUT may be the same, or LOGITS
+LIMIT = Instruction("limit", _Limit._fields, _run_limit)

@@ -1,6 +1,6 @@
 """Norms over rows: in float32, rounded once to the element type."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.simd.constants import ZERO
 from hfopt.kernels.simd.memory import load_part, load_two, prefetch_two, store_part, store_two
-from hfopt.kernels.simd.pointer import address_as, pointer, shifted
+from hfopt.kernels.simd.pointer import address_as, address_of, pointer, shifted
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import fma, product, splat, sum_lanes, where_part
 
@@ -60,39 +60,46 @@ def sum_squares(x, mean, size):
 
 
 @body
-def rms_norm_row(x, weight, eps, size, out):
-    """out = weight * x / sqrt(mean(x^2) + eps)."""
+def rms_norm_row(x, weight, offset, eps, size, out):
+    """out = (weight + offset) * x / sqrt(mean(x^2) + eps); weight is an address, or 0 for none."""
     # products as they are written: LLVM would take them in another order in another kernel
     scale = splat(inverse_root(sum_squares(x, splat(ZERO), size) / np.float32(size) + eps))
+    w, more = address_as(weight, x), splat(offset)
     k = 0
     while k + _STEP <= size:
-        (a, b), (c, d) = load_two(x, k), load_two(weight, k)
+        a, b = load_two(x, k)
+        a, b = product(a, scale), product(b, scale)
+        if weight != 0:
+            c, d = load_two(w, k)
+            a, b = product(c + more, a), product(d + more, b)
         prefetch_two(x, size + k)
-        store_two(out, k, product(c, product(a, scale)), product(d, product(b, scale)))
+        store_two(out, k, a, b)
         k += _STEP
     while k < size:
         count = min(size - k, LANES)
-        normed = product(load_part(x, k, count), scale)
-        store_part(out, k, count, product(load_part(weight, k, count), normed))
+        value = product(load_part(x, k, count), scale)
+        if weight != 0:
+            value = product(load_part(w, k, count) + more, value)
+        store_part(out, k, count, value)
         k += LANES
 
 
 @body
-def layer_norm_row(x, weight, bias, eps, size, out):
-    """out = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias; weight and bias are addresses or 0."""
+def layer_norm_row(x, weight, bias, offset, eps, size, out):
+    """out = (weight + offset) * (x - mean(x)) / sqrt(var(x) + eps) + bias; weight and bias are addresses or 0."""
     mean = splat(sum_row(x, size) / np.float32(size))
     scale = splat(inverse_root(sum_squares(x, mean, size) / np.float32(size) + eps))
-    w, b = address_as(weight, x), address_as(bias, x)
+    w, b, more = address_as(weight, x), address_as(bias, x), splat(offset)
     k = 0
     while k + _STEP <= size:
         low, high = load_two(x, k)
         low, high = product(low - mean, scale), product(high - mean, scale)
         if weight != 0 and bias != 0:
             (c, d), (e, f) = load_two(w, k), load_two(b, k)
-            low, high = fma(low, c, e), fma(high, d, f)
+            low, high = fma(low, c + more, e), fma(high, d + more, f)
         elif weight != 0:
             c, d = load_two(w, k)
-            low, high = product(low, c), product(high, d)
+            low, high = product(low, c + more), product(high, d + more)
         elif bias != 0:
             e, f = load_two(b, k)
             low, high = low + e, high + f
@@ -103,9 +110,9 @@ def layer_norm_row(x, weight, bias, eps, size, out):
         count = min(size - k, LANES)
         value = product(load_part(x, k, count) - mean, scale)
         if weight != 0 and bias != 0:
-            value = fma(value, load_part(w, k, count), load_part(b, k, count))
+            value = fma(value, load_part(w, k, count) + more, load_part(b, k, count))
         elif weight != 0:
-            value = product(value, load_part(w, k, count))
+            value = product(value, load_part(w, k, count) + more)
         elif bias != 0:
             value = value + load_part(b, k, count)
         store_part(out, k, count, value)
@@ -115,109 +122,122 @@ def layer_norm_row(x, weight, bias, eps, size, out):
 # ---- rows -------------------------------------------------------------------------------------------------------------
 
 
-@body
-def _rms_norm_task(row, x, size, weight, eps, out):
-    rms_norm_row(shifted(x, row * size), address_as(weight, x), eps, size, shifted(out, row * size))
+class Vectors(NamedTuple):
+    """What a norm multiplies with and adds: addresses of weight and bias, or 0; what is added to the weight; eps."""
+
+    weight: Any
+    bias: Any
+    offset: Any  # float32
+    eps: Any
 
 
 @body
-def _layer_norm_task(row, x, size, weight, bias, eps, out):
-    layer_norm_row(shifted(x, row * size), weight, bias, eps, size, shifted(out, row * size))
+def _norm_row(is_layer, x, vectors, place, size, out):
+    """One norm, of the vectors from element `place` on."""
+    weight, bias = vectors.weight, vectors.bias
+    if weight != 0:
+        weight = address_of(shifted(address_as(weight, x), place))
+    if bias != 0:
+        bias = address_of(shifted(address_as(bias, x), place))
+    if is_layer:
+        layer_norm_row(x, weight, bias, vectors.offset, vectors.eps, size, out)
+    else:
+        rms_norm_row(x, weight, vectors.offset, vectors.eps, size, out)
 
 
 @body
-def _heads_task(row, x, width, first, count, size, weight, eps):
-    weight = address_as(weight, x)
-    for head in range(first, first + count):
-        here = shifted(x, row * width + head * size)
-        rms_norm_row(here, weight, eps, size, here)
+def _norm_task(row, is_layer, x, size, vectors, out):
+    _norm_row(is_layer, shifted(x, row * size), vectors, 0, size, shifted(out, row * size))
 
 
 @body
-def _rms_norm_rows(x, n_rows, size, weight, eps, out):
-    arguments = (x, size, weight, np.float32(eps), out)
-    parallel_for(_rms_norm_task, threads_for(n_rows, n_rows * size, _PARALLEL_SIZE), n_rows, arguments)
+def _heads_task(row, is_layer, x, width, first, count, size, step, vectors):
+    for head in range(count):
+        here = shifted(x, row * width + first + head * size)
+        _norm_row(is_layer, here, vectors, head * step, size, here)
 
 
 @body
-def _layer_norm_rows(x, n_rows, size, weight, bias, eps, out):
-    arguments = (x, size, weight, bias, np.float32(eps), out)
-    parallel_for(_layer_norm_task, threads_for(n_rows, n_rows * size, _PARALLEL_SIZE), n_rows, arguments)
+def _norm_rows(is_layer, x, n_rows, size, vectors, out):
+    arguments = (is_layer, x, size, vectors, out)
+    parallel_for(_norm_task, threads_for(n_rows, n_rows * size, _PARALLEL_SIZE), n_rows, arguments)
 
 
 @body
-def _norm_heads(x, n_rows, width, first, count, size, weight, eps):
-    arguments = (x, width, first, count, size, weight, np.float32(eps))
+def _norm_heads(is_layer, x, n_rows, width, first, count, size, step, vectors):
+    arguments = (is_layer, x, width, first, count, size, step, vectors)
     parallel_for(_heads_task, threads_for(n_rows, n_rows * count * size, _PARALLEL_SIZE), n_rows, arguments)
 
 
 @launch
-def rms_norm(like, x, n_rows, size, weight, eps, out):
-    """out = weight * x / sqrt(mean(x^2) + eps) over rows.
+def norm(like, is_layer, x, n_rows, size, weight, bias, offset, eps, out):
+    """out = (weight + offset) * x / sqrt(mean(x^2) + eps) + bias over rows; x - mean(x) in place of x if `is_layer`.
 
-    Addresses of arrays of the type of `like`, float32 or bfloat16 bits: x, out [n_rows, size] and weight [size].
+    Addresses of arrays of the type of `like`, float32 or bfloat16 bits: x, out [n_rows, size]; weight, bias [size], or 0.
+    Without `is_layer` there is no bias.
     """
-    _rms_norm_rows(address_as(x, pointer(like)), n_rows, size, weight, eps, address_as(out, pointer(like)))
+    vectors = Vectors(weight, bias, np.float32(offset), np.float32(eps))
+    _norm_rows(is_layer, address_as(x, pointer(like)), n_rows, size, vectors, address_as(out, pointer(like)))
 
 
 @launch
-def layer_norm(like, x, n_rows, size, weight, bias, eps, out):
-    """out = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias over rows; arguments as in `rms_norm`.
+def norm_heads(like, is_layer, x, n_rows, width, first, count, size, step, weight, bias, offset, eps):
+    """`norm`, in place, of `count` heads of `size` channels each from channel `first` on, in rows of x [n_rows, width].
 
-    weight and bias may be 0.
+    step: elements from the weight (and the bias) of a head to those of the next; 0 if they share them.
     """
-    x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
-    _layer_norm_rows(x, n_rows, size, weight, bias, eps, out)
-
-
-@launch
-def rms_norm_heads(like, x, n_rows, width, first, count, size, weight, eps):
-    """`rms_norm`, in place, of `count` heads of `size` channels each from head `first` on, in rows of x [n_rows, width]."""
-    _norm_heads(address_as(x, pointer(like)), n_rows, width, first, count, size, weight, eps)
+    vectors = Vectors(weight, bias, np.float32(offset), np.float32(eps))
+    _norm_heads(is_layer, address_as(x, pointer(like)), n_rows, width, first, count, size, step, vectors)
 
 
 # ---- instructions -----------------------------------------------------------------------------------------------------
 
 
-class _RmsNorm(NamedTuple):
-    weight: int  # address
-
-
-class _LayerNorm(NamedTuple):
+class _Norm(NamedTuple):
     weight: int  # addresses, or 0
     bias: int
+    offset: int
 
 
 class _HeadNorm(NamedTuple):
-    weight: int  # address
+    weight: int  # addresses, or 0
+    bias: int
+    offset: int
+    step: int
     width: int  # of a row
-    first: int  # head
+    first: int  # channel
     n_heads: int
+    is_layer: int
+
+
+@body
+def _run_norm(is_layer, like, operands):
+    own = read_fields(operands.own, _Norm)
+    x, out = address_as(operands.x, like), address_as(operands.out, like)
+    vectors = Vectors(own.weight, own.bias, np.float32(own.offset), np.float32(operands.scalar))
+    _norm_rows(is_layer, x, operands.n, operands.size, vectors, out)
 
 
 @body
 def _run_rms_norm(like, held, operands, step):
-    own = read_fields(operands.own, _RmsNorm)
-    x, out = address_as(operands.x, like), address_as(operands.out, like)
-    _rms_norm_rows(x, operands.n, operands.size, own.weight, operands.scalar, out)
+    _run_norm(False, like, operands)
 
 
 @body
 def _run_layer_norm(like, held, operands, step):
-    own = read_fields(operands.own, _LayerNorm)
-    x, out = address_as(operands.x, like), address_as(operands.out, like)
-    _layer_norm_rows(x, operands.n, operands.size, own.weight, own.bias, operands.scalar, out)
+    _run_norm(True, like, operands)
 
 
 @body
 def _run_head_norm(like, held, operands, step):
     own, x = read_fields(operands.own, _HeadNorm), address_as(operands.out, like)
-    heads = own.first, own.n_heads, operands.size
-    _norm_heads(x, operands.n, own.width, *heads, own.weight, operands.scalar)
+    heads = own.first, own.n_heads, operands.size, own.step
+    vectors = Vectors(own.weight, own.bias, np.float32(own.offset), np.float32(operands.scalar))
+    _norm_heads(own.is_layer != 0, x, operands.n, own.width, *heads, vectors)
 
 
 # the scalar is eps
-RMS_NORM = Instruction("rms_norm", _RmsNorm._fields, _run_rms_norm)
-LAYER_NORM = Instruction("layer_norm", _LayerNorm._fields, _run_layer_norm)
+RMS_NORM = Instruction("rms_norm", _Norm._fields, _run_rms_norm)
+LAYER_NORM = Instruction("layer_norm", _Norm._fields, _run_layer_norm)
 # in OUT, whose heads have SIZE channels
-HEAD_NORM = Instruction("rms_norm of heads", _HeadNorm._fields, _run_head_norm)
+HEAD_NORM = Instruction("norm of heads", _HeadNorm._fields, _run_head_norm)

@@ -8,7 +8,7 @@ import numpy as np
 
 from hfopt.kernels.attention.attend import ATTEND
 from hfopt.kernels.attention.cache_record import PREFIX, SUFFIX
-from hfopt.kernels.elementwise import MULTIPLY, SCALE
+from hfopt.kernels.elementwise import LIMIT, MULTIPLY, SCALE
 from hfopt.kernels.embedding import ADD_LOOKED_UP, LOOK_UP, POSITIONS, TOKENS
 from hfopt.kernels.instruction import (
     IN,
@@ -51,6 +51,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     MULTIPLY,
     SCALE,
     HEAD_NORM,
+    LIMIT,
 )
 COLUMNS = OWN + max(len(each.columns) for each in INSTRUCTIONS)
 

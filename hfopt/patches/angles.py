@@ -11,6 +11,7 @@ import torch
 from hfopt.cache import IndirectCache
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.host import rotary as host_rotary
+from hfopt.patches.rotation import Rotation, are_taken_as_they_are, as_taken
 
 Rotary = tuple[torch.Tensor | None, torch.Tensor | None]
 # (cache, number of tokens in it, dtype) -> cos and sin of the new tokens
@@ -61,15 +62,20 @@ def is_pair(position_embeddings: Any) -> bool:
     )
 
 
-def handed_down(cos: torch.Tensor, sin: torch.Tensor) -> Angles:
+def handed_down(cos: torch.Tensor, sin: torch.Tensor, rotation: Rotation) -> Angles:
     """Angles that the model has computed for all layers."""
 
     def rotary(cache: IndirectCache, n_past: int, dtype: torch.dtype) -> Rotary:
-        if cos.dtype is torch.float32 and cos.is_contiguous() and sin.is_contiguous():
+        if rotation == "none":
+            return None, None
+        is_plain = cos.dtype is torch.float32 and cos.is_contiguous() and sin.is_contiguous()
+        if is_plain and are_taken_as_they_are(rotation):
             return cos, sin
-        found: Rotary = remembered(
-            cache, "rotary", cos, (n_past,), lambda: (cos.float().contiguous(), sin.float().contiguous())
-        )
+
+        def build() -> Rotary:
+            return as_taken(rotation, cos), as_taken(rotation, sin)
+
+        found: Rotary = remembered(cache, f"rotary {rotation}", cos, (n_past,), build)
         return found
 
     return rotary
@@ -81,9 +87,15 @@ def are_angles(cos: torch.Tensor, n_rows: int, n_new: int) -> bool:
     return cos.is_floating_point() and len(shape) == 3 and shape[0] in (1, n_rows) and shape[1] == n_new
 
 
-def computed_tables(rotary: Any, dtype: torch.dtype) -> AngleTables:
-    """What a rotary module of transformers computes for each position; raises UnsupportedModel if that depends on more."""
-    kind = host_rotary.kind_of(rotary)
+def computed_tables(
+    rotary: Any, dtype: torch.dtype, rotation: Rotation, layer_type: str | None
+) -> AngleTables | None:
+    """What a rotary module of transformers computes for each position, for layers of a type where it has several; None if
+    they are not for this rotation. Raises UnsupportedModel if that depends on more.
+    """
+    if rotation == "none":
+        return None
+    kind = host_rotary.kind_of(rotary, layer_type)
     if kind is None:
         name = getattr(rotary, "rope_type", type(rotary).__name__)
         raise UnsupportedModel(f"rotary embedding {name!r} depends on more than a token's position")
@@ -93,10 +105,13 @@ def computed_tables(rotary: Any, dtype: torch.dtype) -> AngleTables:
         n_positions = min([n_positions, *(each for each in kind.breaks if n <= each)])
         twin = host_rotary.twin(rotary)  # some write into their buffers
         with torch.inference_mode(False), torch.no_grad():
-            cos, sin = twin(torch.empty(0, dtype=dtype), torch.arange(n_positions)[None])
-        return cos[0].float().contiguous(), sin[0].float().contiguous()
+            cos, sin = host_rotary.angles(
+                twin, torch.empty(0, dtype=dtype), torch.arange(n_positions)[None], layer_type
+            )
+        return as_taken(rotation, cos[0]), as_taken(rotation, sin[0])
 
-    return AngleTables("computed", build, breaks=kind.breaks)
+    key = rotation, layer_type if host_rotary.takes_types(rotary) else None
+    return AngleTables(key, build, breaks=kind.breaks)
 
 
 def stored_tables(table: torch.Tensor, key: Hashable, dtype: torch.dtype) -> AngleTables:

@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Epilogue, Scoring
+from hfopt.functional.linear import Rows
 from hfopt.host import ROLES
 from hfopt.patches.angles import (
     Angles,
@@ -23,15 +24,20 @@ from hfopt.patches.angles import (
 from hfopt.patches.block import Block
 from hfopt.patches.guards import attention_obstacle
 from hfopt.patches.ops import Ops, X
+from hfopt.patches.rotation import Rotation, kind_of
 
-Rotation = Literal["half", "interleaved", "none"]
+SCALES = ("scaling", "softmax_scale", "inv_norm_factor")  # attributes with a factor of the scores
+_DIVISOR = "scale_attn"  # or with a divisor
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
     """Names and sizes of the projections, and which channels turn together ("half": d and d + rot / 2).
 
-    inputs: Linears that give, side by side, the query, key and value heads. norms: of each query head and each key head.
+    inputs: Linears that give, side by side, the query, key and value heads. norms: of the query and of the key heads, with as
+    many vectors as norm_heads says: 1 for all of them together. rows: (first row, rows) of the heads in a single input, in
+    the order of kernels, if it has another one. clip: what limits queries, keys and values, an attribute or a
+    field of the configuration; softcap: likewise what limits scores. layer_type: for which angles are, where there are several kinds.
     """
 
     inputs: tuple[str, ...]
@@ -42,7 +48,12 @@ class AttentionSpec:
     head_dim: int
     rotation: Rotation
     norms: tuple[str, ...] = ()
+    norm_heads: tuple[int, ...] = ()
     n_positions: int | None = None  # of a table of its own
+    rows: Rows = ()
+    clip: str | None = None
+    softcap: str | None = None
+    layer_type: str | None = None
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
@@ -57,21 +68,34 @@ class AttentionSpec:
         """(query heads, key heads, channels of one)."""
         return self.n_heads, self.n_kv_heads, self.head_dim
 
+    @property
+    def rotation_kind(self) -> str:
+        """In `functional.ROTATIONS`."""
+        return kind_of(self.rotation)
+
 
 class Attention(Block):
     """What all kinds share; they differ in where the angles come from."""
 
     layer_idx: int
-    live: ClassVar[tuple[str, ...]] = ("layer_idx", "scaling", "scale_attn")
+    live: ClassVar[tuple[str, ...]] = ("layer_idx", *SCALES, _DIVISOR)
     takes = ROLES
 
     def run(self, ops: Ops[X], x: X, residuals: Sequence[X] = ()) -> X:
         spec = self._hfopt.spec
-        inputs, output = ops.weights(self, "inputs", spec.inputs), ops.weights(self, "output", (spec.output,))
+        inputs, output = (
+            ops.weights(self, "inputs", spec.inputs, spec.rows),
+            ops.weights(self, "output", (spec.output,)),
+        )
         past = ops.past(self, x)
         qkv = ops.linear(x, inputs)
-        firsts, counts = (0, spec.n_heads), (spec.n_heads, spec.n_kv_heads)
-        for name, first, count in zip(spec.norms, firsts, counts, strict=False):  # most models have none
+        limit = None if spec.clip is None else setting(self, spec.clip)
+        if limit is not None:
+            qkv = ops.clamp(qkv, limit)
+        firsts = 0, spec.n_heads * spec.head_dim
+        for name, first, count in zip(
+            spec.norms, firsts, spec.norm_heads, strict=False
+        ):  # most models have none
             ops.norm_heads(self, name, qkv, first, count)
         past = ops.store(self, qkv, past)
         attended = ops.attend(self, qkv, past)
@@ -81,7 +105,12 @@ class Attention(Block):
     def scoring(self) -> Scoring:
         """How scores come about."""
         state = self.__dict__
-        return Scoring(1.0 / float(state["scale_attn"]) if "scale_attn" in state else state["scaling"])
+        if _DIVISOR in state:
+            scale = 1.0 / float(state[_DIVISOR])
+        else:
+            scale = next((float(state[name]) for name in SCALES if name in state), 1.0)
+        softcap = self._hfopt.spec.softcap
+        return Scoring(scale, None if softcap is None else setting(self, softcap))
 
     def idle_reason(self) -> str | None:
         return super().idle_reason() or attention_obstacle(self)
@@ -102,10 +131,13 @@ class RotaryAttention(Attention):
     """Llama's: the model hands down cos and sin."""
 
     def rotary(self, position_embeddings: Any, position_ids: Any) -> Angles | None:
-        return handed_down(*position_embeddings) if is_pair(position_embeddings) else None
+        if not is_pair(position_embeddings):
+            return None
+        return handed_down(*position_embeddings, self._hfopt.spec.rotation)
 
-    def angle_tables(self, rotary: Any, dtype: torch.dtype) -> AngleTables:
-        return computed_tables(rotary, dtype)
+    def angle_tables(self, rotary: Any, dtype: torch.dtype) -> AngleTables | None:
+        spec = self._hfopt.spec
+        return computed_tables(rotary, dtype, spec.rotation, spec.layer_type)
 
 
 class UnrotatedAttention(Attention):
@@ -123,7 +155,9 @@ class TableAttention(Attention):
 
     def rotary(self, position_embeddings: Any, position_ids: Any) -> Angles | None:
         if self._hfopt.spec.n_positions is None:
-            return handed_down(*position_embeddings[::-1]) if is_pair(position_embeddings) else None
+            if not is_pair(position_embeddings):
+                return None
+            return handed_down(*position_embeddings[::-1], self._hfopt.spec.rotation)
         if type(position_ids) is not torch.Tensor or position_ids.dim() != 2:
             return None
         table: Any = self._buffers["embed_positions"]
@@ -148,3 +182,9 @@ class TableAttention(Attention):
         if table is None:
             raise UnsupportedModel(f"{type(owner).__name__} has no table of angles")
         return stored_tables(table, key, dtype)
+
+
+def setting(module: Any, name: str) -> Any:
+    """What a module has under this name, among its attributes or the fields of its configuration; None if nothing."""
+    state = module.__dict__
+    return state[name] if name in state else getattr(state.get("config"), name, None)

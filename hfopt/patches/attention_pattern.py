@@ -7,17 +7,21 @@ from typing import Any
 
 import torch
 
+from hfopt.functional.linear import Rows
 from hfopt.host import Arguments
 from hfopt.patches.attention import (
+    SCALES,
     Attention,
     AttentionSpec,
     RotaryAttention,
     TableAttention,
     UnrotatedAttention,
+    setting,
 )
-from hfopt.patches.families.family import Angles, AttentionParts
+from hfopt.patches.facts import names_read
+from hfopt.patches.families.family import Angles, AttentionParts, Order
 from hfopt.patches.guards import attention_obstacle
-from hfopt.patches.norm import RMSNorm
+from hfopt.patches.norm import NormBlock
 from hfopt.patches.pattern import Pattern, has_children, unknown_parts
 from hfopt.patches.replacement import original_class
 from hfopt.patches.weights import is_linear
@@ -49,17 +53,22 @@ _KINDS: dict[Angles, _Kind] = {
     ),
 }
 _TABLE = "embed_positions"
+_SHARDS = 4  # CodeGen's, one for each of the machines that it was trained on
 # attributes that change nothing, or what the proof shows
 _KNOWN = (
-    "dropout", "embed_dim", "embed_positions", "enable_bias", "head_dim", "is_causal", "layer_type", "max_positions",
-    "num_attention_heads", "num_heads", "num_key_value_groups", "num_key_value_heads", "pos_embd_dim", "rotary_dim",
-    "scale_attn", "scaling", "sliding_window",
+    "alibi_slopes", "attention_type", "dropout", "embed_dim", "embed_positions", "enable_bias", "head_dim", "head_size",
+    "is_causal", "is_cross_attention", "is_decoder", "is_sliding", "kv_dim", "kv_heads", "layer_type", "max_positions",
+    "mp_num", "multi_query", "num_attention_heads", "num_heads", "num_key_value_groups", "num_key_value_heads",
+    "num_kv_heads", "pos_embd_dim", "qk_layernorm", "rotary_dim", "rotary_ndims", "sliding_window", "split_size",
+    "use_qk_norm", "use_rope", *SCALES, "scale_attn",
 )  # fmt: skip
+_HEAD_DIMS = ("head_dim", "head_size")
 
 
 def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str | None:
-    """What the module may be, one spec for each rotation."""
-    known = (*parts.inputs, parts.output, *parts.norms)
+    """What the module may be, one spec for each rotation and order of rows."""
+    norms = tuple(name for name in parts.norms if module._modules.get(name) is not None)
+    known = (*parts.inputs, parts.output, *norms)
     if not has_children(module, known):
         others = sorted(set(module._modules) - set(known))
         resembles = set(known) <= set(module._modules)
@@ -74,10 +83,28 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
     sizes = _sizes(module, parts)
     if isinstance(sizes, str):
         return sizes
+    norm_heads = [_heads_of(module, name, n, sizes[-1]) for name, n in zip(norms, sizes[1:3], strict=False)]
+    wrong = next((each for each in norm_heads if isinstance(each, str)), None)
+    if wrong is not None:
+        return wrong
     table = module._buffers.get(_TABLE)
-    n_positions = None if table is None else table.shape[0]
-    names = parts.inputs, parts.output
-    return [AttentionSpec(*names, *sizes, rotation, parts.norms, n_positions) for rotation in parts.rotations]
+    return [
+        AttentionSpec(
+            parts.inputs,
+            parts.output,
+            *sizes,
+            rotation,
+            norms,
+            tuple(norm_heads),
+            None if table is None else table.shape[0],
+            rows,
+            _setting_read(module, parts.clip),
+            _setting_read(module, parts.softcap),
+            vars(module).get("layer_type"),
+        )
+        for rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
+        for rotation in parts.rotations
+    ]
 
 
 def _flaw(module: Any, parts: AttentionParts) -> str | None:
@@ -87,15 +114,16 @@ def _flaw(module: Any, parts: AttentionParts) -> str | None:
     ]
     if owned != ([_TABLE] if parts.angles == "table" and owned else []):
         return "parameters or buffers of its own"
-    missing = [name for name in ("head_dim", "is_causal", "layer_idx") if name not in vars(module)]
-    if missing or not {"scaling", "scale_attn"} & set(vars(module)):
-        return f"no {', '.join(missing) or 'scaling'}"
-    if module.is_causal is not True:
-        return "its attention is not causal"
-    if not isinstance(module.layer_idx, int):
+    state = vars(module)
+    if not isinstance(state.get("layer_idx"), int):
         return "it has no layer_idx"
+    if not any(isinstance(state.get(name), int) for name in _HEAD_DIMS):
+        return f"no {' or '.join(_HEAD_DIMS)}"
+    if state.get("is_causal", True) is not True:
+        return "its attention is not causal"
     roles = ("attention_mask", "cache", *kind.needs)
-    return attention_obstacle(module) or unknown_parts(module, kind.replacement, _KNOWN, needs=roles)
+    known = (*_KNOWN, *(each for each in (parts.clip, parts.softcap) if each is not None))
+    return attention_obstacle(module) or unknown_parts(module, kind.replacement, known, needs=roles)
 
 
 def _sizes(module: Any, parts: AttentionParts) -> tuple[int, int, int, int] | str:
@@ -105,7 +133,8 @@ def _sizes(module: Any, parts: AttentionParts) -> tuple[int, int, int, int] | st
     if wrapped is not None:
         return f"{wrapped} is a {type(module._modules[wrapped]).__name__}, not a plain Linear"
     *inputs, output = (module._modules[name] for name in names)
-    head_dim, hidden_size = module.head_dim, output.out_features
+    head_dim = next(vars(module)[name] for name in _HEAD_DIMS if name in vars(module))
+    hidden_size = output.out_features
     n_heads, n_all = output.in_features // head_dim, sum(each.out_features for each in inputs)
     n_kv_heads = (n_all // head_dim - n_heads) // 2
     sizes = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim]
@@ -113,13 +142,40 @@ def _sizes(module: Any, parts: AttentionParts) -> tuple[int, int, int, int] | st
     fits = fits and [each.out_features for each in inputs] == (sizes if len(inputs) > 1 else [sum(sizes)])
     if not fits or n_kv_heads < 1 or n_heads % n_kv_heads:
         return "its projections do not fit together"
-    for name in parts.norms:
-        norm = module._modules[name]
-        if not isinstance(norm, RMSNorm):
-            return f"{name} is not swapped"
-        if norm._hfopt.spec.size != head_dim:
-            return f"{name} is over {norm._hfopt.spec.size} channels, not those of a head"
     return hidden_size, n_heads, n_kv_heads, head_dim
+
+
+def _heads_of(module: Any, name: str, n_heads: int, head_dim: int) -> int | str:
+    """How many vectors a norm of so many heads is for, or what is wrong with it."""
+    norm = module._modules[name]
+    if not isinstance(norm, NormBlock):
+        return f"{name} is not swapped"
+    shape = norm._hfopt.spec.shape
+    if shape in ((head_dim,), (n_heads, head_dim)):
+        return n_heads
+    return 1 if shape == (n_heads * head_dim,) else f"{name} is over {shape} channels, not those of a head"
+
+
+def _setting_read(module: Any, name: str | None) -> str | None:
+    """The name, if the module reads it and has something there."""
+    return None if name is None or name not in names_read(module) or setting(module, name) is None else name
+
+
+def _rows(order: Order, n_heads: int, n_kv_heads: int, head_dim: int) -> Rows:
+    """(first row, rows) of the heads of queries, then keys, then values in a single Linear; empty if they lie so."""
+    if order == "stacked":
+        return ()
+    if order == "shards":
+        n = n_heads // _SHARDS * head_dim
+        return tuple(((3 * shard + part) * n, n) for part in (0, 2, 1) for shard in range(_SHARDS))
+    n = n_heads // n_kv_heads
+    group = (n + 2) * head_dim
+    places = ((0, n), (n, 1), (n + 1, 1))
+    return tuple(
+        (index * group + first * head_dim, count * head_dim)
+        for first, count in places
+        for index in range(n_kv_heads)
+    )
 
 
 def _trial(call: Any, spec: AttentionSpec, scene: Any) -> list[torch.Tensor]:
@@ -136,6 +192,8 @@ def _scale(module: Any, spec: AttentionSpec, dtype: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(16, spec.hidden_size, generator=generator).to(dtype)
     qkv = torch.cat([module._modules[name].forward(hidden_states) for name in spec.inputs], -1).float()
+    if spec.rows:
+        qkv = torch.cat([qkv[:, first : first + n] for first, n in spec.rows], -1)
     query, key, _ = qkv.unflatten(-1, (-1, spec.head_dim)).split(
         (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads), dim=1
     )

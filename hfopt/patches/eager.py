@@ -8,8 +8,9 @@ from torch import Tensor
 
 from hfopt import functional
 from hfopt.cache import IndirectCache
-from hfopt.functional import Epilogue, Mask, Weights
+from hfopt.functional import Epilogue, Mask, Norm, Weights
 from hfopt.functional.epilogue import PLAIN
+from hfopt.functional.linear import Rows
 from hfopt.patches.activation import fused_activation
 from hfopt.patches.angles import are_angles, remembered
 from hfopt.patches.guards import are_readable, attention_kind, wants_attentions
@@ -70,8 +71,8 @@ class Eager:
 
     # ---- linear layers ----------------------------------------------------------------------------------------------
 
-    def weights(self, module: Any, role: str, names: Sequence[str], n_parts: int = 1) -> Weights:
-        found = read_children(module, role, names, n_parts)
+    def weights(self, module: Any, role: str, names: Sequence[str], rows: Rows = ()) -> Weights:
+        found = read_children(module, role, names, rows)
         if found is None or found.dtype not in (None, self._dtype):
             raise Declined
         return found
@@ -99,21 +100,23 @@ class Eager:
 
     # ---- norms and scales -------------------------------------------------------------------------------------------
 
-    def rms_norm(self, x: Tensor, weight: Any, eps: float) -> Tensor:
-        self._check_vectors(weight)
-        return functional.rms_norm(x.contiguous(), weight, eps)
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        self._check_vectors(norm)
+        return functional.norm(x.contiguous(), norm)
 
-    def layer_norm(self, x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-        self._check_vectors(*(each for each in (weight, bias) if each is not None))
-        return functional.layer_norm(x.contiguous(), weight, bias, eps)
-
-    def _check_vectors(self, *vectors: Any) -> None:
-        if not all(isinstance(each, torch.nn.Parameter) and each.dtype is self._dtype for each in vectors):
+    def _check_vectors(self, norm: Norm) -> None:
+        vectors = norm.weight, norm.bias
+        if not all(
+            each is None or (isinstance(each, torch.nn.Parameter) and each.dtype is self._dtype)
+            for each in vectors
+        ):
             raise Declined
 
     def norm_heads(self, module: Any, name: str, qkv: Tensor, first: int, count: int) -> None:
-        norm = module._modules[name]
-        functional.rms_norm_heads(qkv, norm._parameters["weight"], norm.epsilon, first, count)
+        functional.norm_heads(qkv, module._modules[name].norm, first, count)
+
+    def clamp(self, x: Tensor, limit: float) -> Tensor:
+        return functional.clamp(x, limit)
 
     def scale(self, x: Tensor, factor: float, residual: Tensor | None = None) -> Tensor:
         return functional.scale(x, factor, residual=residual)
@@ -131,7 +134,7 @@ class Eager:
             norm = attention._modules[name]
             if not isinstance(norm, Replacement) or not is_usable(norm):
                 raise Declined
-            self._check_vectors(norm._parameters["weight"])
+            self._check_vectors(norm.norm)
         rotary = attention.rotary(given.get("position_embeddings"), given.get("position_ids"))
         if rotary is None:
             raise Declined
@@ -151,7 +154,7 @@ class Eager:
         appended = past.cache.append(past.layer, n_rows, n_new, spec.n_kv_heads, spec.head_dim, self._dtype)
         n_heads, n_kv_heads, head_dim = spec.heads
         angles = past.cos, past.sin
-        functional.rotate_and_store(qkv, *angles, appended, n_heads, n_kv_heads, head_dim, spec.rotation)
+        functional.rotate_and_store(qkv, *angles, appended, n_heads, n_kv_heads, head_dim, spec.rotation_kind)
         return past._replace(appended=appended)
 
     def attend(self, attention: Any, qkv: Tensor, past: Past) -> Tensor:

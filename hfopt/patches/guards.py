@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from hfopt import host
 from hfopt.host import captured_outputs, is_capture
 from hfopt.patches.facts import class_names_read
+from hfopt.words import DTYPES
 
-DTYPES = (torch.float32, torch.bfloat16)
 DO_NOTHING = (nn.Dropout, nn.Identity)  # in evaluation mode
 
 

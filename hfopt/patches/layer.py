@@ -5,6 +5,7 @@ kernels there is no layer in kernels.
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class LayerSpec:
 
     attention: str
     norms: tuple[str, ...]
+    post_norms: tuple[str, ...]
     mlp: str | None
     hidden_size: int
     n_positions: int | None = None  # of a table of its attention's own
@@ -43,7 +45,7 @@ class LayerSpec:
 
     @functools.cached_property
     def parts(self) -> tuple[str, ...]:
-        return (self.attention, *self.norms, *(() if self.mlp is None else (self.mlp,)))
+        return (self.attention, *self.norms, *self.post_norms, *(() if self.mlp is None else (self.mlp,)))
 
     @property
     def activation(self) -> str | None:
@@ -57,38 +59,44 @@ class Layer(Block):
 
 
 class SequentialLayer(Layer):
-    """Llama's: `h = x + attention(norm(x))`, `h + mlp(norm(h))`; Granite's scales what is added."""
+    """Llama's: `h = x + attention(norm(x))`, `h + mlp(norm(h))`; some have norms, or a factor, of what is added."""
 
     def run(self, ops: Ops[X], x: X) -> X:
         spec = self._hfopt.spec
-        first, second = spec.norms
-        normed = ops.part(self, first, x)
-        if spec.multiplier is None:
-            h = ops.attention(self, spec.attention, normed, (x,))
-            return ops.part(self, spec.mlp, ops.part(self, second, h), (h,))
-        factor = self.__dict__[spec.multiplier]
-        h = ops.scale(ops.attention(self, spec.attention, normed), factor, x)
-        return ops.scale(ops.part(self, spec.mlp, ops.part(self, second, h)), factor, h)
+        for index, attends in enumerate((True, False)):
+            normed = ops.part(self, spec.norms[index], x) if spec.norms else x
+            residuals = () if spec.post_norms or spec.multiplier else (x,)
+            y = (
+                ops.attention(self, spec.attention, normed, residuals)
+                if attends
+                else ops.part(self, spec.mlp, normed, residuals)
+            )
+            if spec.post_norms:
+                y = ops.part(self, spec.post_norms[index], y, () if spec.multiplier else (x,))
+            x = y if spec.multiplier is None else ops.scale(y, self.__dict__[spec.multiplier], x)
+        return x
 
 
 class ParallelLayer(Layer):
-    """GPT-J's: `x + attention(norm(x)) + mlp(norm(x))`."""
+    """GPT-J's: `x + attention(norm(x)) + mlp(norm(x))`; some have a norm for each."""
 
     def run(self, ops: Ops[X], x: X) -> X:
         spec = self._hfopt.spec
-        normed = ops.part(self, spec.norms[0], x)
+        first, *others = spec.norms
+        normed = ops.part(self, first, x)
         attended = ops.attention(self, spec.attention, normed)
+        for second in others:
+            normed = ops.part(self, second, x)
         return ops.part(self, spec.mlp, normed, (attended, x))
 
 
 class InlineLayer(Layer):
     """OPT's: the feed-forward block is in the layer itself, and norms stand before or after both parts."""
 
-    do_layer_norm_before: bool
     live = ("do_layer_norm_before",)
 
     def run(self, ops: Ops[X], x: X) -> X:
-        spec, is_pre_norm = self._hfopt.spec, self.do_layer_norm_before
+        spec, is_pre_norm = self._hfopt.spec, self.__dict__.get("do_layer_norm_before", True)
         first, activation, second = spec.inner
         attention_norm, final_norm = spec.norms
         inputs, output = ops.weights(self, "inputs", (first,)), ops.weights(self, "output", (second,))
@@ -106,18 +114,23 @@ _KINDS: dict[Topology, type[Layer]] = {
     "inline": InlineLayer,
 }
 # attributes that change nothing, or what the proof shows
-_KNOWN = ("attention_type", "do_layer_norm_before", "dropout", "embed_dim", "hidden_size", "layer_type")
+_KNOWN = (
+    "activation_dropout", "attention_type", "do_layer_norm_before", "dropout", "embed_dim", "hidden_dropout",
+    "hidden_size", "layer_type", "num_heads", "use_parallel_residual",
+)  # fmt: skip
 
 
-def _recognise(parts: LayerParts, module: Any) -> LayerSpec | str | None:
+def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec | str | None:
     inner = None if isinstance(parts.mlp, str) else parts.mlp
     mlp = (parts.mlp,) if isinstance(parts.mlp, str) else parts.mlp
-    if not has_children(module, (parts.attention, *parts.norms, *mlp)) or not owns_nothing(module):
+    if not has_children(module, (parts.attention, *parts.norms, *parts.post_norms, *mlp)) or not owns_nothing(
+        module
+    ):
         return None
     scales = () if parts.multiplier is None else (parts.multiplier,)
     if not all(isinstance(vars(module).get(name), float | int) for name in scales):
         return None
-    kind = _KINDS[parts.topology]
+    kind = _KINDS[topology]
     unknown = unknown_parts(module, kind, (*_KNOWN, *scales), needs=("attention_mask", "cache"))
     if unknown is not None:
         return unknown
@@ -126,13 +139,13 @@ def _recognise(parts: LayerParts, module: Any) -> LayerSpec | str | None:
         return "its attention is not swapped"
     size, n_positions = attention._hfopt.spec.hidden_size, attention._hfopt.spec.n_positions
     if inner is None:
-        names = parts.attention, parts.norms, mlp[0]
+        names = parts.attention, parts.norms, parts.post_norms, mlp[0]
         return LayerSpec(*names, size, n_positions, multiplier=parts.multiplier)
     first, activation, second = inner
     if not is_linear(module._modules[first]) or not is_linear(module._modules[second]):
         return f"{first} or {second} is not a plain Linear"
     matched = match_activation(module._modules[activation])
-    return LayerSpec(parts.attention, parts.norms, None, size, n_positions, inner, matched)
+    return LayerSpec(parts.attention, parts.norms, (), None, size, n_positions, inner, matched)
 
 
 def _trial(call: Any, spec: LayerSpec, scene: Any) -> list[torch.Tensor]:
@@ -143,7 +156,8 @@ def _trial(call: Any, spec: LayerSpec, scene: Any) -> list[torch.Tensor]:
     return outputs
 
 
-def pattern_of(parts: LayerParts) -> Pattern:
-    """How a layer with these children is recognised and proven."""
-    kind = _KINDS[parts.topology]
-    return Pattern(f"{parts.topology}_layer", "layer", kind, functools.partial(_recognise, parts), _trial)
+def patterns_of(parts: LayerParts) -> Iterator[Pattern]:
+    """How a layer with these children is recognised and proven, for each topology that it may have."""
+    for topology in (parts.topology,) if isinstance(parts.topology, str) else parts.topology:
+        recognise = functools.partial(_recognise, parts, topology)
+        yield Pattern(f"{topology}_layer", "layer", _KINDS[topology], recognise, _trial)

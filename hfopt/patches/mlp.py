@@ -8,27 +8,27 @@ from typing import Any
 import torch
 
 from hfopt.functional import Epilogue
+from hfopt.functional.linear import Rows
 from hfopt.patches.activation import match_activation
 from hfopt.patches.block import Block
 from hfopt.patches.families.family import MlpParts
+from hfopt.patches.guards import DO_NOTHING
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, takes_one_input
 from hfopt.patches.weights import is_linear
-
-_ACTIVATIONS = ("act_fn", "activation_fn", "act")
 
 
 @dataclass(frozen=True)
 class MlpSpec:
     """Names of the children, and the kernels' activation between them (None: it runs in torch).
 
-    n_parts: matrices that each input holds.
+    rows: (first row, rows) of the matrices that a single input holds.
     """
 
     inputs: tuple[str, ...]
     activation: str
     output: str
-    n_parts: int
+    rows: Rows
     hidden_size: int
     activation_name: str | None
 
@@ -46,7 +46,7 @@ class Mlp(Block):
 
     def run(self, ops: Ops[X], x: X, residuals: Sequence[X] = ()) -> X:
         spec = self._hfopt.spec
-        inputs = ops.weights(self, "inputs", spec.inputs, spec.n_parts)
+        inputs = ops.weights(self, "inputs", spec.inputs, spec.rows)
         output = ops.weights(self, "output", (spec.output,))
         inner = ops.activate(self, spec.activation, x, inputs, gated=self.gated)
         return ops.linear(inner, output, Epilogue(residuals=residuals))
@@ -63,8 +63,9 @@ class PlainMlp(Mlp):
 
 
 def _recognise(parts: MlpParts, module: Any) -> MlpSpec | str | None:
-    activation = next((name for name in _ACTIVATIONS if name in module._modules), None)
     linears = (*parts.inputs, parts.output)
+    others = (name for name, child in module._modules.items() if child is not None and name not in linears)
+    activation = next((name for name in others if type(module._modules[name]) not in DO_NOTHING), None)
     if activation is None or not has_children(module, (*linears, activation)):
         return None
     if not owns_nothing(module) or not takes_one_input(module):
@@ -73,11 +74,12 @@ def _recognise(parts: MlpParts, module: Any) -> MlpSpec | str | None:
     if wrapped is not None:
         return f"{wrapped} is a {type(module._modules[wrapped]).__name__}, not a plain Linear"
     first, output = module._modules[parts.inputs[0]], module._modules[parts.output]
-    n_parts = 2 if parts.is_fused else 1
-    if first.out_features != n_parts * output.in_features:
+    n = output.in_features
+    rows = ((0, n), (n, n)) if parts.is_fused else ()
+    if first.out_features != n * max(len(rows), 1):
         return "its Linears do not fit together"
     matched = match_activation(module._modules[activation])
-    return MlpSpec(parts.inputs, activation, parts.output, n_parts, first.in_features, matched)
+    return MlpSpec(parts.inputs, activation, parts.output, rows, first.in_features, matched)
 
 
 def _trial(call: Any, spec: MlpSpec, scene: Any) -> list[torch.Tensor]:

@@ -1,83 +1,122 @@
-"""Norms over the last dimension: RMSNorm as Llama computes it, and LayerNorm."""
+"""Norms over the last dimension: RMSNorm and LayerNorm, of whatever class, told apart by the proof."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from hfopt.functional import Norm
 from hfopt.patches.block import Block
 from hfopt.patches.ops import Ops, X
-from hfopt.patches.pattern import Pattern, attributes, takes_one_input
+from hfopt.patches.pattern import Pattern, attributes, has_children, takes_one_input
+
+_EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
+_USUAL_EPS = (1e-5, 1e-6)  # what classes that keep none among their attributes have in their code
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """Size and epsilon of a norm, and which vectors it has."""
+    """Shape and epsilon of a norm, and which vectors it has.
 
-    size: int
-    eps_name: str
+    shape: [size], or [n_heads, size] of one for heads that have vectors of their own. eps_name: the attribute that holds it,
+    if there is one. unit_offset: as in `functional.Norm`.
+    """
+
+    shape: tuple[int, ...]
+    eps_name: str | None
     eps: float
     affine: bool = True
     bias: bool = False
+    unit_offset: bool = False
 
     reads = ("",)
     parts = ()
 
+    @property
+    def size(self) -> int:
+        """Channels of what is normalised."""
+        return self.shape[-1]
 
-class RMSNorm(Block):
-    """`x / sqrt(mean(x^2) + eps) * weight`."""
 
-    live = ("variance_epsilon", "eps")
+class NormBlock(Block):
+    """`functional.Norm` of the module's own vectors."""
 
-    def run(self, ops: Ops[X], x: X) -> X:
-        return ops.rms_norm(x, self._parameters["weight"], self.epsilon)
+    kind: Literal["rms", "layer"]
+    live = _EPS_NAMES
+
+    def run(self, ops: Ops[X], x: X, residuals: Sequence[X] = ()) -> X:
+        y = ops.norm(x, self.norm)
+        for residual in residuals:
+            y = ops.scale(y, 1.0, residual)
+        return y
 
     @property
-    def epsilon(self) -> float:
-        """The eps of the formula, under whatever name the module has it."""
-        eps: float = self.__dict__[self._hfopt.spec.eps_name]
-        return eps
+    def norm(self) -> Norm:
+        """What it computes now."""
+        spec, parameters = self._hfopt.spec, self._parameters
+        eps = spec.eps if spec.eps_name is None else self.__dict__[spec.eps_name]
+        return Norm(self.kind, parameters.get("weight"), parameters.get("bias"), eps, spec.unit_offset)
 
 
-class LayerNorm(Block):
+class RMSNorm(NormBlock):
+    """`x / sqrt(mean(x^2) + eps) * weight`, or `* (1 + weight)`."""
+
+    kind = "rms"
+
+
+class LayerNorm(NormBlock):
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`, where there is a weight or a bias."""
 
-    live = ("eps",)
-
-    def run(self, ops: Ops[X], x: X) -> X:
-        return ops.layer_norm(x, self._parameters["weight"], self._parameters["bias"], self.__dict__["eps"])
+    kind = "layer"
 
 
-def _recognise_rms_norm(module: Any) -> NormSpec | None:
-    weight = module._parameters.get("weight")
-    if (
-        len(module._parameters) != 1
-        or weight is None
-        or weight.dim() != 1
-        or module._buffers
-        or module._modules
-    ):
+def _recognise_rms_norm(module: Any) -> list[NormSpec] | None:
+    if isinstance(module, nn.LayerNorm):
         return None
-    eps_name = next((name for name in ("variance_epsilon", "eps") if name in attributes(module)), None)
-    if eps_name is None or not isinstance(getattr(module, eps_name), float) or not takes_one_input(module):
-        return None
-    return NormSpec(weight.shape[0], eps_name, getattr(module, eps_name))
+    found = _read(module)
+    return [each for each in found if not each.bias] or None
 
 
-def _recognise_layer_norm(module: Any) -> NormSpec | str | None:
-    if not isinstance(module, nn.LayerNorm) or not takes_one_input(module):
-        return None
-    if len(module.normalized_shape) != 1:
+def _recognise_layer_norm(module: Any) -> list[NormSpec] | str | None:
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
         return "it normalises several dimensions"
-    size = module.normalized_shape[0]
-    return NormSpec(size, "eps", module.eps, module.weight is not None, module.bias is not None)
+    return _read(module) or None
+
+
+def _read(module: Any) -> list[NormSpec]:
+    """What the module may be, if it is a norm."""
+    names = {name for name, each in module._parameters.items() if each is not None}
+    if not names <= {"weight", "bias"} or not has_children(module, ()) or not takes_one_input(module):
+        return []
+    known = [each for each in module._buffers.values() if each is not None]
+    shapes = {tuple(module._parameters[name].shape) for name in names}
+    shape = next(iter(shapes)) if shapes else _shape_without_vectors(module)
+    if known or len(shapes) > 1 or shape is None or len(shape) not in (1, 2):
+        return []
+    state = vars(module)
+    eps_name = next((name for name in _EPS_NAMES if isinstance(state.get(name), float)), None)
+    if eps_name is None and (names or any("eps" in name for name in attributes(module))):
+        return []
+    eps = _USUAL_EPS if eps_name is None else (state[eps_name],)
+    offsets = (False, True) if "weight" in names else (False,)
+    return [
+        NormSpec(shape, eps_name, each, "weight" in names, "bias" in names, offset)
+        for offset in offsets
+        for each in eps
+    ]
+
+
+def _shape_without_vectors(module: Any) -> tuple[int, ...] | None:
+    shape = vars(module).get("normalized_shape")
+    return tuple(shape) if isinstance(shape, tuple | list | torch.Size) else None
 
 
 def _trial(call: Any, spec: NormSpec, scene: Any) -> list[torch.Tensor]:
-    usual, small = scene.hidden_states(3, spec.size), scene.hidden_states(3, spec.size) / 128
-    # the small input shows where eps goes
-    return list(call(hidden_states=torch.stack([usual, small])))
+    usual, small = scene.hidden_states(3, *spec.shape), scene.hidden_states(3, *spec.shape) / 128
+    # the small input shows where eps goes, the last one whether a mean is taken away
+    return list(call(hidden_states=torch.stack([usual, small, usual + 1])))
 
 
 RMS_NORM = Pattern("rms_norm", "norm", RMSNorm, _recognise_rms_norm, _trial)

@@ -5,8 +5,9 @@ program writes them down as instructions. A block reads like the model's own cod
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
-from hfopt.functional import Epilogue, Weights
+from hfopt.functional import Epilogue, Norm, Weights
 from hfopt.functional.epilogue import PLAIN
+from hfopt.functional.linear import Rows
 
 X = TypeVar("X")
 
@@ -27,9 +28,9 @@ class Ops(Protocol[X]):
     def attention(self, module: Any, name: str, x: X, residuals: Sequence[X] = ()) -> X:
         """The child `name` of the module, which is attention, plus the residuals."""
 
-    def weights(self, module: Any, role: str, names: Sequence[str], n_parts: int = 1) -> Weights:
-        """The matrices of these Linears, each of n_parts matrices one below the other, as one record, which is remembered
-        under `role`; without names those of the module itself.
+    def weights(self, module: Any, role: str, names: Sequence[str], rows: Rows = ()) -> Weights:
+        """The matrices of these Linears as one record, which is remembered under `role`; without names those of the module
+        itself. rows: (first row, rows) of the matrices that a single Linear is read as.
         """
 
     def linear(self, x: X, weights: Weights, epilogue: Epilogue[X] = PLAIN) -> X:
@@ -38,14 +39,14 @@ class Ops(Protocol[X]):
     def activate(self, module: Any, name: str, x: X, weights: Weights, *, gated: bool = False) -> X:
         """A linear layer with the activation that the child `name` computes as its epilogue."""
 
-    def rms_norm(self, x: X, weight: Any, eps: float) -> X:
-        """`functional.rms_norm`."""
-
-    def layer_norm(self, x: X, weight: Any, bias: Any, eps: float) -> X:
-        """`functional.layer_norm`."""
+    def norm(self, x: X, norm: Norm) -> X:
+        """`functional.norm`."""
 
     def norm_heads(self, module: Any, name: str, qkv: X, first: int, count: int) -> None:
-        """Each of `count` heads from the first on, in place, as the norm of the child `name` makes it."""
+        """Each of `count` heads from channel `first` on, in place, as the norm of the child `name` makes it."""
+
+    def clamp(self, x: X, limit: float) -> X:
+        """`functional.clamp`."""
 
     def scale(self, x: X, factor: float, residual: X | None = None) -> X:
         """x * factor, plus the residual if there is one."""

@@ -9,12 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfopt.errors import InvalidInput, UnsupportedModel
-from hfopt.patches.guards import DTYPES, has_own_forward
+from hfopt.patches.guards import has_own_forward
 from hfopt.patches.linear import Linear
 from hfopt.patches.quantized import QuantizedLinear, quantize_linear, unquantize_linear
 from hfopt.patches.replacement import Replacement, original_class, swap, unswap
 from hfopt.quantization import Format, InputStatistics, QuantizationConfig
 from hfopt.quantization.plan import Layer, plan
+from hfopt.words import DTYPES
 
 
 @dataclass(frozen=True)

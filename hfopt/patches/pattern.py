@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 from hfopt.host import Arguments
-from hfopt.patches.facts import HARMLESS
-from hfopt.patches.guards import DO_NOTHING, DTYPES, is_bare
+from hfopt.patches.facts import HARMLESS, helper_names_read, names_read
+from hfopt.patches.guards import DO_NOTHING, is_bare
 from hfopt.patches.replacement import Replacement, original_class
-from hfopt.words import dtype_name
+from hfopt.words import DTYPES, dtype_name
+
+_OF_DROPOUT = ("dropout", "pdrop")  # in names of probabilities, which mean nothing in evaluation mode
+# what transformers' attention functions, which are in files of their own, read of the module that they are called for
+READ_BY_ATTENTION = frozenset({"is_causal", "num_key_value_groups", "sliding_window"})
 
 
 class Spec(Protocol):
@@ -46,7 +50,8 @@ class Pattern:
 
 def attributes(module: nn.Module) -> set[str]:
     """Names of public instance attributes (no children, parameters or buffers) that may mean something."""
-    return {name for name in vars(module) if not name.startswith("_")} - HARMLESS
+    names = {name for name in vars(module) if not name.startswith("_")} - HARMLESS
+    return {name for name in names if not any(part in name for part in _OF_DROPOUT)}
 
 
 def has_children(module: nn.Module, required: Collection[str]) -> bool:
@@ -64,11 +69,12 @@ def owns_nothing(module: nn.Module) -> bool:
 def unknown_parts(
     module: nn.Module, replacement: type[Replacement], known: Iterable[str], *, needs: Iterable[str] = ()
 ) -> str | None:
-    """In words, what attributes, or arguments of its `forward`, the replacement does not know.
+    """In words, what attributes that its `forward` reads, or arguments of that, the replacement does not know.
 
     needs: roles that there has to be an argument for.
     """
-    unknown = attributes(module) - set(known)
+    read = names_read(module) | helper_names_read(module) | READ_BY_ATTENTION
+    unknown = (attributes(module) & read) - set(known)
     if unknown:
         return f"unknown attributes {', '.join(sorted(unknown))}"
     arguments = Arguments.of(original_class(module).forward, replacement.takes)
@@ -101,7 +107,7 @@ def obstacle(module: nn.Module, spec: Spec) -> str | None:
     if len(dtypes) > 1:
         return f"its weights have several dtypes ({', '.join(sorted(map(dtype_name, dtypes)))})"
     if dtypes and not dtypes <= set(DTYPES):
-        return f"dtype {dtype_name(dtypes.pop())} is not supported (float32, bfloat16)"
+        return f"dtype {dtype_name(dtypes.pop())} is not supported ({', '.join(map(dtype_name, DTYPES))})"
     if any(type(tensor) is not nn.Parameter for tensor in tensors):
         return "its weights are tensor subclasses"
     if any(not tensor.is_cpu for tensor in tensors):

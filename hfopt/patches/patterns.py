@@ -1,17 +1,13 @@
 """All patterns: those of the families' parts, and of parts that stand in models of no family."""
 
+import itertools
+
 from hfopt.patches import attention_pattern, layer, mlp
 from hfopt.patches.families import FAMILIES
-from hfopt.patches.families.family import MlpParts
 from hfopt.patches.linear import LINEAR
 from hfopt.patches.norm import LAYER_NORM, RMS_NORM
 
-_MLPS = (
-    *(family.mlp for family in FAMILIES if family.mlp is not None),
-    MlpParts(("fc1",), "fc2"),
-    MlpParts(("c_fc",), "c_proj"),
-    MlpParts(("up_proj",), "down_proj"),
-)
+_MLPS = (family.mlp for family in FAMILIES if family.mlp is not None)
 
 # families have parts in common; of those that name more, what they say of a module is closer to it
 _ATTENTIONS = sorted({family.attention: None for family in FAMILIES}, key=lambda parts: -len(parts.norms))
@@ -24,6 +20,6 @@ PATTERNS = (
     LAYER_NORM,
     *map(attention_pattern.pattern_of, _ATTENTIONS),
     *map(mlp.pattern_of, dict.fromkeys(_MLPS)),
-    *map(layer.pattern_of, _LAYERS),
+    *itertools.chain.from_iterable(map(layer.patterns_of, _LAYERS)),
     LINEAR,
 )

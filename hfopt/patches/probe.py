@@ -20,7 +20,7 @@ from hfopt.patches.quantized import QuantizedLinear
 from hfopt.patches.replacement import Form, Record, Replacement, original_class, replacement_class
 
 # Largest difference allowed, as a share of the largest value.
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 # More is allowed, up to a limit, where the original itself answers a last-bit change of its input with more.
 _NOISE_FACTOR, _NOISE_LIMIT = 2.0, 0.1
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from hfopt import functional
 from hfopt.errors import InvalidInput
 from hfopt.functional import QuantizedWeights
+from hfopt.functional.linear import Rows
 from hfopt.patches.guards import is_plain_inference, is_readable
 from hfopt.patches.replacement import Record
 from hfopt.quantization import Format, Packed, layout_of
@@ -155,14 +156,14 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 def read_quantized(
-    record: Record, role: str, linears: Sequence[QuantizedLinear], n_parts: int = 1
+    record: Record, role: str, linears: Sequence[QuantizedLinear], rows: Rows = ()
 ) -> QuantizedWeights | None:
     """The packed matrices of these Linears as one record, or None where kernels cannot read them together.
 
-    n_parts: matrices that each Linear holds, one below the other.
+    rows: (first row, rows) of the matrices that a single Linear is read as.
     """
     format, in_features = linears[0].format, linears[0].in_features
-    parts = [_split(linear, n_parts) for linear in linears]
+    parts = [_split(linear, rows) for linear in linears]
     if any(linear.format != format for linear in linears) or None in parts:
         record.weights.pop(role, None)
         return None
@@ -170,21 +171,15 @@ def read_quantized(
     return read_matrices(record, role, format, in_features, matrices, biases)
 
 
-def parts_of(tensor: torch.Tensor | None, n_parts: int) -> Sequence[torch.Tensor | None]:
-    """Rows of a tensor in n_parts equal parts, as views; of None as many times None."""
-    return [None] * n_parts if tensor is None else tensor.detach().chunk(n_parts)
-
-
-def _split(linear: QuantizedLinear, n_parts: int) -> list[tuple[QuantizedMatrix, torch.Tensor | None]] | None:
-    """Equal parts of the rows and the bias; None where a part would begin within a block."""
+def _split(linear: QuantizedLinear, rows: Rows) -> list[tuple[QuantizedMatrix, torch.Tensor | None]] | None:
+    """The matrix and its bias, or these rows of both; None where rows begin within a block."""
     matrix, bias = linear.matrix, linear._parameters["bias"]
-    if n_parts == 1:
+    if not rows:
         return [(matrix, bias)]
-    n_rows, left = divmod(matrix.out_features, n_parts)
-    parts = [matrix.rows(place * n_rows, n_rows) for place in range(n_parts)]
-    biases = parts_of(bias, n_parts)
+    parts = [matrix.rows(first, n) for first, n in rows]
+    biases = [None if bias is None else bias.detach()[first : first + n] for first, n in rows]
     found = [(part, each) for part, each in zip(parts, biases, strict=True) if part is not None]
-    return None if left or len(found) < n_parts else found
+    return None if len(found) < len(rows) else found
 
 
 def read_matrices(

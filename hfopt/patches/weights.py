@@ -7,8 +7,9 @@ from torch import nn
 
 from hfopt.errors import InvalidInput
 from hfopt.functional import LinearWeights, MixedWeights, QuantizedWeights, Weights
+from hfopt.functional.linear import Rows
 from hfopt.patches.guards import is_bare
-from hfopt.patches.quantized import QuantizedLinear, parts_of, read_quantized
+from hfopt.patches.quantized import QuantizedLinear, read_quantized
 from hfopt.patches.replacement import Record, Replacement, original_class
 
 
@@ -17,21 +18,19 @@ def is_linear(module: nn.Module | None) -> bool:
     return module is not None and original_class(module) in (nn.Linear, QuantizedLinear)
 
 
-def read_weights(record: Record, role: str, linears: Sequence[Any], n_parts: int = 1) -> Weights | None:
+def read_weights(record: Record, role: str, linears: Sequence[Any], rows: Rows = ()) -> Weights | None:
     """The weights of these Linears as one record, or None where kernels cannot read them.
 
-    n_parts: matrices that each of them holds, one below the other, for kernels that read them side by side.
+    rows: (first row, rows) of the matrices that a single Linear is read as.
     """
     quantized = [isinstance(linear, QuantizedLinear) for linear in linears]
     if not any(quantized):
-        return _read_floats(record, role, linears, n_parts)
+        return _read_floats(record, role, linears, rows)
     if all(quantized):
-        known = read_quantized(record, role, linears, n_parts)
+        known = read_quantized(record, role, linears, rows)
         if known is not None or len(linears) == 1:
             return known
-    parts = [
-        read_weights(record, f"{role} {index}", (linear,), n_parts) for index, linear in enumerate(linears)
-    ]
+    parts = [read_weights(record, f"{role} {index}", (linear,), rows) for index, linear in enumerate(linears)]
     found = [part for part in parts if isinstance(part, LinearWeights | QuantizedWeights)]
     try:
         return MixedWeights(tuple(found)) if len(found) == len(parts) else None
@@ -39,12 +38,9 @@ def read_weights(record: Record, role: str, linears: Sequence[Any], n_parts: int
         return None
 
 
-def _read_floats(record: Record, role: str, linears: Sequence[Any], n_parts: int) -> LinearWeights | None:
+def _read_floats(record: Record, role: str, linears: Sequence[Any], rows: Rows) -> LinearWeights | None:
     weights = [linear._parameters["weight"] for linear in linears]
     biases = [linear._parameters["bias"] for linear in linears]
-    if n_parts > 1:
-        weights = [part for each in weights for part in parts_of(each, n_parts)]
-        biases = [part for each in biases for part in parts_of(each, n_parts)]
     known = record.weights.get(role)
     if isinstance(known, LinearWeights) and known.reads(weights, biases):
         return known
@@ -53,20 +49,20 @@ def _read_floats(record: Record, role: str, linears: Sequence[Any], n_parts: int
     if any(type(linear._parameters["weight"]) is not nn.Parameter for linear in linears):
         return None
     try:
-        known = record.weights[role] = LinearWeights.of(weights, biases)
+        known = record.weights[role] = LinearWeights.of(weights, biases, rows)
     except InvalidInput:
         return None
     return known
 
 
-def read_children(module: Replacement, role: str, names: Sequence[str], n_parts: int = 1) -> Weights | None:
+def read_children(module: Replacement, role: str, names: Sequence[str], rows: Rows = ()) -> Weights | None:
     """The weights of these children, or None if one has to be called itself (an adapter, a hook); without names those of
     the module itself."""
     if not names:
-        return read_weights(module._hfopt, role, (module,), n_parts)
+        return read_weights(module._hfopt, role, (module,), rows)
     children = module._modules
     linears = [children[name] for name in names]
     for linear in linears:
         if not is_linear(linear) or not is_bare(linear):  # type: ignore[arg-type]
             return None
-    return read_weights(module._hfopt, role, linears, n_parts)
+    return read_weights(module._hfopt, role, linears, rows)

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
-from hfopt.functional import Epilogue, LinearWeights, MixedWeights, QuantizedWeights, Scoring, Weights
+from hfopt.functional import (
+    Epilogue,
+    LinearWeights,
+    MixedWeights,
+    Norm,
+    QuantizedWeights,
+    Scoring,
+    Weights,
+)
 from hfopt.functional.activation import CODES
-from hfopt.functional.checks import check_array
 from hfopt.functional.epilogue import PLAIN
+from hfopt.functional.limit import check_limit
 from hfopt.functional.linear import width_of
 from hfopt.functional.rotary import ROTATIONS
 from hfopt.kernels import step as kernels
@@ -39,7 +47,7 @@ _LINEARS = frozenset({kernels.LINEAR, kernels.QUANTIZED_LINEAR})
 
 
 class Builder:
-    """Collects the instructions of a program for weights of one dtype, float32 or bfloat16; raises `InvalidInput` for
+    """Collects the instructions of a program for weights of one of `DTYPES`; raises `InvalidInput` for
     operands that do not fit.
 
     layer: the one that the next instructions belong to, for the listing.
@@ -97,50 +105,37 @@ class Builder:
 
     # ---- norms and scales -------------------------------------------------------------------------------------------
 
-    def _vector(self, name: str, tensor: Tensor, size: int) -> int:
-        self._kept.append(tensor)
-        return check_array(name, tensor, (size,), self.dtype)
-
-    def rms_norm(self, x: Value, weight: Tensor, eps: float) -> Value:
-        """`functional.rms_norm`."""
-        if weight is None:  # as a LayerNorm may have
-            raise InvalidInput("weight is None: a torch.Tensor is needed")
-        return self._norm(kernels.RMS_NORM, x, {"weight": weight}, eps)
-
-    def layer_norm(self, x: Value, weight: Tensor | None, bias: Tensor | None, eps: float) -> Value:
-        """`functional.layer_norm`."""
-        return self._norm(kernels.LAYER_NORM, x, {"weight": weight, "bias": bias}, eps)
-
-    def _norm(
-        self, instruction: Instruction, x: Value, vectors: dict[str, Tensor | None], eps: float
-    ) -> Value:
+    def norm(self, x: Value, norm: Norm) -> Value:
+        """`functional.norm`."""
         self._check(x)
         out = Value(x.size, self.dtype)
-        columns = {
-            name: 0 if each is None else self._vector(name, each, x.size) for name, each in vectors.items()
-        }
-        n_bytes = {"n_bytes": sum(each.nbytes for each in vectors.values() if each is not None)}
-        operands = {"IN": x, "OUT": out}
-        self._add(
-            instruction, f"[{x.size}]", operands, {"SIZE": x.size, **columns}, scalar=eps, n_bytes=n_bytes
-        )
+        instruction = kernels.LAYER_NORM if norm.kind == "layer" else kernels.RMS_NORM
+        columns = {"SIZE": x.size, **self._vectors(norm, (x.size,))}
+        operands, n_bytes = {"IN": x, "OUT": out}, {"n_bytes": _n_bytes(norm)}
+        self._add(instruction, f"[{x.size}]", operands, columns, scalar=norm.eps, n_bytes=n_bytes)
         return out
 
-    def norm_heads(self, qkv: Value, weight: Tensor, eps: float, first: int, count: int) -> None:
-        """`functional.rms_norm_heads`, in place."""
+    def _vectors(self, norm: Norm, shape: tuple[int, ...]) -> dict[str, int]:
+        columns = norm.addresses(shape, self.dtype) | {"offset": int(norm.unit_offset)}
+        self._kept += norm.vectors.values()
+        return columns
+
+    def norm_heads(self, qkv: Value, norm: Norm, first: int, count: int) -> None:
+        """`functional.norm_heads`, in place."""
         self._check(qkv)
-        size = weight.shape[0]
-        if first < 0 or count < 1 or (first + count) * size > qkv.size:
-            raise InvalidInput(f"heads {first} to {first + count} of {size}: {qkv.size} values hold fewer")
+        size, shape = norm.of_heads(qkv.size, first, count)
         columns = {
             "SIZE": size,
-            "weight": self._vector("weight", weight, size),
+            "step": size if len(shape) == 2 else 0,
+            "width": qkv.size,
             "first": first,
             "n_heads": count,
-            "width": qkv.size,
+            "is_layer": int(norm.kind == "layer"),
+            **self._vectors(norm, shape),
         }
-        shapes, n_bytes = f"{count} heads of {size}", {"n_bytes": weight.nbytes}
-        self._add(kernels.HEAD_NORM, shapes, {"IN": qkv, "OUT": qkv}, columns, scalar=eps, n_bytes=n_bytes)
+        shapes, n_bytes = f"{count} heads of {size}", {"n_bytes": _n_bytes(norm)}
+        more = {"scalar": norm.eps, "n_bytes": n_bytes}
+        self._add(kernels.HEAD_NORM, shapes, {"IN": qkv, "OUT": qkv}, columns, **more)
 
     def scale(self, x: Value, factor: float, residual: Value | None = None, *, divide: bool = False) -> Value:
         """`functional.scale`."""
@@ -157,6 +152,22 @@ class Builder:
         then = "" if residual is None else "+ 1 residual"
         shapes = f"[{x.size}] {'/' if divide else '×'} {factor:g}"
         self._add(kernels.SCALE, shapes, operands, columns, scalar=factor, then=then, in_place=True)
+        return operands["OUT"]
+
+    def clamp(self, x: Value, limit: float) -> Value:
+        """`functional.clamp`."""
+        return self._limit(x, limit, smooth=False)
+
+    def softcap(self, x: Value, limit: float) -> Value:
+        """`functional.softcap`."""
+        return self._limit(x, limit, smooth=True)
+
+    def _limit(self, x: Value, limit: float, *, smooth: bool) -> Value:
+        self._check(x)
+        operands = {"IN": x, "OUT": Value(x.size, self.dtype)}
+        shapes = f"[{x.size}] {'softly ' if smooth else ''}within {limit:g}"
+        columns = {"SIZE": x.size, "smooth": int(smooth)}
+        self._add(kernels.LIMIT, shapes, operands, columns, scalar=check_limit(limit), in_place=True)
         return operands["OUT"]
 
     # ---- attention --------------------------------------------------------------------------------------------------
@@ -349,3 +360,7 @@ class Builder:
             kept=tuple(self._kept),
             linears=linears,
         )
+
+
+def _n_bytes(norm: Norm) -> int:
+    return sum(each.nbytes for each in norm.vectors.values())

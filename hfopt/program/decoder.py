@@ -1,19 +1,25 @@
 """A whole decoder as a program: from the record of its family and its swapped modules to a flat list of instructions."""
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from hfopt import host
 from hfopt.errors import HfoptError, InvalidInput, UnsupportedModel
 from hfopt.patches.facts import names_read
-from hfopt.patches.families import FAMILIES, families_of
+from hfopt.patches.families import decoders_for
 from hfopt.patches.families.family import Decoder
-from hfopt.patches.guards import DO_NOTHING, DTYPES, has_own_forward, is_bare
+from hfopt.patches.guards import DO_NOTHING, has_own_forward, is_bare
 from hfopt.program.builder import Builder, Value
 from hfopt.program.program import Program, Table
 from hfopt.program.recorder import Recorder, swapped
-from hfopt.words import dtype_name
+from hfopt.words import DTYPES, dtype_name
+
+_N_TRIED = 64  # tokens
 
 
 def build(model: nn.Module) -> Program:
@@ -38,22 +44,23 @@ def obstacle(model: nn.Module) -> str | None:
 
 def _built(model: nn.Module) -> Program | None:
     """The program; None for a decoder without a head."""
-    decoders = list(dict.fromkeys(family.decoder for family in families_of(model)))
+    decoders = decoders_for(model)
     if not decoders:
-        known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
-        raise UnsupportedModel(f"{type(model).__name__} is no decoder that hfopt knows whole ({known})")
+        raise UnsupportedModel(f"{type(model).__name__} is no decoder whose parts hfopt knows")
     for path, module in model.named_modules():
         if has_own_forward(module) or vars(module).get("_compiled_call_impl") is not None:
             raise UnsupportedModel(f"{path or 'the model'} has a forward of its own")
         is_called = type(module).forward is not nn.Module.forward  # a ModuleList is not
         if path and is_called and not is_bare(module):
             raise UnsupportedModel(f"{path} is in training mode or has hooks")
-    for decoder in decoders[:-1]:
-        try:
-            return _read(model, decoder)
-        except UnsupportedModel:
-            pass
-    return _read(model, decoders[-1])
+    first, *others = decoders
+    try:
+        return _read(model, first)
+    except UnsupportedModel as error:
+        for decoder in others:
+            with contextlib.suppress(UnsupportedModel):
+                return _read(model, decoder)
+        raise error
 
 
 def _read(model: Any, record: Decoder) -> Program | None:
@@ -71,14 +78,14 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     decoder: Any = model.get_submodule(record.path)
     _check_children(decoder, record)
     layers = _layers(decoder, record)
-    tokens = _embedding(decoder, record.tokens)
+    tokens = _embedding(decoder, record.tokens, scale=record.embedding_scale)
     builder = Builder(tokens.rows.dtype)
     rotary = None if record.rotary is None else decoder._modules.get(record.rotary)
     ops = Recorder(builder, rotary, host.windows_of(model.config))
 
     x = builder.look_up(tokens, "tokens")
-    if record.multiplier is not None:
-        x = builder.scale(x, getattr(decoder, record.multiplier))
+    for factor in _factors(decoder, record):
+        x = builder.scale(x, factor)
     x = _through(ops, decoder, record.project_in, x)
     if record.positions is not None:
         builder.add_looked_up(_embedding(decoder, record.positions, record.position_class), "positions", x)
@@ -94,8 +101,14 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
         return None
     builder.take_last(x)
     logits = ops.part(model, record.head, x)
-    if record.divisor is not None:
-        logits = builder.scale(logits, getattr(model.config, record.divisor), divide=True)
+    for name, operation in (
+        (record.divisor, functools.partial(builder.scale, divide=True)),
+        (record.factor, builder.scale),
+        (record.softcap, builder.softcap),
+    ):
+        number = None if name is None else getattr(model.config, name, None)
+        if number is not None:
+            logits = operation(logits, number)
     return builder.program(logits, len(layers))
 
 
@@ -107,11 +120,23 @@ def _check_children(decoder: Any, record: Decoder) -> None:
             raise UnsupportedModel(f"{name} is a {type(child).__name__}, which no record names")
 
 
-def _embedding(decoder: Any, name: str, class_name: str | None = None) -> Table:
-    """What `decoder.name` looks up, which is torch's own module or of exactly this class."""
+def _factors(decoder: Any, record: Decoder) -> Iterator[float]:
+    """What embeddings of tokens are multiplied by, one after the other."""
+    tokens = decoder._modules[record.tokens]
+    scale = None if record.embedding_scale is None else getattr(tokens, record.embedding_scale, None)
+    if scale is not None:
+        yield float(torch.as_tensor(scale).to(tokens.weight.dtype))
+    multiplier = None if record.multiplier is None else getattr(decoder, record.multiplier, None)
+    if multiplier is not None:
+        yield multiplier
+
+
+def _embedding(decoder: Any, name: str, class_name: str | None = None, scale: str | None = None) -> Table:
+    """What `decoder.name` looks up, which is torch's own module, or of exactly this class, or scales by this attribute."""
     module = decoder._modules[name]
     is_known = type(module) is nn.Embedding or (
-        isinstance(module, nn.Embedding) and type(module).__name__ == class_name
+        isinstance(module, nn.Embedding)
+        and (type(module).__name__ == class_name or (scale is not None and _scales(module, scale)))
     )
     if not is_known or module.max_norm is not None:
         raise UnsupportedModel(f"{name} is a {type(module).__name__} that does more than look up")
@@ -119,6 +144,16 @@ def _embedding(decoder: Any, name: str, class_name: str | None = None) -> Table:
         raise UnsupportedModel(f"its weights are {dtype_name(module.weight.dtype)}")
     # tables of positions may begin with rows for other purposes
     return Table(module.weight.detach()[getattr(module, "offset", 0) :])
+
+
+def _scales(module: Any, name: str) -> bool:
+    """Whether it looks up, and multiplies by what it has under this name."""
+    ids = torch.arange(min(module.num_embeddings, _N_TRIED))
+    with torch.no_grad():
+        expected = module.weight[ids] * torch.as_tensor(getattr(module, name, torch.nan)).to(
+            module.weight.dtype
+        )
+        return torch.equal(module(ids), expected)
 
 
 def _through(ops: Recorder, decoder: Any, name: str | None, x: Value) -> Value:

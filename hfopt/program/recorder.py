@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from hfopt.errors import UnsupportedModel
-from hfopt.functional import Epilogue, Weights
+from hfopt.functional import Epilogue, Norm, Weights
 from hfopt.functional.epilogue import PLAIN
+from hfopt.functional.linear import Rows
 from hfopt.patches.activation import fused_activation
 from hfopt.patches.ops import Ops
 from hfopt.patches.replacement import Replacement, is_swapped
@@ -45,8 +46,8 @@ class Recorder:
 
     # ---- linear layers ----------------------------------------------------------------------------------------------
 
-    def weights(self, module: Any, role: str, names: Sequence[str], n_parts: int = 1) -> Weights:
-        found = read_children(module, role, names, n_parts)
+    def weights(self, module: Any, role: str, names: Sequence[str], rows: Rows = ()) -> Weights:
+        found = read_children(module, role, names, rows)
         if found is None:
             raise UnsupportedModel(
                 f"{', '.join(names) or 'its weights'} cannot be read by a kernel as they are"
@@ -65,15 +66,14 @@ class Recorder:
 
     # ---- norms and scales -------------------------------------------------------------------------------------------
 
-    def rms_norm(self, x: Value, weight: Any, eps: float) -> Value:
-        return self._builder.rms_norm(x, weight, eps)
-
-    def layer_norm(self, x: Value, weight: Any, bias: Any, eps: float) -> Value:
-        return self._builder.layer_norm(x, weight, bias, eps)
+    def norm(self, x: Value, norm: Norm) -> Value:
+        return self._builder.norm(x, norm)
 
     def norm_heads(self, module: Any, name: str, qkv: Value, first: int, count: int) -> None:
-        norm = swapped(module, name)
-        self._builder.norm_heads(qkv, norm._parameters["weight"], norm.epsilon, first, count)
+        self._builder.norm_heads(qkv, swapped(module, name).norm, first, count)
+
+    def clamp(self, x: Value, limit: float) -> Value:
+        return self._builder.clamp(x, limit)
 
     def scale(self, x: Value, factor: float, residual: Value | None = None) -> Value:
         return self._builder.scale(x, factor, residual)
@@ -85,7 +85,7 @@ class Recorder:
 
     def store(self, attention: Any, qkv: Value, past: Past) -> Past:
         spec = attention._hfopt.spec
-        self._builder.rotate_and_store(qkv, past.layer, spec.heads, spec.rotation, past.angles)
+        self._builder.rotate_and_store(qkv, past.layer, spec.heads, spec.rotation_kind, past.angles)
         return past
 
     def attend(self, attention: Any, qkv: Value, past: Past) -> Value:

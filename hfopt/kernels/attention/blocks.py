@@ -17,7 +17,7 @@ from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.simd.constants import ONE, ZERO
 from hfopt.kernels.simd.emit import stack_block
 from hfopt.kernels.simd.memory import copy_codes, load, load_part, prefetch, store, store_part
-from hfopt.kernels.simd.pointer import address_of, as_units, bytes_at, shifted
+from hfopt.kernels.simd.pointer import address_of, as_units, bytes_at, item_bytes, shifted
 from hfopt.kernels.simd.tile import units_ratio
 from hfopt.kernels.simd.types import F32, LANES
 from hfopt.kernels.simd.vector import lane_numbers, splat
@@ -65,7 +65,7 @@ def _hold(source, scales, n, size, target, padded):
             for k in range(0, padded, LANES):
                 here, there = shifted(source, i * size + k), shifted(target, i * padded + k)
                 copy_codes(here, max(min(size - k, LANES), 0), there)
-    elif size == padded:
+    elif size == padded and item_bytes(source) * units_ratio(source) == 4:
         units, held = as_units(source, source), as_units(target, target)
         for k in range(0, n * padded // units_ratio(source), LANES):
             store(held, k, load(units, k))

@@ -21,7 +21,7 @@ from hfopt.kernels.attention.weights import Bent, round_query, round_weights, we
 from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.simd.constants import ONE, ZERO
 from hfopt.kernels.simd.memory import store, store_part, store_scalar
-from hfopt.kernels.simd.pointer import address_of, as_units, floats_at, pointer_as, shifted
+from hfopt.kernels.simd.pointer import address_of, as_units, floats_at, item_bytes, pointer_as, shifted
 from hfopt.kernels.simd.tile import stack_addresses, stack_floats, units_ratio
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import lane, splat
@@ -89,16 +89,17 @@ def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, p
         if has_slopes:
             head = blocks.kv_head * problem.group + (query + i) % problem.group
             store_part(slopes, i * width, width, splat(slope_of(problem.scoring, head)))
-        source = query_of(problem, blocks.kv_head, query + i)
+        elements = query_of(problem, blocks.kv_head, query + i)
+        source = pointer_as(elements, filled)
         is_packed = False
         if factors is not None:
             is_packed = takes_integers(room, like)
             if is_packed:
-                factor = splat(round_query(source, size, padded, filled))
+                factor = splat(round_query(elements, size, padded, filled))
                 store_part(query_factors, i * width, width, factor)
                 source = filled
-        if size != padded and not is_packed:
-            copy_row(source, size, ONE, filled, padded)
+        if (size != padded or item_bytes(elements) != item_bytes(filled)) and not is_packed:
+            copy_row(elements, size, ONE, filled, padded)
             source = filled
         target = as_units(shifted(packed, i // _TILE * _TILE * padded), packed)
         if queries == 1:

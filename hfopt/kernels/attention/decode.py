@@ -33,7 +33,9 @@ from hfopt.kernels.simd.constants import LOG2_E, ZERO
 from hfopt.kernels.simd.pointer import (
     address_as,
     address_of,
+    as_packed,
     as_units,
+    bytes_at,
     floats_at,
     integers_at,
     pointer,
@@ -135,7 +137,7 @@ def _attend_task(worker, problem, counters, rooms, room_size, out):
     A second launch would wait for all threads. Here one that has no item left waits for a while only; the last one sees
     that it is, and joins what others have left.
     """
-    room = address_as(rooms + worker * room_size, problem.q)
+    room = as_packed(bytes_at(rooms + worker * room_size), problem.q)
     n_items, n_done = problem.plan.n_items, 0
     index = next_index(counters)
     while index < n_items:
@@ -167,8 +169,8 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scrat
     0 for a row without visible keys.
 
     The cache must name valid rows, and begin with the window. Pointers to q, rows `q_row` elements apart, and to out
-    [n_rows, n_heads size]; addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes` for so many threads,
-    on a 64-byte boundary.
+    [n_rows, n_heads size]; addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes` for so many
+    threads, on a 64-byte boundary.
     """
     item_size = 4 // units_ratio(q)
     places = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads)

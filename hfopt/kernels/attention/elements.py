@@ -9,7 +9,7 @@ Keys and values come in blocks of 16 rows, `stride` units apart, at addresses th
 Codes meet queries and weights of bfloat16 models as 16-bit integers, in pairs as bfloat16 does, or meet four queries as two
 8-bit digits of these, for which nothing is widened: that takes fewer instructions than making bfloat16 of codes, and
 rounding to 16 bits costs less than rounding to bfloat16 does. With float32 they are widened to that. Either way their scales
-are left to the caller.
+are left to the caller. float16 is *narrow* too: its keys and values are widened to float32, as queries are before.
 """
 
 import llvmlite.ir as ir
@@ -20,8 +20,8 @@ from hfopt.kernels.jit import cpu
 from hfopt.kernels.simd import types as simd
 from hfopt.kernels.simd.emit import emit_dot, intp, is_pairs
 from hfopt.kernels.simd.integer_dot import emit_dot_shorts
-from hfopt.kernels.simd.memory import emit_integers
-from hfopt.kernels.simd.pointer import is_codes
+from hfopt.kernels.simd.memory import emit_halves, emit_integers
+from hfopt.kernels.simd.pointer import is_codes, is_halves
 from hfopt.kernels.simd.types import F32X, I8, I16, I32X, LANES
 
 BLOCK = LANES  # rows of a block
@@ -44,8 +44,20 @@ def emit_block(builder, addresses, index, unit):
     return builder.inttoptr(address, unit.as_pointer())
 
 
-def emit_codes(builder, row, place, pairs):
-    """16 units of the codes from row + place on."""
+def narrow_type(like):
+    """Type of elements that are widened as they are read: codes, or the bits of float16; None if they are units."""
+    return I8 if is_codes(like) else I16 if is_halves(like) else None
+
+
+def line_elements(narrow):
+    """Narrow elements in 64 bytes."""
+    return 512 // narrow.width
+
+
+def emit_narrow(builder, row, place, pairs):
+    """16 units of the narrow elements from row + place on."""
+    if row.type.pointee == I16:
+        return emit_halves(builder, simd.emit_load(builder, row, place, simd.I16X, 2))
     if not pairs:
         return emit_integers(builder, simd.emit_load(builder, row, place, simd.I8X, 1))
     codes = simd.emit_load(builder, row, place, ir.VectorType(I8, 2 * LANES), 1)
@@ -66,8 +78,8 @@ def add_product(builder, slot, a, b):
         builder.store(builder.add(total, products), slot)
 
 
-def kind_of(pairs, codes):
-    return f"{'pairs' if pairs else 'floats'}{'.codes' if codes else ''}"
+def kind_of(pairs, narrow):
+    return f"{'pairs' if pairs else 'floats'}{f'.{narrow}' if narrow else ''}"
 
 
 @intrinsic

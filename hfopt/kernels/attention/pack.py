@@ -5,7 +5,7 @@ from hfopt.kernels.attention.tile import store_pair, where_up_to
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd.constants import LARGEST, ONE, ZERO
 from hfopt.kernels.simd.memory import load, load_part, load_scalar, prefetch, store
-from hfopt.kernels.simd.pointer import pointer_as, shifted
+from hfopt.kernels.simd.pointer import item_bytes, pointer_as, shifted
 from hfopt.kernels.simd.tile import transpose_block, units_ratio
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import absolute, fma, max_lanes, maximum, splat, sum_lanes
@@ -93,10 +93,11 @@ def pack_queries(
 @body
 def find_keys(cache, scales, row, kv_head, first, n, size, room):
     """(pointer to the keys of n tokens from `first` on, elements from one to the next), readable up to a multiple of 8
-    keys: in the cache where they lie in a row, else copied to `room`, as codes always are, times their scales."""
+    keys: in the cache where they lie in a row, else copied to `room`, times their scales."""
     prefix = cache.prefix
     n_read = rounded(n, ROWS)
-    if scales is None:
+    # of codes, which are smaller, copies are made, times their scales, and of float16, which is widened
+    if item_bytes(prefix.keys) == item_bytes(room):
         fits = first + n <= prefix.n_tokens and first + n_read <= prefix.n_readable
         if fits and size % units_ratio(room) == 0:
             return pointer_as(token_of(cache, row, kv_head, first)[0], room), size

@@ -40,11 +40,11 @@ from hfopt.kernels.simd.memory import load, load_scalar, store, store_part, stor
 from hfopt.kernels.simd.pointer import (
     address_as,
     address_of,
+    as_packed,
     as_units,
     floats_at,
     integers_at,
     pointer,
-    pointer_as,
     shifted,
 )
 from hfopt.kernels.simd.tile import transpose_block, units_ratio
@@ -143,7 +143,7 @@ def attend_item(qkv, cache, seen, scoring, n_heads, row, kv_head, begin, end, ro
     value_room = shifted(key_room, sizes[4])
     rows = shifted(value_room, sizes[5])
     queries, weights, values = as_units(room, qkv), as_units(scores, qkv), as_units(value_room, qkv)
-    key_rows, query_rows = pointer_as(key_room, qkv), pointer_as(rows, qkv)
+    key_rows, query_rows = as_packed(key_room, qkv), as_packed(rows, qkv)
 
     powers = powers_of(scoring)
     for tile in range(begin, end):

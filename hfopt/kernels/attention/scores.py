@@ -6,15 +6,23 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from hfopt.kernels.attention.elements import BLOCK, add_product, emit_ahead, emit_block, emit_codes, kind_of
+from hfopt.kernels.attention.elements import (
+    BLOCK,
+    add_product,
+    emit_ahead,
+    emit_block,
+    emit_narrow,
+    kind_of,
+    line_elements,
+    narrow_type,
+)
 from hfopt.kernels.attention.lanes import address_list
 from hfopt.kernels.jit import compiler
 from hfopt.kernels.simd import types as simd
 from hfopt.kernels.simd.emit import accumulators, intp, is_pairs, literal_ints, outlined
 from hfopt.kernels.simd.integer_dot import emit_dot_bytes
-from hfopt.kernels.simd.pointer import is_codes
 from hfopt.kernels.simd.tile import add_lanes
-from hfopt.kernels.simd.types import F32, F32X, I8, I32, I32X, LANES
+from hfopt.kernels.simd.types import F32, F32X, I32, I32X, LANES
 
 _SIGNS = simd.splat_int(0x80808080 - (1 << 32))
 
@@ -56,7 +64,7 @@ class _Shape(NamedTuple):
     queries: int
     tiles: int
     pairs: bool
-    codes: bool
+    narrow: ir.IntType | None  # see `narrow_type`
 
     @property
     def width(self) -> int:
@@ -66,7 +74,7 @@ class _Shape(NamedTuple):
     @property
     def digits(self) -> bool:
         """Whether queries are digits of 8 bits."""
-        return self.pairs and self.codes and self.queries == 4
+        return self.pairs and self.narrow is not None and self.queries == 4
 
     @property
     def keys(self) -> int:
@@ -80,7 +88,7 @@ class _Tile:
     def __init__(self, shape: _Shape, builder, args):
         self.shape, self.builder, self.a = shape, builder, _Arguments(*args)
         self.unit, self.vector = (I32, I32X) if shape.pairs else (F32, F32X)
-        self.kind = I32X if shape.pairs and shape.codes else F32X
+        self.kind = I32X if shape.pairs and shape.narrow else F32X
         self.slots = accumulators(builder, shape.tiles * shape.keys, self.kind)
         self.lower, self.biases = [], []
         self.stride = self.a.stride
@@ -88,15 +96,15 @@ class _Tile:
             self.lower = accumulators(builder, shape.tiles * shape.keys, I32X)
             self.n_turns = builder.lshr(self.a.steps, intp(1))
             self.biases = [_emit_bias(builder, self.a.q, t, self.n_turns) for t in range(shape.tiles)]
-        if shape.codes:
+        if shape.narrow:
             self.stride = builder.mul(self.stride, intp(2 if shape.pairs else 1))
 
     def emit(self):
         """All blocks, some keys at a time."""
         builder, a, shape, n_keys = self.builder, self.a, self.shape, self.shape.keys
-        add = self._add_digits if shape.digits else self._add_codes if shape.codes else self._add_elements
+        add = self._add_digits if shape.digits else self._add_narrow if shape.narrow else self._add_units
         with compiler.for_range(builder, a.n_blocks) as blocks:
-            block = emit_block(builder, a.keys, blocks.index, I8 if shape.codes else self.unit)
+            block = emit_block(builder, a.keys, blocks.index, shape.narrow or self.unit)
             with compiler.for_range(builder, intp(BLOCK // n_keys)) as parts:
                 first = builder.mul(parts.index, intp(n_keys))
                 part = builder.gep(block, [builder.mul(first, self.stride)])
@@ -157,7 +165,7 @@ class _Tile:
             total = builder.shl(builder.load(slot), simd.splat_int(8))
             builder.store(builder.add(total, builder.load(other)), slot)
 
-    def _add_elements(self, part, rows):
+    def _add_units(self, part, rows):
         builder, (_, tiles, *_), n_keys = self.builder, self.shape, self.shape.keys
         width = self.shape.width
         segment = ir.VectorType(self.unit, width)
@@ -172,18 +180,19 @@ class _Tile:
                 for t, q_value in enumerate(q_values):
                     add_product(builder, self.slots[t * n_keys + j], q_value, value)
 
-    def _add_codes(self, part, rows):
+    def _add_narrow(self, part, rows):
         """As many segments at a time as a vector of units has."""
         builder, (queries, tiles, pairs, _), n_keys = self.builder, self.shape, self.shape.keys
         ratio, width = 2 if pairs else 1, self.shape.width
+        of_line = line_elements(self.shape.narrow)
         with compiler.for_range(builder, builder.udiv(self.a.steps, intp(queries))) as loop:
             first = builder.mul(loop.index, intp(queries))
             places = [builder.add(first, intp(s)) for s in range(queries)]
             q_values = [[self._load_query(t, place) for place in places] for t in range(tiles)]
-            self._prefetch(part, loop.index, n_keys * ratio * LANES // 64, 64)
+            self._prefetch(part, loop.index, n_keys * ratio * LANES // of_line, of_line)
             place = builder.mul(loop.index, intp(ratio * LANES))
             for j, row in enumerate(rows):
-                units = emit_codes(builder, row, place, pairs)
+                units = emit_narrow(builder, row, place, pairs)
                 for s in range(queries):
                     lanes = [s * width + k % width for k in range(LANES)]
                     lanes = ir.Constant(ir.VectorType(I32, LANES), lanes)
@@ -208,10 +217,10 @@ def score_tile(
     signature = types.void(
         q, factors, index, like, address_list, index, index, index, out, index, n_queries, n_tiles
     )
-    shape = _Shape(queries, tiles, is_pairs(q), is_codes(like))
+    shape = _Shape(queries, tiles, is_pairs(q), narrow_type(like))
 
     def codegen(context, builder, sig, args):
-        name = f"hfopt.score_tile.{queries}.{tiles}.{kind_of(shape.pairs, shape.codes)}"
+        name = f"hfopt.score_tile.{queries}.{tiles}.{kind_of(shape.pairs, shape.narrow)}"
         values = [*args[:3], *args[4:10]]
         outlined(builder, name, values, lambda inner, args: _Tile(shape, inner, args).emit())
         return context.get_dummy_value()

@@ -7,13 +7,21 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from hfopt.kernels.attention.elements import BLOCK, add_product, emit_ahead, emit_block, emit_codes, kind_of
+from hfopt.kernels.attention.elements import (
+    BLOCK,
+    add_product,
+    emit_ahead,
+    emit_block,
+    emit_narrow,
+    kind_of,
+    line_elements,
+    narrow_type,
+)
 from hfopt.kernels.attention.lanes import address_list
 from hfopt.kernels.jit import compiler
 from hfopt.kernels.simd import types as simd
 from hfopt.kernels.simd.emit import accumulators, intp, is_pairs, literal_ints, outlined
-from hfopt.kernels.simd.pointer import is_codes
-from hfopt.kernels.simd.types import F32, F32X, I8, I16, I32, I32X, LANES
+from hfopt.kernels.simd.types import F32, F32X, I16, I32, I32X, LANES
 
 _CHAINS = 8  # sums that one query needs at least to add a product each cycle
 
@@ -69,7 +77,7 @@ class _Shape(NamedTuple):
     queries: int
     vectors: int  # of sums of each query
     pairs: bool
-    codes: bool
+    narrow: ir.IntType | None  # see `narrow_type`
 
     @property
     def width(self) -> int:
@@ -93,10 +101,10 @@ class _Tile:
     def __init__(self, shape: _Shape, builder, args):
         self.shape, self.builder, self.a = shape, builder, _Arguments(*args)
         self.unit, self.vector = (I32, I32X) if shape.pairs else (F32, F32X)
-        self.kind = I32X if shape.pairs and shape.codes else F32X
+        self.kind = I32X if shape.pairs and shape.narrow else F32X
         self.slots = accumulators(builder, shape.queries * shape.vectors * shape.sets, self.kind)
         self.stride, self.column = self.a.stride, self.a.column
-        if shape.codes:
+        if shape.narrow:
             sizes = self.stride, self.column
             self.stride, self.column = (builder.mul(size, intp(shape.ratio)) for size in sizes)
 
@@ -105,7 +113,7 @@ class _Tile:
         builder, a, (queries, *_) = self.builder, self.a, self.shape
         width, ratio = self.shape.width, self.shape.ratio
         with compiler.for_range(builder, a.n_blocks) as blocks:
-            block = emit_block(builder, a.values, blocks.index, I8 if self.shape.codes else self.unit)
+            block = emit_block(builder, a.values, blocks.index, self.shape.narrow or self.unit)
             with compiler.for_range(builder, intp(BLOCK // 4)) as fours:
                 first = builder.mul(fours.index, intp(4))
                 # 4 keys of the group of `width` to which they belong
@@ -122,16 +130,18 @@ class _Tile:
 
     def _load(self, block, first, key):
         """Vectors of one row of values."""
-        builder, a, (_, vectors, pairs, codes) = self.builder, self.a, self.shape
+        builder, a, (_, vectors, pairs, narrow) = self.builder, self.a, self.shape
         place = builder.mul(self.stride, builder.add(first, intp(key)))
         row = builder.gep(block, [builder.add(place, self.column)])
-        if codes:
+        if narrow:
             # a tile may have less than a line of a row
-            for line in range(vectors // 4) if vectors >= 4 else range(key % (4 // vectors) == 0):
-                emit_ahead(builder, row, intp(line * 64), a.ahead)
+            of_line = line_elements(narrow)
+            n = of_line // LANES
+            for line in range(vectors // n) if vectors >= n else range(key % (n // vectors) == 0):
+                emit_ahead(builder, row, intp(line * of_line), a.ahead)
         for c in range(vectors // self.shape.ratio):
-            if codes:
-                yield emit_codes(builder, row, intp(c * LANES * self.shape.ratio), pairs)
+            if narrow:
+                yield emit_narrow(builder, row, intp(c * LANES * self.shape.ratio), pairs)
             else:
                 emit_ahead(builder, row, intp(c * LANES), a.ahead)
                 yield simd.emit_load(builder, row, intp(c * LANES), self.vector, 4)
@@ -218,10 +228,10 @@ def weigh_tile(
         n_queries,
         wide,
     )
-    shape = _Shape(queries, _sums(p, breadth), is_pairs(p), is_codes(like))
+    shape = _Shape(queries, _sums(p, breadth), is_pairs(p), narrow_type(like))
 
     def codegen(context, builder, sig, args):
-        name = f"hfopt.weigh_tile.{queries}.{breadth}.{kind_of(shape.pairs, shape.codes)}"
+        name = f"hfopt.weigh_tile.{queries}.{breadth}.{kind_of(shape.pairs, shape.narrow)}"
         values = [*args[:2], *args[3:12]]
         outlined(builder, name, values, lambda inner, args: _Tile(shape, inner, args).emit())
         return context.get_dummy_value()

@@ -4,6 +4,8 @@ An LLVM intrinsic for an instruction that the *compilation target* lacks makes L
 read from Numba's target settings (`NUMBA_CPU_NAME`, `NUMBA_CPU_FEATURES`), and from the host only where those are unset.
 """
 
+import platform
+
 from numba import config
 
 from hfopt.kernels.jit.compiler import get_host_cpu_features, get_host_cpu_name, llvm_version_info
@@ -26,6 +28,8 @@ HAS_AVX512_BF16 = {"avx512f", "avx512bf16"} <= FEATURES
 HAS_AVX512_BW = {"avx512f", "avx512bw"} <= FEATURES
 HAS_AVX512_VNNI = {"avx512f", "avx512vnni"} <= FEATURES
 HAS_AVX2 = HAS_AVX512_BW or "avx2" in FEATURES
+# conversions of float16; ARMv8 has them in any case
+HAS_FLOAT16 = "f16c" in FEATURES or "avx512f" in FEATURES or platform.machine() in ("arm64", "aarch64")
 HAS_AVX_VNNI = "avxvnni" in FEATURES or {"avx512vl", "avx512vnni"} <= FEATURES  # of 32 bytes
 
 if HAS_AVX512_BF16:

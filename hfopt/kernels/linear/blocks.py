@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 from hfopt.kernels.instruction import NONE
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.linear.activation import activate
-from hfopt.kernels.simd import tile
 from hfopt.kernels.simd.memory import load_part, store, store_part
-from hfopt.kernels.simd.pointer import address_as, shifted
+from hfopt.kernels.simd.pointer import address_as, item_bytes, shifted
 from hfopt.kernels.simd.types import LANES
 
 WEIGHT, BIAS, SIZE, COLUMN = range(4)
@@ -90,7 +89,7 @@ def _offset(address, count, like):
     """address + count elements of `like`, 0 staying 0."""
     if address == 0:
         return address
-    return address + count * (4 // tile.units_ratio(like))
+    return address + count * item_bytes(like)
 
 
 @body

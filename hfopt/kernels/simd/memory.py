@@ -7,9 +7,10 @@ from numba.extending import intrinsic
 from hfopt.kernels.jit import cpu
 from hfopt.kernels.jit.compiler import emit_call
 from hfopt.kernels.simd.constants import INTEGERS
-from hfopt.kernels.simd.pointer import is_bits, is_codes
+from hfopt.kernels.simd.pointer import is_bits, is_codes, is_halves
 from hfopt.kernels.simd.types import (
     BF16X,
+    F16X,
     F32,
     F32X,
     I8X,
@@ -48,9 +49,79 @@ def emit_round(builder, value):
     return builder.trunc(builder.lshr(chosen, splat_int(16)), I16X)
 
 
+def emit_halves(builder, bits16):
+    """float16 bits -> float32; exact, and a NaN becomes quiet."""
+    if cpu.HAS_FLOAT16:
+        return builder.fpext(builder.bitcast(bits16, F16X), F32X)
+    # elsewhere fpext would call a function of the C compiler's library, as fptrunc below
+    bits = builder.zext(bits16, I32X)
+    size = builder.and_(bits, splat_int(0x7FFF))
+    exponent = builder.add(builder.shl(size, splat_int(13)), splat_int(112 << 23))
+    beyond = builder.add(exponent, splat_int(112 << 23))
+    beyond = builder.select(
+        builder.icmp_signed(">", size, splat_int(0x7C00)), builder.or_(beyond, splat_int(0x400000)), beyond
+    )
+    small = builder.bitcast(builder.fmul(builder.sitofp(size, F32X), splat_float(2.0**-24)), I32X)
+    value = builder.select(builder.icmp_signed("<", size, splat_int(0x400)), small, exponent)
+    value = builder.select(builder.icmp_signed("<", size, splat_int(0x7C00)), value, beyond)
+    sign = builder.shl(builder.and_(bits, splat_int(0x8000)), splat_int(16))
+    return builder.bitcast(builder.or_(value, sign), F32X)
+
+
+def emit_half(builder, bits16):
+    """`emit_halves` of one."""
+    return builder.extract_element(
+        emit_halves(builder, emit_splat(builder, bits16, I16X)), ir.Constant(I32, 0)
+    )
+
+
+def _emit_round_to_half(builder, value):
+    """float32 -> float16 bits, to nearest even, infinite from 65,520 on; a NaN stays a NaN."""
+    if cpu.HAS_FLOAT16:
+        return builder.bitcast(builder.fptrunc(value, F16X), I16X)
+    bits = builder.bitcast(value, I32X)
+    size = builder.and_(bits, splat_int(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, splat_int(13)), splat_int(1))
+    rounded = builder.add(size, builder.add(odd, splat_int(0xFFF - (112 << 23))))
+    rounded = builder.lshr(rounded, splat_int(13))
+    # the last bit of a sum with 1/2 is that of the smallest float16
+    small = builder.bitcast(builder.fadd(builder.bitcast(size, F32X), splat_float(0.5)), I32X)
+    small = builder.sub(small, splat_int(0x3F000000))
+    kept = builder.or_(builder.lshr(size, splat_int(13)), splat_int(0x200))
+    kept = builder.or_(builder.and_(kept, splat_int(0x3FF)), splat_int(0x7C00))
+    chosen = builder.select(builder.icmp_signed("<", size, splat_int(0x38800000)), small, rounded)
+    chosen = builder.select(builder.icmp_signed("<", size, splat_int(0x477FF000)), chosen, splat_int(0x7C00))
+    chosen = builder.select(builder.icmp_signed(">", size, splat_int(0x7F800000)), kept, chosen)
+    sign = builder.and_(builder.lshr(bits, splat_int(16)), splat_int(0x8000))
+    return builder.trunc(builder.or_(chosen, sign), I16X)
+
+
 def emit_integers(builder, codes):
     """16 int8 as float32."""
     return builder.sitofp(builder.sext(codes, I32X), F32X)
+
+
+def _elements(p):
+    """(vector of 16 elements of p as they are in memory, bytes of an element)."""
+    if is_bits(p) or is_halves(p):
+        return I16X, 2
+    return (I8X, 1) if is_codes(p) else (F32X, 4)
+
+
+def _emit_float(builder, p, elements):
+    """Elements of p as float32."""
+    if is_bits(p):
+        return _emit_widen(builder, elements)
+    if is_halves(p):
+        return emit_halves(builder, elements)
+    return emit_integers(builder, elements) if is_codes(p) else elements
+
+
+def _emit_element(builder, p, value):
+    """float32, rounded to elements of p."""
+    if is_bits(p):
+        return emit_round(builder, value)
+    return _emit_round_to_half(builder, value) if is_halves(p) else value
 
 
 @intrinsic
@@ -58,11 +129,7 @@ def load(typingctx, p, index):
     """16 elements from p + index as float32."""
 
     def codegen(context, builder, sig, args):
-        if is_bits(sig.args[0]):
-            return _emit_widen(builder, emit_load(builder, args[0], args[1], I16X, 2))
-        if is_codes(sig.args[0]):
-            return emit_integers(builder, emit_load(builder, args[0], args[1], I8X, 1))
-        return emit_load(builder, args[0], args[1], F32X, 4)
+        return _emit_float(builder, sig.args[0], emit_load(builder, *args, *_elements(sig.args[0])))
 
     return float32x(p, types.intp), codegen
 
@@ -72,11 +139,7 @@ def load_part(typingctx, p, index, count):
     """`count` (0 to 16) elements from p + index as float32, zeros behind them."""
 
     def codegen(context, builder, sig, args):
-        if is_bits(sig.args[0]):
-            return _emit_widen(builder, emit_load_masked(builder, args[0], args[1], args[2], I16X, 2))
-        if is_codes(sig.args[0]):
-            return emit_integers(builder, emit_load_masked(builder, args[0], args[1], args[2], I8X, 1))
-        return emit_load_masked(builder, args[0], args[1], args[2], F32X, 4)
+        return _emit_float(builder, sig.args[0], emit_load_masked(builder, *args, *_elements(sig.args[0])))
 
     return float32x(p, types.intp, types.intp), codegen
 
@@ -87,11 +150,9 @@ def store(typingctx, p, index, value):
 
     def codegen(context, builder, sig, args):
         where, index, value = args
-        bits = is_bits(sig.args[0])
-        if bits:
-            value = emit_round(builder, value)
+        value = _emit_element(builder, sig.args[0], value)
         target = builder.bitcast(builder.gep(where, [index]), value.type.as_pointer())
-        builder.store(value, target, align=2 if bits else 4)
+        builder.store(value, target, align=_elements(sig.args[0])[1])
         return context.get_dummy_value()
 
     return types.void(p, types.intp, float32x), codegen
@@ -103,13 +164,11 @@ def store_part(typingctx, p, index, count, value):
 
     def codegen(context, builder, sig, args):
         where, index, count, value = args
-        bits = is_bits(sig.args[0])
-        if bits:
-            value = emit_round(builder, value)
+        value = _emit_element(builder, sig.args[0], value)
         target = builder.bitcast(builder.gep(where, [index]), value.type.as_pointer())
         mask = emit_lane_mask(builder, count, LANES)
-        name = f"llvm.masked.store.v16{'i16' if bits else 'f32'}.p0"
-        arguments = [value, target, ir.Constant(I32, 2 if bits else 4), mask]
+        name = f"llvm.masked.store.v16{'f32' if value.type == F32X else 'i16'}.p0"
+        arguments = [value, target, ir.Constant(I32, _elements(sig.args[0])[1]), mask]
         emit_call(builder, name, ir.VoidType(), arguments)
         return context.get_dummy_value()
 
@@ -164,7 +223,8 @@ def load_two(typingctx, p, index):
             values = [builder.bitcast(even, F32X), builder.bitcast(odd, F32X)]
         else:
             places = [index, builder.add(index, ir.Constant(INTP, LANES))]
-            values = [emit_load(builder, where, place, F32X, 4) for place in places]
+            loads = [emit_load(builder, where, place, *_elements(sig.args[0])) for place in places]
+            values = [_emit_float(builder, sig.args[0], elements) for elements in loads]
         return context.make_tuple(builder, pair, values)
 
     return pair(p, types.intp), codegen
@@ -184,9 +244,11 @@ def store_two(typingctx, p, index, a, b):
             bits = builder.shuffle_vector(emit_round(builder, a), emit_round(builder, b), order)
             builder.store(bits, builder.bitcast(where, bits.type.as_pointer()), align=2)
         else:
-            builder.store(a, builder.bitcast(where, F32X.as_pointer()), align=4)
-            second = builder.gep(where, [ir.Constant(INTP, LANES)])
-            builder.store(b, builder.bitcast(second, F32X.as_pointer()), align=4)
+            size = _elements(sig.args[0])[1]
+            for place, value in ((0, a), (LANES, b)):
+                value = _emit_element(builder, sig.args[0], value)
+                there = builder.gep(where, [ir.Constant(INTP, place)])
+                builder.store(value, builder.bitcast(there, value.type.as_pointer()), align=size)
         return context.get_dummy_value()
 
     return types.void(p, types.intp, float32x, float32x), codegen
@@ -200,6 +262,8 @@ def load_scalar(typingctx, p, index):
         value = builder.load(builder.gep(args[0], [args[1]]))
         if is_bits(sig.args[0]):
             return builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), F32)
+        if is_halves(sig.args[0]):
+            return emit_half(builder, value)
         return builder.sitofp(value, F32) if is_codes(sig.args[0]) else value
 
     return types.float32(p, types.intp), codegen
@@ -211,10 +275,8 @@ def store_scalar(typingctx, p, index, value):
 
     def codegen(context, builder, sig, args):
         where, index, value = args
-        if is_bits(sig.args[0]):
-            value = builder.extract_element(
-                emit_round(builder, emit_splat(builder, value, F32X)), ir.Constant(I32, 0)
-            )
+        elements = _emit_element(builder, sig.args[0], emit_splat(builder, value, F32X))
+        value = builder.extract_element(elements, ir.Constant(I32, 0))
         builder.store(value, builder.gep(where, [index]))
         return context.get_dummy_value()
 
@@ -235,11 +297,11 @@ def prefetch(typingctx, p, index):
 @intrinsic
 def prefetch_two(typingctx, p, index):
     """Asks for what `load_two` reads, where there need not be any memory, in the L2 cache. Of float32 only: work on
-    bfloat16 takes longer than its bytes, and was slower with it."""
+    what is widened takes longer than its bytes, and was slower with it."""
 
     def codegen(context, builder, sig, args):
         where, index = args
-        if not is_bits(sig.args[0]):
+        if _elements(sig.args[0])[0] == F32X:
             emit_prefetch(builder, where, index)
             emit_prefetch(builder, where, builder.add(index, ir.Constant(INTP, LANES)))
         return context.get_dummy_value()

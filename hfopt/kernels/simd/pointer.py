@@ -1,9 +1,12 @@
 """Pointers, through which bodies reach memory; `memory` has what they do there.
 
-They are made from arrays by `pointer` and from integer addresses by `address_as`: `CPointer(float32)`, or
-`CPointer(uint16)` for the bits of bfloat16. The element type decides how `load` widens and how `store` rounds, so a body is
-written once and specialised by the types of its arguments. `CPointer(int8)` is for codes of the cache: `load` gives the
-integers, and what is stored is told its scale.
+They are made from arrays by `pointer` and from integer addresses by `address_as`: `CPointer(float32)`,
+`CPointer(uint16)` for the bits of bfloat16, or `CPointer(int16)` for those of float16. The element type decides how `load`
+widens and how `store` rounds, so a body is written once and specialised by the types of its arguments. `CPointer(int8)` is
+for codes of the cache: `load` gives the integers, and what is stored is told its scale.
+
+*Units* are the 32 bits that products are made of: a float32, or a pair of bfloat16. float16 has none of its own, as there is
+no instruction for its products: it is packed as float32, and where it is read in place, widened as it is read.
 
 *Witnesses of types*: addresses are numbers, by which Numba cannot specialise. So a launch gets an empty array of the
 element type besides, `like`, and where it reads a cache one of that of its elements, `held`, which may be codes; bodies
@@ -22,6 +25,10 @@ from hfopt.kernels.simd.types import (
 
 def is_bits(p: types.CPointer) -> bool:
     return p.dtype is types.uint16
+
+
+def is_halves(p: types.CPointer) -> bool:
+    return p.dtype is types.int16
 
 
 def is_codes(p: types.CPointer) -> bool:
@@ -108,9 +115,20 @@ def shifted(typingctx, p, count):
 
 
 @intrinsic
+def as_packed(typingctx, p, like):
+    """The same address as a pointer to elements of `like` as they are packed: float32 for float16, else as they are."""
+    result = types.CPointer(types.float32) if is_halves(like) else like
+
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(args[0], context.get_value_type(sig.return_type))
+
+    return result(p, like), codegen
+
+
+@intrinsic
 def as_units(typingctx, p, like):
     """The same address as a pointer to 32-bit units for elements of `like`: pairs of bfloat16 (uint32) or float32."""
-    result = types.CPointer(types.uint32 if like.dtype is types.uint16 else types.float32)
+    result = types.CPointer(types.uint32 if is_bits(like) else types.float32)
 
     def codegen(context, builder, sig, args):
         return builder.bitcast(args[0], context.get_value_type(sig.return_type))

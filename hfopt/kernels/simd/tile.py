@@ -15,7 +15,9 @@ from hfopt.kernels.simd.emit import (
     outlined,
     stack_block,
 )
-from hfopt.kernels.simd.types import F32, F32X, I16, I32, I32X, INTP, LANES
+from hfopt.kernels.simd.memory import emit_half, emit_halves
+from hfopt.kernels.simd.pointer import is_halves
+from hfopt.kernels.simd.types import F32, F32X, I16, I16X, I32, I32X, INTP, LANES
 
 # A sum is carried over at most this many units before it is added to the total: the rounding errors of one long
 # chain of adds grow with its length.
@@ -28,15 +30,15 @@ def dot_tile(
 ):
     """sums[i, j] (+)= products of x row i and w row j, kept as 16 partial sums a pair, for literal n_x and n_w.
 
-    A chunk is 16 units (16 float32 or 32 bfloat16). x is packed: chunk c of row i at x + c * x_step + 16 i units, padded
-    with zeros. w is row-major, w_stride elements a row; of the chunk after the last whole one `tail` elements are read.
-    sums is float32 [n_x, 16, 16]. Beside each chunk, that of n_ahead rows (literal) from `ahead` on is asked for, and of
-    n_near from `near` on: a core drops requests when it waits for many lines, so what comes soon is asked for again.
+    A chunk is 16 units (16 float32 or float16, or 32 bfloat16). x is packed: chunk c of row i at x + c * x_step + 16 i
+    units, padded with zeros. w is row-major, w_stride elements a row; of the chunk after the last whole one `tail` elements
+    are read. sums is float32 [n_x, 16, 16]. Beside each chunk, that of n_ahead rows (literal) from `ahead` on is asked for,
+    and of n_near from `near` on: a core drops requests when it waits for many lines, so what comes soon is asked for again.
     """
     rows, columns, n_far, n_soon = literal_ints(n_x, n_w, n_ahead, n_near)
     index, literals = types.intp, (n_x, n_w, n_ahead, n_near)
     signature = types.void(x, index, w, index, index, index, w, w, sums, types.boolean, *literals)
-    pairs = is_pairs(w)
+    pairs, halves = is_pairs(w), is_halves(w)
     width = 2 * LANES if pairs else LANES
 
     def emit(builder, args):
@@ -60,18 +62,23 @@ def dot_tile(
                     add_into(builder, slots[i * columns + j], x_value, w_value)
 
         def whole(row, start):
+            if halves:
+                return emit_halves(builder, simd.emit_load(builder, row, start, I16X, 2))
             return simd.emit_load(builder, row, start, vector, 2 if pairs else 4)
 
         def part(row, start):
             if pairs:
                 bits = ir.VectorType(I16, 2 * LANES)
                 return builder.bitcast(simd.emit_load_masked(builder, row, start, tail, bits, 2), I32X)
+            if halves:
+                return emit_halves(builder, simd.emit_load_masked(builder, row, start, tail, I16X, 2))
             return simd.emit_load_masked(builder, row, start, tail, F32X, 4)
 
         def add_chunks(first, count):
             places = [builder.add(first, intp(i)) for i in range(count)]
             for row in later_rows:
-                for chunk in places:
+                # two chunks of float16 are one line
+                for chunk in places[: 1 if halves else count]:
                     simd.emit_prefetch(builder, row, builder.mul(chunk, intp(width)))
             for chunk in places:
                 add_chunk(chunk, whole)
@@ -93,7 +100,7 @@ def dot_tile(
             builder.store(builder.load(slot), target, align=4)
 
     def codegen(context, builder, sig, args):
-        name = f"hfopt.dot_tile.{rows}.{columns}.{n_far}.{n_soon}.{'pairs' if pairs else 'floats'}"
+        name = f"hfopt.dot_tile.{rows}.{columns}.{n_far}.{n_soon}.{w.dtype}"
         outlined(builder, name, args[:10], emit)
         return context.get_dummy_value()
 
@@ -215,21 +222,27 @@ def outer_tile(typingctx, a, b, size, out, n_rows, n_vectors, accumulate):
     return signature, codegen
 
 
+def _load_units(builder, kind, source, index):
+    """16 units from source[index], an element of a pointer of this type, as int32."""
+    if is_halves(kind):
+        values = emit_halves(builder, simd.emit_load(builder, source, index, I16X, 2))
+        return builder.bitcast(values, I32X)
+    return simd.emit_load(builder, source, index, I32X, 2)
+
+
 @intrinsic
 def transpose_block(typingctx, source, source_stride, target, target_stride):
     """target[k * target_stride + j] = source[j * source_stride + k] for 16 x 16 32-bit units.
 
-    `source_stride` counts elements of `source` (bfloat16 bits or float32), `target_stride` units.
+    `source_stride` counts elements of `source` (bits of bfloat16 or of float16, which are widened, or float32),
+    `target_stride` units.
     """
     signature = types.void(source, types.intp, target, types.intp)
 
     def emit(builder, args):
         source, source_stride, target, target_stride = args
-        rows = [
-            simd.emit_load(builder, source, builder.mul(source_stride, intp(j)), I32X, 2)
-            for j in range(LANES)
-        ]
-        rows = _transpose(builder, rows)
+        places = [builder.mul(source_stride, intp(j)) for j in range(LANES)]
+        rows = _transpose(builder, [_load_units(builder, signature.args[0], source, j) for j in places])
         for k, row in enumerate(rows):
             place = builder.gep(target, [builder.mul(target_stride, intp(k))])
             builder.store(row, builder.bitcast(place, I32X.as_pointer()), align=4)
@@ -278,6 +291,7 @@ def copy_unit(typingctx, source, index, valid, target, place):
         builder.store(ir.Constant(there.type.pointee, None if not pairs else 0), there)
         with builder.if_then(builder.icmp_signed(">", valid, intp(0))):
             value = builder.load(builder.gep(source, [index]))
+            value = emit_half(builder, value) if is_halves(sig.args[0]) else value
             builder.store(builder.zext(value, I32) if pairs else value, there)
             if pairs:
                 with builder.if_then(builder.icmp_signed(">", valid, intp(1))):
@@ -295,7 +309,7 @@ def copy_chunk(typingctx, source, index, target, place):
 
     def codegen(context, builder, sig, args):
         source, index, target, place = args
-        value = simd.emit_load(builder, source, index, I32X, 2)
+        value = _load_units(builder, sig.args[0], source, index)
         where = builder.bitcast(builder.gep(target, [place]), I32X.as_pointer())
         builder.store(value, where, align=4)
         return context.get_dummy_value()
@@ -305,7 +319,7 @@ def copy_chunk(typingctx, source, index, target, place):
 
 @intrinsic
 def units_ratio(typingctx, p):
-    """Elements of p in a 32-bit unit: 1 for float32, 2 for bfloat16."""
+    """Elements of p in a 32-bit unit: 2 for bfloat16, 1 for float32, and for float16, which is packed as that."""
     ratio = 2 if is_pairs(p) else 1
     return types.intp(p), lambda context, builder, sig, args: intp(ratio)
 

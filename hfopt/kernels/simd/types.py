@@ -29,6 +29,7 @@ I8X = ir.VectorType(I8, LANES)
 
 
 BF16X = ir.VectorType(BFLOAT, LANES)
+F16X = ir.VectorType(ir.HalfType(), LANES)
 BF16X2 = ir.VectorType(BFLOAT, 2 * LANES)
 
 

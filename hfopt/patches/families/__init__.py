@@ -4,18 +4,49 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from hfopt.patches.families.family import Family
+from hfopt.patches.families.codegen import CODEGEN
+from hfopt.patches.families.cohere import COHERE
+from hfopt.patches.families.family import Decoder, Family
+from hfopt.patches.families.gemma import GEMMA, GEMMA2
+from hfopt.patches.families.glm import GLM, GLM4
+from hfopt.patches.families.gpt2 import GPT2
 from hfopt.patches.families.gptj import GPTJ
 from hfopt.patches.families.granite import GRANITE
 from hfopt.patches.families.llama import LLAMA
+from hfopt.patches.families.neox import NEOX
+from hfopt.patches.families.olmo import OLMO2
 from hfopt.patches.families.opt import OPT
+from hfopt.patches.families.phi import PERSIMMON, PHI
 from hfopt.patches.families.phi3 import PHI3
-from hfopt.patches.families.qwen3 import QWEN3
+from hfopt.patches.families.starcoder import APERTUS, NEMOTRON, STARCODER2
 
-FAMILIES = (LLAMA, QWEN3, PHI3, GRANITE, GPTJ, OPT)
+FAMILIES = (
+    LLAMA, PHI3, GRANITE, GPTJ, OPT, GEMMA, GEMMA2, OLMO2, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2, NEMOTRON,
+    APERTUS, CODEGEN, GPT2,
+)  # fmt: skip
 
 
 def families_of(model: nn.Module) -> Iterator[Family]:
-    """Records to try on this model: those that name its type, in order."""
+    """Records that name the type of this model, in order."""
     types = {getattr(getattr(module, "config", None), "model_type", None) for module in model.modules()}
     return (family for family in FAMILIES if types & set(family.model_types))
+
+
+def decoders_for(model: nn.Module) -> list[Decoder]:
+    """Records of decoders to try on this model: those of its own type first, then all others whose parts it has."""
+    families = (*families_of(model), *FAMILIES)
+    return [
+        decoder for decoder in dict.fromkeys(each.decoder for each in families) if _has_parts(model, decoder)
+    ]
+
+
+def _has_parts(model: nn.Module, decoder: Decoder) -> bool:
+    module = model
+    for name in decoder.path.split("."):
+        child = module._modules.get(name)
+        if child is None:
+            return False
+        module = child
+    return all(
+        module._modules.get(name) is not None for name in (decoder.tokens, decoder.layers, decoder.norm)
+    )

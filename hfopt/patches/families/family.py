@@ -4,26 +4,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hfopt.patches.attention import Rotation
+from hfopt.patches.rotation import ROTATIONS, Rotation
 
 Topology = Literal["sequential", "parallel", "inline"]
 Angles = Literal["computed", "table", "none"]
+Order = Literal["stacked", "groups", "shards"]
 
 
 @dataclass(frozen=True)
 class AttentionParts:
     """Children of an attention module.
 
-    inputs: Linears that give, side by side, all query, key and value heads. norms: of each query head and each key head.
+    inputs: Linears that give, side by side, all query, key and value heads. norms: of queries and of keys, in models that have
+    such.
     angles: whether the model computes cos and sin for all layers, they are looked up in a table, or positions are in the
-    hidden states. rotations: which channels turn together; where there are several, the proof chooses.
+    hidden states. rotations: which channels turn together; where there are several, the proof chooses. orders: of the rows of
+    a single Linear, likewise: "stacked" (all queries, then all keys, then all values), "groups" (the queries of a key head,
+    the key, the value, and so on), "shards" (CodeGen: four parts, each of queries, values, keys). clip: what limits queries, keys and values, an attribute or a field of the configuration. softcap:
+    likewise what limits scores, smoothly.
     """
 
     inputs: tuple[str, ...]
     output: str
     angles: Angles = "computed"
-    rotations: tuple[Rotation, ...] = ("half",)
+    rotations: tuple[Rotation, ...] = ROTATIONS
     norms: tuple[str, ...] = ()
+    orders: tuple[Order, ...] = ("stacked",)
+    clip: str | None = None
+    softcap: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,15 @@ class MlpParts:
 class LayerParts:
     """Children of a decoder layer, and how they are put together (see `patches.layer`).
 
-    mlp: the child, or (input, activation, output) where the block is in the layer itself. multiplier: attribute that scales
-    what attention and feed-forward block add.
+    topology: where there are several, the proof chooses. norms: before attention and before the feed-forward block; one for both where they are parallel. post_norms: behind them,
+    of what they add. mlp: the child, or (input, activation, output) where the block is in the layer itself. multiplier:
+    attribute that scales what attention and feed-forward block add.
     """
 
-    topology: Topology
+    topology: Topology | tuple[Topology, ...]
     attention: str
     norms: tuple[str, ...]
+    post_norms: tuple[str, ...] = ()
     mlp: str | tuple[str, str, str] = "mlp"
     multiplier: str | None = None
 
@@ -64,9 +74,9 @@ class Decoder:
 
     What a token looks up in `tokens`, times `multiplier`, goes through `project_in`, is added to what its position looks up
     in `positions`, and goes through `layers`, `norm`, `project_out`, and the model's own child `head`, whose logits are
-    divided by the config's field `divisor`. A part that is None in a family, or in a model, is left out. rotary: computes
+    divided by the field `divisor`, multiplied by `factor` and limited, smoothly, by `softcap`, fields of the config. A part that is None in a family, or in a model, is left out. rotary: computes
     cos and sin for all layers. position_class: name of the class of `positions`, whose first `offset` rows are for other
-    purposes. multiplier: an attribute.
+    purposes. multiplier: an attribute. embedding_scale: one of `tokens`, if it scales itself.
     """
 
     path: str
@@ -80,7 +90,10 @@ class Decoder:
     project_in: str | None = None
     project_out: str | None = None
     multiplier: str | None = None
+    embedding_scale: str | None = None
     divisor: str | None = None
+    factor: str | None = None
+    softcap: str | None = None
 
     @property
     def children(self) -> frozenset[str]:
