@@ -22,6 +22,10 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def _relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
 _RECORDS = {
     "relu": Activation(codes.RELU, F.relu),
     "silu": Activation(codes.SILU, F.silu),
@@ -30,6 +34,7 @@ _RECORDS = {
     "quick_gelu": Activation(codes.QUICK_GELU, _quick_gelu),
     "tanh": Activation(codes.TANH, torch.tanh),
     "sigmoid": Activation(codes.SIGMOID, torch.sigmoid),
+    "relu_squared": Activation(codes.RELU_SQUARED, _relu_squared),
 }
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -20,7 +20,7 @@ def clamp(x: Tensor, limit: float) -> Tensor:
 
 
 def softcap(x: Tensor, limit: float) -> Tensor:
-    """limit * tanh(x / limit), in float32, rounded once (Gemma 2, https://arxiv.org/abs/2408.00118); x as in `clamp`."""
+    """limit * tanh(x / limit), rounded after each operation (Gemma 2, https://arxiv.org/abs/2408.00118); x as in `clamp`."""
     return _limited(x, limit, smooth=True)
 
 

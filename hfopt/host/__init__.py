@@ -30,6 +30,7 @@ from hfopt.host.criteria import (  # noqa: E402
     MaxTimeCriteria,
     PrefixConstrainedLogitsProcessor,
 )
+from hfopt.host.linear import Conv1D, is_linear_class
 from hfopt.host.loops import (  # noqa: E402
     GENERATE_ORDER,
     MODES,
@@ -54,6 +55,8 @@ from hfopt.host.roles import ROLES, Arguments  # noqa: E402
 from hfopt.host.rotary import rewritten  # noqa: E402
 
 __all__ = [
+    "Conv1D",
+    "is_linear_class",
     "GENERATE_ORDER",
     "MODES",
     "OLDEST",

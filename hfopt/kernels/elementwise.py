@@ -114,7 +114,10 @@ def _limit_block(index, x, count, limit, smooth, out):
         n = min(count - k, LANES)
         value = load_part(x, k, n)
         if smooth:
-            value = product(tanh(quotient(value, most)), most)
+            # rounded after each operation, as torch does
+            store_part(out, k, n, quotient(value, most))
+            store_part(out, k, n, tanh(load_part(out, k, n)))
+            value = product(load_part(out, k, n), most)
         else:
             value = zero - maximum(zero - maximum(value, least), least)
         store_part(out, k, n, value)
@@ -129,7 +132,7 @@ def _limit(x, count, limit, smooth, out):
 
 @launch
 def limit(like, x, count, limit, smooth, out):
-    """out = x between -limit and limit; or limit * tanh(x / limit), if it is smooth.
+    """out = x between -limit and limit; or limit * tanh(x / limit), each operation rounded, if it is smooth.
 
     Addresses of arrays [count] of the type of `like`, float32 or bfloat16 bits; out may be x.
     """

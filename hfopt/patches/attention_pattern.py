@@ -24,7 +24,7 @@ from hfopt.patches.guards import attention_obstacle
 from hfopt.patches.norm import NormBlock
 from hfopt.patches.pattern import Pattern, has_children, unknown_parts
 from hfopt.patches.replacement import original_class
-from hfopt.patches.weights import is_linear
+from hfopt.patches.weights import Features, is_linear
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ _TABLE = "embed_positions"
 _SHARDS = 4  # CodeGen's, one for each of the machines that it was trained on
 # attributes that change nothing, or what the proof shows
 _KNOWN = (
-    "alibi_slopes", "attention_type", "dropout", "embed_dim", "embed_positions", "enable_bias", "head_dim", "head_size",
+    "alibi_slopes", "attention_type", "dropout", "embed_dim", "embed_positions", "enable_bias", "head_dim", "head_size", "reorder_and_upcast_attn",
     "is_causal", "is_cross_attention", "is_decoder", "is_sliding", "kv_dim", "kv_heads", "layer_type", "max_positions",
     "mp_num", "multi_query", "num_attention_heads", "num_heads", "num_key_value_groups", "num_key_value_heads",
     "num_kv_heads", "pos_embd_dim", "qk_layernorm", "rotary_dim", "rotary_ndims", "sliding_window", "split_size",
@@ -100,7 +100,7 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             rows,
             _setting_read(module, parts.clip),
             _setting_read(module, parts.softcap),
-            vars(module).get("layer_type"),
+            _layer_type(module),
         )
         for rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
         for rotation in parts.rotations
@@ -132,14 +132,14 @@ def _sizes(module: Any, parts: AttentionParts) -> tuple[int, int, int, int] | st
     wrapped = next((name for name in names if not is_linear(module._modules[name])), None)
     if wrapped is not None:
         return f"{wrapped} is a {type(module._modules[wrapped]).__name__}, not a plain Linear"
-    *inputs, output = (module._modules[name] for name in names)
+    *inputs, output = (Features.of(module._modules[name]) for name in names)
     head_dim = next(vars(module)[name] for name in _HEAD_DIMS if name in vars(module))
-    hidden_size = output.out_features
-    n_heads, n_all = output.in_features // head_dim, sum(each.out_features for each in inputs)
+    hidden_size = output.outputs
+    n_heads, n_all = output.inputs // head_dim, sum(each.outputs for each in inputs)
     n_kv_heads = (n_all // head_dim - n_heads) // 2
     sizes = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim]
-    fits = all(each.in_features == hidden_size for each in inputs) and output.in_features == sizes[0]
-    fits = fits and [each.out_features for each in inputs] == (sizes if len(inputs) > 1 else [sum(sizes)])
+    fits = all(each.inputs == hidden_size for each in inputs) and output.inputs == sizes[0]
+    fits = fits and [each.outputs for each in inputs] == (sizes if len(inputs) > 1 else [sum(sizes)])
     if not fits or n_kv_heads < 1 or n_heads % n_kv_heads:
         return "its projections do not fit together"
     return hidden_size, n_heads, n_kv_heads, head_dim
@@ -154,6 +154,15 @@ def _heads_of(module: Any, name: str, n_heads: int, head_dim: int) -> int | str:
     if shape in ((head_dim,), (n_heads, head_dim)):
         return n_heads
     return 1 if shape == (n_heads * head_dim,) else f"{name} is over {shape} channels, not those of a head"
+
+
+def _layer_type(module: Any) -> str | None:
+    """The name of its kind of layers, for which there may be angles and masks of their own."""
+    state, types = vars(module), setting(module, "layer_types")
+    named = next((state[name] for name in ("layer_type", "attention_type") if name in state), None)
+    if named is None and types is not None and module.layer_idx < len(types):
+        named = types[module.layer_idx]
+    return named if isinstance(named, str) else None
 
 
 def _setting_read(module: Any, name: str | None) -> str | None:
@@ -180,7 +189,9 @@ def _rows(order: Order, n_heads: int, n_kv_heads: int, head_dim: int) -> Rows:
 
 def _trial(call: Any, spec: AttentionSpec, scene: Any) -> list[torch.Tensor]:
     return [
-        inputs.valid(call(hidden_states=inputs.hidden_states, **scene.roles(inputs, spec.n_positions)))
+        inputs.valid(
+            call(hidden_states=inputs.hidden_states, **scene.roles(inputs, spec.n_positions, spec.layer_type))
+        )
         for inputs in scene.inputs(spec.hidden_size)
     ]
 

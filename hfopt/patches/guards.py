@@ -87,14 +87,17 @@ def attention_kind(attention: Any) -> Literal["sdpa", "eager"] | None:
     """`host.attention_kind` of this module."""
     kind: Any = type(attention)
     original = getattr(kind, "_hfopt_original", kind)
-    return host.attention_kind(attention.config, original, class_names_read(original))
+    config = vars(attention).get("config")
+    if config is None:  # its attention is in its own code
+        return "eager" if isinstance(vars(attention).get("layer_idx"), int) else None
+    return host.attention_kind(config, original, class_names_read(original))
 
 
 def attention_obstacle(attention: Any) -> str | None:
     """In words, why kernels cannot stand for this module's attention, whatever the call; None if they can."""
     if attention_kind(attention) is not None:
         return None
-    name = attention.config._attn_implementation
+    name = getattr(vars(attention).get("config"), "_attn_implementation", None)
     return f"its attention {name!r} is not transformers' own sdpa or eager function and mask"
 
 

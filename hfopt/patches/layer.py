@@ -35,6 +35,7 @@ class LayerSpec:
     mlp: str | None
     hidden_size: int
     n_positions: int | None = None  # of a table of its attention's own
+    layer_type: str | None = None  # of its attention
     inner: tuple[str, str, str] | None = None
     activation_name: str | None = None
     multiplier: str | None = None
@@ -137,21 +138,22 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
     attention = module._modules[parts.attention]
     if not isinstance(attention, Attention):
         return "its attention is not swapped"
-    size, n_positions = attention._hfopt.spec.hidden_size, attention._hfopt.spec.n_positions
+    known = attention._hfopt.spec
+    of_attention = known.hidden_size, known.n_positions, known.layer_type
     if inner is None:
         names = parts.attention, parts.norms, parts.post_norms, mlp[0]
-        return LayerSpec(*names, size, n_positions, multiplier=parts.multiplier)
+        return LayerSpec(*names, *of_attention, multiplier=parts.multiplier)
     first, activation, second = inner
     if not is_linear(module._modules[first]) or not is_linear(module._modules[second]):
         return f"{first} or {second} is not a plain Linear"
     matched = match_activation(module._modules[activation])
-    return LayerSpec(parts.attention, parts.norms, (), None, size, n_positions, inner, matched)
+    return LayerSpec(parts.attention, parts.norms, (), None, *of_attention, inner, matched)
 
 
 def _trial(call: Any, spec: LayerSpec, scene: Any) -> list[torch.Tensor]:
     outputs = []
     for inputs in scene.inputs(spec.hidden_size):
-        roles = {**scene.roles(inputs, spec.n_positions), "use_cache": True}
+        roles = {**scene.roles(inputs, spec.n_positions, spec.layer_type), "use_cache": True}
         outputs.append(inputs.valid(call(hidden_states=inputs.hidden_states, **roles)))
     return outputs
 

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from hfopt.functional import Epilogue
 from hfopt.patches.block import Block
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern
-from hfopt.patches.quantized import QuantizedLinear
+from hfopt.patches.weights import Features, is_linear
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Linear(Block):
 
 
 def _recognise(module: Any) -> LinearSpec | None:
-    if type(module) not in (nn.Linear, QuantizedLinear):
+    if not is_linear(module):
         return None
-    return LinearSpec(module.in_features, module.out_features, module.bias is not None)
+    return LinearSpec(*Features.of(module), module.bias is not None)
 
 
 def _trial(call: Any, spec: LinearSpec, scene: Any) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from hfopt.patches.families.family import MlpParts
 from hfopt.patches.guards import DO_NOTHING
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern, has_children, owns_nothing, takes_one_input
-from hfopt.patches.weights import is_linear
+from hfopt.patches.weights import Features, is_linear
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def _recognise(parts: MlpParts, module: Any) -> MlpSpec | str | None:
     wrapped = next((name for name in linears if not is_linear(module._modules[name])), None)
     if wrapped is not None:
         return f"{wrapped} is a {type(module._modules[wrapped]).__name__}, not a plain Linear"
-    first, output = module._modules[parts.inputs[0]], module._modules[parts.output]
-    n = output.in_features
+    first, output = (Features.of(module._modules[name]) for name in (parts.inputs[0], parts.output))
+    n = output.inputs
     rows = ((0, n), (n, n)) if parts.is_fused else ()
-    if first.out_features != n * max(len(rows), 1):
+    if first.outputs != n * max(len(rows), 1):
         return "its Linears do not fit together"
     matched = match_activation(module._modules[activation])
-    return MlpSpec(parts.inputs, activation, parts.output, rows, first.in_features, matched)
+    return MlpSpec(parts.inputs, activation, parts.output, rows, first.inputs, matched)
 
 
 def _trial(call: Any, spec: MlpSpec, scene: Any) -> list[torch.Tensor]:

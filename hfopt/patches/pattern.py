@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hfopt.host import Arguments
+from hfopt.host import Arguments, Conv1D
 from hfopt.patches.facts import HARMLESS, helper_names_read, names_read
 from hfopt.patches.guards import DO_NOTHING, is_bare
 from hfopt.patches.replacement import Replacement, original_class
@@ -98,11 +98,14 @@ def obstacle(module: nn.Module, spec: Spec) -> str | None:
     if "_hf_hook" in module.__dict__ or "forward" in module.__dict__:
         return "its forward is wrapped (accelerate, tensor parallelism)"
     tensors: list[torch.Tensor] = []
+    is_laid_out = True
     for name in spec.reads:
         child = module.get_submodule(name)
         if name and not _is_bare_apart_from_training(child):
             return f"{name} has hooks or a forward of its own"
-        tensors += [tensor for tensor in child._parameters.values() if tensor is not None]
+        own = [tensor for tensor in child._parameters.values() if tensor is not None]
+        is_laid_out &= isinstance(child, Conv1D) or all(tensor.is_contiguous() for tensor in own)
+        tensors += own
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:
         return f"its weights have several dtypes ({', '.join(sorted(map(dtype_name, dtypes)))})"
@@ -112,7 +115,7 @@ def obstacle(module: nn.Module, spec: Spec) -> str | None:
         return "its weights are tensor subclasses"
     if any(not tensor.is_cpu for tensor in tensors):
         return "its weights are not in CPU memory"
-    if any(not tensor.is_contiguous() for tensor in tensors):
+    if not is_laid_out:
         return "its weights are not contiguous"
     return None
 

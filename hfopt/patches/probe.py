@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from hfopt.cache import IndirectCache
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.host import Arguments
+from hfopt.host import rotary as host_rotary
 from hfopt.patches.guards import is_sdpa
 from hfopt.patches.pattern import Pattern
 from hfopt.patches.quantized import QuantizedLinear
@@ -92,20 +93,22 @@ class Scene:
         numbers = (torch.randn(shape, generator=self._generator) * self._scale).to(self._dtype)
         return shaken(numbers) if self._shaken else numbers
 
-    def rotary(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        """What the model's own rotary module gives for these positions."""
+    def rotary(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+    ) -> Any:
+        """What the model's own rotary module gives for these positions, for layers of a type where it has several."""
         assert self.rotary_module is not None
         table = self.rotary_module._buffers.get(TABLE)
         if table is not None:
             position_ids = position_ids % len(table)
-        return type(self.rotary_module).forward(self.rotary_module, hidden_states, position_ids)
+        return host_rotary.angles(self.rotary_module, hidden_states, position_ids, layer_type)
 
-    def roles(self, inputs: Inputs, n_positions: int | None) -> dict[str, Any]:
+    def roles(self, inputs: Inputs, n_positions: int | None, layer_type: str | None = None) -> dict[str, Any]:
         """What attention is given besides hidden states, by role. n_positions: of a table of its own."""
         position_ids = inputs.position_ids if n_positions is None else inputs.position_ids % n_positions
         roles = {"attention_mask": inputs.attention_mask, "cache": self.cache, "position_ids": position_ids}
         if n_positions is None and self.rotary_module is not None:
-            roles["position_embeddings"] = self.rotary(inputs.hidden_states, inputs.position_ids)
+            roles["position_embeddings"] = self.rotary(inputs.hidden_states, inputs.position_ids, layer_type)
         return roles
 
     def inputs(self, hidden_size: int) -> Iterator[Inputs]:

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Kernels
+from hfopt.host import Conv1D
 from hfopt.patches.guards import is_bare
 from hfopt.patches.pattern import Pattern, Spec, obstacle
 from hfopt.patches.patterns import PATTERNS
 from hfopt.patches.probe import TABLE, Proof, prove
 from hfopt.patches.replacement import Record, Replacement, is_swapped, original_class, swap, unswap
-from hfopt.patches.weights import is_linear
+from hfopt.patches.weights import is_linear, lay_by_inputs, lay_by_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Walk:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.swapped_now: list[nn.Module] = []
+        self._laid: list[nn.Module] = []  # whose weights this pass has laid otherwise
         self._modules = dict(model.named_modules())
         self._dtype = next(
             (weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32
@@ -65,6 +67,9 @@ class Walk:
     def apply(self) -> None:
         """Swap every module that matches a pattern and passes its proof; all or, if an error occurs, none."""
         try:
+            for module in self._modules.values():
+                if type(module) is Conv1D and lay_by_outputs(module):
+                    self._laid.append(module)
             for pattern in PATTERNS:
                 for path, module in self._modules.items():
                     if not isinstance(module, (Replacement, PreTrainedModel)) and path not in self._readers:
@@ -77,6 +82,8 @@ class Walk:
         """Give the modules that this pass has swapped their classes back."""
         while self.swapped_now:
             unswap(self.swapped_now.pop())
+        while self._laid:
+            lay_by_inputs(self._laid.pop())
 
     def refuse(self, reason: str) -> None:
         """`undo`, for a reason that the report gives for all of them."""
@@ -232,6 +239,9 @@ def restore_classes(model: nn.Module) -> None:
             )
     for module in swapped.values():
         unswap(module)
+    for module in model.modules():
+        if type(module) is Conv1D:
+            lay_by_inputs(module)
 
 
 def _idle_reason(module: Replacement) -> str | None:

@@ -1,21 +1,62 @@
 """The matrices of Linears as records that kernels read, floats or quantised, in place."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from hfopt.errors import InvalidInput
 from hfopt.functional import LinearWeights, MixedWeights, QuantizedWeights, Weights
 from hfopt.functional.linear import Rows
+from hfopt.host import Conv1D, is_linear_class
 from hfopt.patches.guards import is_bare
 from hfopt.patches.quantized import QuantizedLinear, read_quantized
 from hfopt.patches.replacement import Record, Replacement, original_class
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Whether the module is torch's own Linear or one of ours, not an adapter's or another library's."""
-    return module is not None and original_class(module) in (nn.Linear, QuantizedLinear)
+    """Whether the module is a Linear of torch or transformers, or one of ours, not an adapter's or another library's."""
+    if module is None:
+        return False
+    kind = original_class(module)
+    return kind in (QuantizedLinear, Conv1D) or is_linear_class(kind)
+
+
+class Features(NamedTuple):
+    """Sizes of a linear layer."""
+
+    inputs: int
+    outputs: int
+
+    @classmethod
+    def of(cls, linear: Any) -> "Features":
+        """Those of a module for which `is_linear` holds."""
+        if isinstance(linear, Conv1D):
+            return cls(linear.nx, linear.nf)
+        return cls(linear.in_features, linear.out_features)
+
+
+def matrix_of(linear: Any) -> Any:
+    """Its weight [out, in], as a view where the module keeps it the other way round."""
+    weight = linear._parameters["weight"]
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def lay_by_outputs(linear: Any) -> bool:
+    """Let the weight [in, out] of a Conv1D lie in memory as kernels read it: the same parameter, of this shape, with other
+    strides. False if it lies so, or is none that kernels read.
+    """
+    weight = linear._parameters["weight"]
+    if type(weight) is not nn.Parameter or not weight.is_cpu or weight.t().is_contiguous():
+        return False
+    weight.data = weight.data.t().contiguous().t()
+    return True
+
+
+def lay_by_inputs(linear: Any) -> None:
+    """Undo `lay_by_outputs`."""
+    weight = linear._parameters["weight"]
+    weight.data = weight.data.contiguous()
 
 
 def read_weights(record: Record, role: str, linears: Sequence[Any], rows: Rows = ()) -> Weights | None:
@@ -39,7 +80,7 @@ def read_weights(record: Record, role: str, linears: Sequence[Any], rows: Rows =
 
 
 def _read_floats(record: Record, role: str, linears: Sequence[Any], rows: Rows) -> LinearWeights | None:
-    weights = [linear._parameters["weight"] for linear in linears]
+    weights = [matrix_of(linear) for linear in linears]
     biases = [linear._parameters["bias"] for linear in linears]
     known = record.weights.get(role)
     if isinstance(known, LinearWeights) and known.reads(weights, biases):

@@ -359,6 +359,7 @@ class Builder:
             ),
             kept=tuple(self._kept),
             linears=linears,
+            is_exact=not any(each.columns.get("smooth") for each in self._written),
         )
 
 

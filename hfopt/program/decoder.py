@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from hfopt import host
@@ -15,11 +13,9 @@ from hfopt.patches.families import decoders_for
 from hfopt.patches.families.family import Decoder
 from hfopt.patches.guards import DO_NOTHING, has_own_forward, is_bare
 from hfopt.program.builder import Builder, Value
-from hfopt.program.program import Program, Table
+from hfopt.program.embeddings import position_table, scale_of, token_table
+from hfopt.program.program import Program
 from hfopt.program.recorder import Recorder, swapped
-from hfopt.words import DTYPES, dtype_name
-
-_N_TRIED = 64  # tokens
 
 
 def build(model: nn.Module) -> Program:
@@ -78,17 +74,21 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     decoder: Any = model.get_submodule(record.path)
     _check_children(decoder, record)
     layers = _layers(decoder, record)
-    tokens = _embedding(decoder, record.tokens, scale=record.embedding_scale)
+    embedding = decoder._modules[record.tokens]
+    tokens = token_table(embedding, record.embedding_scale)
     builder = Builder(tokens.rows.dtype)
     rotary = None if record.rotary is None else decoder._modules.get(record.rotary)
     ops = Recorder(builder, rotary, host.windows_of(model.config))
 
     x = builder.look_up(tokens, "tokens")
-    for factor in _factors(decoder, record):
-        x = builder.scale(x, factor)
+    multiplier = None if record.multiplier is None else getattr(decoder, record.multiplier, None)
+    for factor in (scale_of(embedding, record.embedding_scale), multiplier):
+        if factor is not None:
+            x = builder.scale(x, factor)
     x = _through(ops, decoder, record.project_in, x)
     if record.positions is not None:
-        builder.add_looked_up(_embedding(decoder, record.positions, record.position_class), "positions", x)
+        positions = position_table(decoder._modules[record.positions], tokens.rows.dtype)
+        builder.add_looked_up(positions, "positions", x)
     for layer in layers:
         ops.angles(_attention(layer))
     for index, layer in enumerate(layers):
@@ -97,10 +97,11 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     builder.layer = None
     x = _through(ops, decoder, record.norm, x)
     x = _through(ops, decoder, record.project_out, x)
-    if record.head not in model._modules:
+    head = next((name for name in record.heads if model._modules.get(name) is not None), None)
+    if head is None:
         return None
     builder.take_last(x)
-    logits = ops.part(model, record.head, x)
+    logits = ops.part(model, head, x)
     for name, operation in (
         (record.divisor, functools.partial(builder.scale, divide=True)),
         (record.factor, builder.scale),
@@ -118,42 +119,6 @@ def _check_children(decoder: Any, record: Decoder) -> None:
     for name, child in decoder._modules.items():
         if name in read and child is not None and type(child) not in DO_NOTHING:
             raise UnsupportedModel(f"{name} is a {type(child).__name__}, which no record names")
-
-
-def _factors(decoder: Any, record: Decoder) -> Iterator[float]:
-    """What embeddings of tokens are multiplied by, one after the other."""
-    tokens = decoder._modules[record.tokens]
-    scale = None if record.embedding_scale is None else getattr(tokens, record.embedding_scale, None)
-    if scale is not None:
-        yield float(torch.as_tensor(scale).to(tokens.weight.dtype))
-    multiplier = None if record.multiplier is None else getattr(decoder, record.multiplier, None)
-    if multiplier is not None:
-        yield multiplier
-
-
-def _embedding(decoder: Any, name: str, class_name: str | None = None, scale: str | None = None) -> Table:
-    """What `decoder.name` looks up, which is torch's own module, or of exactly this class, or scales by this attribute."""
-    module = decoder._modules[name]
-    is_known = type(module) is nn.Embedding or (
-        isinstance(module, nn.Embedding)
-        and (type(module).__name__ == class_name or (scale is not None and _scales(module, scale)))
-    )
-    if not is_known or module.max_norm is not None:
-        raise UnsupportedModel(f"{name} is a {type(module).__name__} that does more than look up")
-    if module.weight.dtype not in DTYPES:
-        raise UnsupportedModel(f"its weights are {dtype_name(module.weight.dtype)}")
-    # tables of positions may begin with rows for other purposes
-    return Table(module.weight.detach()[getattr(module, "offset", 0) :])
-
-
-def _scales(module: Any, name: str) -> bool:
-    """Whether it looks up, and multiplies by what it has under this name."""
-    ids = torch.arange(min(module.num_embeddings, _N_TRIED))
-    with torch.no_grad():
-        expected = module.weight[ids] * torch.as_tensor(getattr(module, name, torch.nan)).to(
-            module.weight.dtype
-        )
-        return torch.equal(module(ids), expected)
 
 
 def _through(ops: Recorder, decoder: Any, name: str | None, x: Value) -> Value:
@@ -174,9 +139,10 @@ def _layers(decoder: Any, record: Decoder) -> list[Any]:
     if not getattr(config, "is_causal", True):
         raise UnsupportedModel("its configuration has is_causal=False")
     kind = config._attn_implementation
-    other = next((each for each in map(_attention, layers) if each.config._attn_implementation != kind), None)
+    configs = (vars(each).get("config", config) for each in map(_attention, layers))
+    other = next((each._attn_implementation for each in configs if each._attn_implementation != kind), None)
     if other is not None:
-        raise UnsupportedModel(f"masks are for {kind!r}, attention is {other.config._attn_implementation!r}")
+        raise UnsupportedModel(f"masks are for {kind!r}, attention is {other!r}")
     return layers
 
 

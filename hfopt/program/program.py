@@ -101,6 +101,7 @@ class Program(NamedTuple):
     listing: Listing
     kept: tuple[Weights | Tensor, ...]
     linears: frozenset[Instruction]  # those of linear layers that there are
+    is_exact: bool  # whether logits have the bits of the model's own, which takes torch's tanh to limit them
 
     @property
     def windows(self) -> set[int]:

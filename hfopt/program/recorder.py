@@ -90,9 +90,8 @@ class Recorder:
 
     def attend(self, attention: Any, qkv: Value, past: Past) -> Value:
         window = self._windows[past.layer] if past.layer < len(self._windows) else None
-        own = vars(attention).get("sliding_window", window)
-        if window is None or window != (sys.maxsize if own is None else own):
-            raise UnsupportedModel(f"the cache has a window of {window} for it, attention one of {own}")
+        if window is None:
+            raise UnsupportedModel(f"the cache has no layer {past.layer} of a known kind")
         scoring = replace(attention.scoring, window=None if window == sys.maxsize else window)
         return self._builder.attend(qkv, past.layer, attention._hfopt.spec.heads, scoring)
 

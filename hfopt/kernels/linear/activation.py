@@ -7,7 +7,7 @@ from hfopt.kernels.simd.constants import ONE, ZERO
 from hfopt.kernels.simd.functions import erf, exp, tanh
 from hfopt.kernels.simd.vector import maximum, splat
 
-NONE, RELU, SILU, GELU, GELU_TANH, QUICK_GELU, TANH, SIGMOID = range(8)
+NONE, RELU, SILU, GELU, GELU_TANH, QUICK_GELU, TANH, SIGMOID, RELU_SQUARED = range(9)
 
 _HALF = np.float32(0.5)
 _INVERSE_ROOT_2 = np.float32(0.7071067811865476)
@@ -37,6 +37,9 @@ def activate(x, code):
         return splat(_HALF) * x * (splat(ONE) + tanh(inner))
     if code == QUICK_GELU:
         return x * sigmoid(splat(_QUICK) * x)
+    if code == RELU_SQUARED:
+        positive = maximum(x, splat(ZERO))
+        return positive * positive
     if code == TANH:
         return tanh(x)
     if code == SIGMOID:

@@ -15,14 +15,14 @@ from hfopt.patches.families.granite import GRANITE
 from hfopt.patches.families.llama import LLAMA
 from hfopt.patches.families.neox import NEOX
 from hfopt.patches.families.olmo import OLMO2
-from hfopt.patches.families.opt import OPT
+from hfopt.patches.families.opt import BIOGPT, OPT, XGLM
 from hfopt.patches.families.phi import PERSIMMON, PHI
 from hfopt.patches.families.phi3 import PHI3
 from hfopt.patches.families.starcoder import APERTUS, NEMOTRON, STARCODER2
 
 FAMILIES = (
     LLAMA, PHI3, GRANITE, GPTJ, OPT, GEMMA, GEMMA2, OLMO2, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2, NEMOTRON,
-    APERTUS, CODEGEN, GPT2,
+    APERTUS, CODEGEN, GPT2, XGLM, BIOGPT,
 )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ class Decoder:
     """How a model puts its modules together: names of the children of the module at `path`.
 
     What a token looks up in `tokens`, times `multiplier`, goes through `project_in`, is added to what its position looks up
-    in `positions`, and goes through `layers`, `norm`, `project_out`, and the model's own child `head`, whose logits are
+    in `positions`, and goes through `layers`, `norm`, `project_out`, and the model's own child in `heads`, whose logits are
     divided by the field `divisor`, multiplied by `factor` and limited, smoothly, by `softcap`, fields of the config. A part that is None in a family, or in a model, is left out. rotary: computes
     cos and sin for all layers. position_class: name of the class of `positions`, whose first `offset` rows are for other
     purposes. multiplier: an attribute. embedding_scale: one of `tokens`, if it scales itself.
@@ -83,10 +83,9 @@ class Decoder:
     tokens: str
     layers: str
     norm: str
-    head: str = "lm_head"
+    heads: tuple[str, ...] = ("lm_head", "embed_out", "output_projection")
     rotary: str | None = None
     positions: str | None = None
-    position_class: str | None = None
     project_in: str | None = None
     project_out: str | None = None
     multiplier: str | None = None

@@ -1,4 +1,6 @@
-"""OPT: layers with the feed-forward block inline, LayerNorm before or after, learned positions."""
+"""OPT, XGLM, BioGPT: layers with the feed-forward block inline, LayerNorm before or after, learned or sinusoidal positions."""
+
+from dataclasses import replace
 
 from hfopt.patches.families.family import AttentionParts, Decoder, Family, LayerParts
 
@@ -19,8 +21,20 @@ OPT = Family(
         "layers",
         "final_layer_norm",
         positions="embed_positions",
-        position_class="OPTLearnedPositionalEmbedding",
         project_in="project_in",
         project_out="project_out",
     ),
 )
+
+_SCALED = Decoder(
+    "model",
+    "embed_tokens",
+    "layers",
+    "layer_norm",
+    positions="embed_positions",
+    embedding_scale="embed_scale",
+)
+
+XGLM = replace(OPT, name="XGLM", model_types=("xglm",), decoder=_SCALED)
+
+BIOGPT = replace(OPT, name="BioGPT", model_types=("biogpt",), decoder=replace(_SCALED, path="biogpt"))
