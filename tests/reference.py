@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hfopt.cache import Appended
+from hfopt.functional import Scoring
 
 DTYPES = (torch.float32, torch.bfloat16)
 _GUARD = 64  # bytes on both sides of a guarded array
@@ -44,12 +45,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, kind: str) -> Tensor:
     return torch.cat((turned * cos + partner * sin, rest), -1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+def distances(n_new: int, n_keys: int) -> Tensor:
+    """From each new token to each key, [T, L]."""
+    return torch.arange(n_keys) - torch.arange(n_keys - n_new, n_keys)[:, None]
+
+
+def attention_scores(q: Tensor, k: Tensor, seen: Tensor, scoring: Scoring) -> Tensor:
+    """[B, Hq, T, L], see `attention`."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = q @ k.transpose(-1, -2) * scoring.scale
+    away = distances(*seen.shape[1:])
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    if scoring.slopes is not None:
+        scores = scores + (scoring.slopes[:, None, None].to(q.dtype) * away).to(q.dtype)
+    if scoring.window is not None:
+        seen = seen & (away > -scoring.window)
+    return scores.masked_fill(~seen[:, None], -torch.inf)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scoring: Scoring) -> Tensor:
     """q [B, Hq, T, D]; k, v [B, Hkv, L, D]; seen bool [B, T, L]; in their own dtype; 0 where none is seen."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen[:, None], -torch.inf)
-    weights = torch.softmax(scores, -1).masked_fill(~seen.any(-1)[:, None, :, None], 0)
+    scores = attention_scores(q, k, seen, scoring)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    sinks = torch.full((1,), -torch.inf) if scoring.sinks is None else scoring.sinks
+    scores = torch.cat((scores, sinks.to(q.dtype)[:, None, None].expand(*scores.shape[:-1], 1)), -1)
+    weights = torch.softmax(scores, -1)[..., :-1].masked_fill(~seen.any(-1)[:, None, :, None], 0)
     return weights @ v
 
 
@@ -75,12 +96,12 @@ def _tensor(array: np.ndarray, scales: np.ndarray | None, dtype: torch.dtype) ->
 # ---- errors ------------------------------------------------------------------------------------------------
 
 
-def assert_as_exact_as_torch(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
-    """Our largest error is at most twice torch's at the same dtype, or one ulp of the largest value."""
+def assert_as_exact_as_torch(ours: Tensor, theirs: Tensor, exact: Tensor, n_ulps: float = 1) -> None:
+    """Our largest error is at most twice torch's at the same dtype, or so many ulps of the largest value."""
     assert ours.dtype == theirs.dtype
     our_error = (ours.double() - exact).abs().max().item()
     their_error = (theirs.double() - exact).abs().max().item()
-    unit = exact.abs().max().item() * torch.finfo(ours.dtype).eps
+    unit = n_ulps * exact.abs().max().item() * torch.finfo(ours.dtype).eps
     assert our_error <= max(2 * their_error, unit), (our_error, their_error, unit)
 
 

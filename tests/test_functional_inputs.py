@@ -11,7 +11,7 @@ from torch import Tensor
 from hfopt import functional
 from hfopt.cache import Appended, IndirectCache
 from hfopt.errors import HfoptError, InvalidInput
-from hfopt.functional import Mask
+from hfopt.functional import Mask, Scoring
 
 SIZE = 24
 HEADS = (4, 2, SIZE)
@@ -23,7 +23,7 @@ def _appended(n_rows: int = 2, n_new: int = 3, dtype: torch.dtype = torch.float3
 
 
 def _attend(qkv: Tensor, appended: Appended | None = None, mask: Mask | None = None) -> Tensor:
-    return functional.attend(qkv, appended or _appended(), mask or Mask("causal"), 0.2, *HEADS)
+    return functional.attend(qkv, appended or _appended(), mask or Mask("causal"), Scoring(0.2), *HEADS)
 
 
 def _rotate(qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, kind: str = "half") -> None:
@@ -173,7 +173,7 @@ def test_heads_to_norm(heads: tuple[int, int]) -> None:
 @pytest.mark.parametrize("heads", ((4, 3, SIZE), (0, 2, SIZE), (4, 0, SIZE), (4, 2, 0), (-4, -2, SIZE)))
 def test_heads(heads: tuple[int, int, int]) -> None:
     with pytest.raises(InvalidInput, match="n_heads a multiple of n_kv_heads"):
-        functional.attend(torch.ones(2, 3, WIDTH), _appended(), Mask("causal"), 0.2, *heads)
+        functional.attend(torch.ones(2, 3, WIDTH), _appended(), Mask("causal"), Scoring(0.2), *heads)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_known_caches_of_another_layout() -> None:
         (torch.ones(2, 3, WIDTH, dtype=torch.bfloat16), HEADS),
     ):
         with pytest.raises(InvalidInput, match=r"appended\.prefix has"):
-            functional.attend(qkv, appended, Mask("causal"), 0.2, *heads)
+            functional.attend(qkv, appended, Mask("causal"), Scoring(0.2), *heads)
 
 
 @pytest.mark.parametrize("change", ({"prefix_len": 10**6}, {"prefix_len": 2}, {"in_suffix": True}))

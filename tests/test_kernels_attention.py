@@ -10,12 +10,14 @@ from torch import Tensor
 from hfopt import functional
 from hfopt.cache import Appended, IndirectCache
 from hfopt.errors import InvalidInput
-from hfopt.functional import Mask
+from hfopt.functional import Mask, Scoring
 from hfopt.kernels.attention import cache_record
 from hfopt.kernels.attention import decode as attention
 from hfopt.kernels.attention import prefill as attention_prefill
+from hfopt.kernels.attention import scoring as scores
 from hfopt.kernels.attention.cache_view import open_cache
 from hfopt.kernels.attention.plan import scratch_bytes
+from hfopt.kernels.attention.seen import CAUSAL
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.simd.pointer import address_as, pointer
 from tests import reference
@@ -66,7 +68,9 @@ def test_decode(
     cache = make(dtype, n_rows, n_prefix_rows, heads[1], heads[2], lengths)
     everything = torch.ones(n_rows, 1, sum(lengths), dtype=torch.bool)
     out = check_attend(qkv, cache, Mask("none"), everything, heads)
-    assert torch.equal(functional.attend(qkv, cache, by_bytes(everything), heads[2] ** -0.5, *heads), out)
+    assert torch.equal(
+        functional.attend(qkv, cache, by_bytes(everything), Scoring(heads[2] ** -0.5), *heads), out
+    )
 
     seen = torch.rand(n_rows, 1, sum(lengths)) < 0.7
     seen[0] = False
@@ -82,7 +86,7 @@ def test_decode_with_any_scale(make: MakeCache, dtype: torch.dtype, scale: float
     heads = (2 * group, 2, 24)
     qkv = random_qkv(dtype, 1, 1, heads)
     cache = make(dtype, 1, 1, 2, 24, (90, 0))
-    check_attend(qkv, cache, Mask("none"), torch.ones(1, 1, 90, dtype=torch.bool), heads, scale)
+    check_attend(qkv, cache, Mask("none"), torch.ones(1, 1, 90, dtype=torch.bool), heads, Scoring(scale))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,11 +173,11 @@ def test_decode_of_a_span_that_is_not_finite(
     stored[:, first : first + 256] = value
     seen = torch.ones(2, 1, 770, dtype=torch.bool)
     for shown in (seen, seen & (torch.arange(770) < first + 256), seen & (torch.arange(770) >= first)):
-        out = functional.attend(qkv, cache, by_bytes(shown), 0.2, *heads)
+        out = functional.attend(qkv, cache, by_bytes(shown), Scoring(0.2), *heads)
         keys, values = reference.gathered(cache, dtype)
         hidden = ~shown.any(1)[:, None, :, None]
         keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
-        theirs = flat(reference.attention(queries_of(qkv, heads), keys, values, shown, 0.2))
+        theirs = flat(reference.attention(queries_of(qkv, heads), keys, values, shown, Scoring(0.2)))
         assert torch.equal(out.isnan(), theirs.isnan())
         assert torch.equal(out.isinf(), theirs.isinf())
 
@@ -186,7 +190,8 @@ def _attend_within(
     rows = pointer(prefix_row), pointer(table), table.shape[1]
     cache = open_cache(q, pointer(record), prefix_len, suffix_len, *rows, 0)
     q_row = (n_heads + 2 * cache.n_kv_heads) * cache.size
-    attention.attend_rows(cache, q, q_row, n_rows, n_heads, 0, 0, np.float32(0.1), scratch, threads, out)
+    scoring = scores.Scoring(np.float32(0.1), np.float32(0.0), 0, 0, 0)
+    attention.attend_rows(cache, q, q_row, n_rows, n_heads, 0, 0, scoring, scratch, threads, out)
 
 
 @pytest.mark.parametrize("heads", ((32, 8, 64), (12, 12, 64), (16, 1, 128)))
@@ -255,7 +260,9 @@ def test_prefill(
     cache = make(dtype, n_rows, n_prefix_rows, heads[1], heads[2], lengths)
     causal = causal_mask(n_rows, n_new, sum(lengths))
     out = check_attend(qkv, cache, Mask("causal"), causal, heads)
-    masked = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(causal), heads[2] ** -0.5, *heads)
+    masked = functional.attend(
+        qkv, cache._replace(n_new=n_new), by_bytes(causal), Scoring(heads[2] ** -0.5), *heads
+    )
     assert torch.equal(masked, out)
 
     padded = causal.clone()
@@ -273,7 +280,9 @@ def _check_prefill(dtype: torch.dtype, n_new: int, heads: tuple[int, int, int], 
     qkv = random_qkv(dtype, n_rows, n_new, heads)
     causal = causal_mask(n_rows, n_new, n_keys)
     out = check_attend(qkv, cache, Mask("causal"), causal, heads)
-    masked = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(causal), heads[2] ** -0.5, *heads)
+    masked = functional.attend(
+        qkv, cache._replace(n_new=n_new), by_bytes(causal), Scoring(heads[2] ** -0.5), *heads
+    )
     assert torch.equal(masked, out)
     holes = causal & (torch.rand(causal.shape) < 0.6)
     check_attend(qkv, cache, by_bytes(holes), holes, heads)
@@ -308,9 +317,9 @@ def test_bits_of_a_token_do_not_depend_on_the_others(make: MakeCache, dtype: tor
     heads = (6, 3, 64)
     qkv = random_qkv(dtype, 1, 400, heads)
     cache = make(dtype, 1, 1, 3, 64, (500, 0))
-    together = functional.attend(qkv, cache._replace(n_new=400), Mask("causal"), 0.125, *heads)
+    together = functional.attend(qkv, cache._replace(n_new=400), Mask("causal"), Scoring(0.125), *heads)
     last = qkv[:, -n_new:].contiguous()
-    alone = functional.attend(last, cache._replace(n_new=n_new), Mask("causal"), 0.125, *heads)
+    alone = functional.attend(last, cache._replace(n_new=n_new), Mask("causal"), Scoring(0.125), *heads)
     assert torch.equal(together[:, -n_new:], alone)
 
 
@@ -320,7 +329,7 @@ def test_prefill_with_any_scale(dtype: torch.dtype, scale: float) -> None:
     heads = (4, 2, 24)
     qkv = random_qkv(dtype, 1, 40, heads)
     cache = random_cache(dtype, 1, 1, 2, 24, (90, 0))
-    check_attend(qkv, cache, Mask("causal"), causal_mask(1, 40, 90), heads, scale)
+    check_attend(qkv, cache, Mask("causal"), causal_mask(1, 40, 90), heads, Scoring(scale))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -330,7 +339,7 @@ def test_prefill_where_no_key_has_a_weight(dtype: torch.dtype) -> None:
     cache = random_cache(dtype, 1, 1, 1, 24, (5, 0))
     torch.from_numpy(cache.prefix).view(dtype)[0, ..., :5, :] = -torch.inf
     for mask in (Mask("causal"), by_bytes(causal_mask(1, 3, 5))):
-        assert functional.attend(qkv, cache._replace(n_new=3), mask, 0.2, *heads).isnan().all()
+        assert functional.attend(qkv, cache._replace(n_new=3), mask, Scoring(0.2), *heads).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -344,11 +353,11 @@ def test_hidden_keys_and_values_do_not_leak(dtype: torch.dtype, size: int, n_new
     seen = causal_mask(2, n_new, 71)
     seen[:, :, :5] = False
     seen[:, :, 50] = False
-    expected = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(seen), 0.2, *heads)
+    expected = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(seen), Scoring(0.2), *heads)
     torch.from_numpy(cache.prefix).view(dtype)[:, :, :, :5] = value
     torch.from_numpy(cache.suffix).view(dtype)[:, :, :, 10] = value
     assert torch.equal(
-        functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(seen), 0.2, *heads), expected
+        functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(seen), Scoring(0.2), *heads), expected
     )
 
 
@@ -357,9 +366,9 @@ def test_later_values_do_not_leak_into_earlier_tokens(dtype: torch.dtype) -> Non
     heads = (4, 2, 24)
     qkv = random_qkv(dtype, 1, 70, heads)
     cache = random_cache(dtype, 1, 1, 2, 24, (70, 0))
-    expected = functional.attend(qkv, cache._replace(n_new=70), Mask("causal"), 0.2, *heads)
+    expected = functional.attend(qkv, cache._replace(n_new=70), Mask("causal"), Scoring(0.2), *heads)
     torch.from_numpy(cache.prefix).view(dtype)[:, 0, :, 33] = torch.nan
-    out = functional.attend(qkv, cache._replace(n_new=70), Mask("causal"), 0.2, *heads)
+    out = functional.attend(qkv, cache._replace(n_new=70), Mask("causal"), Scoring(0.2), *heads)
     assert torch.equal(out[:, :33], expected[:, :33])
     assert out[:, 33:].isnan().all()
 
@@ -377,10 +386,10 @@ def test_values_that_are_seen_and_not_finite(
     torch.from_numpy(cache.prefix).view(dtype)[0 if place == "keys" else 1, 0, 0, 7, 3] = value
     seen = causal_mask(2, n_new, 300)
     out = functional.attend(
-        qkv, cache._replace(n_new=n_new), Mask("causal" if n_new > 1 else "none"), 0.2, *heads
+        qkv, cache._replace(n_new=n_new), Mask("causal" if n_new > 1 else "none"), Scoring(0.2), *heads
     )
     keys, values = reference.gathered(cache, dtype)
-    theirs = flat(reference.attention(queries_of(qkv, heads), keys, values, seen, 0.2))
+    theirs = flat(reference.attention(queries_of(qkv, heads), keys, values, seen, Scoring(0.2)))
     assert torch.equal(out.isnan(), theirs.isnan())
     assert torch.equal(out.isinf(), theirs.isinf())
 
@@ -427,7 +436,7 @@ def test_bits_do_not_depend_on_threads(
     qkv = random_qkv(dtype, n_rows, n_new, heads)
     cache = make(dtype, n_rows, 2, *heads[1:], lengths)._replace(n_new=n_new)
     mask = Mask("causal" if n_new > 1 else "none")
-    assert_same_on_threads(lambda: functional.attend(qkv, cache, mask, 0.125, *heads))
+    assert_same_on_threads(lambda: functional.attend(qkv, cache, mask, Scoring(0.125), *heads))
 
 
 @pytest.mark.parametrize("make", CACHES)
@@ -445,16 +454,18 @@ def test_nothing_is_written_outside(
     parts = (record, 21, 5, cache.prefix_row, cache.table, 0)
     out = Guarded(dtype, 2 * n_new, n_heads * size)
     kinds, no_mask = (bits(qkv)[0, 0, :0], cache.prefix.ravel()[:0]), np.zeros((0, 0, 0), np.uint8)
-    given = *kinds, qkv.data_ptr(), 2
+    given, numbers = (*kinds, qkv.data_ptr(), 2), Scoring(0.2).numbers(n_heads, dtype)
     if n_new == 1:
-        attention.attend_decode(*given, *parts, no_mask, 0.2, n_heads, out.array.ctypes.data)
+        attention.attend_decode(*given, *parts, no_mask, *numbers, n_heads, out.array.ctypes.data)
     else:
-        mask = attention_prefill.CAUSAL, no_mask
-        attention_prefill.attend_prefill(*given, n_new, *parts, *mask, 0.2, n_heads, out.array.ctypes.data)
+        mask = CAUSAL, no_mask
+        attention_prefill.attend_prefill(
+            *given, n_new, *parts, *mask, *numbers, n_heads, out.array.ctypes.data
+        )
     out.check()
     assert [part.tobytes() for part in (cache.prefix, cache.suffix)] == before
     expected = functional.attend(
-        qkv, cache._replace(n_new=n_new), Mask("causal" if n_new > 1 else "none"), 0.2, *heads
+        qkv, cache._replace(n_new=n_new), Mask("causal" if n_new > 1 else "none"), Scoring(0.2), *heads
     )
     assert torch.equal(out.tensor.view_as(expected), expected)
 
@@ -469,7 +480,7 @@ def test_rows_that_the_cache_has_not(n_new: int, wrong: int) -> None:
         broken = getattr(cache, name).copy()
         broken.flat[1] = wrong
         with pytest.raises(InvalidInput, match="prefix_row or table"):
-            functional.attend(qkv, cache._replace(**{name: broken}), Mask("causal"), 0.2, *heads)
+            functional.attend(qkv, cache._replace(**{name: broken}), Mask("causal"), Scoring(0.2), *heads)
 
 
 # ---- masks -------------------------------------------------------------------------------------------------

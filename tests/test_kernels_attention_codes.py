@@ -10,7 +10,7 @@ from hfopt import functional
 from hfopt.cache import Appended, IndirectCache
 from hfopt.cache.codes import dequantised, quantised
 from hfopt.errors import InvalidInput
-from hfopt.functional import Mask
+from hfopt.functional import Mask, Scoring
 from tests import reference
 from tests.attention_cases import by_bytes, causal_mask, check_attend, coded, coded_cache, random_qkv
 from tests.reference import DTYPES, Guarded, bits
@@ -31,7 +31,7 @@ def test_the_largest_products_do_not_overflow(group: int, size: int) -> None:
     everything = torch.ones(1, 1, n_keys, dtype=torch.bool)
     qkv = torch.full((1, 1, (group + 2) * size), 0.5, dtype=dtype)
     for scale in (1.0, 0.0):
-        out = check_attend(qkv, cache, Mask("none"), everything, heads, scale)
+        out = check_attend(qkv, cache, Mask("none"), everything, heads, Scoring(scale))
         assert torch.equal(out, torch.full_like(out, 3.0))
 
 
@@ -60,9 +60,9 @@ def test_attention_by_torch(dtype: torch.dtype, n_new: int) -> None:
     keys, values = reference.gathered(cache, dtype)
     causal = causal_mask(4, n_new, 70)
     expected = reference.attention(
-        qkv[..., : 4 * 24].unflatten(-1, (4, 24)).transpose(1, 2), keys, values, causal, 0.2
+        qkv[..., : 4 * 24].unflatten(-1, (4, 24)).transpose(1, 2), keys, values, causal, Scoring(0.2)
     )
-    out = functional.attend(qkv, cache, Mask("causal"), 0.2, *heads, by="torch")
+    out = functional.attend(qkv, cache, Mask("causal"), Scoring(0.2), *heads, by="torch")
     torch.testing.assert_close(out, expected.transpose(1, 2).flatten(2), rtol=2e-2, atol=2e-2)
 
 
@@ -76,13 +76,17 @@ def test_what_is_not_finite(dtype: torch.dtype, heads: tuple[int, int, int], n_n
     seen = causal_mask(2, n_new, 71)
     hidden = seen.clone()
     hidden[:, :, 7] = hidden[:, :, 50] = False
-    expected = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(hidden), 0.2, *heads)
+    expected = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(hidden), Scoring(0.2), *heads)
     assert cache.prefix_scales is not None and cache.suffix_scales is not None
     for scales, token in ((cache.prefix_scales, 7), (cache.suffix_scales, 10)):
         scales[0 if place == "keys" else 1, :, :, token] = np.nan
-    out = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(hidden), 0.2, *heads)
+    out = functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(hidden), Scoring(0.2), *heads)
     assert torch.equal(out, expected)
-    assert functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(seen), 0.2, *heads).isnan().all()
+    assert (
+        functional.attend(qkv, cache._replace(n_new=n_new), by_bytes(seen), Scoring(0.2), *heads)
+        .isnan()
+        .all()
+    )
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------
@@ -209,7 +213,7 @@ def test_caches_that_do_not_fit(name: str, n_new: int) -> None:
     )
     broken = cache._replace(n_new=n_new, **WRONG[name])
     for work in (
-        lambda: functional.attend(qkv, broken, Mask("causal"), 0.2, *heads),
+        lambda: functional.attend(qkv, broken, Mask("causal"), Scoring(0.2), *heads),
         lambda: functional.rotate_and_store(qkv, None, None, broken, *heads, "none"),
     ):
         with pytest.raises(InvalidInput, match=r"appended\.(prefix|suffix)"):

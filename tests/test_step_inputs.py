@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hfopt.cache import AppendedEverywhere, Buffers, IndirectCache
 from hfopt.errors import InvalidInput
-from hfopt.functional import Epilogue, LinearWeights
+from hfopt.functional import Epilogue, LinearWeights, Scoring
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import NONE, Instruction
 from hfopt.kernels.linear.blocks import RESIDUALS
@@ -47,7 +47,7 @@ def begun() -> tuple[Builder, Value]:
 def layered(builder: Builder, x: Value, layer: int, heads: tuple[int, int, int] = HEADS) -> Value:
     qkv = builder.linear(x, weights((WIDTH, SIZE), dtype=builder.dtype))
     builder.rotate_and_store(qkv, layer, heads, "none", None)
-    attended = builder.attend(qkv, layer, heads, 0.3)
+    attended = builder.attend(qkv, layer, heads, Scoring(0.3))
     return builder.linear(attended, weights((SIZE, SIZE), dtype=builder.dtype), Epilogue(residuals=(x,)))
 
 
@@ -110,7 +110,7 @@ def _rotate(builder: Builder, x: Value, rotation: str, *tables: Tensor) -> None:
 
 
 def _attend(builder: Builder, x: Value, *heads: int) -> None:
-    builder.attend(builder.linear(x, weights((WIDTH, SIZE))), 0, heads, 1.0)  # type: ignore[arg-type]
+    builder.attend(builder.linear(x, weights((WIDTH, SIZE))), 0, heads, Scoring(1.0))  # type: ignore[arg-type]
 
 
 def _norm_of_another_dtype(builder: Builder, x: Value) -> None:

@@ -17,7 +17,7 @@ from hfopt import functional
 from hfopt.cache import Appended
 from hfopt.cli import main
 from hfopt.errors import InvalidInput, UnsupportedModel
-from hfopt.functional import LinearWeights, Mask, choice
+from hfopt.functional import LinearWeights, Mask, Scoring, choice
 from hfopt.functional.activation import ACTIVATIONS
 from hfopt.kernels.linear.rows import ROW_LIMIT
 from hfopt.patches.replacement import Replacement
@@ -201,7 +201,7 @@ def _scene(
 
 
 def _attend(qkv: Tensor, appended: Appended, mask: Mask, heads: tuple[int, int, int], by: Any) -> Tensor:
-    return functional.attend(qkv, appended, mask, SIZE**-0.5, *heads, by=by)
+    return functional.attend(qkv, appended, mask, Scoring(SIZE**-0.5), *heads, by=by)
 
 
 def _masks(n_rows: int, n_new: int, n_keys: int) -> list[tuple[Mask, Tensor]]:
@@ -217,8 +217,8 @@ def _masks(n_rows: int, n_new: int, n_keys: int) -> list[tuple[Mask, Tensor]]:
 def _check(qkv: Tensor, appended: Appended, heads: tuple[int, int, int], mask: Mask, seen: Tensor) -> Tensor:
     q = qkv[..., : heads[0] * SIZE].unflatten(-1, (heads[0], SIZE)).transpose(1, 2)
     keys, values = (each[: len(q)] for each in reference.gathered(appended, qkv.dtype))
-    theirs = reference.attention(q, keys, values, seen, SIZE**-0.5)
-    exact = reference.attention(q.double(), keys.double(), values.double(), seen, SIZE**-0.5)
+    theirs = reference.attention(q, keys, values, seen, Scoring(SIZE**-0.5))
+    exact = reference.attention(q.double(), keys.double(), values.double(), seen, Scoring(SIZE**-0.5))
     result = _attend(qkv, appended, mask, heads, "torch")
     assert result.is_contiguous()
     assert_as_exact_as_torch(result, theirs.transpose(1, 2).flatten(2), exact.transpose(1, 2).flatten(2))

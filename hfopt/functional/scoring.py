@@ -68,7 +68,7 @@ class Scoring:
 def _check_numbers(name: str, tensor: Tensor) -> None:
     """Raise `InvalidInput` for numbers that are not finite; a sink may be -inf, which takes no weight."""
     check_floats(name, tensor)
-    least = -math.inf if name == "sinks" else -sys.float_info.max
-    wrong = tensor[~((tensor >= least) & (tensor < math.inf))]
-    if len(wrong):
+    right = tensor < math.inf if name == "sinks" else tensor.isfinite()
+    if not bool(right.all()):
+        wrong = tensor[~right]
         raise InvalidInput(f"{name} has {wrong[0].item()}: finite numbers are allowed")

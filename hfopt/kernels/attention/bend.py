@@ -7,7 +7,7 @@ import numpy as np
 from hfopt.kernels.attention.softmax import LIMIT, SLOPE, TILE
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd.constants import LOG2_E, ONE, ZERO
-from hfopt.kernels.simd.functions import tanh
+from hfopt.kernels.simd.functions import quick_tanh
 from hfopt.kernels.simd.memory import load, store
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import fma, splat
@@ -19,7 +19,8 @@ class Powers(NamedTuple):
     sign: Any  # of queries, so that the largest product has the largest score
     inner: Any  # factor before tanh
     outer: Any  # and behind it; 0: there is none
-    power: Any  # of 2 instead of e
+    scale: Any  # factor of what there is then
+    rest: Any  # the same when scores are weighed: 1 where they have been scaled for a bias
 
 
 @body
@@ -29,16 +30,16 @@ def powers_of(scoring):
     sign = ONE if scoring.scale > ZERO else ZERO if scoring.scale == ZERO else -ONE
     if scoring.softcap > ZERO:
         softcap = np.float64(scoring.softcap)
-        return Powers(sign, np.float32(abs(scale) / softcap), np.float32(softcap * LOG2_E), ONE)
+        return Powers(sign, np.float32(abs(scale) / softcap), np.float32(softcap * LOG2_E), ONE, ONE)
     power = ONE if scoring.scale == ZERO else np.float32(abs(scale) * LOG2_E)
-    return Powers(sign, ZERO, ZERO, power)
+    return Powers(sign, ZERO, ZERO, power, power if scoring.slopes == 0 else ONE)
 
 
 @body
 def _cap(scores, width, n, inner, outer):
     """scores = outer * tanh(inner * scores) of n keys."""
     for place in range(0, n * width, LANES):
-        store(scores, place, tanh(load(scores, place) * splat(inner)) * splat(outer))
+        store(scores, place, quick_tanh(load(scores, place) * splat(inner)) * splat(outer))
 
 
 @body
@@ -55,10 +56,8 @@ def _add_bias(scores, width, n, scale, offset, stats):
 
 @body
 def bend_scores(scores, width, n, powers, has_slopes, offset, stats):
-    """Scores of n keys as they are weighed; returns by which power."""
+    """Scores of n keys, such that `powers.rest` times them are powers of 2."""
     if powers.outer > ZERO:
         _cap(scores, width, n, powers.inner, powers.outer)
-    if not has_slopes:
-        return powers.power
-    _add_bias(scores, width, n, powers.power, offset, stats)
-    return ONE
+    if has_slopes:
+        _add_bias(scores, width, n, powers.scale, offset, stats)

@@ -167,7 +167,7 @@ def attend_item(qkv, cache, seen, scoring, n_heads, row, kv_head, begin, end, ro
         )
         own_sums, own_stats = shifted(sums, place * channels), shifted(stats, place * STATS)
         heads = kv_head * group, group
-        start_tile(qkv, scoring, powers.power, *heads, q_begin, q_end, width, size, own_sums, own_stats)
+        start_tile(qkv, scoring, powers.rest, *heads, q_begin, q_end, width, size, own_sums, own_stats)
 
     step = BLOCK * per_unit
     last = last_key(seen, (tile_place(end - 1, n_queries)[1] - 1) // group)
@@ -192,10 +192,10 @@ def attend_item(qkv, cache, seen, scoring, n_heads, row, kv_head, begin, end, ro
             own, offset = part.end, first - n_past - t_begin
             block = as_units(keys, qkv)
             score_keys(shifted(queries, place * units), width, block, stride // per_unit, size, own, scores)
-            power = bend_scores(scores, width, own, powers, scoring.slopes != 0, offset, own_stats)
+            bend_scores(scores, width, own, powers, scoring.slopes != 0, offset, own_stats)
             limits = shifted(own_stats, LIMIT * TILE)
             hide(scores, width, part, seen, row, group, q_begin, q_end, first, offset, limits)
-            weigh_keys(scores, width, own, power, weights, own_sums, size, own_stats)
+            weigh_keys(scores, width, own, powers.rest, weights, own_sums, size, own_stats)
             add_values(weights, width, own, values, size, own_sums)
             if not finite:
                 add_infinite(weights, width, own, cache, scales, row, kv_head, first, size, own_sums)

@@ -20,7 +20,7 @@ from hfopt.kernels.attention.tile import weight_of, where_up_to
 from hfopt.kernels.attention.values import tile_columns, weigh_tile
 from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.simd.constants import LARGEST, LINE, LOWEST, NAN, ONE, ZERO
-from hfopt.kernels.simd.functions import tanh
+from hfopt.kernels.simd.functions import quick_tanh
 from hfopt.kernels.simd.memory import load, load_part, prefetch, store
 from hfopt.kernels.simd.pointer import as_units, bytes_at, shifted
 from hfopt.kernels.simd.tile import units_ratio
@@ -74,7 +74,7 @@ def _bend_scores(scores, n_vectors, width, n, scale, factors, bent):
         if factors is not None:
             value = value * load_key_factors(factors, v * width, width)
         if bent.outer > ZERO:
-            value = tanh(value) * splat(bent.outer)
+            value = quick_tanh(value) * splat(bent.outer)
         if bent.has_slopes:
             value = fma(slope, load_key_factors(bent.distances, v * width, width), value)
         value = where_keys(n - v * width, width, value, splat(LOWEST))

@@ -50,6 +50,20 @@ def emit_tanh(builder, x):
     return builder.select(builder.fcmp_unordered("<", size, splat_float(0.625)), near, far)
 
 
+_TANH_NUMERATOR = [1.335465489e-8, 2.060907619e-5, 3.495587681e-3, 0.1338102523, 0.9999999794]
+_TANH_DENOMINATOR = [7.776555219e-7, 3.285634144e-4, 2.587698040e-2, 0.4671434082, 1.0]
+
+
+def emit_quick_tanh(builder, x):
+    """x P(x^2) / Q(x^2) on |x| <= 9, fitted for the least relative error, which is 6 ulp; NaN kept."""
+    for bound, beyond in ((9.0, ">"), (-9.0, "<")):
+        limit = splat_float(bound)
+        x = builder.select(builder.fcmp_ordered(beyond, x, limit), limit, x)
+    square = builder.fmul(x, x)
+    top = builder.fmul(x, emit_polynomial(builder, square, _TANH_NUMERATOR))
+    return builder.fdiv(top, emit_polynomial(builder, square, _TANH_DENOMINATOR))
+
+
 _ERF_NUMERATOR = [
     -2.72614225801306e-10,
     2.77068142495902e-08,
@@ -80,4 +94,5 @@ def emit_erf(builder, x):
 
 exp = elementwise(emit_exp, "e^x.")
 tanh = elementwise(emit_tanh, "Hyperbolic tangent.")
+quick_tanh = elementwise(emit_quick_tanh, "The same, less exactly, in half the time.")
 erf = elementwise(emit_erf, "Error function.")
