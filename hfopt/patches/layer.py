@@ -128,11 +128,9 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
         module
     ):
         return None
-    scales = () if parts.multiplier is None else (parts.multiplier,)
-    if not all(isinstance(vars(module).get(name), float | int) for name in scales):
-        return None
+    multiplier = parts.multiplier if isinstance(vars(module).get(parts.multiplier), float | int) else None
     kind = _KINDS[topology]
-    unknown = unknown_parts(module, kind, (*_KNOWN, *scales), needs=("attention_mask", "cache"))
+    unknown = unknown_parts(module, kind, (*_KNOWN, parts.multiplier), needs=("attention_mask", "cache"))
     if unknown is not None:
         return unknown
     attention = module._modules[parts.attention]
@@ -142,7 +140,7 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
     of_attention = known.hidden_size, known.n_positions, known.layer_type
     if inner is None:
         names = parts.attention, parts.norms, parts.post_norms, mlp[0]
-        return LayerSpec(*names, *of_attention, multiplier=parts.multiplier)
+        return LayerSpec(*names, *of_attention, multiplier=multiplier)
     first, activation, second = inner
     if not is_linear(module._modules[first]) or not is_linear(module._modules[second]):
         return f"{first} or {second} is not a plain Linear"

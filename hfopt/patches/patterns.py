@@ -9,9 +9,8 @@ from hfopt.patches.norm import LAYER_NORM, RMS_NORM
 
 _MLPS = (family.mlp for family in FAMILIES if family.mlp is not None)
 
-# families have parts in common; of those that name more, what they say of a module is closer to it
-_ATTENTIONS = sorted({family.attention: None for family in FAMILIES}, key=lambda parts: -len(parts.norms))
-_LAYERS = sorted({family.layer: None for family in FAMILIES}, key=lambda parts: parts.multiplier is None)
+_ATTENTIONS = dict.fromkeys(family.attention for family in FAMILIES)
+_LAYERS = dict.fromkeys(family.layer for family in FAMILIES)
 
 # In this order: attention and layers are recognised by their swapped parts, and a Linear stands for itself if no other
 # pattern reads it.

@@ -8,7 +8,8 @@ from torch import nn
 
 from hfopt import host
 from hfopt.errors import HfoptError, InvalidInput, UnsupportedModel
-from hfopt.patches.facts import names_read
+from hfopt.patches.attention import setting
+from hfopt.patches.facts import helper_names_read, names_read, own_names
 from hfopt.patches.families import decoders_for
 from hfopt.patches.families.family import Decoder
 from hfopt.patches.guards import DO_NOTHING, has_own_forward, is_bare
@@ -16,6 +17,20 @@ from hfopt.program.builder import Builder, Value
 from hfopt.program.embeddings import position_table, scale_of, token_table
 from hfopt.program.program import Program
 from hfopt.program.recorder import Recorder, swapped
+
+# attributes and fields that change nothing in what a decoder computes, or what the rehearsal shows
+_HARMLESS = frozenset(
+    {
+        "bos_token_id", "config", "dropout", "dtype", "embedding_dropout", "eos_token_id", "gradient_checkpointing",
+        "has_sliding_layers", "hidden_size", "layer_types", "layerdrop", "loss_type", "max_seq_len", "multi_query",
+        "num_heads", "num_hidden_layers", "output_attentions", "output_hidden_states", "pad_token_id", "return_dict",
+        "sliding_window", "use_cache", "vocab_size",
+    }
+)  # fmt: skip
+# those that change nothing where they are off
+_SWITCHES = frozenset(
+    {"add_cross_attention", "is_encoder_decoder", "use_alibi", "use_bidirectional_attention"}
+)
 
 
 def build(model: nn.Module) -> Program:
@@ -73,18 +88,21 @@ def _read(model: Any, record: Decoder) -> Program | None:
 def _recorded(model: Any, record: Decoder) -> Program | None:
     decoder: Any = model.get_submodule(record.path)
     _check_children(decoder, record)
+    for module in (model, decoder):
+        _check_settings(module, record)
     layers = _layers(decoder, record)
     embedding = decoder._modules[record.tokens]
     tokens = token_table(embedding, record.embedding_scale)
     builder = Builder(tokens.rows.dtype)
-    rotary = None if record.rotary is None else decoder._modules.get(record.rotary)
+    rotary = decoder._modules.get(record.rotary)
     ops = Recorder(builder, rotary, host.windows_of(model.config))
 
     x = builder.look_up(tokens, "tokens")
-    multiplier = None if record.multiplier is None else getattr(decoder, record.multiplier, None)
+    multiplier = vars(decoder).get(record.multiplier)
     for factor in (scale_of(embedding, record.embedding_scale), multiplier):
         if factor is not None:
             x = builder.scale(x, factor)
+    x = _through(ops, decoder, record.tokens_norm, x)
     x = _through(ops, decoder, record.project_in, x)
     if record.positions is not None:
         positions = position_table(decoder._modules[record.positions], tokens.rows.dtype)
@@ -107,7 +125,7 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
         (record.factor, builder.scale),
         (record.softcap, builder.softcap),
     ):
-        number = None if name is None else getattr(model.config, name, None)
+        number = getattr(model.config, name, None) if name in names_read(model) else None
         if number is not None:
             logits = operation(logits, number)
     return builder.program(logits, len(layers))
@@ -119,6 +137,15 @@ def _check_children(decoder: Any, record: Decoder) -> None:
     for name, child in decoder._modules.items():
         if name in read and child is not None and type(child) not in DO_NOTHING:
             raise UnsupportedModel(f"{name} is a {type(child).__name__}, which no record names")
+
+
+def _check_settings(module: Any, record: Decoder) -> None:
+    """Raises UnsupportedModel if what `forward` reads of the module and its config may change more than the record says."""
+    read = names_read(module) | helper_names_read(module)
+    fields = module.config.__dict__.keys() | getattr(module.config, "attribute_map", {}).keys()
+    for name in sorted(read & (fields | set(own_names(vars(module)))) - _HARMLESS - record.settings):
+        if name not in _SWITCHES or setting(module, name):
+            raise UnsupportedModel(f"its forward reads {name}, which no record knows")
 
 
 def _through(ops: Recorder, decoder: Any, name: str | None, x: Value) -> Value:

@@ -7,11 +7,10 @@ from torch import nn
 from hfopt.patches.families.codegen import CODEGEN
 from hfopt.patches.families.cohere import COHERE
 from hfopt.patches.families.family import Decoder, Family
-from hfopt.patches.families.gemma import GEMMA, GEMMA2
+from hfopt.patches.families.gemma import GEMMA2
 from hfopt.patches.families.glm import GLM, GLM4
 from hfopt.patches.families.gpt2 import GPT2
 from hfopt.patches.families.gptj import GPTJ
-from hfopt.patches.families.granite import GRANITE
 from hfopt.patches.families.llama import LLAMA
 from hfopt.patches.families.neox import NEOX
 from hfopt.patches.families.olmo import OLMO2
@@ -21,7 +20,7 @@ from hfopt.patches.families.phi3 import PHI3
 from hfopt.patches.families.starcoder import APERTUS, NEMOTRON, STARCODER2
 
 FAMILIES = (
-    LLAMA, PHI3, GRANITE, GPTJ, OPT, GEMMA, GEMMA2, OLMO2, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2, NEMOTRON,
+    LLAMA, PHI3, GPTJ, OPT, GEMMA2, OLMO2, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2, NEMOTRON,
     APERTUS, CODEGEN, GPT2, XGLM, BIOGPT,
 )  # fmt: skip
 

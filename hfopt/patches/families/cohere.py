@@ -1,4 +1,4 @@
-"""Cohere 1 and 2: parallel layers with one LayerNorm, a gated feed-forward block, a factor of logits."""
+"""Cohere 1 and 2, and some of StableLM: Llama with attention and feed-forward block side by side, behind one norm."""
 
 from dataclasses import replace
 
@@ -10,5 +10,4 @@ COHERE = replace(
     name="Cohere",
     model_types=("cohere", "cohere2"),
     layer=LayerParts("parallel", "self_attn", ("input_layernorm",)),
-    decoder=replace(LLAMA.decoder, factor="logit_scale"),
 )

@@ -55,9 +55,10 @@ class MlpParts:
 class LayerParts:
     """Children of a decoder layer, and how they are put together (see `patches.layer`).
 
-    topology: where there are several, the proof chooses. norms: before attention and before the feed-forward block; one for both where they are parallel. post_norms: behind them,
-    of what they add. mlp: the child, or (input, activation, output) where the block is in the layer itself. multiplier:
-    attribute that scales what attention and feed-forward block add.
+    topology: where there are several, the proof chooses. norms: before attention and before the feed-forward block; one for
+    both where they are parallel. post_norms: behind them, of what they add. mlp: the child, or (input, activation, output)
+    where the block is in the layer itself. multiplier: attribute, if the layer has it, that scales what attention and
+    feed-forward block add.
     """
 
     topology: Topology | tuple[Topology, ...]
@@ -65,18 +66,18 @@ class LayerParts:
     norms: tuple[str, ...]
     post_norms: tuple[str, ...] = ()
     mlp: str | tuple[str, str, str] = "mlp"
-    multiplier: str | None = None
+    multiplier: str = "residual_multiplier"
 
 
 @dataclass(frozen=True)
 class Decoder:
     """How a model puts its modules together: names of the children of the module at `path`.
 
-    What a token looks up in `tokens`, times `multiplier`, goes through `project_in`, is added to what its position looks up
-    in `positions`, and goes through `layers`, `norm`, `project_out`, and the model's own child in `heads`, whose logits are
-    divided by the field `divisor`, multiplied by `factor` and limited, smoothly, by `softcap`, fields of the config. A part that is None in a family, or in a model, is left out. rotary: computes
-    cos and sin for all layers. position_class: name of the class of `positions`, whose first `offset` rows are for other
-    purposes. multiplier: an attribute. embedding_scale: one of `tokens`, if it scales itself.
+    What a token looks up in `tokens`, times the attribute `embedding_scale` of that and `multiplier` of the decoder, goes
+    through `tokens_norm` and `project_in`, is added to what its position looks up in `positions`, and goes through `layers`,
+    `norm`, `project_out`, and the model's own child in `heads`. Its logits are divided by the field `divisor` of the config,
+    multiplied by `factor` and limited, smoothly, by `softcap`. What a model has not, or does not read, is left out. rotary:
+    computes cos and sin for all layers.
     """
 
     path: str
@@ -84,21 +85,29 @@ class Decoder:
     layers: str
     norm: str
     heads: tuple[str, ...] = ("lm_head", "embed_out", "output_projection")
-    rotary: str | None = None
+    rotary: str = "rotary_emb"
     positions: str | None = None
+    tokens_norm: str | None = None
     project_in: str | None = None
     project_out: str | None = None
-    multiplier: str | None = None
-    embedding_scale: str | None = None
-    divisor: str | None = None
-    factor: str | None = None
-    softcap: str | None = None
+    embedding_scale: str = "embed_scale"
+    multiplier: str = "embedding_multiplier"
+    divisor: str = "logits_scaling"
+    factor: str = "logit_scale"
+    softcap: str = "final_logit_softcapping"
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """Names of attributes and fields that it knows."""
+        names = self.multiplier, self.divisor, self.factor, self.softcap, self.project_in, self.project_out
+        return frozenset(name for name in names if name is not None)
 
     @property
     def children(self) -> frozenset[str]:
         """Names of the children that it knows."""
         names = (
-            self.tokens, self.layers, self.norm, self.rotary, self.positions, self.project_in, self.project_out,
+            self.tokens, self.tokens_norm, self.layers, self.norm, self.rotary, self.positions, self.project_in,
+            self.project_out,
         )  # fmt: skip
         return frozenset(name for name in names if name is not None)
 

@@ -8,5 +8,5 @@ GPTJ = Family(
     attention=AttentionParts(("q_proj", "k_proj", "v_proj"), "out_proj", "table", ("interleaved",)),
     mlp=MlpParts(("fc_in",), "fc_out"),
     layer=LayerParts("parallel", "attn", ("ln_1",)),
-    decoder=Decoder("transformer", "wte", "h", "ln_f", rotary="rotary_emb"),
+    decoder=Decoder("transformer", "wte", "h", "ln_f"),
 )

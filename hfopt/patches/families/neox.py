@@ -10,5 +10,5 @@ NEOX = Family(
     layer=LayerParts(
         ("parallel", "sequential"), "attention", ("input_layernorm", "post_attention_layernorm")
     ),
-    decoder=Decoder("gpt_neox", "embed_in", "layers", "final_layer_norm", rotary="rotary_emb"),
+    decoder=Decoder("gpt_neox", "embed_in", "layers", "final_layer_norm"),
 )

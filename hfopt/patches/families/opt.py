@@ -26,14 +26,7 @@ OPT = Family(
     ),
 )
 
-_SCALED = Decoder(
-    "model",
-    "embed_tokens",
-    "layers",
-    "layer_norm",
-    positions="embed_positions",
-    embedding_scale="embed_scale",
-)
+_SCALED = Decoder("model", "embed_tokens", "layers", "layer_norm", positions="embed_positions")
 
 XGLM = replace(OPT, name="XGLM", model_types=("xglm",), decoder=_SCALED)
 
