@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
     GPTJForCausalLM,
     GraniteForCausalLM,
     LlamaForCausalLM,
@@ -36,7 +38,7 @@ from tests.generation_cases import (
 
 _KINDS = (
     LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM, Qwen2ForCausalLM, MistralForCausalLM, Qwen3ForCausalLM,
-    Phi3ForCausalLM, GraniteForCausalLM,
+    Phi3ForCausalLM, GraniteForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM,
 )  # fmt: skip
 ALL_OUTPUTS = {"return_dict_in_generate": True, "output_logits": True}
 MODES: dict[str, dict[str, Any]] = {

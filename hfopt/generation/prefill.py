@@ -131,8 +131,6 @@ class _Text(NamedTuple):
         n_keys = self.n_past + n_new
         if program.work(n_rows, n_new, n_keys) > _MAX_WORK:
             return None
-        if n_new > 1 and n_keys > min(program.windows):  # until several tokens know of a window
-            return None
         appended = cache.append_everywhere(n_rows, n_new, program.layouts)
         if appended is None:
             return None

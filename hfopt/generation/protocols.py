@@ -61,10 +61,6 @@ class StepProgram(Protocol):
     def layouts(self) -> Sequence[Layout]:
         """Of each layer of the cache: heads of keys and values, channels of one, and their type."""
 
-    @property
-    def windows(self) -> set[int]:
-        """Tokens that each sees of those before it, itself included, in one layer or another."""
-
     def work(self, n_rows: int, n_new: int, n_keys: int) -> int:
         """Multiply-adds of a call for n_new tokens in each of n_rows rows, the last of which sees n_keys keys."""
 

@@ -27,6 +27,7 @@ _FAR = 4096  # positions
 _MAX_BYTES = 32 << 20  # in the cache of the long text
 _N_LAST_BITS = 4
 _N_PROMPT, _N_PADDED = 20, 2
+_MAX_PROMPT = 64  # tokens; longer windows are outgrown by a token alone
 _N_BEYOND = 2  # tokens that have left a window
 # whatever the configuration asks for
 _OPTIONAL = {"logits_to_keep": 1, "output_attentions": False, "output_hidden_states": False}
@@ -90,7 +91,8 @@ class _Stage(NamedTuple):
 
     def near(self) -> Iterator[_Parts]:
         """A prompt of two rows, one of them padded, and one more token in each."""
-        n_prompt = min(_N_PROMPT, min(self.program.windows))
+        beyond = (window + _N_BEYOND for window in self.program.windows if window < _MAX_PROMPT)
+        n_prompt = max([_N_PROMPT, *beyond])
         seen = torch.ones(2, n_prompt + 1, dtype=torch.bool)
         seen[1, :_N_PADDED] = False
         theirs, ours = self._cache(), self._cache()

@@ -169,8 +169,8 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scrat
     0 for a row without visible keys.
 
     The cache must name valid rows, and begin with the window. Pointers to q, rows `q_row` elements apart, and to out
-    [n_rows, n_heads size]; addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes` for so many threads,
-    on a 64-byte boundary.
+    [n_rows, n_heads size]; addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes` for so many
+    threads, on a 64-byte boundary.
     """
     item_size = 4 // units_ratio(q)
     places = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads)
