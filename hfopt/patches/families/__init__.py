@@ -47,6 +47,4 @@ def _has_parts(model: nn.Module, decoder: Decoder) -> bool:
         if child is None:
             return False
         module = child
-    return all(
-        module._modules.get(name) is not None for name in (decoder.tokens, decoder.layers, decoder.norm)
-    )
+    return all(module._modules.get(name) is not None for name in (decoder.tokens, decoder.layers))
