@@ -7,7 +7,9 @@ from hfopt.cache.row_map import RowMap, rounded
 from hfopt.cache.storage import moved
 from hfopt.host import WindowedLayer
 
-_SLACK = 64  # columns at least between two moves; and an eighth of the window, so that a token pays for eight
+# Columns at least between two moves, each of which costs some readings of the window, as a token does one; and an eighth of
+# the window, so that a token pays for no more than eight others.
+_SLACK = 128
 
 
 class WindowLayer(IndirectLayer, WindowedLayer):
@@ -56,13 +58,10 @@ class WindowLayer(IndirectLayer, WindowedLayer):
         self._n_plain = length
 
     def _fits(self, n_new: int) -> bool:
-        buffers, most = self.buffers, self._most
-        if not super()._fits(n_new):
+        buffers = self.buffers
+        widest = max(buffers.prefix_columns, buffers.suffix_columns)
+        if not super()._fits(n_new) or (widest > self._most and widest > self._columns_for(n_new)):
             return False
-        if buffers.prefix_columns > most or buffers.suffix_columns > most:
-            most = self._columns_for(n_new)
-            if buffers.prefix_columns > most or buffers.suffix_columns > most:
-                return False
         return self.rows.is_identity or not buffers.prefix_columns or self._first_kept() < self.prefix_len
 
     def _columns_for(self, n_new: int) -> int:
