@@ -22,6 +22,7 @@ from hfopt.checkpoints.hf_config import HfoptConfig
 from hfopt.checkpoints.reader import FLOATS, Checkpoint
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.host import Config
+from hfopt.machine.cores import fit_threads
 from hfopt.optimize import optimize
 from hfopt.progress import progress
 from hfopt.words import DTYPES, dtypes_in_words, in_words
@@ -92,6 +93,7 @@ def load(
     checkpoint = Checkpoint(source, hub)
     dtype = dtype or _dtype_of(source, config, checkpoint)
     model = _empty_model(source, config, dtype, trust | {n: kwargs[n] for n in _MODEL[:1] if n in kwargs})
+    fit_threads()  # before the kernels that pack
     weights = Weights(model, checkpoint, dtype, stored, wanted)
     calibrator = None
     if calibration is not None:

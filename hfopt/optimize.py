@@ -19,6 +19,7 @@ from hfopt.calibration import Calibration, Calibrator
 from hfopt.checkpoints.hf_quantizer import declare
 from hfopt.errors import InvalidInput, UnsupportedDevice, UnsupportedModel
 from hfopt.machine import env
+from hfopt.machine.cores import fit_threads
 from hfopt.progress import compile_progress, progress
 from hfopt.quantization import Format, InputStatistics, QuantizationConfig, config_of
 from hfopt.report import Report
@@ -67,6 +68,9 @@ def optimize(
     Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory), UnsupportedModel and KernelError (another Numba
     than the kernels are written for); no class has changed then.
 
+    Where torch has more threads than fit into what the affinity mask and the cgroup quota leave, the first call in a process
+    lowers their number and logs it, unless OMP_NUM_THREADS or `torch.set_num_threads` has said how many.
+
     Example:
         >>> import hfopt
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,6 +91,7 @@ def optimize(
         from hfopt.program.programs import Programs
 
         _check(model, dtype)
+        fit_threads()
         check_kernels("kernels", kernels)
         check_kv_cache(kv_cache)
         generator = generation.generator_of(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import nn
 from hfopt import generation
 from hfopt.errors import InvalidInput
 from hfopt.machine import env
+from hfopt.machine.cores import Cores, cores_of_process
 from hfopt.words import dtype_name
 
 if TYPE_CHECKING:
@@ -33,11 +34,11 @@ class Report:
     for what `optimize` would do. by_module: why decode steps go module by module; None if one is a single call, of the
     instructions in program.
     loops: modes of `generate` that are left to transformers' own loops and caches, and what differed. idle: swapped modules
-    that cannot run in kernels as they are now, and why. kernels: the argument of `optimize`.
+    that cannot run in kernels as they are now, and why. cores: that threads fit in. kernels: the argument of `optimize`.
     window: tokens of the shortest window of a layer, if texts may be longer. choices: what "auto" takes for this
     model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and values are cached as floats all the same,
     or None. quantized: Linears with packed weights. left: those that
-    `quantization` left as they are, and why.
+    `quantization` left as they are, and why. advice: in words, which dtype would be faster, and at what cost; or None.
 
     Example:
         >>> import hfopt
@@ -59,6 +60,7 @@ class Report:
     idle: dict[str, str]
     cpu_path: str
     threads: int
+    cores: Cores
     threading_layer: str
     kernels: str
     choices: tuple[Choice, ...]
@@ -67,6 +69,7 @@ class Report:
     window: int | None
     quantized: tuple[Quantized, ...]
     left: dict[str, str]
+    advice: str | None
     memory_before: int
     memory_after: int
 
@@ -94,6 +97,7 @@ class Report:
             idle=walk.idle(),
             cpu_path=env.cpu_path(),
             threads=env.threads(),
+            cores=cores_of_process(),
             threading_layer=env.threading_layer(),
             kernels=walk.kernels() if is_applied else "auto",
             kv_cache=kv_cache,
@@ -101,6 +105,7 @@ class Report:
             window=None if generator is None else generation.window_of(generator),
             quantized=quantized(walk.model),
             left=dict(left),
+            advice=_advice(dtypes),
             choices=tuple(each for each in choice.choices() if each.dtype in dtypes),
             memory_before=memory_before,
             memory_after=env.resident_memory(),
@@ -122,12 +127,15 @@ class Report:
         lines = [
             f"{self.model_class}: {verb} {counts}",
             f"{self.dtype}; {self.cpu_path}; {self.threads} threads, {self.threading_layer};"
+            f" {self.cores};"
             f" kernels {self.kernels or 'unused'};"
             f" memory {self.memory_before / 2**20:,.0f} MiB before, {grown:+,.1f} MiB after",
         ]
         lines.append(
             f"a decode step {'is one call' if self.by_module is None else f'goes module by module: {self.by_module}'}"
         )
+        if self.advice is not None:
+            lines.append(self.advice)
         if self.loops:
             lines.append(str(generation.in_words(self.loops)))
         if self.kv_cache is not None:
@@ -242,6 +250,16 @@ def explain(model: nn.Module) -> Report:
     reasons = {module.path: module.reason for module in done.kept}
     kept = tuple(replace(module, reason=reasons.get(module.path, module.reason)) for module in now.kept)
     return replace(now, kept=kept, memory_after=done.memory_after)
+
+
+def _advice(dtypes: Collection[str]) -> str | None:
+    """What float16 costs on a CPU that multiplies bfloat16; None elsewhere."""
+    if "float16" not in dtypes or not env.has_bfloat16_products():
+        return None
+    return (
+        "with dtype=torch.bfloat16 prompts would be read faster, as this CPU has instructions for its products; numbers "
+        "have 8 significant bits then, not the 11 of float16"
+    )
 
 
 def _steps(model: nn.Module) -> tuple[str | None, Listing | None]:

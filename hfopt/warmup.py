@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
 from hfopt.optimize import optimize
 from hfopt.quantization import Format, QuantizationConfig
+from hfopt.words import DTYPES
 
 _SIZE = 256  # divided by the groups of all formats
 # Kernels are specialised by dtype alone, so two tiny models reach all of them: RMSNorm and a gated MLP with rotation, and
@@ -42,8 +43,8 @@ def warmup(
     *,
     kv_cache: str | None = None,
 ) -> None:
-    """Compile every kernel for float32 and bfloat16 into the kernel cache, or load it from there, and measure where torch's
-    are faster (under two seconds).
+    """Compile every kernel for float32, bfloat16 and float16 into the kernel cache, or load it from there, and measure
+    where torch's are faster (a few seconds).
 
     quantization, kv_cache: as in `optimize`; the kernels of models in this format, or with this config, and of caches of
     this kind, too.
@@ -55,11 +56,10 @@ def warmup(
     """
     from hfopt.functional import choice  # here, because `import hfopt` must not load Numba
 
-    dtypes = torch.float32, torch.bfloat16
     formats = (None,) if quantization is None else (None, quantization)
     caches = (None,) if kv_cache is None else (None, kv_cache)
     with torch.random.fork_rng(devices=[]):
-        for config, dtype, format, cache in itertools.product(_CONFIGS, dtypes, formats, caches):
+        for config, dtype, format, cache in itertools.product(_CONFIGS, DTYPES, formats, caches):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
             optimize(model, kernels="hfopt", quantization=format, kv_cache=cache)
             tokens = torch.arange(_PROMPT)[None]

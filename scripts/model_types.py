@@ -82,6 +82,14 @@ class Row:
         """Reason, and what else is in the way."""
         return "; ".join((self.reason, *self.kept)) if self.reason else ""
 
+    def obstacles(self) -> set[str]:
+        """Each of `why` without what is of this type alone."""
+        return {
+            re.sub(r"^\w+: | by [\d.e-]+ of the largest value", "", each)
+            for each in self.why.split("; ")
+            if each
+        }
+
 
 class _Answers(NamedTuple):
     """Of one model. beams: None if it cannot have any."""
@@ -240,15 +248,17 @@ beams, before and after `hfopt.optimize`. Prompts are padded, and longer than th
 
 def _page(table: list[Row]) -> str:
     numbers = Counter(row.runs for row in table)
-    counts = ", ".join(f"{number} {runs}" for runs, number in numbers.most_common())
+    kinds = {
+        "program": "by program",
+        "modules": "by modules",
+        "nothing": "as they were",
+        "skipped": "skipped",
+    }
+    counts = ", ".join(f"{numbers[runs]} {words}" for runs, words in kinds.items())
     lines = [
         f"| `{row.type}` | {row.runs} | {row.parts or ''} | {row.why.replace('|', '/')} |" for row in table
     ]
-    return (
-        _PAGE.format(version=transformers.__version__, counts=counts.capitalize() + ".")
-        + "\n".join(lines)
-        + "\n"
-    )
+    return _PAGE.format(version=transformers.__version__, counts=f"{counts}.") + "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -270,12 +280,7 @@ def main() -> int:
         table.append(row)
     wrong = [row for row in table if row.tokens not in GOOD]
     print(f"\n{dict(Counter(row.runs for row in table))}, {len(wrong)} wrong: {[row.type for row in wrong]}")
-    reasons = Counter(
-        re.sub(r"^\w+: ", "", reason)
-        for row in table
-        if row.runs in ("modules", "nothing")
-        for reason in (row.reason, *row.kept)
-    )
+    reasons = Counter(reason for row in table for reason in row.obstacles() if row.runs != "skipped")
     for reason, number in reasons.most_common():
         print(f"{number:4}  {reason}")
     if arguments.json:

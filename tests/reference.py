@@ -9,7 +9,8 @@ from torch import Tensor
 from hfopt.cache import Appended
 from hfopt.functional import Scoring
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # in which kernels get them
 _GUARD = 64  # bytes on both sides of a guarded array
 _PATTERN = 0xA5
 
@@ -119,12 +120,12 @@ def assert_same_on_threads(work: Callable[[], Tensor]) -> None:
 
 def bits(tensor: Tensor) -> np.ndarray:
     """A tensor's memory as kernels get it."""
-    return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
+    return tensor.view(_BITS.get(tensor.dtype, tensor.dtype)).numpy()
 
 
 def like(dtype: torch.dtype) -> np.ndarray:
     """What tells a kernel the type of the elements at an address."""
-    return np.empty(0, np.uint16 if dtype is torch.bfloat16 else np.float32)
+    return bits(torch.empty(0, dtype=dtype))
 
 
 class Guarded:
@@ -133,7 +134,7 @@ class Guarded:
     def __init__(self, dtype: torch.dtype, *shape: int) -> None:
         size = int(np.prod(shape)) * dtype.itemsize
         self._memory = np.full(size + 2 * _GUARD, _PATTERN, np.uint8)
-        kind = np.uint16 if dtype is torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
+        kind = bits(torch.empty(0, dtype=dtype)).dtype
         self.array = self._memory[_GUARD : _GUARD + size].view(kind).reshape(shape)
         self.tensor = torch.from_numpy(self.array).view(dtype)
 

@@ -15,6 +15,7 @@ from hfopt.bench.kernel_case import Call, Case, Sizes, Target
 from hfopt.cli import main
 from hfopt.functional import rms_norm
 from hfopt.kernels import peak
+from hfopt.words import DTYPES
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
 
@@ -202,7 +203,7 @@ def check_results(calls: dict[str, Call]) -> None:
     assert isinstance(expected, torch.Tensor) and isinstance(given, torch.Tensor)
     if expected.ndim == 4:
         expected = expected.transpose(1, 2).flatten(2)
-    tolerance = 2e-2 if expected.dtype is torch.bfloat16 else 1e-5
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 2.5e-3}.get(expected.dtype, 1e-5)
     torch.testing.assert_close(given, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -271,12 +272,12 @@ def test_multiply_codes_multiplies_and_adds() -> None:
         assert np.array_equal(mine, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
 def test_the_arithmetic_of_a_run_is_counted(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline.MultiplyAdd, "_ROUNDS", 1)
     most = roofline.MultiplyAdd(dtype)
     most.run()
-    per_unit = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}[dtype]
+    per_unit = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 1, torch.int8: 4}[dtype]
     tile = peak.DEPTH * peak.ROWS * peak.COLUMNS
     assert most.operations == 2 * per_unit * tile * torch.get_num_threads()
 

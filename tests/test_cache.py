@@ -30,10 +30,11 @@ from transformers import (
 
 from hfopt.cache import Appended, IndirectCache, storage
 from hfopt.errors import CacheFull, InvalidInput
-from hfopt.machine import linux, memory
-from tests import cache_cases
+from hfopt.machine import memory
+from tests import cache_cases, fake_machine
 from tests.cache_cases import HEAD_DIM, N_HEADS, N_LAYERS, operate, random_states
 from tests.generation_cases import CACHE, cache_of
+from tests.reference import bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -69,10 +70,6 @@ class Pair(cache_cases.Pair):
             keys, values = random_states(n_rows, n_new, self.dtype), random_states(n_rows, n_new, self.dtype)
             self.theirs.update(keys, values, layer_idx)
             write(self.ours.append(layer_idx, n_rows, n_new, N_HEADS, HEAD_DIM, self.dtype), keys, values)
-
-
-def bits(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def write(appended: Appended, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -653,7 +650,8 @@ def test_the_first_layer_asks_for_all(monkeypatch):
 
 
 CGROUP_2 = {
-    "self/cgroup": "0::/job/task\n",
+    "/proc/self/cgroup": "0::/job/task\n",
+    "/proc/self/mountinfo": fake_machine.SECOND,
     "job/memory.max": "5000\n",
     "job/memory.current": "3000\n",
     "job/memory.stat": "anon 100\ninactive_file 700\n",
@@ -661,7 +659,8 @@ CGROUP_2 = {
     "job/task/memory.current": "2000\n",
 }
 CGROUP_1 = {
-    "self/cgroup": "7:cpu:/\n5:memory,hugetlb:/not/here\n",
+    "/proc/self/cgroup": "7:cpu:/\n5:memory,hugetlb:/not/here\n",
+    "/proc/self/mountinfo": fake_machine.FIRST,
     "memory/memory.limit_in_bytes": "4000\n",
     "memory/memory.usage_in_bytes": "1500\n",
     "memory/memory.stat": "total_inactive_file 500\n",
@@ -672,20 +671,16 @@ CGROUP_1 = {
     ("files", "available"),
     [
         ({}, sys.maxsize),
-        ({"meminfo": "MemTotal: 9 kB\nMemAvailable:   2 kB\n"}, 2048),
-        ({"meminfo": "MemAvailable: 2 kB\n", **CGROUP_2}, 2048),
-        ({"meminfo": "MemAvailable: 3 kB\n", **CGROUP_2}, 2700),
+        ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   2 kB\n"}, 2048),
+        ({"/proc/meminfo": "MemAvailable: 2 kB\n", **CGROUP_2}, 2048),
+        ({"/proc/meminfo": "MemAvailable: 3 kB\n", **CGROUP_2}, 2700),
         (CGROUP_1, 3000),
         ({**CGROUP_1, "memory/memory.usage_in_bytes": "9000\n"}, 0),
     ],
 )
-def test_available_memory(tmp_path, monkeypatch, files, available):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(linux, "PROC", tmp_path)
-    monkeypatch.setattr(linux, "CGROUP", tmp_path)
-    assert memory.available_memory() == available
+def test_available_memory(tmp_path, files, available):
+    fake_machine.write(tmp_path, files)
+    assert memory.available_memory(tmp_path) == available
 
 
 def test_available_memory_of_this_machine():

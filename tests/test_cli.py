@@ -27,9 +27,10 @@ from hfopt.cache import IndirectCache
 from hfopt.cli import doctor, main, run
 from hfopt.console import models
 from hfopt.console.shapes import SHAPES
-from hfopt.machine import env
+from hfopt.machine.cores import cores_of_process
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int8
+from hfopt.words import DTYPES
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
 
@@ -470,8 +471,10 @@ def test_layers_can_be_taken_away() -> None:
 def test_explain_prints_the_report(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--random-weights", config_file]) == 0
     assert "LlamaRMSNorm" in capsys.readouterr().out
-    assert main(["explain", "--random-weights", config_file, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
+    for options, dtype in (([], "bfloat16"), (["--dtype", "float16"], "float16")):
+        assert main(["explain", "--random-weights", config_file, "--json", *options]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["dtype"] == dtype and report["counts"]["linear"] == 1
 
 
 def test_explain_needs_no_tokenizer(
@@ -542,7 +545,7 @@ def test_doctor_tests_the_kernels_and_names_the_machine(capsys: pytest.CaptureFi
 
 
 def test_doctor_advises_against_other_work() -> None:
-    cores = env.usable_cores().usable
+    cores = cores_of_process().usable
     assert any(f"keeps {cores:.1f} cores busy" in line for line in doctor._advice(cores))
     assert not any("busy" in line for line in doctor._advice(0.4 * cores))
 
@@ -593,7 +596,7 @@ def test_warmup_makes_models_of_a_format_too(quantization: Any, monkeypatch: pyt
     assert made == [
         (name, dtype, share)
         for name in ("LlamaForCausalLM", "OPTForCausalLM")
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in DTYPES
         for share in (0, 1)
     ]
 

@@ -44,20 +44,13 @@ def test_features_of_the_host_agree_with_the_kernel_of_the_system() -> None:
 
 @pytest.fixture(scope="module")
 def restricted() -> dict[str, Any]:
-    """What env says in a new process on one core, without a cache folder, that ran no kernel."""
+    """What env says in a new process without a cache folder, that ran no kernel."""
     code = (
-        "import json, os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"
-        "from hfopt.machine import env; cores = env.usable_cores();"
-        "print(json.dumps([cores.usable, cores.reason, env.cache_folder(), env.threading_layer()]))"
+        "import json; from hfopt.machine import env; "
+        "print(json.dumps([env.cache_folder(), env.threading_layer()]))"
     )
-    keys = ("cores", "reason", "cache folder", "layer")
+    keys = ("cache folder", "layer")
     return dict(zip(keys, json.loads(fresh.run(code, HFOPT_CACHE_DIR="off")), strict=True))
-
-
-def test_usable_cores_follow_the_affinity_mask(restricted: dict[str, Any]) -> None:
-    assert restricted["cores"] == 1
-    if (os.cpu_count() or 1) > 1 and env.cpu_quota() is None:
-        assert "affinity mask allows 1" in restricted["reason"]
 
 
 def test_cache_folder_says_why_there_is_none(restricted: dict[str, Any]) -> None:
@@ -68,32 +61,6 @@ def test_cache_folder_says_why_there_is_none(restricted: dict[str, Any]) -> None
 
 def test_threading_layer_is_torchs_before_any_kernel_ran(restricted: dict[str, Any]) -> None:
     assert restricted["layer"] == "torch's OpenMP"
-
-
-@pytest.mark.parametrize(
-    ("membership", "files", "cores"),
-    [
-        ("0::/pod/box\n", {"cpu.max": "max 100000", "pod/cpu.max": "150000 100000"}, 1.5),
-        ("0::/pod/box\n", {"pod/cpu.max": "150000 100000", "pod/box/cpu.max": "50000 100000"}, 0.5),
-        ("0::/not/here\n", {"cpu.max": "300000 100000"}, 3.0),
-        ("4:cpu,cpuacct:/box\n0::/\n", {"cpu/box/cpu.cfs_quota_us": "200000"}, 2.0),
-        ("4:cpu,cpuacct:/box\n0::/\n", {"cpu/box/cpu.cfs_quota_us": "-1"}, None),
-        ("0::/\n", {}, None),
-    ],
-)
-def test_cpu_quota_is_the_smallest_of_all_groups(
-    membership: str,
-    files: dict[str, str],
-    cores: float | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, content in {"self/cgroup": membership, **files}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    monkeypatch.setattr(linux, "PROC", tmp_path)
-    monkeypatch.setattr(linux, "CGROUP", tmp_path)
-    assert env.cpu_quota() == cores
 
 
 def test_busy_cores_are_those_of_this_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,10 +58,11 @@ def test_fifty_tokens_are_those_of_transformers(name: str, mode: str, passes: li
     assert all(n_tokens > LONG for n_tokens in passes) if name == "phi4-mini" else not passes
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(name: str) -> None:
+def test_16_bits_are_as_close_to_float32_as_those_of_transformers(name: str, dtype: torch.dtype) -> None:
     exact = MODELS[name]()
-    stock = copy.deepcopy(exact).to(torch.bfloat16)
+    stock = copy.deepcopy(exact).to(dtype)
     exact.load_state_dict(stock.state_dict())  # both from the same weights
     ids = prompts(3, 20)
     with torch.no_grad():

@@ -10,8 +10,8 @@ from hfopt.functional.activation import ACTIVATIONS
 from hfopt.functional.linear import LinearWeights, linear
 from hfopt.kernels.linear import rows as kernels
 from hfopt.kernels.linear.tiles import linear_tiles
+from tests.reference import DTYPES
 
-DTYPES = [torch.float32, torch.bfloat16]
 # around every boundary: rows of a tile (1, 2, 4), of two, three and more tiles (8, 12, 16), the last row whose weights are
 # not packed (64), packed tiles of 13, 8 and 14 rows
 ROWS = [1, 2, 3, 4, 5, 8, 9, 12, 13, 15, 16, 17, 31, 32, 33, 36, 37, 63, 64, 65, 71, 79]
@@ -201,7 +201,7 @@ _GOOD = torch.ones(2, 8)
     [
         ([], [], "0 and 0"),
         ([_GOOD], [], "1 and 0"),
-        ([_GOOD.half()], [None], "torch.float16"),
+        ([_GOOD.double()], [None], "torch.float64"),
         ([_GOOD, _GOOD.bfloat16()], [None, None], "weights[1] has dtype torch.bfloat16"),
         ([_GOOD.to("meta")], [None], "meta"),
         ([torch.ones(8, 2).T], [None], "strides"),

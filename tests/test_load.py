@@ -1,5 +1,6 @@
 """hfopt.load: floats, weights that are quantised while they are read, and checkpoints of other tools."""
 
+import copy
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from tests import fresh
 from tests.checkpoint_cases import Known, awq, compressed, gptq
 from tests.generation_cases import FAMILIES, Model, llama
 from tests.pairs import pairs_of
+from tests.reference import DTYPES
 
 QUANTIZATIONS: dict[str, Any] = {
     "int8": "int8",
@@ -97,25 +99,24 @@ def test_quantised_while_it_is_read(tmp_path, family, tied, quantization, shard)
     assert torch.equal(again.generate(input_ids, **options), expected.generate(input_ids, **options))
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [*DTYPES, torch.float64], ids=str)
 def test_dtypes(tmp_path, stored, caplog):
     model = llama(dtype=stored).to(stored)
     model.save_pretrained(tmp_path)
     loaded = hfopt.load(tmp_path)
-    assert loaded.dtype == (torch.bfloat16 if stored == torch.float16 else stored)
-    assert ("becomes bfloat16" in caplog.text) == (stored == torch.float16)
-    for dtype in (torch.float32, torch.bfloat16):
+    assert loaded.dtype == (stored if stored in DTYPES else torch.bfloat16)
+    assert ("becomes bfloat16" in caplog.text) == (stored not in DTYPES)
+    for dtype in DTYPES:
         loaded = hfopt.load(tmp_path, dtype=dtype)
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-        assert same_tensors(loaded, model.to(stored).to(dtype))
-        model = model.to(stored)
+        assert same_tensors(loaded, copy.deepcopy(model).to(dtype))
     wrong: Any
-    for wrong in (torch.float16, "bfloat16"):
+    for wrong in (torch.float64, "bfloat16"):
         with pytest.raises(InvalidInput, match="dtype = "):
             hfopt.load(tmp_path, dtype=wrong)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_a_class_keeps_in_float32(folder, monkeypatch, dtype):
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules", ["lm_head"])
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["input_layernorm", "up_proj"])
@@ -124,7 +125,7 @@ def test_what_a_class_keeps_in_float32(folder, monkeypatch, dtype):
     dtypes = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
     assert dtypes == {name: tensor.dtype for name, tensor in stock.state_dict().items()}
     assert dtypes["model.layers.1.input_layernorm.weight"] is torch.float32
-    assert dtypes["lm_head.weight"] is dtype
+    assert dtypes["lm_head.weight"] is (torch.float32 if dtype is torch.float16 else dtype)
     assert same_tensors(loaded, stock)
 
 
@@ -258,6 +259,12 @@ def test_checkpoints_of_other_tools(tmp_path, write, bits, group, options):
     assert not isinstance(loaded.lm_head, QuantizedLinear)
     expected = logits(float_model)
     assert (logits(loaded) - expected).norm() < 0.05 * expected.norm()
+    half: Model = hfopt.load(tmp_path / "foreign", dtype=torch.float16)
+    assert half.dtype is torch.float16 and not hfopt.explain(half).idle
+    assert torch.equal(
+        half.model.layers[1].mlp.up_proj.quantized_codes, loaded.model.layers[1].mlp.up_proj.quantized_codes
+    )
+    assert (logits(half) - expected).norm() < 0.05 * expected.norm()
 
     hfopt.save(loaded, tmp_path / "own")
     again = hfopt.load(tmp_path / "own")

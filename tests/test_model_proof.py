@@ -25,6 +25,7 @@ from tests.generation_cases import (
     one_thread,
     prompts,
 )
+from tests.reference import DTYPES
 
 pytestmark = [pytest.mark.usefixtures(one_thread.__name__), needs_programs]
 
@@ -203,7 +204,7 @@ def test_prompts_of_any_integers(request_of: str, dtype: torch.dtype) -> None:
     assert results[0].dtype is results[1].dtype and torch.equal(*results)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_experts_that_rounding_may_change(dtype: torch.dtype) -> None:
     sizes: dict[str, Any] = {
         "hidden_size": 64,

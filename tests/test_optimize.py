@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,6 +38,7 @@ from tests.generation_cases import (
     opt_with_plain_norms,
     prompts,
 )
+from tests.reference import DTYPES
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -186,10 +188,11 @@ def test_every_step_of_generate_is_the_same(name: str, attended: list[int]) -> N
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_bfloat16_is_as_close_to_float32_as_before(name: str) -> None:
+def test_16_bits_are_as_close_to_float32_as_before(name: str, dtype: torch.dtype) -> None:
     exact = MODELS[name]()
-    model = copy.deepcopy(exact).to(torch.bfloat16)
+    model = copy.deepcopy(exact).to(dtype)
     # both start from the same weights
     for parameter, rounded in zip(exact.parameters(), model.parameters(), strict=True):
         parameter.data = rounded.data.float()
@@ -224,6 +227,7 @@ def test_report_lists_every_module_that_has_a_forward() -> None:
     assert listed == {name for name, _ in model.named_modules()} - containers
     assert all(module.reason for module in report.kept)
     assert report.dtype == "float32" and report.threads == torch.get_num_threads()
+    assert str(report.cores) in str(report) and report.to_dict()["cores"]["online"] == os.cpu_count()
 
 
 def test_report_is_readable_and_json() -> None:
@@ -314,9 +318,9 @@ def test_a_second_optimize_takes_what_has_become_known() -> None:
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtype_converts_the_weights_and_no_table(dtype: torch.dtype) -> None:
-    other = torch.float32 if dtype is torch.bfloat16 else torch.bfloat16
+    other = torch.bfloat16 if dtype is torch.float32 else torch.float32
     model = llama(tie_word_embeddings=True).to(other)
     frequencies = model.model.rotary_emb.inv_freq
     hfopt.optimize(model, dtype=dtype, strict=IS_WHOLE)
@@ -327,10 +331,12 @@ def test_dtype_converts_the_weights_and_no_table(dtype: torch.dtype) -> None:
 
 
 def test_other_dtypes_are_kept_with_their_reason() -> None:
-    model = hfopt.optimize(llama().to(torch.float16))
+    model = hfopt.optimize(llama().to(torch.float64))
     assert model.hfopt.counts == {}
     reasons = {module.path: module.reason for module in model.hfopt.kept}
-    assert reasons["model.layers.0.self_attn"] == "dtype float16 is not supported (float32, bfloat16)"
+    assert (
+        reasons["model.layers.0.self_attn"] == "dtype float64 is not supported (float32, bfloat16, float16)"
+    )
     assert reasons["lm_head"] == reasons["model.norm"] == reasons["model.layers.0.self_attn"]
 
 
@@ -348,7 +354,11 @@ def test_weights_of_several_dtypes_are_kept_with_their_reason() -> None:
     [
         ({"model": "llama"}, hfopt.InvalidInput, "model is a str"),
         ({"model": None}, hfopt.InvalidInput, "model is a NoneType"),
-        ({"dtype": torch.float16}, hfopt.InvalidInput, "dtype = torch.float16: .* allowed"),
+        (
+            {"dtype": torch.float64},
+            hfopt.InvalidInput,
+            "dtype = torch.float64: .*torch.float16 or None is allowed",
+        ),
         ({"dtype": "bfloat16"}, hfopt.InvalidInput, "dtype = 'bfloat16'"),
     ],
 )
@@ -452,7 +462,7 @@ OTHERS: dict[str, tuple[Any, dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models_get_what_is_known_and_nothing_else(name: str, dtype: torch.dtype) -> None:
     config, expected = OTHERS[name]
@@ -463,7 +473,7 @@ def test_other_models_get_what_is_known_and_nothing_else(name: str, dtype: torch
     known = {kind: number for kind, number in expected.items() if IS_WHOLE or kind != "layer"}
     assert {kind: counts.get(kind) for kind in known} == known
     assert ("attention" in counts) == ("attention" in expected) and ("norm" in counts) == ("norm" in expected)
-    tolerance = 1e-4 if dtype is torch.float32 else 0.1
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
     for arguments in ({"use_cache": False}, {CACHE: hfopt.IndirectCache()}):
         ours, theirs = logits(model, **arguments), logits(stock, use_cache=False)
         assert (ours - theirs).norm() <= tolerance * theirs.norm()

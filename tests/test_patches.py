@@ -19,7 +19,7 @@ from hfopt.patches.activation import match_activation
 from hfopt.patches.probe import undisturbed
 from hfopt.patches.replacement import Replacement, original_class
 from tests.generation_cases import CACHE, FAMILIES, Doubled, gptj, llama, one_thread, opt, prompts
-from tests.reference import assert_as_exact_as_torch
+from tests.reference import DTYPES, assert_as_exact_as_torch
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -144,7 +144,7 @@ class Scaled(LlamaDecoderLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("kind", "path"),
     [
@@ -234,8 +234,9 @@ def test_weights_of_zeros_prove_nothing() -> None:
     assert isinstance(model.model.layers[1].self_attn, Replacement)
 
 
-def test_large_biases_in_bfloat16_are_no_reason_to_refuse() -> None:
-    model = llama(attention_bias=True).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_large_biases_in_16_bits_are_no_reason_to_refuse(dtype: torch.dtype) -> None:
+    model = llama(attention_bias=True).to(dtype)
     for layer in model.model.layers:
         layer.self_attn.k_proj.bias.data.normal_(std=60, generator=torch.Generator().manual_seed(1))
         layer.self_attn.q_proj.bias.data.normal_(std=5, generator=torch.Generator().manual_seed(2))
@@ -657,11 +658,11 @@ def test_a_conversion_after_optimize(kernels: list[str]) -> None:
     model, stock = llama(), llama()
     hfopt.optimize(model)
     logits(model)
-    for dtype in (torch.bfloat16, torch.float64):
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
         kernels.clear()
         ours, theirs = logits(model.to(dtype)), logits(stock.to(dtype))
         assert (ours - theirs).norm() < 0.1 * theirs.norm()
-        assert bool(kernels) == (dtype is torch.bfloat16)
+        assert bool(kernels) == (dtype is not torch.float64)
         assert ours.dtype is dtype
 
 

@@ -19,6 +19,7 @@ from hfopt.patches.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
 from tests.generation_cases import FAMILIES, Model, llama
 from tests.pairs import pairs_of
+from tests.reference import DTYPES
 from tests.test_load import change_weights
 
 CONFIGS = {
@@ -70,6 +71,17 @@ def test_from_pretrained_quantises_as_optimize_does_and_reads_what_was_saved(
     with torch.no_grad():
         assert torch.equal(again(input_ids).logits, loaded(input_ids).logits)
         assert torch.equal(hfopt.optimize(again)(input_ids).logits, expected(input_ids).logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_of_what_is_not_quantised(tmp_path, dtype):
+    llama(dtype=dtype).to(dtype).save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path, quantization_config=HfoptConfig("int8"), dtype="auto")
+    assert loaded.dtype is loaded.model.norm.weight.dtype is dtype
+    input_ids = torch.randint(3, 200, (2, 7))
+    with torch.no_grad():
+        expected = hfopt.load(tmp_path, quantization="int8")(input_ids).logits
+        assert torch.equal(hfopt.optimize(loaded)(input_ids).logits, expected)
 
 
 def test_layers_that_a_format_does_not_fit(tmp_path, caplog):

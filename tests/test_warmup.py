@@ -16,6 +16,7 @@ from tests.generation_cases import (
     cache_of,
     prompts,
 )
+from tests.reference import DTYPES
 from tests.step_cases import MODES
 def variants():
     return {f"{f.__module__}.{f.__name__} {s}" for f, l in jit._launches.items() for s in l.dispatcher.signatures}
@@ -23,7 +24,7 @@ found = []
 for quantization, kv_cache in ((None, "int8"), ("int8", "int8")):
     hfopt.warmup(quantization, kv_cache=kv_cache)
     known = variants()
-    for family, dtype in itertools.product(FAMILIES.values(), (torch.float32, torch.bfloat16)):
+    for family, dtype in itertools.product(FAMILIES.values(), DTYPES):
         model = hfopt.optimize(family().to(dtype), kernels="hfopt", quantization=quantization, kv_cache=kv_cache)
         for mode, length in itertools.product(MODES.values(), (9, 60)):
             given = prompts(2, length)

@@ -9,10 +9,9 @@ from transformers import MistralConfig
 
 from hfopt.cache import Appended, IndirectCache
 from hfopt.functional import Scoring, attend, prepare_mask
-from hfopt.words import dtype_name
+from hfopt.words import DTYPES, dtype_name
 
 from .kernel_case import (
-    DTYPES,
     PEAK,
     STREAM,
     Call,

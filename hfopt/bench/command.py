@@ -11,6 +11,7 @@ from hfopt.console.arguments import positive
 from hfopt.console.output import progress, say, show_table, write_json
 from hfopt.errors import InvalidInput
 from hfopt.machine import env
+from hfopt.machine.cores import cores_of_process, fit_threads
 from hfopt.quantization import config_of
 from hfopt.words import dtype_name
 
@@ -71,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code."""
+    fit_threads()  # the stock model too
     if args.kernels is not None:
         from . import kernels as bench_kernels  # here, because it loads Numba
 
@@ -140,11 +142,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _machine() -> dict[str, Any]:
-    cores = env.usable_cores()
+    cores = cores_of_process()
     return {
         "cpu": env.cpu_model(),
         "cpu path": env.cpu_path(),
-        "cores": f"{cores.usable}: {cores.reason}",
+        "cores": str(cores),
         "threads": env.threads(),
         "versions": " ".join(f"{name} {version}" for name, version in env.versions().items()),
     }

@@ -81,7 +81,6 @@ class Sizes:
 FULL = Sizes()
 QUICK = Sizes(streamed=128 << 20, many_rows=(128,), prompts=(1024,), norm_rows=4096, repetitions=3)
 
-DTYPES = (torch.float32, torch.bfloat16)
 STREAM = ("torch.sum", "own read")
 PEAK = ("multiply-add",)
 

@@ -19,11 +19,10 @@ from hfopt.functional import (
     rms_norm,
     rotate_and_store,
 )
-from hfopt.words import dtype_name
+from hfopt.words import DTYPES, dtype_name
 
 from .attention_cases import attention_cases, filled
 from .kernel_case import (
-    DTYPES,
     PEAK,
     STREAM,
     Call,
@@ -48,9 +47,10 @@ _EPS = 1e-6
 _FEW_ROWS: dict[torch.dtype, dict[int, float | None]] = {
     torch.float32: {4: 1.10, 8: 1.10, 16: None, 32: None},
     torch.bfloat16: {4: 1.10, 8: 1.10, 16: 1.35, 32: 2.0},
+    torch.float16: {4: 1.15, 8: None, 16: None, 32: None},
 }
 # torch's time by ours, at least
-_MANY_ROWS = {torch.float32: 1.8, torch.bfloat16: 1.0}
+_MANY_ROWS = {torch.float32: 1.8, torch.bfloat16: 1.0, torch.float16: 3.0}
 
 
 def _weights(total: int, dtype: torch.dtype, shape: tuple[int, int]) -> list[Tensor]:

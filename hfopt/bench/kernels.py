@@ -17,9 +17,9 @@ from hfopt.bench import roofline
 from hfopt.console.output import progress, say, show_table, write_json
 from hfopt.errors import InvalidInput
 from hfopt.machine import env
-from hfopt.words import dtype_name
+from hfopt.words import DTYPES, dtype_name
 
-from .kernel_case import DTYPES, FULL, QUICK, Call, Case, Target
+from .kernel_case import FULL, QUICK, Call, Case, Target
 from .kernel_cases import GROUPS
 
 Samples = dict[str, list[float]]  # seconds of each call, a round each

@@ -18,11 +18,12 @@ from hfopt.machine import env
 
 _MIN_BUFFER = 256 << 20
 _RESTS, _REST = 15, 0.02  # how often, seconds
-# of the operands and the sums of multiply-adds, by the dtype of the factors
+# units of the operands, factors in one, and sums of multiply-adds, by the dtype of the factors; float16 is widened
 _UNITS = {
-    torch.float32: (torch.float32, torch.float32),
-    torch.bfloat16: (torch.uint32, torch.float32),
-    torch.int8: (torch.int32, torch.int32),
+    torch.float32: (torch.float32, 1, torch.float32),
+    torch.bfloat16: (torch.uint32, 2, torch.float32),
+    torch.float16: (torch.float32, 1, torch.float32),
+    torch.int8: (torch.int32, 4, torch.int32),
 }
 
 
@@ -68,7 +69,7 @@ class BandwidthMeter:
 class MultiplyAdd:
     """The most multiply-adds that torch's threads can do: a register tile on operands that stay in an L1 cache.
 
-    dtype: float32, bfloat16 with float32 sums, or int8 (one factor unsigned) with int32 sums.
+    dtype: float32, bfloat16 and float16 with float32 sums, or int8 (one factor unsigned) with int32 sums.
     """
 
     _ROUNDS = 5_000
@@ -77,13 +78,12 @@ class MultiplyAdd:
         from hfopt.kernels import peak
 
         self._kernel = peak.multiply_codes if dtype is torch.int8 else peak.multiply_add
-        units, sums = _UNITS[dtype]
+        units, per_unit, sums = _UNITS[dtype]
         threads = torch.get_num_threads()
         self._operands = [
             torch.zeros(peak.DEPTH, width).view(units).numpy() for width in (peak.ROWS, peak.COLUMNS)
         ]
         self._out = torch.empty(threads, peak.ROWS, peak.COLUMNS, dtype=sums).numpy()
-        per_unit = 4 // dtype.itemsize
         #: of one `run`, a multiply-add being two
         self.operations = 2 * self._ROUNDS * threads * peak.DEPTH * peak.ROWS * peak.COLUMNS * per_unit
 

@@ -63,7 +63,7 @@ class Row:
         return [_one(own), own] if self.over_one else [own]
 
 
-_BF16, _F32 = torch.bfloat16, torch.float32
+_BF16, _F16, _F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def _rows_in(name: str, *, decode: float, of_limit: float, several: float, prefill: float) -> dict[str, Row]:
@@ -125,6 +125,8 @@ ROWS: dict[str, Row] = {
     "decode-f32": Row("decode float32, batch 1", "shape", _F32, "next", 2.2),
     "decode-f32-b8": Row("decode float32, batch 8", "shape", _F32, "next", 4.0, n_rows=8, filled=True),
     "prefill-f32": Row("prefill float32", "shape", _F32, "first", 1.8),
+    "decode-f16": Row("decode float16, batch 1", "shape", _F16, "next", 2.0, wanted_limit=0.9),
+    "prefill-f16": Row("prefill float16", "shape", _F16, "first", 3.0),
     "decode-small": Row(
         "decode bfloat16, batch 1, small shape", "small_shape", _BF16, "next", 2.0, wanted_limit=0.82
     ),

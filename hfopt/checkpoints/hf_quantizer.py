@@ -22,6 +22,7 @@ from hfopt.checkpoints.names import Matching
 from hfopt.checkpoints.packed_files import check_packed, padding, saved_tensors
 from hfopt.checkpoints.reader import Stored, check_finite, open_files
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedDevice, UnsupportedModel
+from hfopt.machine.cores import fit_threads
 from hfopt.machine.memory import forget_pages
 from hfopt.quantization import Format
 from hfopt.quantization.layout import aligned
@@ -112,6 +113,7 @@ class HfoptQuantizer(HfQuantizer):
     ) -> None:
         from hfopt.patches.quantized import empty_linear
 
+        fit_threads()
         config = self.quantization_config
         left: dict[str, str] = {}
         if self.pre_quantized:

@@ -10,6 +10,7 @@ from hfopt import generation, host
 from hfopt.bench import roofline
 from hfopt.console.output import progress, say, show_table
 from hfopt.machine import env
+from hfopt.machine.cores import cores_of_process, fit_threads
 
 _OLDEST = {"transformers": host.OLDEST}
 
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from hfopt.functional import choice
     from hfopt.kernels import selftest
 
+    fit_threads()  # as `optimize` does
     busy = env.busy_cores()  # before the tests add their own work
     with progress("Testing the kernels (the first time on a machine they are compiled)"):
         results = selftest.run()
@@ -80,10 +82,10 @@ def _give(advice: Sequence[str]) -> None:
 
 def _machine() -> list[list[str]]:
     """Facts that are known without the kernels."""
-    cores = env.usable_cores()
+    cores = cores_of_process()
     return [
         ["CPU", env.cpu_model()],
-        ["Cores", f"{cores.usable}: {cores.reason}"],
+        ["Cores", str(cores)],
         ["Threads", str(env.threads())],
         ["OpenMP runtimes", "\n".join(env.openmp_copies()) or "none"],
         ["Versions", ", ".join(f"{name} {version}" for name, version in env.versions().items())],
@@ -127,9 +129,9 @@ def _known_features() -> str:
 
 
 def _advice(busy: float) -> Iterator[str]:
-    cores, threads = env.usable_cores(), env.threads()
+    cores, threads = cores_of_process(), env.threads()
     if threads > cores.usable:
-        yield f"{threads} threads, {cores.usable} cores ({cores.reason}): set OMP_NUM_THREADS={cores.usable}."
+        yield f"{threads} threads, {cores}: set OMP_NUM_THREADS={cores.usable}."
     elif threads < cores.usable:
         yield f"Only {threads} of {cores.usable} usable cores are used: set OMP_NUM_THREADS={cores.usable}."
     if busy > 0.5 * cores.usable:

@@ -13,7 +13,7 @@ from .linear import LinearWeights, Weights, linear
 from .mixed import MixedWeights
 from .norm import Norm, layer_norm, norm, norm_heads, rms_norm
 from .quantized import QuantizedWeights, quantized_linear
-from .rotary import rotate_and_store
+from .rotary import rotate, rotate_and_store
 from .sampling import argmax, log_softmax_top_k
 from .scale import scale
 from .scoring import Scoring
@@ -40,6 +40,7 @@ __all__ = [
     "prepare_mask",
     "quantized_linear",
     "rms_norm",
+    "rotate",
     "rotate_and_store",
     "scale",
     "softcap",

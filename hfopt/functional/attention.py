@@ -95,7 +95,7 @@ def attend(
     """softmax(scores) v over the cached keys and values: [n_rows, n_new, n_heads * head_dim]. scoring: how scores come about
     from q k^T.
 
-    qkv: [n_rows, n_new, (n_heads + 2 * n_kv_heads) * head_dim], contiguous, float32 or bfloat16 as the
+    qkv: [n_rows, n_new, (n_heads + 2 * n_kv_heads) * head_dim], contiguous, float32, bfloat16 or float16 as the
     cache, unless that holds codes; of it only the queries, its first channels,
     are read: `rotate_and_store` has put the keys and values into the cache. Keys that a mask hides are not
     looked at, whatever they hold; a token that sees no key gets 0. by: "hfopt", "torch", or "auto" (what is

@@ -70,7 +70,7 @@ class LinearWeights:
         """Record of the matrices `weights` ([out_i, in] each) and `biases` ([out_i] or None each).
 
         rows: (first row, rows) of the matrices that a single weight is to be read as. Raises `InvalidInput` unless all are
-        contiguous CPU tensors of one dtype, float32 or bfloat16, and for rows that the weight has not.
+        contiguous CPU tensors of one dtype, of `DTYPES`, and for rows that the weight has not.
         """
         if not weights or len(biases) != len(weights):
             raise InvalidInput(

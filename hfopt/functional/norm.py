@@ -46,26 +46,23 @@ class Norm(NamedTuple):
         known = {name: check_array(name, each, shape, dtype) for name, each in self.vectors.items()}
         return {"weight": 0, "bias": 0} | known
 
-    def of_heads(self, n_channels: int, first: int, count: int) -> tuple[int, tuple[int, ...]]:
-        """(channels of a head, shape of weight and bias), for `count` heads from channel `first` on of n_channels.
+    def of_heads(self, n_channels: int, first: int, count: int, size: int) -> tuple[int, ...]:
+        """Shape of weight and bias for `count` heads of `size` channels from channel `first` on of n_channels.
 
         Raises `InvalidInput` if there are none such.
         """
-        if not self.vectors:
-            raise InvalidInput("weight is None: a norm of heads needs it, or a bias")
-        shape = tuple(next(iter(self.vectors.values())).shape)
-        if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != count):
-            raise InvalidInput(f"weight has shape {shape}: [size] or [{count}, size] is needed")
-        size = shape[-1]
-        if first < 0 or count < 0 or first + count * size > n_channels:
+        shape: tuple[int, ...] = next((tuple(each.shape) for each in self.vectors.values()), (size,))
+        if shape not in ((size,), (count, size)):
+            raise InvalidInput(f"weight has shape {shape}: [{size}] or [{count}, {size}] is needed")
+        if first < 0 or count < 0 or size < 1 or first + count * size > n_channels:
             raise InvalidInput(f"{count} heads of {size} begin at channel {first}: there are {n_channels}")
-        return size, shape
+        return shape
 
 
 def norm(hidden_states: Tensor, norm: Norm) -> Tensor:
     """The norm over the last dimension.
 
-    hidden_states [..., size], its last dimension contiguous, float32 or bfloat16 as weight and bias are; or
+    hidden_states [..., size], its last dimension contiguous, of the dtype of weight and bias; or
     [..., n_heads, size] where heads have their own. Raises `InvalidInput`.
     """
     x = check_rows("hidden_states", hidden_states)
@@ -73,7 +70,7 @@ def norm(hidden_states: Tensor, norm: Norm) -> Tensor:
     shape = next((each.shape for each in norm.vectors.values()), torch.Size((size,)))
     if len(shape) == 2 and x.shape[-2:] == shape:
         heads = x.clone(memory_format=torch.contiguous_format)
-        norm_heads(heads.flatten(-2), norm, 0, shape[0])
+        norm_heads(heads.flatten(-2), norm, 0, *shape)
         return heads
     vectors = norm.addresses((size,), dtype)
     out = torch.empty_like(x)
@@ -95,18 +92,18 @@ def norm(hidden_states: Tensor, norm: Norm) -> Tensor:
     return out
 
 
-def norm_heads(qkv: Tensor, norm: Norm, first: int, count: int) -> None:
-    """The norm, in place, of `count` heads of qkv from channel `first` on, as some models do to queries and keys.
+def norm_heads(qkv: Tensor, norm: Norm, first: int, count: int, size: int) -> None:
+    """The norm, in place, of `count` heads of `size` channels from channel `first` of qkv on, as some models do to queries
+    and keys.
 
-    qkv [..., width], contiguous, float32 or bfloat16 as weight and bias are, with heads of as many channels as these have.
-    Raises `InvalidInput`.
+    qkv [..., width], contiguous, of the dtype of weight and bias. Raises `InvalidInput`.
     """
     check_floats("qkv", qkv)
     check_contiguous("qkv", qkv)
     if qkv.ndim == 0:
         raise InvalidInput("qkv has shape (): [..., width] is needed")
     width = qkv.shape[-1]
-    size, shape = norm.of_heads(width, first, count)
+    shape = norm.of_heads(width, first, count, size)
     vectors = norm.addresses(shape, qkv.dtype)
     n = qkv.numel()
     if n and count * size:

@@ -92,8 +92,8 @@ class QuantizedWeights:
             levels: 16 integers from -127 to 127 that 4-bit codes are indices into.
             compute: "int8": rows of x are quantised to 8 bits, with a scale for each group of at most 256 inputs
                 (absmax / 127), and products are summed as integers; a NaN or Inf in a row makes all of its results NaN.
-                "float": what that leaves of x is quantised again, once where x is bfloat16 and twice where it is float32, up
-                to 254^-2 or 254^-3 of the largest input of a group.
+                "float": what that leaves of x is quantised again, once where x is bfloat16 and twice otherwise, up to
+                254^-2 or 254^-3 of the largest input of a group.
 
         Raises:
             InvalidInput: unless all tensors are contiguous, in CPU memory, aligned to 64 bytes, of the shapes and dtypes of
@@ -232,7 +232,7 @@ def _shift_levels(levels: Sequence[int] | None, bits: int, has_zeros: bool) -> T
 
 def terms_of(compute: str, dtype: torch.dtype) -> int:
     """Number of rows of 8-bit codes that a row of x is the sum of."""
-    return 1 if compute == "int8" else MAX_TERMS[dtype.itemsize]
+    return 1 if compute == "int8" else MAX_TERMS[ELEMENTS[dtype].dtype.name]
 
 
 def quantized_linear(
@@ -247,7 +247,7 @@ def quantized_linear(
     """y = act(x W^T + b) + residuals for quantised W, as `linear.linear`.
 
     Args:
-        hidden_states: [..., in], float32 or bfloat16 (the dtype of the biases), last dimension contiguous.
+        hidden_states: [..., in], of one of `DTYPES` (that of the biases), last dimension contiguous.
         weights: the matrices.
         activation: None or a key of `ACTIVATIONS`.
         gated: y = act(x W0^T + b0) * (x W1^T + b1) + residuals, for two matrices of one size.

@@ -39,7 +39,7 @@ def rotate_and_store(
         order; cos, sin [1 or
         n_rows, n_new, n_rotary]); "interleaved" turns channels 2i and 2i + 1 (GPT-J; cos, sin [1 or n_rows,
         n_new, n_rotary / 2]); "none" only stores (cos, sin None). Channels from n_rotary on stay. cos, sin:
-        float32 or bfloat16.
+        float32, bfloat16 or float16.
     Raises `InvalidInput`.
     """
     address, record = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
@@ -83,6 +83,31 @@ def rotate_and_store(
             SUFFIX if appended.in_suffix else PREFIX,
             length - n_new,
         )
+
+
+def rotate(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, n_heads: int, head_dim: int, rotation: str
+) -> None:
+    """Turn the first n_heads heads of x [n_rows, n_new, width] in place; arguments as in `rotate_and_store`.
+
+    Raises `InvalidInput`.
+    """
+    if x.ndim != 3 or n_heads < 1 or head_dim < 1 or n_heads * head_dim > x.shape[-1]:
+        given = f"{tuple(x.shape)} with {n_heads} heads of {head_dim}"
+        raise InvalidInput(f"x has shape {given}: [rows, tokens, width], a width that holds them, is needed")
+    if rotation not in ROTATIONS or rotation == "none":
+        raise InvalidInput(f"rotation is {rotation!r}: half and interleaved are allowed")
+    n_rows, n_new, width = x.shape
+    address = check_array("x", x, (n_rows, n_new, width))
+    cos, n_rotary = _angles("cos", cos, n_rows, n_new, head_dim, rotation)
+    sin, _ = _angles("sin", sin, n_rows, n_new, head_dim, rotation)
+    if cos.shape != sin.shape:
+        raise InvalidInput(f"sin has shape {tuple(sin.shape)}: that of cos, {tuple(cos.shape)}, is needed")
+    if x.numel():
+        prepare_threads()
+        sizes = n_rows, n_new, width, n_heads, head_dim
+        angles = address_of("cos", cos), address_of("sin", sin), cos.shape[0], n_rotary, ROTATIONS[rotation]
+        kernels.rotate(ELEMENTS[x.dtype], address, *sizes, *angles)
 
 
 def check_qkv(

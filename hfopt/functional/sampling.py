@@ -12,7 +12,7 @@ from .checks import ELEMENTS, address_of, check_array, check_rows, prepare_threa
 def argmax(logits: Tensor) -> Tensor:
     """Index of the largest value of the last dimension, the first of equals; a NaN counts as the largest.
 
-    logits [..., vocabulary], its last dimension contiguous, float32 or bfloat16; returns int64 [...].
+    logits [..., vocabulary], its last dimension contiguous, of one of `DTYPES`; returns int64 [...].
     Raises `InvalidInput`.
     """
     logits = check_rows("logits", logits)
@@ -33,7 +33,7 @@ def log_softmax_top_k(
 ) -> tuple[Tensor, Tensor]:
     """The k best of log_softmax(logits) + running_scores over each group of n_beams rows.
 
-    logits [groups * n_beams, vocabulary], its last dimension contiguous, float32 or bfloat16;
+    logits [groups * n_beams, vocabulary], its last dimension contiguous, of one of `DTYPES`;
     running_scores float32 [groups * n_beams]. Returns (scores float32 [groups, k], best first; places int64
     [groups, k], beam * vocabulary + token): what `torch.topk` gives for the flattened groups, of equal
     scores the first ones. Raises `InvalidInput`.

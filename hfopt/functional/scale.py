@@ -12,7 +12,7 @@ def scale(x: Tensor, factor: float, *, divide: bool = False, residual: Tensor | 
     """x * factor, or x / factor; plus the residual, if there is one.
 
     In float32, with the bits of torch's own `residual + x * factor`; of bfloat16 the result is rounded, once. x and residual
-    [..., size], the last dimension contiguous, float32 or bfloat16, both the same. Raises `InvalidInput`.
+    [..., size], the last dimension contiguous, float32, bfloat16 or float16, both the same. Raises `InvalidInput`.
     """
     x = check_rows("x", x)
     address = 0

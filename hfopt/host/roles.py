@@ -16,6 +16,7 @@ _NAMES = {
     "position_embeddings": ("position_embeddings",),
     "cache": CACHE_NAMES,
     "use_cache": ("use_cache",),
+    "position_bias": ("alibi", "position_bias"),
 }
 _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 ROLES = frozenset({"hidden_states", *_NAMES})

@@ -81,7 +81,7 @@ def _scale(x, count, factor, divide, residual, out):
 def scale(like, x, count, factor, divide, residual, out):
     """out = x * factor, or x / factor; plus the residual, if there is one.
 
-    Addresses of arrays [count] of the type of `like`, float32 or bfloat16 bits; out may be x or residual, which may be 0.
+    Addresses of arrays [count] of the type of `like`; out may be x or residual, which may be 0.
     """
     _scale(address_as(x, pointer(like)), count, factor, divide, residual, address_as(out, pointer(like)))
 

@@ -166,7 +166,7 @@ def rotate_and_store_rows(
     """Rotates the queries of qkv in place; writes rotated keys, and values, of n_new tokens a row to
     places from `first` on of a part of the `cache_record`, PREFIX or SUFFIX.
 
-    Pointers to qkv [n_rows, n_new, (n_heads + 2 n_kv_heads) size], float32 or bfloat16 bits; to the record; and to cos, sin
+    Pointers to qkv [n_rows, n_new, (n_heads + 2 n_kv_heads) size], floats; to the record; and to cos, sin
     float32 [n_angle_rows = 1 or n_rows, n_new, n_rotary], or n_rotary / 2 for INTERLEAVED; n_rotary 0 for NONE. held: a
     pointer like those to elements of the cache, the type of qkv, or codes, for which keys are rotated in place too.
     """
@@ -223,7 +223,55 @@ def rotate_and_store(
     )
 
 
-# ---- the instruction --------------------------------------------------------------------------------------------------
+# ---- without a cache --------------------------------------------------------------------------------------------------
+
+
+class _Heads(NamedTuple):
+    """Heads at the beginning of each token, and their angles."""
+
+    width: Any  # elements of a token
+    n_heads: Any
+    size: Any  # channels of a head
+    n_new: Any  # tokens of a row
+    n_angles: Any  # of a token
+    angle_step: Any  # from a row to the next
+    n_rotary: Any
+    kind: Any
+
+
+@body
+def _rotate_token(index, x, cos, sin, heads):
+    row = index // heads.n_new
+    angle = row * heads.angle_step + (index - row * heads.n_new) * heads.n_angles
+    cos, sin = shifted(cos, angle), shifted(sin, angle)
+    for head in range(heads.n_heads):
+        here = shifted(x, index * heads.width + head * heads.size)
+        if heads.kind == HALF:
+            rotate_half(here, cos, sin, heads.n_rotary, here)
+        elif heads.kind == INTERLEAVED:
+            rotate_pairs(here, cos, sin, heads.n_rotary, here)
+
+
+@body
+def rotate_rows(x, n_rows, n_new, width, n_heads, size, cos, sin, n_angle_rows, n_rotary, kind):
+    """Turns the first n_heads heads of each token of x [n_rows, n_new, width] in place; angles as in
+    `rotate_and_store_rows`."""
+    n_tokens = n_rows * n_new
+    n_angles = n_rotary // 2 if kind == INTERLEAVED else n_rotary
+    angle_step = n_new * n_angles if n_angle_rows > 1 else 0
+    heads = _Heads(width, n_heads, size, n_new, n_angles, angle_step, n_rotary, kind)
+    threads = threads_for(n_tokens, n_tokens * n_heads * size, _PARALLEL_SIZE)
+    parallel_for(_rotate_token, threads, n_tokens, (x, cos, sin, heads))
+
+
+@launch
+def rotate(like, x, n_rows, n_new, width, n_heads, size, cos, sin, n_angle_rows, n_rotary, kind):
+    """`rotate_rows` of addresses of x, of the type of `like`, and of cos, sin."""
+    x, angles = address_as(x, pointer(like)), (floats_at(cos), floats_at(sin), n_angle_rows, n_rotary, kind)
+    rotate_rows(x, n_rows, n_new, width, n_heads, size, *angles)
+
+
+# ---- instructions -------------------------------------------------------------------------------------------------
 
 
 class _RotateAndStore(NamedTuple):
@@ -261,3 +309,26 @@ def _run(like, held, operands, step):
 
 
 ROTATE_AND_STORE = Instruction("rotate and store", _RotateAndStore._fields, _run)
+
+
+class _Rotate(NamedTuple):
+    width: int
+    n_heads: int
+    cos: int  # slots of float32
+    sin: int
+    n_rotary: int
+    kind: int
+
+
+@body
+def _run_rotate(like, held, operands, step):
+    own = read_fields(operands.own, _Rotate)
+    cos = floats_at(step.arena + own.cos * step.n_tokens)
+    sin = floats_at(step.arena + own.sin * step.n_tokens)
+    heads = own.width, own.n_heads, operands.size
+    x, angles = address_as(operands.x, like), (cos, sin, step.n_rows, own.n_rotary, own.kind)
+    rotate_rows(x, step.n_rows, step.n_new, *heads, *angles)
+
+
+# in IN, whose heads have SIZE channels
+ROTATE = Instruction("rotate", _Rotate._fields, _run_rotate)

@@ -94,7 +94,7 @@ def place_of_largest(x, size, maxima):
 def argmax(like, x, n_rows, size, out):
     """out[r] = index of the largest of x[r].
 
-    Addresses of x [n_rows, size] of the type of `like`, float32 or bfloat16 bits, and of out int64 [n_rows].
+    Addresses of x [n_rows, size] of the type of `like`, and of out int64 [n_rows].
     """
     x, out = address_as(x, pointer(like)), integers_at(out)
     n_blocks = (size + BLOCK - 1) // BLOCK
@@ -250,7 +250,7 @@ def log_softmax_top_k(like, x, n_rows, size, running, k, n_beams, scores, places
     """scores, places[b] = top k of (log_softmax(x[r]) + running[r]) over the n_beams rows r of group b,
     flattened.
 
-    Addresses of x [n_rows = groups n_beams, size] of the type of `like`, float32 or bfloat16 bits; running float32
+    Addresses of x [n_rows = groups n_beams, size] of the type of `like`; running float32
     [n_rows]; scores float32 and places int64 [groups, k], k <= n_beams size. A place is beam * size + token.
     """
     x, groups = address_as(x, pointer(like)), n_rows // n_beams

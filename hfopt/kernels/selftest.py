@@ -123,7 +123,7 @@ def _quantized(dtype: type, whole: bool, bits: int, n_rows: int) -> float:
     table = np.array([[_address(parts[0]), 0, n_columns, 0]], np.int64)
     scaling = np.array([[_address(part) for part in parts[1:]]], np.int64)
     out: Array = np.zeros((n_rows, n_columns), dtype)
-    terms = quantized.MAX_TERMS[x.itemsize] if whole else 1
+    terms = quantized.MAX_TERMS[x.dtype.name] if whole else 1
     meaning = (table, scaling, bits, group, 0, terms)
     rest = (False, activation.NONE, np.zeros(0, np.int64), _address(out), n_columns)
     quantized.quantized_linear(np.empty(0, dtype), _address(x), n_rows, size, *meaning, *rest)

@@ -32,7 +32,7 @@ from hfopt.kernels.linear.quantized import QUANTIZED_LINEAR
 from hfopt.kernels.linear.tiles import LINEAR
 from hfopt.kernels.move import PERMUTE, TAKE_LAST
 from hfopt.kernels.norm import HEAD_NORM, LAYER_NORM, RMS_NORM
-from hfopt.kernels.rope import ROTATE_AND_STORE
+from hfopt.kernels.rope import ROTATE, ROTATE_AND_STORE
 from hfopt.kernels.sampling import argmax
 from hfopt.kernels.simd.pointer import address_of, pointer, shifted
 
@@ -52,6 +52,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     SCALE,
     HEAD_NORM,
     LIMIT,
+    ROTATE,
 )
 COLUMNS = OWN + max(len(each.columns) for each in INSTRUCTIONS)
 
@@ -167,7 +168,7 @@ def run_step(
     Returns how many times, or -UNKNOWN_INDEX, -UNKNOWN_ROW or -(UNKNOWN_OPERATION + number of the row of code) if the first
     found that, nothing written.
 
-    Like an array of the element type, float32 or bfloat16 bits, held one of that of the cache, the same, or int8 for codes,
+    Like an array of the element type, held one of that of the cache, the same, or int8 for codes,
     for which code is compiled of its own; code int64 [n, COLUMNS], scalars float64 [n]; formats int64 [n, FORMAT_COLUMNS],
     or None without instructions that need them, which are only compiled for programs that have some; address of the arena
     and of `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]: address, rows; ids int64 [2,

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import time
-from dataclasses import dataclass
 from importlib import metadata
 
 import torch
@@ -51,38 +50,14 @@ def cpu_path() -> str:
     return cpu.PATH
 
 
+def has_bfloat16_products() -> bool:
+    """Whether the compilation target has instructions for products of bfloat16."""
+    from hfopt.kernels.jit import cpu
+
+    return cpu.HAS_AVX512_BF16
+
+
 # ---- cores and threads -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cores:
-    """How many cores this process may use, and what set that number."""
-
-    usable: int
-    reason: str
-
-
-def cpu_quota() -> float | None:
-    """Cores' worth of time that control groups grant to this process, or None without a limit."""
-    quotas = []
-    for folder, is_second in linux.control_groups("cpu"):
-        value = linux.text(folder / ("cpu.max" if is_second else "cpu.cfs_quota_us")).strip()
-        quota, _, period = value.partition(" ")
-        if quota not in ("", "max", "-1"):
-            quotas.append(int(quota) / int(period or 100_000))
-    return min(quotas, default=None)
-
-
-def usable_cores() -> Cores:
-    """Cores that this process may use: online, allowed by its affinity mask, within its cgroup quota."""
-    online = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else online
-    quota = cpu_quota()
-    if quota is not None and quota < allowed:
-        return Cores(max(1, int(quota)), f"the cgroup quota grants {quota:g} of {online} online cores")
-    if allowed < online:
-        return Cores(allowed, f"the affinity mask allows {allowed} of {online} online cores")
-    return Cores(online, "all online cores")
 
 
 def busy_cores(seconds: float = 0.5) -> float:

@@ -36,22 +36,22 @@ def forget_pages(address: int, n_bytes: int) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _DONTNEED)
 
 
-def available_memory() -> int:
+def available_memory(root: Path = linux.ROOT) -> int:
     """Bytes that can still be allocated: the smaller of the machine's and the control groups' headroom.
 
-    `sys.maxsize` where neither is known (systems other than Linux).
+    `sys.maxsize` where neither is known (systems other than Linux). root: of the tree of files.
     """
-    return min(_machine_headroom(), _cgroup_headroom())
+    return min(_machine_headroom(root), _cgroup_headroom(root))
 
 
-def _machine_headroom() -> int:
-    fields = _fields(linux.PROC / "meminfo")
+def _machine_headroom(root: Path) -> int:
+    fields = _fields(root / "proc/meminfo")
     return fields["MemAvailable:"] * 1024 if "MemAvailable:" in fields else sys.maxsize
 
 
-def _cgroup_headroom() -> int:
+def _cgroup_headroom(root: Path) -> int:
     headroom = sys.maxsize
-    for folder, is_second in linux.control_groups("memory"):
+    for folder, is_second in linux.control_groups("memory", root):
         if is_second:
             limit, usage, cached = "memory.max", "memory.current", "inactive_file"
         else:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -30,12 +30,20 @@ SCALES = ("scaling", "softmax_scale", "inv_norm_factor")  # attributes with a fa
 _DIVISOR = "scale_attn"  # or with a divisor
 
 
+class HeadNorm(NamedTuple):
+    """A norm of `count` heads of `size` channels from a channel on; path: the module below the attention."""
+
+    path: str
+    first: int
+    count: int
+    size: int
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
     """Names and sizes of the projections, and which channels turn together ("half": d and d + rot / 2).
 
-    inputs: Linears that give, side by side, the query, key and value heads. norms: of the query and of the key heads, with as
-    many vectors as norm_heads says: 1 for all of them together. rows: (first row, rows) of the heads in a single input, in
+    inputs: Linears that give, side by side, the query, key and value heads. norms: of queries and keys. rows: (first row, rows) of the heads in a single input, in
     the order of kernels, if it has another one. clip: what limits queries, keys and values, an attribute or a
     field of the configuration; softcap: likewise what limits scores. layer_type: for which angles are, where there are several kinds.
     """
@@ -47,8 +55,8 @@ class AttentionSpec:
     n_kv_heads: int
     head_dim: int
     rotation: Rotation
-    norms: tuple[str, ...] = ()
-    norm_heads: tuple[int, ...] = ()
+    norms: tuple[HeadNorm, ...] = ()
+    norms_last: bool = False  # behind the rotation
     n_positions: int | None = None  # of a table of its own
     rows: Rows = ()
     clip: str | None = None
@@ -61,7 +69,7 @@ class AttentionSpec:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return self.norms
+        return tuple(dict.fromkeys(norm.path.partition(".")[0] for norm in self.norms))
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -92,12 +100,11 @@ class Attention(Block):
         limit = None if spec.clip is None else setting(self, spec.clip)
         if limit is not None:
             qkv = ops.clamp(qkv, limit)
-        firsts = 0, spec.n_heads * spec.head_dim
-        for name, first, count in zip(
-            spec.norms, firsts, spec.norm_heads, strict=False
-        ):  # most models have none
-            ops.norm_heads(self, name, qkv, first, count)
-        past = ops.store(self, qkv, past)
+        if spec.norms_last:
+            ops.rotate(self, qkv, past, spec.n_heads + spec.n_kv_heads)
+        for norm in spec.norms:
+            ops.norm_heads(self, qkv, *norm)
+        past = ops.store(self, qkv, past, rotates=not spec.norms_last)
         attended = ops.attend(self, qkv, past)
         return ops.linear(attended, output, Epilogue(residuals=residuals))
 

@@ -13,6 +13,7 @@ from hfopt.patches.attention import (
     SCALES,
     Attention,
     AttentionSpec,
+    HeadNorm,
     RotaryAttention,
     TableAttention,
     UnrotatedAttention,
@@ -58,16 +59,17 @@ _SHARDS = 4  # CodeGen's, one for each of the machines that it was trained on
 _KNOWN = (
     "alibi_slopes", "attention_type", "dropout", "embed_dim", "embed_positions", "enable_bias", "head_dim", "head_size", "reorder_and_upcast_attn",
     "is_causal", "is_cross_attention", "is_decoder", "is_sliding", "kv_dim", "kv_heads", "layer_type", "max_positions",
-    "mp_num", "multi_query", "num_attention_heads", "num_heads", "num_key_value_groups", "num_key_value_heads",
+    "mp_num", "multi_query", "new_decoder_architecture", "num_attention_heads", "num_heads", "num_key_value_groups", "num_key_value_heads",
     "num_kv_heads", "pos_embd_dim", "qk_layernorm", "rotary_dim", "rotary_ndims", "sliding_window", "split_size",
     "use_qk_norm", "use_rope", *SCALES, "scale_attn",
 )  # fmt: skip
+_EACH = "norms"  # a list of norms, one for each head
 _HEAD_DIMS = ("head_dim", "head_size")
 
 
 def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str | None:
     """What the module may be, one spec for each rotation and order of rows."""
-    norms = tuple(name for name in parts.norms if module._modules.get(name) is not None)
+    norms = next((pair for pair in parts.norms if set(pair) <= module._modules.keys()), ())
     known = (*parts.inputs, parts.output, *norms)
     if not has_children(module, known):
         others = sorted(set(module._modules) - set(known))
@@ -83,27 +85,34 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
     sizes = _sizes(module, parts)
     if isinstance(sizes, str):
         return sizes
-    norm_heads = [_heads_of(module, name, n, sizes[-1]) for name, n in zip(norms, sizes[1:3], strict=False)]
-    wrong = next((each for each in norm_heads if isinstance(each, str)), None)
-    if wrong is not None:
-        return wrong
+    head_norms: list[HeadNorm] = []
+    for name, first, n in zip(norms, (0, sizes[1]), sizes[1:3], strict=False):
+        found = _head_norms(module, name, first, n, sizes[-1])
+        if isinstance(found, str):
+            return found
+        head_norms += found
     table = module._buffers.get(_TABLE)
+    hidden_size, n_heads, _, head_dim = sizes
     return [
         AttentionSpec(
             parts.inputs,
             parts.output,
-            *sizes,
+            hidden_size,
+            n_heads,
+            n_kv_heads,
+            head_dim,
             rotation,
-            norms,
-            tuple(norm_heads),
+            tuple(head_norms),
+            norms_last,
             None if table is None else table.shape[0],
             rows,
             _setting_read(module, parts.clip),
             _setting_read(module, parts.softcap),
             _layer_type(module),
         )
-        for rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
+        for n_kv_heads, rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
         for rotation in parts.rotations
+        for norms_last in ((False, True) if norms and rotation != "none" else (False,))
     ]
 
 
@@ -145,15 +154,23 @@ def _sizes(module: Any, parts: AttentionParts) -> tuple[int, int, int, int] | st
     return hidden_size, n_heads, n_kv_heads, head_dim
 
 
-def _heads_of(module: Any, name: str, n_heads: int, head_dim: int) -> int | str:
-    """How many vectors a norm of so many heads is for, or what is wrong with it."""
-    norm = module._modules[name]
+def _head_norms(module: Any, name: str, first: int, n: int, size: int) -> list[HeadNorm] | str:
+    """The norms of n heads from head `first` on that a child stands for, or what is wrong with it."""
+    norm, place = module._modules[name], first * size
     if not isinstance(norm, NormBlock):
-        return f"{name} is not swapped"
-    shape = norm._hfopt.spec.shape
-    if shape in ((head_dim,), (n_heads, head_dim)):
-        return n_heads
-    return 1 if shape == (n_heads * head_dim,) else f"{name} is over {shape} channels, not those of a head"
+        each = norm._modules.get(_EACH)
+        if each is None or len(each) != n or not all(_is_norm_of(part, (size,)) for part in each):
+            return f"{name} is not swapped"
+        return [HeadNorm(f"{name}.{_EACH}.{head}", place + head * size, 1, size) for head in range(n)]
+    if _is_norm_of(norm, None, (size,), (n, size)):
+        return [HeadNorm(name, place, n, size)]
+    if _is_norm_of(norm, (n * size,)):
+        return [HeadNorm(name, place, 1, n * size)]
+    return f"{name} is over {norm._hfopt.spec.shape} channels, not those of a head"
+
+
+def _is_norm_of(module: Any, *shapes: tuple[int, ...] | None) -> bool:
+    return isinstance(module, NormBlock) and module._hfopt.spec.shape in shapes
 
 
 def _layer_type(module: Any) -> str | None:
@@ -170,21 +187,24 @@ def _setting_read(module: Any, name: str | None) -> str | None:
     return None if name is None or name not in names_read(module) or setting(module, name) is None else name
 
 
-def _rows(order: Order, n_heads: int, n_kv_heads: int, head_dim: int) -> Rows:
-    """(first row, rows) of the heads of queries, then keys, then values in a single Linear; empty if they lie so."""
+def _rows(order: Order, n_heads: int, n_kv_heads: int, head_dim: int) -> tuple[int, Rows]:
+    """(key heads, (first row, rows) of the heads of queries, keys, values in a single Linear, or empty if they lie so)."""
     if order == "stacked":
-        return ()
+        return n_kv_heads, ()
     if order == "shards":
         n = n_heads // _SHARDS * head_dim
-        return tuple(((3 * shard + part) * n, n) for part in (0, 2, 1) for shard in range(_SHARDS))
+        return n_kv_heads, tuple(
+            ((3 * shard + part) * n, n) for part in (0, 2, 1) for shard in range(_SHARDS)
+        )
     n = n_heads // n_kv_heads
-    group = (n + 2) * head_dim
-    places = ((0, n), (n, 1), (n + 1, 1))
-    return tuple(
-        (index * group + first * head_dim, count * head_dim)
-        for first, count in places
+    copies = n if order == "spread" else 1
+    rows = tuple(
+        ((index * (n + 2) + first) * head_dim, count * head_dim)
+        for first, count, times in ((0, n, 1), (n, 1, copies), (n + 1, 1, copies))
         for index in range(n_kv_heads)
+        for _ in range(times)
     )
+    return n_kv_heads * copies, rows
 
 
 def _trial(call: Any, spec: AttentionSpec, scene: Any) -> list[torch.Tensor]:

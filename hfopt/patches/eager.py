@@ -13,7 +13,7 @@ from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
 from hfopt.patches.activation import fused_activation
 from hfopt.patches.angles import are_angles, remembered
-from hfopt.patches.guards import are_readable, attention_kind, wants_attentions
+from hfopt.patches.guards import are_readable, attention_kind, is_bare, wants_attentions
 from hfopt.patches.ops import Declined
 from hfopt.patches.replacement import Replacement, are_others_bare, is_usable
 from hfopt.patches.weights import read_children
@@ -112,8 +112,8 @@ class Eager:
         ):
             raise Declined
 
-    def norm_heads(self, module: Any, name: str, qkv: Tensor, first: int, count: int) -> None:
-        functional.norm_heads(qkv, module._modules[name].norm, first, count)
+    def norm_heads(self, module: Any, qkv: Tensor, path: str, first: int, count: int, size: int) -> None:
+        functional.norm_heads(qkv, module.get_submodule(path).norm, first, count, size)
 
     def clamp(self, x: Tensor, limit: float) -> Tensor:
         return functional.clamp(x, limit)
@@ -130,13 +130,15 @@ class Eager:
         cache = IndirectCache() if cache is None else cache
         if not _takes_appends(cache, layer) or wants_attentions(attention) or x.dim() != 3:
             raise Declined
-        for name in attention._hfopt.spec.norms:
-            norm = attention._modules[name]
+        if not all(is_bare(attention._modules[name]) for name in attention._hfopt.spec.parts):
+            raise Declined
+        for path, *_ in attention._hfopt.spec.norms:
+            norm = attention.get_submodule(path)
             if not isinstance(norm, Replacement) or not is_usable(norm):
                 raise Declined
             self._check_vectors(norm.norm)
         rotary = attention.rotary(given.get("position_embeddings"), given.get("position_ids"))
-        if rotary is None:
+        if rotary is None or given.get("position_bias") is not None:
             raise Declined
         n_rows, n_new, _ = x.shape
         n_past, n_keys = cache.get_seq_length(layer), cache.n_keys(layer, n_new)
@@ -148,13 +150,18 @@ class Eager:
             raise Declined
         return Past(cache, layer, x.shape, mask, cos, sin)
 
-    def store(self, attention: Any, qkv: Tensor, past: Past) -> Past:
+    def rotate(self, attention: Any, qkv: Tensor, past: Past, n_heads: int) -> None:
+        spec = attention._hfopt.spec
+        if past.cos is not None:
+            functional.rotate(qkv, past.cos, past.sin, n_heads, spec.head_dim, spec.rotation_kind)
+
+    def store(self, attention: Any, qkv: Tensor, past: Past, *, rotates: bool = True) -> Past:
         spec = attention._hfopt.spec
         n_rows, n_new, _ = past.shape
         appended = past.cache.append(past.layer, n_rows, n_new, spec.n_kv_heads, spec.head_dim, self._dtype)
         n_heads, n_kv_heads, head_dim = spec.heads
-        angles = past.cos, past.sin
-        functional.rotate_and_store(qkv, *angles, appended, n_heads, n_kv_heads, head_dim, spec.rotation_kind)
+        angles, rotation = ((past.cos, past.sin), spec.rotation_kind) if rotates else ((None, None), "none")
+        functional.rotate_and_store(qkv, *angles, appended, n_heads, n_kv_heads, head_dim, rotation)
         return past._replace(appended=appended)
 
     def attend(self, attention: Any, qkv: Tensor, past: Past) -> Tensor:

@@ -14,17 +14,18 @@ from hfopt.patches.pattern import Pattern, attributes, has_children, takes_one_i
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _USUAL_EPS = (1e-5, 1e-6)  # what classes that keep none among their attributes have in their code
+_ANY_SIZE = 24  # for the proof
 
 
 @dataclass(frozen=True)
 class NormSpec:
     """Shape and epsilon of a norm, and which vectors it has.
 
-    shape: [size], or [n_heads, size] of one for heads that have vectors of their own. eps_name: the attribute that holds it,
+    shape: [size], or [n_heads, size] of one for heads that have vectors of their own; None for any size. eps_name: the attribute that holds it,
     if there is one. unit_offset: as in `functional.Norm`.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     eps_name: str | None
     eps: float
     affine: bool = True
@@ -33,11 +34,6 @@ class NormSpec:
 
     reads = ("",)
     parts = ()
-
-    @property
-    def size(self) -> int:
-        """Channels of what is normalised."""
-        return self.shape[-1]
 
 
 class NormBlock(Block):
@@ -90,14 +86,16 @@ def _read(module: Any) -> list[NormSpec]:
     names = {name for name, each in module._parameters.items() if each is not None}
     if not names <= {"weight", "bias"} or not has_children(module, ()) or not takes_one_input(module):
         return []
+    state = vars(module)
     known = [each for each in module._buffers.values() if each is not None]
     shapes = {tuple(module._parameters[name].shape) for name in names}
-    shape = next(iter(shapes)) if shapes else _shape_without_vectors(module)
-    if known or len(shapes) > 1 or shape is None or len(shape) not in (1, 2):
+    if not names and "normalized_shape" in state:
+        shapes = {tuple(state["normalized_shape"])}
+    shape = next(iter(shapes), None)
+    if known or len(shapes) > 1 or (shape is not None and len(shape) not in (1, 2)):
         return []
-    state = vars(module)
     eps_name = next((name for name in _EPS_NAMES if isinstance(state.get(name), float)), None)
-    if eps_name is None and (names or any("eps" in name for name in attributes(module))):
+    if eps_name is None and (shape is None or names or any("eps" in name for name in attributes(module))):
         return []
     eps = _USUAL_EPS if eps_name is None else (state[eps_name],)
     offsets = (False, True) if "weight" in names else (False,)
@@ -108,13 +106,9 @@ def _read(module: Any) -> list[NormSpec]:
     ]
 
 
-def _shape_without_vectors(module: Any) -> tuple[int, ...] | None:
-    shape = vars(module).get("normalized_shape")
-    return tuple(shape) if isinstance(shape, tuple | list | torch.Size) else None
-
-
 def _trial(call: Any, spec: NormSpec, scene: Any) -> list[torch.Tensor]:
-    usual, small = scene.hidden_states(3, *spec.shape), scene.hidden_states(3, *spec.shape) / 128
+    shape = 3, *(spec.shape or (_ANY_SIZE,))
+    usual, small = scene.hidden_states(*shape), scene.hidden_states(*shape) / 128
     # the small input shows where eps goes, the last one whether a mean is taken away
     return list(call(hidden_states=torch.stack([usual, small, usual + 1])))
 

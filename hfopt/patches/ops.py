@@ -42,8 +42,8 @@ class Ops(Protocol[X]):
     def norm(self, x: X, norm: Norm) -> X:
         """`functional.norm`."""
 
-    def norm_heads(self, module: Any, name: str, qkv: X, first: int, count: int) -> None:
-        """Each of `count` heads from channel `first` on, in place, as the norm of the child `name` makes it."""
+    def norm_heads(self, module: Any, qkv: X, path: str, first: int, count: int, size: int) -> None:
+        """Each of `count` heads of `size` channels from channel `first` on, in place, as the norm at `path` makes it."""
 
     def clamp(self, x: X, limit: float) -> X:
         """`functional.clamp`."""
@@ -54,9 +54,12 @@ class Ops(Protocol[X]):
     def past(self, attention: Any, x: X) -> Any:
         """Where keys and values of this attention are, and what x needs besides: a mask, and angles of its positions."""
 
-    def store(self, attention: Any, qkv: X, past: Any) -> Any:
-        """Turn query and key heads in place by the angles, and put keys and values behind those of the past, which is
-        returned with them.
+    def rotate(self, attention: Any, qkv: X, past: Any, n_heads: int) -> None:
+        """Turn the first heads in place by the angles."""
+
+    def store(self, attention: Any, qkv: X, past: Any, *, rotates: bool = True) -> Any:
+        """Turn query and key heads in place by the angles, if they are not turned yet, and put keys and values behind those of
+        the past, which is returned with them.
         """
 
     def attend(self, attention: Any, qkv: X, past: Any) -> X:

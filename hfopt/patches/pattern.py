@@ -74,7 +74,9 @@ def unknown_parts(
     needs: roles that there has to be an argument for.
     """
     read = names_read(module) | helper_names_read(module) | READ_BY_ATTENTION
-    unknown = (attributes(module) & read) - set(known)
+    # what is None or off says that something is not there
+    there = {name for name in attributes(module) & read if getattr(module, name) not in (None, False)}
+    unknown = there - set(known)
     if unknown:
         return f"unknown attributes {', '.join(sorted(unknown))}"
     arguments = Arguments.of(original_class(module).forward, replacement.takes)

@@ -25,6 +25,9 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 # More is allowed, up to a limit, where the original itself answers a last-bit change of its input with more.
 _NOISE_FACTOR, _NOISE_LIMIT = 2.0, 0.1
 
+# Inputs of float16 are made smaller where outputs would be infinite.
+_SMALLER = (1.0, 1 / 8, 1 / 64)
+
 # Two rows, the second padded on the left, then one more token, then many behind a long text. Gaps between positions turn
 # more channels; few tokens, because the mean over many would hide what one changes.
 _PREFILL_POSITIONS = torch.tensor([[0, 1, 3, 7, 12], [1, 1, 0, 2, 5]])
@@ -107,6 +110,7 @@ class Scene:
         """What attention is given besides hidden states, by role. n_positions: of a table of its own."""
         position_ids = inputs.position_ids if n_positions is None else inputs.position_ids % n_positions
         roles = {"attention_mask": inputs.attention_mask, "cache": self.cache, "position_ids": position_ids}
+        roles["position_bias"] = None
         if n_positions is None and self.rotary_module is not None:
             roles["position_embeddings"] = self.rotary(inputs.hidden_states, inputs.position_ids, layer_type)
         return roles
@@ -199,13 +203,17 @@ def prove(
     has_swapped_parts = any(isinstance(part, Replacement) for part in module.modules())
     new_cache = IndirectCache if has_swapped_parts else DynamicCache
     with undisturbed(module, *([] if rotary is None else [rotary])):
-        scale = pattern.scale(module, spec, dtype)
-        scene = functools.partial(Scene, dtype, scale, rotary=rotary, takes_flags=_takes_flags(module))
-        plain = _Original(module, pattern)
-        try:
-            expected = _outcome(pattern, plain, spec, scene(new_cache()))
-        except Exception as error:  # noqa: BLE001  (whatever a foreign forward raises)
-            return Proof(flaw=f"it cannot be probed ({_in_words(error)})")
+        scale, plain = pattern.scale(module, spec, dtype), _Original(module, pattern)
+        for smaller in _SMALLER:
+            scene = functools.partial(
+                Scene, dtype, scale * smaller, rotary=rotary, takes_flags=_takes_flags(module)
+            )
+            try:
+                expected = _outcome(pattern, plain, spec, scene(new_cache()))
+            except Exception as error:  # noqa: BLE001  (whatever a foreign forward raises)
+                return Proof(flaw=f"it cannot be probed ({_in_words(error)})")
+            if all(output.isfinite().all() for output in expected.values()):
+                break
         module.__class__ = replacement_class(pattern.replacement, original)
         module.__dict__["_hfopt"] = Record(spec)
         try:
@@ -218,7 +226,8 @@ def prove(
         tolerance = _TOLERANCES[dtype]
         if proof.figure > tolerance:
             module.__class__ = original
-            again = _outcome(pattern, plain, spec, scene(new_cache(), shaken=True))
+            with _shaken_biases(module):
+                again = _outcome(pattern, plain, spec, scene(new_cache(), shaken=True))
             noise = _compare(expected, again).figures
             if any(
                 figure > max(tolerance, allowed(noise.get(name, 0.0)))
@@ -229,6 +238,20 @@ def prove(
                     flaw=f"the probe differs by {figure} of the largest value: it computes something else"
                 )
     return replace(proof, form=plain.form)
+
+
+@contextlib.contextmanager
+def _shaken_biases(module: nn.Module) -> Iterator[None]:
+    """Within, biases are changed in the last bit too: large ones hide what is changed in inputs, but not their rounding."""
+    biases = [bias for name, bias in module.named_parameters() if name.endswith("bias")]
+    before = [bias.data for bias in biases]
+    try:
+        for bias in biases:
+            bias.data = shaken(bias.data)
+        yield
+    finally:
+        for bias, data in zip(biases, before, strict=True):
+            bias.data = data
 
 
 def _takes_flags(module: Any) -> bool:

@@ -120,10 +120,10 @@ class Builder:
         self._kept += norm.vectors.values()
         return columns
 
-    def norm_heads(self, qkv: Value, norm: Norm, first: int, count: int) -> None:
+    def norm_heads(self, qkv: Value, norm: Norm, first: int, count: int, size: int) -> None:
         """`functional.norm_heads`, in place."""
         self._check(qkv)
-        size, shape = norm.of_heads(qkv.size, first, count)
+        shape = norm.of_heads(qkv.size, first, count, size)
         columns = {
             "SIZE": size,
             "step": size if len(shape) == 2 else 0,
@@ -192,19 +192,42 @@ class Builder:
         operands = {"IN": qkv}
         columns = {"layer": layer, "n_heads": heads[0], "n_rotary": 0, "kind": ROTATIONS[rotation]}
         if angles is not None:
-            n_rotary = angles[0].size * (2 if rotation == "interleaved" else 1)
-            if angles[0].size != angles[1].size or n_rotary > heads[2] or n_rotary % 2:
-                raise InvalidInput(
-                    f"{angles[0].size} angles turn {n_rotary} channels: up to {heads[2]} are allowed"
-                )
-            for each in angles:
-                self._check(each, torch.float32)
             operands |= {"cos": angles[0], "sin": angles[1]}
-            columns["n_rotary"] = n_rotary
+            columns["n_rotary"] = self._n_rotary(angles, rotation, heads[2])
         elif rotation != "none":
             raise InvalidInput(f"angles is None: rotation {rotation!r} needs it")
         columns |= {name: NONE for name in ("cos", "sin") if name not in operands}
         self._add(kernels.ROTATE_AND_STORE, f"{heads[0]} / {heads[1]} heads of {heads[2]}", operands, columns)
+
+    def _n_rotary(self, angles: tuple[Value, Value], rotation: str, head_dim: int) -> int:
+        """How many channels these angles turn."""
+        n_rotary = angles[0].size * (2 if rotation == "interleaved" else 1)
+        if angles[0].size != angles[1].size or n_rotary > head_dim or n_rotary % 2:
+            raise InvalidInput(
+                f"{angles[0].size} angles turn {n_rotary} channels: up to {head_dim} are allowed"
+            )
+        for each in angles:
+            self._check(each, torch.float32)
+        return n_rotary
+
+    def rotate(
+        self, x: Value, n_heads: int, head_dim: int, rotation: str, angles: tuple[Value, Value]
+    ) -> None:
+        """`functional.rotate`, in place."""
+        self._check(x)
+        if rotation not in ROTATIONS or rotation == "none":
+            raise InvalidInput(f"rotation is {rotation!r}: half and interleaved are allowed")
+        if n_heads < 1 or head_dim < 1 or n_heads * head_dim > x.size:
+            raise InvalidInput(f"x has {x.size} values: {n_heads} heads of {head_dim} do not fit")
+        columns = {
+            "SIZE": head_dim,
+            "width": x.size,
+            "n_heads": n_heads,
+            "n_rotary": self._n_rotary(angles, rotation, head_dim),
+            "kind": ROTATIONS[rotation],
+        }
+        operands = {"IN": x, "cos": angles[0], "sin": angles[1]}
+        self._add(kernels.ROTATE, f"{n_heads} heads of {head_dim}", operands, columns)
 
     def attend(self, qkv: Value, layer: int, heads: tuple[int, int, int], scoring: Scoring) -> Value:
         """`functional.attend`, over what has been stored."""

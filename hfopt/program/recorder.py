@@ -69,8 +69,10 @@ class Recorder:
     def norm(self, x: Value, norm: Norm) -> Value:
         return self._builder.norm(x, norm)
 
-    def norm_heads(self, module: Any, name: str, qkv: Value, first: int, count: int) -> None:
-        self._builder.norm_heads(qkv, swapped(module, name).norm, first, count)
+    def norm_heads(self, module: Any, qkv: Value, path: str, first: int, count: int, size: int) -> None:
+        parent, _, name = path.rpartition(".")
+        norm = swapped(module.get_submodule(parent), name).norm
+        self._builder.norm_heads(qkv, norm, first, count, size)
 
     def clamp(self, x: Value, limit: float) -> Value:
         return self._builder.clamp(x, limit)
@@ -83,9 +85,15 @@ class Recorder:
     def past(self, attention: Any, x: Value) -> Past:
         return Past(attention.layer_idx, self.angles(attention))
 
-    def store(self, attention: Any, qkv: Value, past: Past) -> Past:
+    def rotate(self, attention: Any, qkv: Value, past: Past, n_heads: int) -> None:
         spec = attention._hfopt.spec
-        self._builder.rotate_and_store(qkv, past.layer, spec.heads, spec.rotation_kind, past.angles)
+        if past.angles is not None:
+            self._builder.rotate(qkv, n_heads, spec.head_dim, spec.rotation_kind, past.angles)
+
+    def store(self, attention: Any, qkv: Value, past: Past, *, rotates: bool = True) -> Past:
+        spec = attention._hfopt.spec
+        rotation, angles = (spec.rotation_kind, past.angles) if rotates else ("none", None)
+        self._builder.rotate_and_store(qkv, past.layer, spec.heads, rotation, angles)
         return past
 
     def attend(self, attention: Any, qkv: Value, past: Past) -> Value:

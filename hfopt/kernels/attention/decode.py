@@ -226,7 +226,7 @@ def attend_decode(
     skipped ones.
 
     Addresses of qkv [n_rows, (n_heads + 2 n_kv_heads) size], queries first, and of out [n_rows, n_heads size], of the
-    type of `like`, float32 or bfloat16 bits; the cache of the `cache_record` is of that of `held`, the same, or int8 for
+    type of `like`; the cache of the `cache_record` is of that of `held`, the same, or int8 for
     codes. Rows, table and skipped as in `cache.Appended`; mask uint8 [n_rows, 1, keys behind the skipped ones, or more],
     empty if all are seen; scale and what follows it as in `Scoring`.
     """

@@ -47,8 +47,9 @@ from hfopt.kernels.simd.tile import stack_addresses, stack_floats, to_cache_line
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import splat
 
-# Terms that keep what x has, by the bytes of its elements: each has 8 bits more of the largest input of a group.
-MAX_TERMS = {2: 2, 4: 3}
+# Terms that keep what x has, by the type of its elements as kernels get them: each has 8 bits more of the largest input of a
+# group. bfloat16 has 8 bits itself, float16 11.
+MAX_TERMS = {"float32": 3, "uint16": 2, "int16": 3}
 _PARALLEL_SIZE = 1 << 16  # elements of x, or products; below, more threads cost more than they save
 PART_ROWS = 264  # most rows of a part: what they have of x stays in the L2 cache; a literal below
 _WHOLE = 12  # rows that are whole tiles of every target, and whole rows of x with 1, 2 or 3 terms

@@ -211,7 +211,7 @@ def multiply_rows(x, n_rows, layer, scratch):
 def linear_rows(like, x, n_rows, size, table, gated, code, residuals, out, width):
     """out = epilogue(x W^T + b) for 1 to 64 rows.
 
-    Addresses of x [n_rows, size] and out [n_rows, width] of the type of `like`, float32 or bfloat16 bits; table int64
+    Addresses of x [n_rows, size] and out [n_rows, width] of the type of `like`; table int64
     [matrices, 4]; residuals int64 addresses of arrays like out; code from `activation`.
     """
     x, out = address_as(x, pointer(like)), address_as(out, pointer(like))

@@ -8,7 +8,9 @@ from hfopt.patches.rotation import ROTATIONS, Rotation
 
 Topology = Literal["sequential", "parallel", "inline"]
 Angles = Literal["computed", "table", "none"]
-Order = Literal["stacked", "groups", "shards"]
+# of queries and keys, under the names that models have for them
+NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
+Order = Literal["stacked", "groups", "spread", "shards"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class AttentionParts:
     angles: whether the model computes cos and sin for all layers, they are looked up in a table, or positions are in the
     hidden states. rotations: which channels turn together; where there are several, the proof chooses. orders: of the rows of
     a single Linear, likewise: "stacked" (all queries, then all keys, then all values), "groups" (the queries of a key head,
-    the key, the value, and so on), "shards" (CodeGen: four parts, each of queries, values, keys). clip: what limits queries, keys and values, an attribute or a field of the configuration. softcap:
+    the key, the value, and so on), "spread" (the same, with a copy of key and value for each query), "shards" (CodeGen: four parts, each of queries, values, keys). clip: what limits queries, keys and values, an attribute or a field of the configuration. softcap:
     likewise what limits scores, smoothly.
     """
 
@@ -28,7 +30,7 @@ class AttentionParts:
     output: str
     angles: Angles = "computed"
     rotations: tuple[Rotation, ...] = ROTATIONS
-    norms: tuple[str, ...] = ()
+    norms: tuple[tuple[str, str], ...] = NORMS
     orders: tuple[Order, ...] = ("stacked",)
     clip: str | None = None
     softcap: str | None = None

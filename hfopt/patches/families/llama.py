@@ -8,12 +8,11 @@ LLAMA = Family(
     name="Llama",
     model_types=(
         "llama", "qwen2", "qwen3", "mistral", "ministral", "ministral3", "smollm3", "olmo", "granite", "gemma", "seed_oss",
-        "ernie4_5", "helium", "stablelm",
+        "ernie4_5", "helium", "stablelm", "hunyuan_v1_dense",
     ),
     attention=AttentionParts(
         ("q_proj", "k_proj", "v_proj"),
         "o_proj",
-        norms=("q_norm", "k_norm"),
         clip="clip_qkv",
         softcap="attn_logit_softcapping",
     ),
