@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch.nn import functional as F
+from transformers import MistralConfig
 
 from hfopt.cache import Appended, IndirectCache
 from hfopt.functional import Scoring, attend, prepare_mask
@@ -25,6 +26,7 @@ from .kernel_case import (
 )
 
 _GENERATED = 16  # tokens that beams have of their own
+_WINDOWS = 16  # in the context of layers that have one
 
 Heads = tuple[int, int, int]  # of queries, of keys and values, channels of one
 
@@ -94,6 +96,30 @@ def _shared(sizes: Sizes, dtype: torch.dtype, heads: Heads) -> dict[str, Call]:
     return _stream(layers) | calls | peak(dtype)
 
 
+def _window(sizes: Sizes, dtype: torch.dtype, heads: Heads) -> dict[str, Call]:
+    """A token more in layers of a window behind a long text, and in layers without one behind a text as long as the window:
+    with room for its keys and values, which is what leaving others behind costs.
+    """
+    window, head_dim = sizes.keys // _WINDOWS, heads[2]
+    config = MistralConfig(num_hidden_layers=1, sliding_window=window)
+    qkv = random(dtype, 1, 1, (heads[0] + 2 * heads[1]) * head_dim)
+    mask, scoring = prepare_mask(None, 1, 1, window), Scoring(head_dim**-0.5)
+
+    def step(cache: IndirectCache) -> None:
+        if not cache.layers[0].is_sliding:
+            cache.crop(-1)
+        attend(qkv, cache.append(0, 1, 1, *heads[1:], dtype), mask, scoring, *heads)
+
+    calls: dict[str, Call] = {}
+    n_layers = _n_layers(sizes, dtype, window, heads)
+    for name, n_tokens, max_length in (("short", window, window), ("window", sizes.keys, None)):
+        caches = [IndirectCache(config, max_length=max_length) for _ in range(n_layers)]
+        for cache in caches:
+            _fill(cache.append(0, 1, n_tokens, *heads[1:], dtype), dtype)
+        calls[name] = Call(each(step, caches), n_layers, 2 * window * heads[1] * head_dim * dtype.itemsize)
+    return calls
+
+
 def _prefill(dtype: torch.dtype, heads: Heads, n_tokens: int) -> dict[str, Call]:
     n_heads, n_kv_heads, head_dim = heads
     layer = filled(dtype, n_tokens, n_kv_heads, head_dim)
@@ -129,6 +155,11 @@ def attention_cases(sizes: Sizes) -> Iterator[Case]:
                     f"{text}, {sizes.shared_keys} shared keys",
                     partial(_shared, sizes, dtype, heads),
                     (Target("decode attention, 4 beams", "4 beams", "slower", 1.25, "1 beam", limits),),
+                )
+                yield Case(
+                    f"{text}, window of {sizes.keys // _WINDOWS} of {sizes.keys} keys",
+                    partial(_window, sizes, dtype, heads),
+                    (Target("decode attention, window", "window", "slower", 1.05, "short"),),
                 )
             for n_tokens in sizes.prompts if heads == sizes.heads[0] else sizes.prompts[:1]:
                 yield Case(
