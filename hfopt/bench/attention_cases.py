@@ -139,6 +139,39 @@ def _prefill(dtype: torch.dtype, heads: Heads, n_tokens: int) -> dict[str, Call]
     } | peak(dtype)
 
 
+def _scorings(dtype: torch.dtype, heads: Heads, n_keys: int) -> dict[str, Scoring]:
+    """Plain scores and what else they may go through; the window is an eighth of the keys."""
+    n_heads, scale = heads[0], heads[2] ** -0.5
+    return {
+        "plain": Scoring(scale),
+        "softcap": Scoring(scale, 50.0),
+        "slopes": Scoring(scale, slopes=2.0 ** (-8 * torch.arange(1, n_heads + 1) / n_heads)),
+        "sinks": Scoring(scale, sinks=torch.zeros(n_heads, dtype=dtype)),
+        "window": Scoring(scale, window=n_keys // 8),
+    }
+
+
+def _scored(dtype: torch.dtype, heads: Heads, n_keys: int, n_new: int) -> dict[str, Call]:
+    """One layer, whose keys and values stay in the caches if they can, scored in each way."""
+    layer = filled(dtype, n_keys, *heads[1:])._replace(n_new=n_new)
+    qkv = random(dtype, 1, n_new, (heads[0] + 2 * heads[1]) * heads[2])
+    mask = prepare_mask(None, 1, n_new, n_keys)
+    calls: dict[str, Call] = {}
+    for name, scoring in _scorings(dtype, heads, n_keys).items():
+        n_seen = sum(min(scoring.window or n_keys, 1 + place) for place in range(n_keys - n_new, n_keys))
+        run = partial(attend, qkv, layer, mask, scoring, *heads)
+        calls[name] = Call(run, n_operations=4 * heads[0] * heads[2] * n_seen)
+    return calls | peak(dtype)
+
+
+_SCORED = (
+    ("softcap", 1.1),
+    ("slopes", 1.1),
+    ("sinks", 1.1),
+    ("window", 0.5),
+)  # at most so many times as long
+
+
 def attention_cases(sizes: Sizes) -> Iterator[Case]:
     """Steps over a long context and over a prompt that beams share, bound by memory; prompts, bound by arithmetic."""
     limits = STREAM + PEAK
@@ -167,3 +200,17 @@ def attention_cases(sizes: Sizes) -> Iterator[Case]:
                     partial(_prefill, dtype, heads, n_tokens),
                     (Target("prefill attention, causal", "hfopt", "faster", 1.2, "SDPA", PEAK),),
                 )
+        heads = sizes.heads[-1]
+        text = f"{dtype_name(dtype)} {heads[0]}/{heads[1]}×{heads[2]}"
+        for title, n_keys, n_new in (
+            ("decode", sizes.keys, 1),
+            ("prefill", sizes.prompts[0], sizes.prompts[0]),
+        ):
+            yield Case(
+                f"{text}, {n_keys} keys",
+                partial(_scored, dtype, heads, n_keys, n_new),
+                tuple(
+                    Target(f"{title} attention, {name}", name, "slower", wanted, "plain", PEAK)
+                    for name, wanted in _SCORED
+                ),
+            )
