@@ -1,4 +1,4 @@
-"""Families of decoders beyond those of `test_families.py`, each whole by program: modes of `generate`, errors of 16 bits, packed
+"""Decoders beyond those of `test_families.py`, each whole by program: modes of `generate`, errors of 16 bits, packed
 weights, 8-bit caches, windows of 8 tokens that texts leave behind.
 """
 

@@ -192,7 +192,7 @@ def test_an_rms_norm_has_no_bias() -> None:
 @pytest.mark.parametrize("limit", (0.0, -1.0, torch.inf, torch.nan, None))
 @pytest.mark.parametrize("operation", (functional.clamp, functional.softcap))
 def test_limits(operation: Callable[..., object], limit: float) -> None:
-    with pytest.raises(InvalidInput, match="limit is .*: a positive finite number is needed"):
+    with pytest.raises(InvalidInput, match=r"limit is .*: a positive finite number is needed"):
         operation(torch.ones(2, 41), limit)
 
 

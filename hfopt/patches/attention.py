@@ -31,11 +31,11 @@ _DIVISOR = "scale_attn"  # or with a divisor
 
 
 class HeadNorm(NamedTuple):
-    """A norm of `count` heads of `size` channels from a channel on; path: the module below the attention."""
+    """A norm of heads of `size` channels, n_heads from a channel on; path: the module below the attention."""
 
     path: str
     first: int
-    count: int
+    n_heads: int
     size: int
 
 
@@ -43,9 +43,10 @@ class HeadNorm(NamedTuple):
 class AttentionSpec:
     """Names and sizes of the projections, and which channels turn together ("half": d and d + rot / 2).
 
-    inputs: Linears that give, side by side, the query, key and value heads. norms: of queries and keys. rows: (first row, rows) of the heads in a single input, in
-    the order of kernels, if it has another one. clip: what limits queries, keys and values, an attribute or a
-    field of the configuration; softcap: likewise what limits scores. layer_type: for which angles are, where there are several kinds.
+    inputs: Linears that give, side by side, the query, key and value heads. norms: of queries and keys. rows: (first row,
+    rows) of the heads in a single input, in the order of kernels, if it has another one. clip: what limits queries, keys and
+    values, softcap: what limits scores, attributes or fields of the configuration. layer_type: for which angles are, where
+    there are several kinds.
     """
 
     inputs: tuple[str, ...]

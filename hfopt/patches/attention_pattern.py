@@ -57,11 +57,12 @@ _TABLE = "embed_positions"
 _SHARDS = 4  # CodeGen's, one for each of the machines that it was trained on
 # attributes that change nothing, or what the proof shows
 _KNOWN = (
-    "alibi_slopes", "attention_type", "dropout", "embed_dim", "embed_positions", "enable_bias", "head_dim", "head_size", "reorder_and_upcast_attn",
-    "is_causal", "is_cross_attention", "is_decoder", "is_sliding", "kv_dim", "kv_heads", "layer_type", "max_positions",
-    "mp_num", "multi_query", "new_decoder_architecture", "num_attention_heads", "num_heads", "num_key_value_groups", "num_key_value_heads",
-    "num_kv_heads", "pos_embd_dim", "qk_layernorm", "rotary_dim", "rotary_ndims", "sliding_window", "split_size",
-    "use_qk_norm", "use_rope", *SCALES, "scale_attn",
+    "alibi_slopes", "attention_type", "dropout", "embed_dim", "embed_positions", "enable_bias", "head_dim",
+    "head_size", "is_causal", "is_cross_attention", "is_decoder", "is_sliding", "kv_dim", "kv_heads", "layer_type",
+    "max_positions", "mp_num", "multi_query", "new_decoder_architecture", "num_attention_heads", "num_heads",
+    "num_key_value_groups", "num_key_value_heads", "num_kv_heads", "pos_embd_dim", "qk_layernorm",
+    "reorder_and_upcast_attn", "rotary_dim", "rotary_ndims", "scale_attn", "sliding_window", "split_size",
+    "use_qk_norm", "use_rope", *SCALES,
 )  # fmt: skip
 _EACH = "norms"  # a list of norms, one for each head
 _HEAD_DIMS = ("head_dim", "head_size")

@@ -133,7 +133,7 @@ class Eager:
         if not all(is_bare(attention._modules[name]) for name in attention._hfopt.spec.parts):
             raise Declined
         for path, *_ in attention._hfopt.spec.norms:
-            norm = attention.get_submodule(path)
+            norm: Any = attention.get_submodule(path)
             if not isinstance(norm, Replacement) or not is_usable(norm):
                 raise Declined
             self._check_vectors(norm.norm)
