@@ -141,7 +141,8 @@ class RotaryAttention(Attention):
     def rotary(self, position_embeddings: Any, position_ids: Any) -> Angles | None:
         if not is_pair(position_embeddings):
             return None
-        return handed_down(*position_embeddings, self._hfopt.spec.rotation)
+        cos, sin = position_embeddings
+        return handed_down(cos, sin, self._hfopt.spec.rotation)
 
     def angle_tables(self, rotary: Any, dtype: torch.dtype) -> AngleTables | None:
         spec = self._hfopt.spec
@@ -165,7 +166,8 @@ class TableAttention(Attention):
         if self._hfopt.spec.n_positions is None:
             if not is_pair(position_embeddings):
                 return None
-            return handed_down(*position_embeddings[::-1], self._hfopt.spec.rotation)
+            sin, cos = position_embeddings
+            return handed_down(cos, sin, self._hfopt.spec.rotation)
         if type(position_ids) is not torch.Tensor or position_ids.dim() != 2:
             return None
         table: Any = self._buffers["embed_positions"]

@@ -58,7 +58,7 @@ class Ops(Protocol[X]):
         """Turn the first heads in place by the angles."""
 
     def store(self, attention: Any, qkv: X, past: Any, *, rotates: bool = True) -> Any:
-        """Turn query and key heads in place by the angles, if they are not turned yet; put keys and values behind those of the
+        """Turn query and key heads in place by the angles, unless they are turned; put keys and values behind those of the
         past, which is returned with them.
         """
 

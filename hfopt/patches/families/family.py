@@ -20,9 +20,9 @@ class AttentionParts:
     inputs: Linears that give, side by side, all query, key and value heads. norms: of queries and of keys, in models that
     have such; the proof tells whether before or behind the rotation. angles: whether the model computes cos and sin for all
     layers, they are looked up in a table, or positions are in the hidden states. rotations: which channels turn together;
-    where there are several, the proof chooses. orders: of the rows of a single Linear, likewise: "stacked" (all queries, then
-    all keys, then all values), "groups" (the queries of a key head, the key, the value, and so on), "spread" (the same, with
-    a copy of key and value for each query), "shards" (CodeGen: four parts, each of queries, values, keys). clip: what limits
+    where there are several, the proof chooses. orders: of the rows of a single Linear, likewise: "stacked" (all queries,
+    then all keys, then all values), "groups" (the queries of a key head, the key, the value, and so on), "spread" (the same,
+    with a copy of key and value for each query), "shards" (CodeGen: four parts, each of queries, values, keys). clip: what limits
     queries, keys and values, softcap: what limits scores, attributes or fields of the configuration.
     """
 
