@@ -8,7 +8,7 @@ from hfopt.patches.families.codegen import CODEGEN
 from hfopt.patches.families.cohere import COHERE
 from hfopt.patches.families.falcon import FALCON, FALCON_40B, FALCON_SEQUENTIAL
 from hfopt.patches.families.family import Decoder, Family
-from hfopt.patches.families.gemma import GEMMA2
+from hfopt.patches.families.gemma import GEMMA2, HYPERCLOVA_X, VAULT_GEMMA
 from hfopt.patches.families.glm import GLM, GLM4
 from hfopt.patches.families.gpt2 import GPT2
 from hfopt.patches.families.gptj import GPTJ
@@ -21,7 +21,7 @@ from hfopt.patches.families.phi3 import PHI3
 from hfopt.patches.families.starcoder import APERTUS, NEMOTRON, STARCODER2
 
 FAMILIES = (
-    LLAMA, PHI3, GPTJ, OPT, GEMMA2, OLMO2, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2, NEMOTRON,
+    LLAMA, PHI3, GPTJ, OPT, GEMMA2, OLMO2, VAULT_GEMMA, HYPERCLOVA_X, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2, NEMOTRON,
     APERTUS, CODEGEN, GPT2, XGLM, BIOGPT, FALCON, FALCON_40B, FALCON_SEQUENTIAL,
 )  # fmt: skip
 
