@@ -50,12 +50,14 @@ class Builder:
     """Collects the instructions of a program for weights of one of `DTYPES`; raises `InvalidInput` for
     operands that do not fit.
 
-    layer: the one that the next instructions belong to, for the listing.
+    layer: the one that the next instructions belong to, for the listing. max_keys: that the model takes.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.layer: int | None = None
+        self.max_keys = sys.maxsize
+        self._has_slopes = False
         self._written: list[Written] = []
         self._per_row = False
         self._tables: list[Table] = []
@@ -244,6 +246,7 @@ class Builder:
             "window": window or sys.maxsize,
         }
         self._kept += scoring.tensors
+        self._has_slopes |= scoring.slopes is not None
         columns = {
             "layer": layer,
             **dict(zip(("n_heads", "n_kv_heads", "head_dim"), heads, strict=True)),
@@ -382,6 +385,9 @@ class Builder:
             ),
             kept=tuple(self._kept),
             linears=linears,
+            max_keys=self.max_keys,
+            reads_positions=any(each.columns.get("by") == kernels.POSITIONS for each in self._written),
+            has_slopes=self._has_slopes,
             is_exact=not any(each.columns.get("smooth") for each in self._written),
         )
 
