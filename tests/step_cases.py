@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    BloomForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     GPTJForCausalLM,
+    GPTNeoForCausalLM,
     GraniteForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
+    MptForCausalLM,
     OPTForCausalLM,
     Phi3ForCausalLM,
     Qwen2ForCausalLM,
@@ -38,7 +41,8 @@ from tests.generation_cases import (
 
 _KINDS = (
     LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM, Qwen2ForCausalLM, MistralForCausalLM, Qwen3ForCausalLM,
-    Phi3ForCausalLM, GraniteForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM,
+    Phi3ForCausalLM, GraniteForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, BloomForCausalLM, MptForCausalLM,
+    GPTNeoForCausalLM,
 )  # fmt: skip
 ALL_OUTPUTS = {"return_dict_in_generate": True, "output_logits": True}
 MODES: dict[str, dict[str, Any]] = {

@@ -17,6 +17,7 @@ _NAMES = {
     "cache": CACHE_NAMES,
     "use_cache": ("use_cache",),
     "position_bias": ("alibi", "position_bias"),
+    "residual": ("residual",),
 }
 _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 ROLES = frozenset({"hidden_states", *_NAMES})

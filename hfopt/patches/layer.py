@@ -14,7 +14,7 @@ import torch
 from hfopt.functional import Epilogue
 from hfopt.host import ROLES
 from hfopt.patches.activation import match_activation
-from hfopt.patches.attention import Attention
+from hfopt.patches.attention import Attention, Given
 from hfopt.patches.block import Block
 from hfopt.patches.families.family import LayerParts, Topology
 from hfopt.patches.ops import Ops, X
@@ -26,7 +26,7 @@ from hfopt.patches.weights import is_linear
 class LayerSpec:
     """Names of the children; `inner`: Linears and activation of a block without a module of its own.
 
-    multiplier: the attribute that scales what the parts add.
+    attention: a path. multiplier: the attribute that scales what the parts add. normed: see `LayerParts`.
     """
 
     attention: str
@@ -34,11 +34,11 @@ class LayerSpec:
     post_norms: tuple[str, ...]
     mlp: str | None
     hidden_size: int
-    n_positions: int | None = None  # of a table of its attention's own
-    layer_type: str | None = None  # of its attention
+    given: Given  # to its attention
     inner: tuple[str, str, str] | None = None
     activation_name: str | None = None
     multiplier: str | None = None
+    normed: str | None = None
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
@@ -46,7 +46,8 @@ class LayerSpec:
 
     @functools.cached_property
     def parts(self) -> tuple[str, ...]:
-        return (self.attention, *self.norms, *self.post_norms, *(() if self.mlp is None else (self.mlp,)))
+        attention = self.attention.partition(".")[0]
+        return (attention, *self.norms, *self.post_norms, *(() if self.mlp is None else (self.mlp,)))
 
     @property
     def activation(self) -> str | None:
@@ -56,7 +57,7 @@ class LayerSpec:
 class Layer(Block):
     """What the layers share: their attention, as the one part that is more than a function of the hidden states."""
 
-    takes = ROLES
+    takes = ROLES - {"residual"}
 
 
 class SequentialLayer(Layer):
@@ -66,6 +67,8 @@ class SequentialLayer(Layer):
         spec = self._hfopt.spec
         for index, attends in enumerate((True, False)):
             normed = ops.part(self, spec.norms[index], x) if spec.norms else x
+            if spec.normed is not None and self.__dict__[spec.normed]:
+                x = normed
             residuals = () if spec.post_norms or spec.multiplier else (x,)
             y = (
                 ops.attention(self, spec.attention, normed, residuals)
@@ -117,30 +120,37 @@ _KINDS: dict[Topology, type[Layer]] = {
 # attributes that change nothing, or what the proof shows
 _KNOWN = (
     "activation_dropout", "attention_type", "do_layer_norm_before", "dropout", "embed_dim", "hidden_dropout",
-    "hidden_size", "layer_type", "num_heads", "use_parallel_residual",
+    "hidden_size", "layer_id", "layer_type", "num_heads", "use_parallel_residual",
 )  # fmt: skip
 
 
 def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec | str | None:
     inner = None if isinstance(parts.mlp, str) else parts.mlp
     mlp = (parts.mlp,) if isinstance(parts.mlp, str) else parts.mlp
-    if not has_children(module, (parts.attention, *parts.norms, *parts.post_norms, *mlp)) or not owns_nothing(
-        module
-    ):
+    around, *path = parts.attention.split(".")
+    if not has_children(module, (around, *parts.norms, *parts.post_norms, *mlp)) or not owns_nothing(module):
         return None
-    multiplier = parts.multiplier if isinstance(vars(module).get(parts.multiplier), float | int) else None
-    kind = _KINDS[topology]
-    unknown = unknown_parts(module, kind, (*_KNOWN, parts.multiplier), needs=("attention_mask", "cache"))
-    if unknown is not None:
-        return unknown
-    attention = module._modules[parts.attention]
+    state, kind = vars(module), _KINDS[topology]
+    multiplier = parts.multiplier if isinstance(state.get(parts.multiplier), float | int) else None
+    normed = parts.normed if state.get(parts.normed) else None
+    attention = module._modules[around]
+    waiting, known = [module], (*_KNOWN, parts.multiplier, parts.normed)
+    for name in path:
+        if not has_children(attention, (name,)) or not owns_nothing(attention):
+            return None
+        waiting.append(attention)
+        attention = attention._modules[name]
+    for each in waiting:
+        unknown = unknown_parts(each, kind, known, needs=("attention_mask", "cache"))
+        if unknown is not None:
+            return unknown
     if not isinstance(attention, Attention):
         return "its attention is not swapped"
-    known = attention._hfopt.spec
-    of_attention = known.hidden_size, known.n_positions, known.layer_type
+    spec = attention._hfopt.spec
+    of_attention = spec.hidden_size, spec.given
     if inner is None:
         names = parts.attention, parts.norms, parts.post_norms, mlp[0]
-        return LayerSpec(*names, *of_attention, multiplier=multiplier)
+        return LayerSpec(*names, *of_attention, multiplier=multiplier, normed=normed)
     first, activation, second = inner
     if not is_linear(module._modules[first]) or not is_linear(module._modules[second]):
         return f"{first} or {second} is not a plain Linear"
@@ -150,8 +160,8 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
 
 def _trial(call: Any, spec: LayerSpec, scene: Any) -> list[torch.Tensor]:
     outputs = []
-    for inputs in scene.inputs(spec.hidden_size):
-        roles = {**scene.roles(inputs, spec.n_positions, spec.layer_type), "use_cache": True}
+    for inputs in scene.inputs(spec.hidden_size, spec.given.max_keys):
+        roles = {**scene.roles(inputs, spec.given), "use_cache": True}
         outputs.append(inputs.valid(call(hidden_states=inputs.hidden_states, **roles)))
     return outputs
 

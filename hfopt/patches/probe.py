@@ -15,10 +15,13 @@ from hfopt.cache import IndirectCache
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.host import Arguments
 from hfopt.host import rotary as host_rotary
+from hfopt.patches.attention import Given
+from hfopt.patches.facts import layer_index
 from hfopt.patches.guards import is_sdpa
 from hfopt.patches.pattern import Pattern
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.patches.replacement import Form, Record, Replacement, original_class, replacement_class
+from hfopt.patches.slopes import bias_of
 
 # Largest difference allowed, as a share of the largest value.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
@@ -106,17 +109,28 @@ class Scene:
             position_ids = position_ids % len(table)
         return host_rotary.angles(self.rotary_module, hidden_states, position_ids, layer_type)
 
-    def roles(self, inputs: Inputs, n_positions: int | None, layer_type: str | None = None) -> dict[str, Any]:
-        """What attention is given besides hidden states, by role. n_positions: of a table of its own."""
+    def roles(self, inputs: Inputs, given: Given) -> dict[str, Any]:
+        """What attention is given besides hidden states, by role."""
+        n_positions, mask = given.n_positions, inputs.attention_mask
         position_ids = inputs.position_ids if n_positions is None else inputs.position_ids % n_positions
-        roles = {"attention_mask": inputs.attention_mask, "cache": self.cache, "position_ids": position_ids}
+        roles = {"attention_mask": mask, "cache": self.cache, "position_ids": position_ids}
+        if given.hides:
+            roles["attention_mask"] = mask != 0
         roles["position_bias"] = None
+        if given.n_slopes:
+            bias = bias_of(given.n_slopes, mask.shape[-1], self._dtype)
+            roles["position_bias"] = bias.repeat(1 if given.hides else len(mask), 1, 1)
         if n_positions is None and self.rotary_module is not None:
-            roles["position_embeddings"] = self.rotary(inputs.hidden_states, inputs.position_ids, layer_type)
+            roles["position_embeddings"] = self.rotary(
+                inputs.hidden_states, inputs.position_ids, given.layer_type
+            )
         return roles
 
-    def inputs(self, hidden_size: int) -> Iterator[Inputs]:
-        """Five tokens in two rows, two of them padding, then one more in each, then twenty behind a long text."""
+    def inputs(self, hidden_size: int, max_keys: int) -> Iterator[Inputs]:
+        """Five tokens in two rows, two of them padding, then one more in each, then twenty behind a long text, no more than
+        max_keys in all.
+        """
+        n_far = _FAR_POSITIONS.shape[1]
         n_prompt = _PREFILL_POSITIONS.shape[1]
         for positions in (_PREFILL_POSITIONS, _STEP_POSITIONS, _FAR_POSITIONS):
             n_new = positions.shape[1]
@@ -126,7 +140,7 @@ class Scene:
             hidden_states = self.hidden_states(*positions.shape, hidden_size)
             yield Inputs(hidden_states, self._mask(is_seen, n_past), positions.clone(), n_past == 0)
             if n_past == n_prompt:
-                self._lengthen()
+                self._lengthen(max_keys - n_far)
 
     def _mask(self, is_seen: torch.Tensor, n_past: int) -> torch.Tensor:
         if self._takes_flags and n_past % 2 == 0:
@@ -141,10 +155,12 @@ class Scene:
         found = ((index, layer.keys, layer.values) for index, layer in enumerate(layers))
         return [each for each in found if each[1] is not None and each[1].numel()]
 
-    def _lengthen(self) -> None:
+    def _lengthen(self, max_keys: int) -> None:
         """What is cached once more, many times: the same keys, and values that are a little different each time."""
         for index, keys, values in self.cached():
-            n_copies = -(-_FAR // keys.shape[2])
+            n_copies = min(-(-_FAR // keys.shape[2]), max_keys // keys.shape[2] - 1)
+            if n_copies < 1:
+                continue
             factors = 0.5 + torch.rand(n_copies * keys.shape[2], 1, generator=self._generator)
             values = values.repeat(1, 1, n_copies, 1) * factors.to(self._dtype)
             self.cache.update(keys.repeat(1, 1, n_copies, 1), values, index)
@@ -256,7 +272,7 @@ def _shaken_biases(module: nn.Module) -> Iterator[None]:
 
 def _takes_flags(module: Any) -> bool:
     """Whether it is attention to which the model gives masks of True and False."""
-    return hasattr(module, "layer_idx") and hasattr(module, "config") and is_sdpa(module)
+    return layer_index(module) is not None and hasattr(module, "config") and is_sdpa(module)
 
 
 def _outcome(pattern: Pattern, call: Any, spec: Any, scene: Scene) -> dict[Any, torch.Tensor]:
@@ -307,7 +323,8 @@ class _Computed:
         self._module = module
 
     def __call__(self, **roles: Any) -> Any:
-        output = self._module.compute(**roles)
+        names = self._module._hfopt_arguments.names
+        output = self._module.compute(**{role: each for role, each in roles.items() if role in names})
         if output is None:
             raise NotImplementedError("its kernels do not take this module")
         return output

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Kernels
 from hfopt.host import Conv1D
+from hfopt.patches.facts import INDICES
 from hfopt.patches.guards import is_bare
 from hfopt.patches.pattern import Pattern, Spec, obstacle
 from hfopt.patches.patterns import PATTERNS
@@ -216,7 +217,7 @@ def _configuration(module: nn.Module) -> tuple[Any, ...]:
     plain = (
         (name, value)
         for name, value in state.items()
-        if name not in ("layer_idx", "training") and isinstance(value, (bool, int, float, str, type(None)))
+        if name not in (*INDICES, "training") and isinstance(value, (bool, int, float, str, type(None)))
     )
     return (id(state.get("config")), *sorted(plain, key=lambda item: item[0]))
 

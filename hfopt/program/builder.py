@@ -44,7 +44,7 @@ class Builder(Pointwise):
     """Collects the instructions of a program for weights of one of `DTYPES`; raises `InvalidInput` for
     operands that do not fit.
 
-    layer: the one that the next instructions belong to, for the listing.
+    layer: the one that the next instructions belong to, for the listing. max_keys: that the model takes.
     """
 
     # ---- attention --------------------------------------------------------------------------------------------------
@@ -121,6 +121,7 @@ class Builder(Pointwise):
             "window": window or sys.maxsize,
         }
         self._kept += scoring.tensors
+        self._has_slopes |= scoring.slopes is not None
         columns = {
             "layer": layer,
             **dict(zip(("n_heads", "n_kv_heads", "head_dim"), heads, strict=True)),
@@ -259,5 +260,8 @@ class Builder(Pointwise):
             ),
             kept=tuple(self._kept),
             linears=linears,
+            max_keys=self.max_keys,
+            reads_positions=any(each.columns.get("by") == kernels.POSITIONS for each in self._written),
+            has_slopes=self._has_slopes,
             is_exact=not any(each.columns.get("smooth") for each in self._written),
         )

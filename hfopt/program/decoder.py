@@ -22,7 +22,7 @@ from hfopt.program.recorder import Recorder, swapped
 _HARMLESS = frozenset(
     {
         "bos_token_id", "config", "dropout", "dtype", "embedding_dropout", "eos_token_id", "gradient_checkpointing",
-        "has_sliding_layers", "hidden_size", "layer_types", "layerdrop", "loss_type", "max_seq_len", "multi_query",
+        "has_sliding_layers", "hidden_size", "layer_types", "layerdrop", "loss_type", "multi_query",
         "num_heads", "num_hidden_layers", "output_attentions", "output_hidden_states", "pad_token_id", "return_dict",
         "sliding_window", "use_cache", "vocab_size",
     }
@@ -90,6 +90,8 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     embedding = decoder._modules[record.tokens]
     tokens = token_table(embedding, record.embedding_scale)
     builder = Builder(tokens.rows.dtype)
+    if record.max_keys in names_read(decoder):
+        builder.max_keys = getattr(decoder.config, record.max_keys, builder.max_keys)
     rotary = decoder._modules.get(record.rotary)
     ops = Recorder(builder, rotary, host.windows_of(model.config))
 
@@ -170,4 +172,5 @@ def _layers(decoder: Any, record: Decoder) -> list[Any]:
 
 
 def _attention(layer: Any) -> Any:
-    return swapped(layer, layer._hfopt.spec.attention)
+    path, _, name = layer._hfopt.spec.attention.rpartition(".")
+    return swapped(layer.get_submodule(path), name)

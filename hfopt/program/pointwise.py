@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 import torch
@@ -26,6 +27,8 @@ class Pointwise:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.layer: int | None = None
+        self.max_keys = sys.maxsize
+        self._has_slopes = False
         self._written: list[Written] = []
         self._per_row = False
         self._tables: list[Table] = []

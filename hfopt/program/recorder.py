@@ -42,7 +42,9 @@ class Recorder:
         output: Value = child.run(self, x, *([residuals] if residuals else []))
         return output
 
-    attention = part
+    def attention(self, module: Any, path: str, x: Value, residuals: Sequence[Value] = ()) -> Value:
+        parent, _, name = path.rpartition(".")
+        return self.part(module.get_submodule(parent), name, x, residuals)
 
     # ---- linear layers ----------------------------------------------------------------------------------------------
 
@@ -83,7 +85,7 @@ class Recorder:
     # ---- attention --------------------------------------------------------------------------------------------------
 
     def past(self, attention: Any, x: Value) -> Past:
-        return Past(attention.layer_idx, self.angles(attention))
+        return Past(attention.layer, self.angles(attention))
 
     def rotate(self, attention: Any, qkv: Value, past: Past, n_heads: int) -> None:
         spec = attention._hfopt.spec
@@ -100,7 +102,10 @@ class Recorder:
         window = self._windows[past.layer] if past.layer < len(self._windows) else None
         if window is None:
             raise UnsupportedModel(f"the cache has no layer {past.layer} of a known kind")
-        scoring = replace(attention.scoring, window=None if window == sys.maxsize else window)
+        self._builder.max_keys = min(self._builder.max_keys, attention.max_keys)
+        scoring = attention.scoring
+        window = min(window, scoring.window or sys.maxsize)
+        scoring = replace(scoring, window=None if window == sys.maxsize else window)
         return self._builder.attend(qkv, past.layer, attention._hfopt.spec.heads, scoring)
 
     def angles(self, attention: Any) -> tuple[Value, Value] | None:

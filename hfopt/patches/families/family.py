@@ -7,7 +7,7 @@ from typing import Literal
 from hfopt.patches.rotation import ROTATIONS, Rotation
 
 Topology = Literal["sequential", "parallel", "inline"]
-Angles = Literal["computed", "table", "none"]
+Angles = Literal["computed", "table", "none", "alibi", "band"]
 # of queries and keys, under the names that models have for them
 NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
 Order = Literal["stacked", "groups", "spread", "shards"]
@@ -18,12 +18,13 @@ class AttentionParts:
     """Children of an attention module.
 
     inputs: Linears that give, side by side, all query, key and value heads. norms: of queries and of keys, in models that
-    have such; the proof tells whether before or behind the rotation. angles: whether the model computes cos and sin for all
-    layers, they are looked up in a table, or positions are in the hidden states. rotations: which channels turn together;
-    where there are several, the proof chooses. orders: of the rows of a single Linear, likewise: "stacked" (all queries,
-    then all keys, then all values), "groups" (the queries of a key head, the key, the value, and so on), "spread" (the same,
-    with a copy of key and value for each query), "shards" (CodeGen: four parts, each of queries, values, keys). clip: what limits
-    queries, keys and values, softcap: what limits scores, attributes or fields of the configuration.
+    have such. angles: whether the model computes cos and sin for all layers, they are looked up in a table, or positions are
+    in the hidden states, a bias of scores ("alibi"), or those and a buffer that tells which keys a token sees ("band").
+    rotations: which channels turn together; where there are several, the proof chooses. orders: of the rows of a single
+    Linear, likewise: "stacked" (all queries, then all keys, then all values), "groups" (the queries of a key head, the key,
+    the value, and so on), "spread" (the same, with a copy of key and value for each query), "shards" (CodeGen: four parts,
+    each of queries, values, keys). clip: what limits queries, keys and values, an attribute or a field of the configuration.
+    softcap: likewise what limits scores, smoothly. hides: the mask says by True what is hidden.
     """
 
     inputs: tuple[str, ...]
@@ -34,6 +35,7 @@ class AttentionParts:
     orders: tuple[Order, ...] = ("stacked",)
     clip: str | None = None
     softcap: str | None = None
+    hides: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,10 @@ class LayerParts:
     """Children of a decoder layer, and how they are put together (see `patches.layer`).
 
     topology: where there are several, the proof chooses. norms: before attention and before the feed-forward block; one for
-    both where they are parallel. post_norms: behind them, of what they add. mlp: the child, or (input, activation, output)
-    where the block is in the layer itself. multiplier: attribute, if the layer has it, that scales what attention and
-    feed-forward block add.
+    both where they are parallel. attention: a path, if other modules are around it. post_norms: behind them, of what they
+    add. mlp: the child, or (input, activation, output) where the block is in the layer itself. multiplier: attribute, if the
+    layer has it, that scales what attention and feed-forward block add. normed: attribute, if the layer has it and it is on,
+    by which what they are added to is what they are given.
     """
 
     topology: Topology | tuple[Topology, ...]
@@ -69,6 +72,7 @@ class LayerParts:
     post_norms: tuple[str, ...] = ()
     mlp: str | tuple[str, str, str] = "mlp"
     multiplier: str = "residual_multiplier"
+    normed: str = "apply_residual_connection_post_layernorm"
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class Decoder:
     What a token looks up in `tokens`, times the attribute `embedding_scale` of that and `multiplier` of the decoder, goes
     through `tokens_norm` and `project_in`, is added to what its position looks up in `positions`, and goes through `layers`,
     `norm`, `project_out`, and the model's own child in `heads`. Its logits are divided by the field `divisor` of the config,
-    multiplied by `factor` and limited, smoothly, by `softcap`. What a model has not, or does not read, is left out. rotary:
-    computes cos and sin for all layers.
+    multiplied by `factor` and limited, smoothly, by `softcap`. There are no more keys than the field `max_keys` says. What a
+    model has not, or does not read, is left out. rotary: computes cos and sin for all layers.
     """
 
     path: str
@@ -97,11 +101,20 @@ class Decoder:
     divisor: str = "logits_scaling"
     factor: str = "logit_scale"
     softcap: str = "final_logit_softcapping"
+    max_keys: str = "max_seq_len"
 
     @property
     def settings(self) -> frozenset[str]:
         """Names of attributes and fields that it knows."""
-        names = self.multiplier, self.divisor, self.factor, self.softcap, self.project_in, self.project_out
+        names = (
+            self.multiplier,
+            self.divisor,
+            self.factor,
+            self.softcap,
+            self.max_keys,
+            self.project_in,
+            self.project_out,
+        )
         return frozenset(name for name in names if name is not None)
 
     @property
