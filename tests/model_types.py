@@ -171,12 +171,17 @@ def tiny(model_type: str, **changes: Any) -> Any:
             number = sum(each.numel() for each in AutoModelForCausalLM.from_config(settings).parameters())
         if number > _LARGEST:
             raise Skipped(f"these sizes leave {number:,} parameters")
-        torch.manual_seed(5)
-        model: Any = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
+        return random_model(settings)
     except Skipped:
         raise
     except Exception as error:
         raise Skipped(f"cannot be made of these sizes: {' '.join(str(error).split())[:120]}") from error
+
+
+def random_model(settings: Any) -> Any:
+    """A model of this configuration in float32, with distinct weights everywhere."""
+    torch.manual_seed(5)
+    model: Any = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             _disturb(parameter)
