@@ -82,11 +82,7 @@ def _ratio(name: str, repeats: int) -> float:
 def _row(name: str, repeats: int) -> list[str]:
     program = _has_program(name)
     formats = [each for each in _FORMATS if _has_program(name, quantization=each)]
-    halves = [
-        word
-        for word, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16))
-        if _has_program(name, to=dtype)
-    ]
+    halves = [dtype_name(each) for each in (torch.bfloat16, torch.float16) if _has_program(name, to=each)]
     cache = _has_program(name, kv_cache="int8")
     try:
         ratio = f"{_ratio(name, repeats):.1f} ×"
