@@ -37,11 +37,11 @@ _DIVISOR = "scale_attn"  # or with a divisor
 
 
 class HeadNorm(NamedTuple):
-    """A norm of `count` heads of `size` channels from a channel on; path: the module below the attention."""
+    """A norm of heads of `size` channels, n_heads from a channel on; path: the module below the attention."""
 
     path: str
     first: int
-    count: int
+    n_heads: int
     size: int
 
 
@@ -176,7 +176,8 @@ class RotaryAttention(Attention):
     def rotary(self, position_embeddings: Any, position_ids: Any) -> Angles | None:
         if not is_pair(position_embeddings):
             return None
-        return handed_down(*position_embeddings, self._hfopt.spec.rotation)
+        cos, sin = position_embeddings
+        return handed_down(cos, sin, self._hfopt.spec.rotation)
 
     def angle_tables(self, rotary: Any, dtype: torch.dtype) -> AngleTables | None:
         spec = self._hfopt.spec
@@ -248,7 +249,8 @@ class TableAttention(Attention):
         if self._hfopt.spec.given.n_positions is None:
             if not is_pair(position_embeddings):
                 return None
-            return handed_down(*position_embeddings[::-1], self._hfopt.spec.rotation)
+            sin, cos = position_embeddings
+            return handed_down(cos, sin, self._hfopt.spec.rotation)
         if type(position_ids) is not torch.Tensor or position_ids.dim() != 2:
             return None
         table: Any = self._buffers["embed_positions"]

@@ -76,12 +76,13 @@ _KINDS: dict[Angles, _Kind] = {
 _SHARDS = 4  # CodeGen's, one for each of the machines that it was trained on
 # attributes that change nothing, or what the proof shows
 _KNOWN = (
-    "alibi_slopes", "attention_type", "beta", "dropout", "embed_dim", "embed_positions", "enable_bias", "head_dim",
-    "head_size", "hidden_size", "is_causal", "is_cross_attention", "is_decoder", "is_sliding", "kv_dim", "kv_heads",
-    "layer_type", "max_positions", "max_seq_length", "mp_num", "multi_query", "n_heads", "new_decoder_architecture",
-    "num_attention_heads", "num_heads", "num_key_value_groups", "num_key_value_heads", "num_kv_heads", "pos_embd_dim",
-    "pretraining_tp", "qk_layernorm", "reorder_and_upcast_attn", "rotary_dim", "rotary_ndims", "sliding_window",
-    "slow_but_exact", "split_size", "use_qk_norm", "use_rope", *SCALES, "scale_attn",
+    "alibi_slopes", "attention_type", "beta", "dropout", "embed_dim", "embed_positions", "enable_bias",
+    "head_dim", "head_size", "hidden_size", "is_causal", "is_cross_attention", "is_decoder", "is_sliding",
+    "kv_dim", "kv_heads", "layer_type", "max_positions", "max_seq_length", "mp_num", "multi_query", "n_heads",
+    "new_decoder_architecture", "num_attention_heads", "num_heads", "num_key_value_groups",
+    "num_key_value_heads", "num_kv_heads", "pos_embd_dim", "pretraining_tp", "qk_layernorm",
+    "reorder_and_upcast_attn", "rotary_dim", "rotary_ndims", "scale_attn", "sliding_window", "slow_but_exact",
+    "split_size", "use_qk_norm", "use_rope", *SCALES,
 )  # fmt: skip
 _EACH = "norms"  # a list of norms, one for each head
 _HEAD_DIMS = ("head_dim", "head_size")

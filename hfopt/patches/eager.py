@@ -150,10 +150,10 @@ class Eager:
         if not all(is_bare(attention._modules[name]) for name in attention._hfopt.spec.parts):
             raise Declined
         for path, *_ in attention._hfopt.spec.norms:
-            norm = attention.get_submodule(path)
-            if not isinstance(norm, Replacement) or not is_usable(norm):
+            block: Any = attention.get_submodule(path)
+            if not is_usable(block):
                 raise Declined
-            self._check_vectors(norm.norm)
+            self._check_vectors(block.norm)
         rotary = attention.rotary(given.get("position_embeddings"), given.get("position_ids"))
         if rotary is None:
             raise Declined

@@ -21,8 +21,8 @@ _ANY_SIZE = 24  # for the proof
 class NormSpec:
     """Shape and epsilon of a norm, and which vectors it has.
 
-    shape: [size], or [n_heads, size] of one for heads that have vectors of their own; None for any size. eps_name: the attribute that holds it,
-    if there is one. unit_offset: as in `functional.Norm`.
+    shape: [size], or [n_heads, size] of one for heads that have vectors of their own; None for any size. eps_name: the
+    attribute that holds it, if there is one. unit_offset: as in `functional.Norm`.
     """
 
     shape: tuple[int, ...] | None

@@ -240,9 +240,9 @@ def restore_classes(model: nn.Module) -> None:
             )
     for module in swapped.values():
         unswap(module)
-    for module in model.modules():
-        if type(module) is Conv1D:
-            lay_by_inputs(module)
+    for each in model.modules():
+        if type(each) is Conv1D:
+            lay_by_inputs(each)
 
 
 def _idle_reason(module: Replacement) -> str | None:

@@ -27,10 +27,6 @@ _HARMLESS = frozenset(
         "sliding_window", "use_cache", "vocab_size",
     }
 )  # fmt: skip
-# those that change nothing where they are off
-_SWITCHES = frozenset(
-    {"add_cross_attention", "is_encoder_decoder", "use_alibi", "use_bidirectional_attention"}
-)
 
 
 def build(model: nn.Module) -> Program:
@@ -146,7 +142,7 @@ def _check_settings(module: Any, record: Decoder) -> None:
     read = names_read(module) | helper_names_read(module)
     fields = module.config.__dict__.keys() | getattr(module.config, "attribute_map", {}).keys()
     for name in sorted(read & (fields | set(own_names(vars(module)))) - _HARMLESS - record.settings):
-        if name not in _SWITCHES or setting(module, name):
+        if setting(module, name) not in (None, False):  # what says that something is not there
             raise UnsupportedModel(f"its forward reads {name}, which no record knows")
 
 

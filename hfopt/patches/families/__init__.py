@@ -9,7 +9,7 @@ from hfopt.patches.families.codegen import CODEGEN
 from hfopt.patches.families.cohere import COHERE
 from hfopt.patches.families.falcon import FALCON, FALCON_40B, FALCON_SEQUENTIAL
 from hfopt.patches.families.family import Decoder, Family
-from hfopt.patches.families.gemma import GEMMA2
+from hfopt.patches.families.gemma import GEMMA2, HYPERCLOVA_X, VAULT_GEMMA
 from hfopt.patches.families.glm import GLM, GLM4
 from hfopt.patches.families.gpt2 import GPT2
 from hfopt.patches.families.gpt_neo import GPT_NEO
@@ -24,9 +24,8 @@ from hfopt.patches.families.phi3 import PHI3
 from hfopt.patches.families.starcoder import APERTUS, NEMOTRON, STARCODER2
 
 FAMILIES = (
-    LLAMA, PHI3, GPTJ, OPT, GEMMA2, OLMO2, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2, NEMOTRON,
-    APERTUS, CODEGEN, GPT2, XGLM, BIOGPT, FALCON, FALCON_40B, FALCON_SEQUENTIAL, BLOOM,
-    MPT, GPT_NEO,
+    LLAMA, PHI3, GPTJ, OPT, GEMMA2, OLMO2, VAULT_GEMMA, HYPERCLOVA_X, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2,
+    NEMOTRON, APERTUS, CODEGEN, GPT2, XGLM, BIOGPT, FALCON, FALCON_40B, FALCON_SEQUENTIAL, BLOOM, MPT, GPT_NEO,
 )  # fmt: skip
 
 
@@ -51,6 +50,4 @@ def _has_parts(model: nn.Module, decoder: Decoder) -> bool:
         if child is None:
             return False
         module = child
-    return all(
-        module._modules.get(name) is not None for name in (decoder.tokens, decoder.layers, decoder.norm)
-    )
+    return all(module._modules.get(name) is not None for name in (decoder.tokens, decoder.layers))
