@@ -36,7 +36,8 @@ from torch import Tensor
 
 import hfopt
 from hfopt.cache import IndirectCache
-from hfopt.patches.probe import allowed, shaken
+from hfopt.patches.probe import allowed
+from hfopt.patches.scene import shaken
 from tests import model_types
 
 _N_NEW, _N_BEAMS = 24, 2

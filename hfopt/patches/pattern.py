@@ -36,7 +36,7 @@ class Pattern:
 
     recognise(module) tells by structure alone: the module's Spec, or several that the proof chooses from; None if it is
     something else, or in words what keeps a module that resembles the kind from being one. trial(call, spec, scene) calls
-    the module (or its replacement), with arguments by role, on the inputs of a probe.Scene and returns what is compared.
+    the module (or its replacement), with arguments by role, on the inputs of a scene.Scene and returns what is compared.
     scale(module, spec, dtype) is the size of those inputs.
     """
 

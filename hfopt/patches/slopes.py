@@ -43,8 +43,8 @@ def is_bias_of(bias: object, n_heads: int, mask: Mask, sizes: tuple[int, int, in
     given = bias[..., -n_keys:].reshape(-1, n_heads, n_keys).float()
     last = given[..., -1:]
     expected = slopes_of(n_heads)[:, None] * torch.arange(1 - n_keys, 1)
-    error = torch.finfo(bias.dtype).eps + _SLOPE_ERROR
-    fits = (given - last - expected).abs() <= error * (given.abs() + last.abs() + expected.abs())
+    error = torch.finfo(bias.dtype).eps / 2 + _SLOPE_ERROR
+    fits = (given - last - expected).abs() <= error * (given.abs() + last.abs())
     if mask.kind == "bytes":
         fits = fits | (torch.from_numpy(mask.bytes[:, -1]) == 0)[:, None]
     return bool(fits.all())

@@ -16,8 +16,9 @@ from hfopt.patches.facts import INDICES
 from hfopt.patches.guards import is_bare
 from hfopt.patches.pattern import Pattern, Spec, obstacle
 from hfopt.patches.patterns import PATTERNS
-from hfopt.patches.probe import TABLE, Proof, prove
+from hfopt.patches.probe import Proof, prove
 from hfopt.patches.replacement import Record, Replacement, is_swapped, original_class, swap, unswap
+from hfopt.patches.scene import TABLE
 from hfopt.patches.weights import is_linear, lay_by_inputs, lay_by_outputs
 
 logger = logging.getLogger(__name__)
