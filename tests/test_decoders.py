@@ -60,7 +60,6 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "xglm": ("xglm", {}),
     "biogpt": ("biogpt", {}),
 }
-CONV1D = ("gpt2",)  # whose linear layers are no Linears
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "top_k": 20},
@@ -162,9 +161,7 @@ def test_halves_are_as_close_to_float32_as_those_of_transformers(name: str, dtyp
 def test_the_program_has_the_bits_of_the_modules(
     name: str, quantization: str | None, kv_cache: str | None, dtype: torch.dtype
 ) -> None:
-    model = made(name, **({} if name in CONV1D else WIDE)).to(dtype)
-    if name in CONV1D:
-        quantization = None
+    model = made(name).to(dtype)
     hfopt.optimize(model, kernels="hfopt", quantization=quantization, kv_cache=kv_cache, strict=True)
     found = generated(model, "beams", 12)
     with modules_alone(model):
@@ -177,10 +174,6 @@ def test_the_program_has_the_bits_of_the_modules(
         )
     else:
         assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
-
-
-# 4-bit formats need groups that divide what a row has
-WIDE: dict[str, Any] = {}
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -196,8 +189,6 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     )
     found, expected = generated(model, "greedy", 6), generated(stock, "greedy", 6)
     assert torch.equal(found.sequences, expected.sequences)
-    if name in CONV1D:
-        return
     hfopt.optimize(model, quantization="int8")
     expected = generated(model, "greedy", 6)
     hfopt.save(model, tmp_path)

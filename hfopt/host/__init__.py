@@ -30,7 +30,7 @@ from hfopt.host.criteria import (  # noqa: E402
     MaxTimeCriteria,
     PrefixConstrainedLogitsProcessor,
 )
-from hfopt.host.linear import Conv1D, is_linear_class
+from hfopt.host.linear import LINEARS, Conv1D, Features, by_outputs, is_linear_class  # noqa: E402
 from hfopt.host.loops import (  # noqa: E402
     GENERATE_ORDER,
     MODES,
@@ -55,9 +55,8 @@ from hfopt.host.roles import ROLES, Arguments  # noqa: E402
 from hfopt.host.rotary import rewritten  # noqa: E402
 
 __all__ = [
-    "Conv1D",
-    "is_linear_class",
     "GENERATE_ORDER",
+    "LINEARS",
     "MODES",
     "OLDEST",
     "PREFILL",
@@ -70,14 +69,17 @@ __all__ = [
     "UPDATE",
     "Arguments",
     "Config",
+    "Conv1D",
     "DynamicLayer",
     "EosTokenCriteria",
+    "Features",
     "MaxLengthCriteria",
     "MaxTimeCriteria",
     "PrefixConstrainedLogitsProcessor",
     "WindowedLayer",
     "attention_kind",
     "beam_output",
+    "by_outputs",
     "cache_argument",
     "cache_field",
     "cache_given",
@@ -90,6 +92,7 @@ __all__ = [
     "generate_arguments",
     "installed",
     "is_capture",
+    "is_linear_class",
     "knows_causal_output",
     "layer_kinds",
     "loop_of",

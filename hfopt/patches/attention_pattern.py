@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hfopt.functional.linear import Rows
-from hfopt.host import Arguments
+from hfopt.host import Arguments, Features
 from hfopt.patches.attention import (
     SCALES,
     Attention,
@@ -25,7 +25,7 @@ from hfopt.patches.guards import attention_obstacle
 from hfopt.patches.norm import NormBlock
 from hfopt.patches.pattern import Pattern, has_children, unknown_parts
 from hfopt.patches.replacement import original_class
-from hfopt.patches.weights import Features, is_linear
+from hfopt.patches.weights import is_linear
 
 
 @dataclass(frozen=True)
