@@ -98,7 +98,7 @@ def test_every_way_leads_to_the_same_model(format: Format, tmp_path: Path) -> No
 
 
 def test_calibration_rounds_with_regard_to_the_inputs(tmp_path: Path) -> None:
-    """A Linear with the same weight and statistics of inputs has the same numbers; and so has the first layer of a model that
+    """A Linear with the same weight and statistics of inputs has the same numbers; and so has the first layer of one that
     is loaded, where all others are packed already.
     """
     model = tiny("gpt2")

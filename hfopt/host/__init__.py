@@ -51,7 +51,7 @@ from hfopt.host.loops import (  # noqa: E402
     sorts_samples,
     unknown_option,
 )
-from hfopt.host.roles import ROLES, Arguments  # noqa: E402
+from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
 from hfopt.host.rotary import rewritten  # noqa: E402
 
 __all__ = [
@@ -105,6 +105,7 @@ __all__ = [
     "sample_output",
     "settings_in",
     "sorts_samples",
+    "takes_positions",
     "unknown_option",
     "window_of",
     "windows_of",

@@ -13,7 +13,7 @@ from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
 from hfopt.patches.activation import fused_activation
 from hfopt.patches.angles import are_angles, remembered
-from hfopt.patches.guards import are_readable, attention_kind, is_bare, wants_attentions
+from hfopt.patches.guards import are_readable, attention_kind, is_bare, is_causal, wants_attentions
 from hfopt.patches.ops import Declined
 from hfopt.patches.replacement import Replacement, are_others_bare, is_usable
 from hfopt.patches.weights import read_children
@@ -144,7 +144,10 @@ class Eager:
         n_past, n_keys = cache.get_seq_length(layer), cache.n_keys(layer, n_new)
         is_windowed = layer < len(cache.layers) and cache.layers[layer].is_sliding
         sizes = (n_rows, n_new, n_keys)
-        mask = _mask(cache, given.get("attention_mask"), attention_kind(attention), sizes, is_windowed)
+        kind = attention_kind(attention)
+        if not is_causal(attention) and given.get("attention_mask") is None and n_new > 1:
+            raise Declined
+        mask = _mask(cache, given.get("attention_mask"), kind, sizes, is_windowed)
         cos, sin = rotary(cache, n_past, self._dtype)
         if cos is not None and not are_angles(cos, n_rows, n_new):
             raise Declined

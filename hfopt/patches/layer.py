@@ -26,7 +26,7 @@ from hfopt.patches.weights import is_linear
 class LayerSpec:
     """Names of the children; `inner`: Linears and activation of a block without a module of its own.
 
-    multiplier: the attribute that scales what the parts add.
+    multiplier: the attribute that scales what the parts add. idle: see `LayerParts`.
     """
 
     attention: str
@@ -39,6 +39,7 @@ class LayerSpec:
     inner: tuple[str, str, str] | None = None
     activation_name: str | None = None
     multiplier: str | None = None
+    idle: tuple[str, ...] = ()
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
@@ -46,7 +47,13 @@ class LayerSpec:
 
     @functools.cached_property
     def parts(self) -> tuple[str, ...]:
-        return (self.attention, *self.norms, *self.post_norms, *(() if self.mlp is None else (self.mlp,)))
+        return (
+            self.attention,
+            *self.norms,
+            *self.post_norms,
+            *(() if self.mlp is None else (self.mlp,)),
+            *self.idle,
+        )
 
     @property
     def activation(self) -> str | None:
@@ -95,9 +102,10 @@ class InlineLayer(Layer):
     """OPT's: the feed-forward block is in the layer itself, and norms stand before or after both parts."""
 
     live = ("do_layer_norm_before",)
+    is_pre_norm = True  # where no attribute says it
 
     def run(self, ops: Ops[X], x: X) -> X:
-        spec, is_pre_norm = self._hfopt.spec, self.__dict__.get("do_layer_norm_before", True)
+        spec, is_pre_norm = self._hfopt.spec, self.__dict__.get("do_layer_norm_before", self.is_pre_norm)
         first, activation, second = spec.inner
         attention_norm, final_norm = spec.norms
         inputs, output = ops.weights(self, "inputs", (first,)), ops.weights(self, "output", (second,))
@@ -109,10 +117,17 @@ class InlineLayer(Layer):
         return h if is_pre_norm else ops.part(self, final_norm, h)
 
 
+class InlinePostLayer(InlineLayer):
+    """BART's: the same with norms after both parts."""
+
+    is_pre_norm = False
+
+
 _KINDS: dict[Topology, type[Layer]] = {
     "sequential": SequentialLayer,
     "parallel": ParallelLayer,
     "inline": InlineLayer,
+    "inline_post": InlinePostLayer,
 }
 # attributes that change nothing, or what the proof shows
 _KNOWN = (
@@ -124,9 +139,9 @@ _KNOWN = (
 def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec | str | None:
     inner = None if isinstance(parts.mlp, str) else parts.mlp
     mlp = (parts.mlp,) if isinstance(parts.mlp, str) else parts.mlp
-    if not has_children(module, (parts.attention, *parts.norms, *parts.post_norms, *mlp)) or not owns_nothing(
-        module
-    ):
+    required = (parts.attention, *parts.norms, *parts.post_norms, *mlp)
+    idle = tuple(name for name in parts.idle if module._modules.get(name) is not None)
+    if not has_children(module, (*required, *idle)) or not owns_nothing(module):
         return None
     multiplier = parts.multiplier if isinstance(vars(module).get(parts.multiplier), float | int) else None
     kind = _KINDS[topology]
@@ -140,12 +155,12 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
     of_attention = known.hidden_size, known.n_positions, known.layer_type
     if inner is None:
         names = parts.attention, parts.norms, parts.post_norms, mlp[0]
-        return LayerSpec(*names, *of_attention, multiplier=multiplier)
+        return LayerSpec(*names, *of_attention, multiplier=multiplier, idle=idle)
     first, activation, second = inner
     if not is_linear(module._modules[first]) or not is_linear(module._modules[second]):
         return f"{first} or {second} is not a plain Linear"
     matched = match_activation(module._modules[activation])
-    return LayerSpec(parts.attention, parts.norms, (), None, *of_attention, inner, matched)
+    return LayerSpec(parts.attention, parts.norms, (), None, *of_attention, inner, matched, idle=idle)
 
 
 def _trial(call: Any, spec: LayerSpec, scene: Any) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from hfopt.patches.rotation import ROTATIONS, Rotation
 
-Topology = Literal["sequential", "parallel", "inline"]
+Topology = Literal["sequential", "parallel", "inline", "inline_post"]
 Angles = Literal["computed", "table", "none"]
 # of queries and keys, under the names that models have for them
 NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
@@ -60,7 +60,8 @@ class LayerParts:
     topology: where there are several, the proof chooses. norms: before attention and before the feed-forward block; one for
     both where they are parallel. post_norms: behind them, of what they add. mlp: the child, or (input, activation, output)
     where the block is in the layer itself. multiplier: attribute, if the layer has it, that scales what attention and
-    feed-forward block add.
+    feed-forward block add. idle: children that a layer has, in some models, for what it attends to besides the text itself;
+    without such they are not called.
     """
 
     topology: Topology | tuple[Topology, ...]
@@ -69,6 +70,7 @@ class LayerParts:
     post_norms: tuple[str, ...] = ()
     mlp: str | tuple[str, str, str] = "mlp"
     multiplier: str = "residual_multiplier"
+    idle: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ class Decoder:
     """How a model puts its modules together: names of the children of the module at `path`.
 
     What a token looks up in `tokens`, times the attribute `embedding_scale` of that and `multiplier` of the decoder, goes
-    through `tokens_norm` and `project_in`, is added to what its position looks up in `positions`, and goes through `layers`,
-    `norm`, `project_out`, and the model's own child in `heads`. Its logits are divided by the field `divisor` of the config,
+    through `tokens_norm` and `project_in`, is added to what its position looks up in `positions`, and goes through `sum_norm`,
+    `layers`, `norm`, `project_out`, and the model's own child in `heads`. Its logits are divided by the field `divisor` of the config,
     multiplied by `factor` and limited, smoothly, by `softcap`. What a model has not, or does not read, is left out. rotary:
     computes cos and sin for all layers.
     """
@@ -90,6 +92,7 @@ class Decoder:
     rotary: str = "rotary_emb"
     positions: str | None = None
     tokens_norm: str | None = None
+    sum_norm: str | None = None
     project_in: str | None = None
     project_out: str | None = None
     embedding_scale: str = "embed_scale"
@@ -101,15 +104,18 @@ class Decoder:
     @property
     def settings(self) -> frozenset[str]:
         """Names of attributes and fields that it knows."""
-        names = self.multiplier, self.divisor, self.factor, self.softcap, self.project_in, self.project_out
+        names = (
+            self.multiplier, self.divisor, self.factor, self.softcap, self.project_in, self.project_out, self.tokens_norm,
+            self.sum_norm,
+        )  # fmt: skip
         return frozenset(name for name in names if name is not None)
 
     @property
     def children(self) -> frozenset[str]:
         """Names of the children that it knows."""
         names = (
-            self.tokens, self.tokens_norm, self.layers, self.norm, self.rotary, self.positions, self.project_in,
-            self.project_out,
+            self.tokens, self.tokens_norm, self.layers, self.norm, self.rotary, self.positions, self.sum_norm,
+            self.project_in, self.project_out,
         )  # fmt: skip
         return frozenset(name for name in names if name is not None)
 
