@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hfopt.errors import InvalidInput
+from hfopt.host import Features
 from hfopt.progress import progress
 from hfopt.quantization import InputStatistics, block_inputs
 from hfopt.words import first_line
@@ -68,7 +69,7 @@ class Calibrator:
         batch: dict[str, list[str]] = {}
         size = 0
         for owner, names in sharing.items():
-            in_features: Any = linears[owner].in_features
+            in_features = Features.of(linears[owner]).inputs
             n_bytes = in_features * block_inputs(in_features) * 4
             if batch and size + n_bytes > _BUDGET:
                 yield self._observe(linears, batch)
@@ -140,7 +141,7 @@ class Calibrator:
 @contextmanager
 def _hooked(hooks: Mapping[str, tuple[nn.Module, Callable[[str, torch.Tensor], None]]]) -> Iterator[None]:
     def hook(name: str, function: Callable[[str, torch.Tensor], None]) -> Callable[..., None]:
-        return lambda module, args, kwargs: function(name, args[0] if args else kwargs["input"])
+        return lambda module, args, kwargs: function(name, args[0] if args else next(iter(kwargs.values())))
 
     handles = [
         module.register_forward_pre_hook(hook(name, function), with_kwargs=True)

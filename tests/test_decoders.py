@@ -23,7 +23,6 @@ pytestmark = [pytest.mark.usefixtures(one_thread.__name__), needs_programs]
 
 # others have tests of their own
 DECODERS = [name for name in ALL if name not in ("llama", "qwen2", "qwen3", "granite", "gpt-j", "opt")]
-CONV1D = ("gpt2",)  # whose linear layers are no Linears
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "top_k": 20},
@@ -120,9 +119,7 @@ def test_halves_are_as_close_to_float32_as_those_of_transformers(name: str, dtyp
 def test_the_program_has_the_bits_of_the_modules(
     name: str, quantization: str | None, kv_cache: str | None, dtype: torch.dtype
 ) -> None:
-    model = made(name, **({} if name in CONV1D else WIDE)).to(dtype)
-    if name in CONV1D:
-        quantization = None
+    model = made(name).to(dtype)
     hfopt.optimize(model, kernels="hfopt", quantization=quantization, kv_cache=kv_cache, strict=True)
     found = generated(model, "beams", 12)
     with modules_alone(model):
@@ -135,10 +132,6 @@ def test_the_program_has_the_bits_of_the_modules(
         )
     else:
         assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
-
-
-# 4-bit formats need groups that divide what a row has
-WIDE: dict[str, Any] = {}
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -154,8 +147,6 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     )
     found, expected = generated(model, "greedy", 6), generated(stock, "greedy", 6)
     assert torch.equal(found.sequences, expected.sequences)
-    if name in CONV1D:
-        return
     hfopt.optimize(model, quantization="int8")
     expected = generated(model, "greedy", 6)
     hfopt.save(model, tmp_path)

@@ -19,6 +19,7 @@ from hfopt.checkpoints.names import Matching
 from hfopt.checkpoints.packed_files import check_packed
 from hfopt.checkpoints.reader import FLOATS, Checkpoint, check_finite, check_header
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
+from hfopt.host import Conv1D, Features
 from hfopt.patches.quantized import PREFIX, quantize_linear
 from hfopt.quantization import Format, InputStatistics, Packed, layout_of, packed_from
 from hfopt.quantization.layout import BLOCK, aligned
@@ -48,6 +49,7 @@ class Weights:
     ) -> None:
         self.model, self.checkpoint, self.dtype, self.stored = model, checkpoint, dtype, stored
         self.linears = linears_of(model)
+        self.by_inputs = {path for path, linear in self.linears.items() if isinstance(linear, Conv1D)}
         self.names = dict(model.state_dict(keep_vars=True))
         matching = Matching(model, self._has_place)
         self.keys, parts, unexpected = matching.places(checkpoint)
@@ -165,12 +167,12 @@ class Weights:
     # ---- packed matrices -------------------------------------------------------------------------------------
 
     def _read_written(self, path: str, format: Format) -> Packed:
-        linear, tensors = self.linears[path], {}
+        (n_inputs, n_outputs), tensors = Features.of(self.linears[path]), {}
         for part, key in self.parts[path].items():
             tensor = self.checkpoint.read(key)
             check_finite(self.checkpoint.source, key, tensor)
             tensors[part.removeprefix(PREFIX)] = aligned(tensor)
-        return packed_from(format, linear.out_features, linear.in_features, tensors)
+        return packed_from(format, n_outputs, n_inputs, tensors)
 
     def _read_foreign(self, path: str) -> Packed:
         tensors = {part: self.checkpoint.read(key) for part, key in self.parts[path].items()}
@@ -180,17 +182,18 @@ class Weights:
         return packed
 
     def _quantise(self, path: str) -> Packed:
-        linear, format = self.linears[path], self.quantised[path]
-        layout = layout_of(format, linear.out_features, linear.in_features)
+        (n_inputs, n_outputs), format = Features.of(self.linears[path]), self.quantised[path]
+        layout = layout_of(format, n_outputs, n_inputs)
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
         self._pack_into(tensors, path, None)
-        return Packed(format, linear.out_features, linear.in_features, **tensors)
+        return Packed(format, n_outputs, n_inputs, **tensors)
 
     def _pack_into(
         self, tensors: Mapping[str, torch.Tensor], path: str, inputs: InputStatistics | None
     ) -> None:
         """Quantise the float weight of a layer; what the tensors held is lost."""
-        weight = self.checkpoint.read(self.tied[f"{path}.weight"][0])
+        stored = self.checkpoint.read(self.tied[f"{path}.weight"][0])
+        weight = stored.t() if path in self.by_inputs else stored
         # of a large float matrix, only some rows are in memory at a time
         n_rows = max(SLICE // (weight.nbytes // len(weight)) // BLOCK, 1) * BLOCK
         for first in range(0, len(weight), n_rows):
@@ -198,7 +201,9 @@ class Weights:
             blocks = slice(first // BLOCK, -(-(first + len(rows)) // BLOCK))
             for name, values in self.quantised[path].pack(rows, inputs).tensors().items():
                 tensors[name][blocks] = values
-            self.checkpoint.forget(rows)
+            if weight is stored:
+                self.checkpoint.forget(rows)
+        self.checkpoint.forget(stored)
 
     # ---- filling ---------------------------------------------------------------------------------------------
 

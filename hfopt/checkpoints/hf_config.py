@@ -11,6 +11,7 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfopt.errors import InvalidInput
+from hfopt.host import LINEARS, Features
 from hfopt.quantization import Format, QuantizationConfig, config_of, resolve
 from hfopt.quantization.plan import Layer, Plan, plan
 
@@ -91,13 +92,13 @@ class HfoptConfig(QuantizationConfigMixin):
         head, decoder = model.get_output_embeddings(), set(model.base_model.modules())
         layers = {
             path: Layer(
-                linear.in_features,
+                Features.of(linear).inputs,
                 is_head=linear is head,
                 in_decoder=linear in decoder,
-                obstacle=None if type(linear) is nn.Linear else f"it is a {type(linear).__name__}",
+                obstacle=None if type(linear) in LINEARS else f"it is a {type(linear).__name__}",
             )
             for path, linear in model.named_modules()
-            if isinstance(linear, nn.Linear) and path not in done
+            if isinstance(linear, LINEARS) and path not in done
         }
         return plan(layers, self)
 
@@ -113,6 +114,6 @@ class HfoptConfig(QuantizationConfigMixin):
         }
 
 
-def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+def linears_of(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers that may be quantised, by their paths."""
-    return {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+    return {path: module for path, module in model.named_modules() if type(module) in LINEARS}

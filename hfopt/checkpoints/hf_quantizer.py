@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 
@@ -22,6 +21,7 @@ from hfopt.checkpoints.names import Matching
 from hfopt.checkpoints.packed_files import check_packed, padding, saved_tensors
 from hfopt.checkpoints.reader import Stored, check_finite, open_files
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedDevice, UnsupportedModel
+from hfopt.host import LINEARS, by_outputs
 from hfopt.machine.cores import fit_threads
 from hfopt.machine.memory import forget_pages
 from hfopt.quantization import Format
@@ -62,7 +62,7 @@ def describe(model: PreTrainedModel) -> HfoptConfig | None:
     formats = {
         path: module.format if isinstance(module, QuantizedLinear) else None
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, LINEARS)
     }
     ordered = [
         path
@@ -211,7 +211,7 @@ class Quantize(ConversionOps):
         for path in self.quantizer.targets[name]:
             linear = model.get_submodule(path)
             try:
-                quantize_linear(linear, self.quantizer.formats[path].pack(weight))
+                quantize_linear(linear, self.quantizer.formats[path].pack(by_outputs(linear, weight)))
             except InvalidInput as error:  # which transformers would show as a trace in a table
                 self.quantizer.damaged.append(f"tensor {name!r}: {error}")
             linear._is_hf_initialized = True

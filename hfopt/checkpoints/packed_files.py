@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hfopt.checkpoints.reader import Stored, check_header
 from hfopt.errors import CorruptCheckpoint
+from hfopt.host import Features
 from hfopt.quantization import Format, layout_of, misfit
 from hfopt.quantization.layout import ALIGNMENT
 
@@ -31,15 +32,16 @@ DTYPE_NAMES = {
 
 
 def check_packed(
-    source: str, path: str, linear: nn.Linear, format: Format, headers: Mapping[str, Stored]
+    source: str, path: str, linear: nn.Module, format: Format, headers: Mapping[str, Stored]
 ) -> None:
     """Raises CorruptCheckpoint unless these tensors, by their names in a layer, are its matrix in this format."""
     from hfopt.patches.quantized import PREFIX
 
-    if (reason := misfit(format, linear.in_features)) is not None:
+    n_inputs, n_outputs = Features.of(linear)
+    if (reason := misfit(format, n_inputs)) is not None:
         raise CorruptCheckpoint(f"{source}: {path} is in {format} by its config.json, and {reason}")
     ordered = PREFIX + "order" in headers
-    layout = layout_of(format, linear.out_features, linear.in_features, ordered=ordered)
+    layout = layout_of(format, n_outputs, n_inputs, ordered=ordered)
     if headers.keys() != {PREFIX + name for name in layout}:
         wanted = sorted(PREFIX + name for name in layout)
         raise CorruptCheckpoint(

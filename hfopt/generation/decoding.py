@@ -65,6 +65,13 @@ def has_gaps(mask: np.ndarray | None) -> bool:
     return mask is not None and bool((np.diff((mask != 0).astype(np.int8), axis=1) < 0).any())
 
 
+def positions_of(model: Model, given: Any, n_past: int, n_new: int) -> Any:
+    """Positions of n_new tokens behind n_past others: those given, or, for a model that takes none, their columns."""
+    if host.takes_positions(type(model).forward):
+        return given
+    return torch.arange(n_past, n_past + n_new)[None] if given is None else None
+
+
 class Greedy(NamedTuple):
     """A request that reads no logits but their `argmax`: tokens that end its rows, int64 [n], and what follows in those."""
 
@@ -104,10 +111,10 @@ class Decoding:
     @classmethod
     def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], *, is_alone: bool) -> Decoding | None:
         """Begin behind a prompt, with the last position and the mask in `model_kwargs`; None if no program can."""
-        positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
-        programs = installed(model).programs
+        mask, programs = model_kwargs.get("attention_mask"), installed(model).programs
         if programs is None or not isinstance(cache, IndirectCache):
             return None
+        positions = positions_of(model, model_kwargs.get("position_ids"), cache.get_seq_length(), 1)
         if any(model_kwargs.get(name) for name in LOOKS_INSIDE) or wanted(model):
             return None
         last = None
@@ -127,7 +134,8 @@ class Decoding:
 
     def fits(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the position and the mask that the model would be given for the next token are the program's."""
-        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        positions = positions_of(self._model, inputs.get("position_ids"), self._cache.get_seq_length(), 1)
+        mask = inputs.get("attention_mask")
         if (positions is not None) != self._has_positions:
             return False
         if positions is not None and not (positions[:, -1].numpy() == self._positions).all():

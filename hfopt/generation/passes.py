@@ -75,11 +75,20 @@ class Passes:
         positions = self.model_kwargs.get("position_ids")
         if positions is not None and not self.reads_sequences:
             self.model_kwargs["position_ids"] = positions[..., -1:].contiguous()
-        if positions is not None and self._limit is not None:
-            self._position = int(positions[..., -1].max())
+        if self._limit is not None:
+            self._position = self._next_position(input_ids)
         if is_regular:
             self._decoding = self._decoding_from_here()
         return outputs
+
+    def _next_position(self, input_ids: Tensor) -> int:
+        """The largest of those behind the prompt; 0 if the model alone knows."""
+        positions = self.model_kwargs.get("position_ids")
+        if positions is not None:
+            return int(positions[..., -1].max())
+        if host.takes_positions(type(self.model).forward):
+            return 0
+        return input_ids.shape[1] if self.cache is None else int(self.cache.get_seq_length())
 
     @property
     def is_ahead(self) -> bool:

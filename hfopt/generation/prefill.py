@@ -13,7 +13,7 @@ from hfopt import host
 from hfopt.cache import IndirectCache
 
 from ._types import Model, Outputs
-from .decoding import LOOKS_INSIDE, are_near, has_gaps, has_hooks, wanted
+from .decoding import LOOKS_INSIDE, are_near, has_gaps, has_hooks, positions_of, wanted
 from .prompt import share_prompts, unshare_prompts
 from .protocols import StepProgram
 from .state import installed
@@ -86,7 +86,7 @@ class Prefill:
         assert isinstance(cache, IndirectCache)
         shared = share_prompts(model, (), inputs)
         given = inputs if shared is None else shared[1]
-        text = _Text.of(given, cache.get_seq_length())
+        text = _Text.of(model, given, cache.get_seq_length())
         if text is None:
             return None
         programs, (n_rows, n_new) = installed(model).programs, text.tokens.shape
@@ -111,16 +111,17 @@ class _Text(NamedTuple):
     n_past: int
 
     @classmethod
-    def of(cls, inputs: dict[str, Any], n_past: int) -> _Text | None:
+    def of(cls, model: Model, inputs: dict[str, Any], n_past: int) -> _Text | None:
         """Read the arguments of a call; None if they have another form."""
-        tokens, positions, mask = (
-            inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask")
-        )
-        if not _is_matrix(tokens) or not all(each is None or _is_matrix(each) for each in (positions, mask)):
+        tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if not _is_matrix(tokens) or not (mask is None or _is_matrix(mask)):
             return None
         n_rows, n_new = tokens.shape
+        positions = positions_of(model, inputs.get("position_ids"), n_past, n_new)
         if positions is not None and (
-            positions.shape not in ((1, n_new), (n_rows, n_new)) or not are_near(positions, n_past + n_new)
+            not _is_matrix(positions)
+            or positions.shape not in ((1, n_new), (n_rows, n_new))
+            or not are_near(positions, n_past + n_new)
         ):
             return None
         if mask is not None and mask.shape != (n_rows, n_past + n_new):

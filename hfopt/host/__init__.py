@@ -30,7 +30,7 @@ from hfopt.host.criteria import (  # noqa: E402
     MaxTimeCriteria,
     PrefixConstrainedLogitsProcessor,
 )
-from hfopt.host.linear import Conv1D, is_linear_class  # noqa: E402
+from hfopt.host.linear import LINEARS, Conv1D, Features, by_outputs, is_linear_class  # noqa: E402
 from hfopt.host.loops import (  # noqa: E402
     GENERATE_ORDER,
     MODES,
@@ -51,11 +51,12 @@ from hfopt.host.loops import (  # noqa: E402
     sorts_samples,
     unknown_option,
 )
-from hfopt.host.roles import ROLES, Arguments  # noqa: E402
+from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
 from hfopt.host.rotary import rewritten  # noqa: E402
 
 __all__ = [
     "GENERATE_ORDER",
+    "LINEARS",
     "MODES",
     "OLDEST",
     "PREFILL",
@@ -71,12 +72,14 @@ __all__ = [
     "Conv1D",
     "DynamicLayer",
     "EosTokenCriteria",
+    "Features",
     "MaxLengthCriteria",
     "MaxTimeCriteria",
     "PrefixConstrainedLogitsProcessor",
     "WindowedLayer",
     "attention_kind",
     "beam_output",
+    "by_outputs",
     "cache_argument",
     "cache_field",
     "cache_given",
@@ -102,6 +105,7 @@ __all__ = [
     "sample_output",
     "settings_in",
     "sorts_samples",
+    "takes_positions",
     "unknown_option",
     "window_of",
     "windows_of",

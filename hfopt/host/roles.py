@@ -91,6 +91,11 @@ class Arguments:
         return {self.names[role]: value for role, value in values.items() if role in self.names}
 
 
+def takes_positions(forward: Callable[..., Any]) -> bool:
+    """Whether a model with this unbound `forward` is told the positions of tokens. Others take the columns that they are in."""
+    return "position_ids" in Arguments.of(forward).names
+
+
 def _arguments_of(forward: Callable[..., Any], takes: frozenset[str]) -> Arguments:
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     declared = [each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]

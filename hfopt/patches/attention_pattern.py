@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hfopt.functional.linear import Rows
-from hfopt.host import Arguments
+from hfopt.host import Arguments, Features
 from hfopt.patches.attention import (
     SCALES,
     AlibiAttention,
@@ -25,11 +25,11 @@ from hfopt.patches.attention import (
 )
 from hfopt.patches.facts import layer_index, names_read
 from hfopt.patches.families.family import Angles, AttentionParts, Order
-from hfopt.patches.guards import attention_obstacle
+from hfopt.patches.guards import attention_kind, attention_obstacle, is_causal
 from hfopt.patches.norm import NormBlock
 from hfopt.patches.pattern import Pattern, has_children, unknown_parts
 from hfopt.patches.replacement import original_class
-from hfopt.patches.weights import Features, is_linear
+from hfopt.patches.weights import is_linear
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,9 @@ def _flaw(module: Any, parts: AttentionParts) -> str | None:
         return "it has no layer_idx"
     if not any(isinstance(state.get(name), int) for name in _HEAD_DIMS):
         return f"no {' or '.join(_HEAD_DIMS)}"
-    if state.get("is_causal", True) is not True:
+    if (
+        not is_causal(module) and attention_kind(module) != "eager"
+    ):  # which takes its masks from the model always
         return "its attention is not causal"
     roles = ("attention_mask", "cache", *kind.needs)
     known = (*_KNOWN, *(each for each in (parts.clip, parts.softcap) if each is not None))

@@ -14,7 +14,7 @@ from hfopt.functional.linear import Rows
 from hfopt.host import Arguments
 from hfopt.patches.activation import fused_activation
 from hfopt.patches.angles import are_angles, remembered
-from hfopt.patches.guards import are_readable, attention_kind, is_bare, wants_attentions
+from hfopt.patches.guards import are_readable, attention_kind, is_bare, is_causal, wants_attentions
 from hfopt.patches.ops import Declined
 from hfopt.patches.replacement import Replacement, are_others_bare, is_usable, original_class
 from hfopt.patches.weights import read_children
@@ -163,6 +163,8 @@ class Eager:
         sizes = (n_rows, n_new, n_keys)
         kind, hides = attention_kind(attention), attention._hfopt.spec.given.hides
         if n_keys > attention.max_keys:
+            raise Declined
+        if not is_causal(attention) and given.get("attention_mask") is None and n_new > 1:
             raise Declined
         mask = _mask(cache, given.get("attention_mask"), kind, sizes, is_windowed=is_windowed, hides=hides)
         if not attention.takes_bias(given.get("position_bias"), cache, mask, sizes):

@@ -83,6 +83,11 @@ def is_sdpa(attention: nn.Module) -> bool:
     return attention_kind(attention) == "sdpa"
 
 
+def is_causal(attention: nn.Module) -> bool:
+    """Whether torch's attention is causal for this module where there is no mask."""
+    return attention.__dict__.get("is_causal", True) is True
+
+
 def attention_kind(attention: Any) -> Literal["sdpa", "eager"] | None:
     """`host.attention_kind` of this module."""
     kind: Any = type(attention)

@@ -26,7 +26,7 @@ from hfopt.patches.weights import is_linear
 class LayerSpec:
     """Names of the children; `inner`: Linears and activation of a block without a module of its own.
 
-    attention: a path. multiplier: the attribute that scales what the parts add. normed: see `LayerParts`.
+    attention: a path. multiplier: the attribute that scales what the parts add. normed, idle: see `LayerParts`.
     """
 
     attention: str
@@ -39,6 +39,7 @@ class LayerSpec:
     activation_name: str | None = None
     multiplier: str | None = None
     normed: str | None = None
+    idle: tuple[str, ...] = ()
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
@@ -47,7 +48,8 @@ class LayerSpec:
     @functools.cached_property
     def parts(self) -> tuple[str, ...]:
         attention = self.attention.partition(".")[0]
-        return (attention, *self.norms, *self.post_norms, *(() if self.mlp is None else (self.mlp,)))
+        blocks = () if self.mlp is None else (self.mlp,)
+        return (attention, *self.norms, *self.post_norms, *blocks, *self.idle)
 
     @property
     def activation(self) -> str | None:
@@ -98,9 +100,10 @@ class InlineLayer(Layer):
     """OPT's: the feed-forward block is in the layer itself, and norms stand before or after both parts."""
 
     live = ("do_layer_norm_before",)
+    is_pre_norm = True  # where no attribute says it
 
     def run(self, ops: Ops[X], x: X) -> X:
-        spec, is_pre_norm = self._hfopt.spec, self.__dict__.get("do_layer_norm_before", True)
+        spec, is_pre_norm = self._hfopt.spec, self.__dict__.get("do_layer_norm_before", self.is_pre_norm)
         first, activation, second = spec.inner
         attention_norm, final_norm = spec.norms
         inputs, output = ops.weights(self, "inputs", (first,)), ops.weights(self, "output", (second,))
@@ -112,10 +115,17 @@ class InlineLayer(Layer):
         return h if is_pre_norm else ops.part(self, final_norm, h)
 
 
+class InlinePostLayer(InlineLayer):
+    """BART's: the same with norms after both parts."""
+
+    is_pre_norm = False
+
+
 _KINDS: dict[Topology, type[Layer]] = {
     "sequential": SequentialLayer,
     "parallel": ParallelLayer,
     "inline": InlineLayer,
+    "inline_post": InlinePostLayer,
 }
 # attributes that change nothing, or what the proof shows
 _KNOWN = (
@@ -128,7 +138,9 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
     inner = None if isinstance(parts.mlp, str) else parts.mlp
     mlp = (parts.mlp,) if isinstance(parts.mlp, str) else parts.mlp
     around, *path = parts.attention.split(".")
-    if not has_children(module, (around, *parts.norms, *parts.post_norms, *mlp)) or not owns_nothing(module):
+    required = (around, *parts.norms, *parts.post_norms, *mlp)
+    idle = tuple(name for name in parts.idle if module._modules.get(name) is not None)
+    if not has_children(module, (*required, *idle)) or not owns_nothing(module):
         return None
     state, kind = vars(module), _KINDS[topology]
     multiplier = parts.multiplier if isinstance(state.get(parts.multiplier), float | int) else None
@@ -150,12 +162,12 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
     of_attention = spec.hidden_size, spec.given
     if inner is None:
         names = parts.attention, parts.norms, parts.post_norms, mlp[0]
-        return LayerSpec(*names, *of_attention, multiplier=multiplier, normed=normed)
+        return LayerSpec(*names, *of_attention, multiplier=multiplier, normed=normed, idle=idle)
     first, activation, second = inner
     if not is_linear(module._modules[first]) or not is_linear(module._modules[second]):
         return f"{first} or {second} is not a plain Linear"
     matched = match_activation(module._modules[activation])
-    return LayerSpec(parts.attention, parts.norms, (), None, *of_attention, inner, matched)
+    return LayerSpec(parts.attention, parts.norms, (), None, *of_attention, inner, matched, idle=idle)
 
 
 def _trial(call: Any, spec: LayerSpec, scene: Any) -> list[torch.Tensor]:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from hfopt.functional import Epilogue
+from hfopt.host import Features
 from hfopt.patches.block import Block
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern
-from hfopt.patches.weights import Features, is_linear
+from hfopt.patches.weights import is_linear
 
 
 @dataclass(frozen=True)

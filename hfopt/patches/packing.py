@@ -9,10 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfopt.errors import InvalidInput, UnsupportedModel
+from hfopt.host import LINEARS, Conv1D, Features, by_outputs
 from hfopt.patches.guards import has_own_forward
 from hfopt.patches.linear import Linear
 from hfopt.patches.quantized import QuantizedLinear, quantize_linear, unquantize_linear
 from hfopt.patches.replacement import Replacement, original_class, swap, unswap
+from hfopt.patches.weights import lay_by_inputs
 from hfopt.quantization import Format, InputStatistics, QuantizationConfig
 from hfopt.quantization.plan import Layer, plan
 from hfopt.words import DTYPES
@@ -76,7 +78,7 @@ class Packing:
                 module._hfopt.weights.clear()
         for path, known in inputs.items():
             module, format = self._planned[path]
-            packed = format.pack(module.weight, known)
+            packed = format.pack(by_outputs(module, module.weight), known)
             record = module.__dict__.get("_hfopt")
             if record is not None:
                 unswap(module)
@@ -91,10 +93,10 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
     head, decoder = head_of(model), set(_decoder(model).modules())
     layers = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, LINEARS):
             packed = module.format if isinstance(module, QuantizedLinear) else None
             layers[path] = Layer(
-                module.in_features,
+                Features.of(module).inputs,
                 is_head=module is head,
                 in_decoder=module in decoder,
                 obstacle=None if packed is not None else _obstacle(model, path, module),
@@ -119,9 +121,9 @@ def _decoder(model: nn.Module) -> nn.Module:
     return next((module.base_model for module in found), model)
 
 
-def _obstacle(model: nn.Module, path: str, module: nn.Linear) -> str | None:
+def _obstacle(model: nn.Module, path: str, module: nn.Module) -> str | None:
     """Reason in words why this Linear cannot be quantised; None if it can."""
-    if original_class(module) is not nn.Linear:
+    if original_class(module) not in LINEARS:
         return f"it is a {type(module).__name__}"
     if "_hf_hook" in module.__dict__ or has_own_forward(module):
         return "its forward is wrapped (accelerate, tensor parallelism)"
@@ -187,3 +189,5 @@ def unpack(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             unquantize_linear(module)
+            if isinstance(module, Conv1D):
+                lay_by_inputs(module)

@@ -11,6 +11,7 @@ from hfopt import functional
 from hfopt.errors import InvalidInput
 from hfopt.functional import QuantizedWeights
 from hfopt.functional.linear import Rows
+from hfopt.host import Conv1D, Features
 from hfopt.patches.guards import is_plain_inference, is_readable
 from hfopt.patches.replacement import Record
 from hfopt.quantization import Format, Packed, layout_of
@@ -21,7 +22,8 @@ BUFFERS = tuple(PREFIX + name for name in PARTS)
 
 
 class QuantizedLinear(nn.Linear):
-    """`y = x W^T + b` for a packed W; made of a Linear by `quantize_linear` or `empty_linear`, by a change of its class.
+    """`y = x W^T + b` for a packed W; made of a Linear or Conv1D by `quantize_linear` or `empty_linear`, by a change of its
+    class.
 
     The tensors of `packed` are persistent buffers, `quantized_codes` and so on; a conversion of the model to another dtype
     leaves them as they are. There is no parameter `weight`: the attribute of this name is dequantised each time it is
@@ -31,6 +33,7 @@ class QuantizedLinear(nn.Linear):
     format: Format
     weight_dtype: torch.dtype  # of the attribute `weight`
     original: nn.Parameter | None  # the float weight, if it was kept
+    float_class: type[nn.Module]  # what it was made of
     _own: Record
 
     @property
@@ -98,52 +101,58 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, format={self.format}"
 
 
-def quantize_linear(linear: nn.Linear, packed: Packed, *, keep_original: bool = False) -> None:
-    """Make the Linear compute with a packed matrix; its float weight is freed, or kept in `original`.
+def quantize_linear(linear: nn.Module, packed: Packed, *, keep_original: bool = False) -> None:
+    """Make a Linear or Conv1D compute with a packed matrix; its float weight is freed, or kept in `original`.
 
     Raises InvalidInput for a matrix of another shape.
     """
-    if (packed.out_features, packed.in_features) != (linear.out_features, linear.in_features):
+    n_inputs, n_outputs = Features.of(linear)
+    if (packed.out_features, packed.in_features) != (n_outputs, n_inputs):
         raise InvalidInput(
-            f"packed is {packed.out_features} × {packed.in_features}: "
-            f"{linear.out_features} × {linear.in_features} is needed"
+            f"packed is {packed.out_features} × {packed.in_features}: {n_outputs} × {n_inputs} is needed"
         )
     _change(linear, packed.format, packed.tensors(), keep_original)
 
 
-def empty_linear(linear: nn.Linear, format: Format, *, ordered: bool = False) -> None:
-    """Make the Linear a quantised one with buffers on the device `meta`, for a checkpoint. ordered: with an `order`.
+def empty_linear(linear: nn.Module, format: Format, *, ordered: bool = False) -> None:
+    """Make a Linear or Conv1D a quantised one with buffers on the device `meta`, for a checkpoint. ordered: with an `order`.
 
     Raises InvalidInput for a format whose groups do not divide the inputs.
     """
-    layout = layout_of(format, linear.out_features, linear.in_features, ordered=ordered)
+    n_inputs, n_outputs = Features.of(linear)
+    layout = layout_of(format, n_outputs, n_inputs, ordered=ordered)
     tensors = {
         name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in layout.items()
     }
     _change(linear, format, tensors, keep_original=False)
 
 
-def _change(linear: nn.Linear, format: Format, tensors: dict[str, torch.Tensor], keep_original: bool) -> None:
+def _change(linear: nn.Module, format: Format, tensors: dict[str, torch.Tensor], keep_original: bool) -> None:
     weight: Any = linear._parameters.pop("weight")
-    linear.__class__ = QuantizedLinear
+    n_inputs, n_outputs = Features.of(linear)
     linear.__dict__.update(
+        in_features=n_inputs,
+        out_features=n_outputs,
+        float_class=type(linear),
         format=format,
         weight_dtype=weight.dtype,
         original=weight if keep_original else None,
         _own=Record(None),
     )
+    linear.__class__ = QuantizedLinear
     for name, tensor in tensors.items():
         linear.register_buffer(PREFIX + name, tensor)
 
 
 def unquantize_linear(linear: Any) -> None:
     """Undo `quantize_linear` where the float weight was kept."""
-    weight = linear.original
+    weight, kind = linear.original, linear.float_class
     for name in BUFFERS:
         linear._buffers.pop(name, None)
-    for name in ("format", "weight_dtype", "original", "_own"):
+    names = ("format", "weight_dtype", "original", "float_class", "_own")
+    for name in (*names, "in_features", "out_features") if kind is Conv1D else names:
         del linear.__dict__[name]
-    linear.__class__ = nn.Linear
+    linear.__class__ = kind
     parameters = {"weight": weight, **linear._parameters}
     linear._parameters.clear()
     linear._parameters.update(parameters)

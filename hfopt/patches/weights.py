@@ -1,14 +1,14 @@
 """The matrices of Linears as records that kernels read, floats or quantised, in place."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from hfopt.errors import InvalidInput
 from hfopt.functional import LinearWeights, MixedWeights, QuantizedWeights, Weights
 from hfopt.functional.linear import Rows
-from hfopt.host import Conv1D, is_linear_class
+from hfopt.host import Conv1D, by_outputs, is_linear_class
 from hfopt.patches.guards import is_bare
 from hfopt.patches.quantized import QuantizedLinear, read_quantized
 from hfopt.patches.replacement import Record, Replacement, original_class
@@ -20,26 +20,6 @@ def is_linear(module: nn.Module | None) -> bool:
         return False
     kind: Any = original_class(module)
     return kind in (QuantizedLinear, Conv1D) or is_linear_class(kind)
-
-
-class Features(NamedTuple):
-    """Sizes of a linear layer."""
-
-    inputs: int
-    outputs: int
-
-    @classmethod
-    def of(cls, linear: Any) -> "Features":
-        """Those of a module for which `is_linear` holds."""
-        if isinstance(linear, Conv1D):
-            return cls(linear.nx, linear.nf)
-        return cls(linear.in_features, linear.out_features)
-
-
-def matrix_of(linear: Any) -> Any:
-    """Its weight [out, in], as a view where the module keeps it the other way round."""
-    weight = linear._parameters["weight"]
-    return weight.t() if isinstance(linear, Conv1D) else weight
 
 
 def lay_by_outputs(linear: Any) -> bool:
@@ -80,7 +60,7 @@ def read_weights(record: Record, role: str, linears: Sequence[Any], rows: Rows =
 
 
 def _read_floats(record: Record, role: str, linears: Sequence[Any], rows: Rows) -> LinearWeights | None:
-    weights = [matrix_of(linear) for linear in linears]
+    weights: list[Any] = [by_outputs(linear, linear._parameters["weight"]) for linear in linears]
     biases = [linear._parameters["bias"] for linear in linears]
     known = record.weights.get(role)
     if isinstance(known, LinearWeights) and known.reads(weights, biases):

@@ -12,7 +12,7 @@ from hfopt.patches.attention import setting
 from hfopt.patches.facts import helper_names_read, names_read, own_names
 from hfopt.patches.families import decoders_for
 from hfopt.patches.families.family import Decoder
-from hfopt.patches.guards import DO_NOTHING, has_own_forward, is_bare
+from hfopt.patches.guards import DO_NOTHING, has_own_forward, is_bare, is_causal
 from hfopt.program.builder import Builder, Value
 from hfopt.program.embeddings import position_table, scale_of, token_table
 from hfopt.program.program import Program
@@ -22,9 +22,9 @@ from hfopt.program.recorder import Recorder, swapped
 _HARMLESS = frozenset(
     {
         "bos_token_id", "config", "dropout", "dtype", "embedding_dropout", "eos_token_id", "gradient_checkpointing",
-        "has_sliding_layers", "hidden_size", "layer_types", "layerdrop", "loss_type", "multi_query",
-        "num_heads", "num_hidden_layers", "output_attentions", "output_hidden_states", "pad_token_id", "return_dict",
-        "sliding_window", "use_cache", "vocab_size",
+        "decoder_layers", "has_sliding_layers", "hidden_size", "layer_types", "layerdrop", "loss_type", "multi_query",
+        "num_heads", "num_hidden_layers", "output_attentions", "output_hidden_states", "pad_token_id", "prompt_length",
+        "return_dict", "sliding_window", "use_cache", "vocab_size",
     }
 )  # fmt: skip
 
@@ -96,7 +96,8 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     ops = Recorder(builder, rotary, host.windows_of(model.config))
 
     x = builder.look_up(tokens, "tokens")
-    multiplier = vars(decoder).get(record.multiplier)
+    is_scaled = record.multiplier in names_read(decoder)
+    multiplier = vars(decoder).get(record.multiplier) if is_scaled else None
     for factor in (scale_of(embedding, record.embedding_scale), multiplier):
         if factor is not None:
             x = builder.scale(x, factor)
@@ -105,6 +106,7 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     if record.positions is not None:
         positions = position_table(decoder._modules[record.positions], tokens.rows.dtype)
         builder.add_looked_up(positions, "positions", x)
+    x = _through(ops, decoder, record.sum_norm, x)
     for layer in layers:
         ops.angles(_attention(layer))
     for index, layer in enumerate(layers):
@@ -168,6 +170,8 @@ def _layers(decoder: Any, record: Decoder) -> list[Any]:
     other = next((each._attn_implementation for each in configs if each._attn_implementation != kind), None)
     if other is not None:
         raise UnsupportedModel(f"masks are for {kind!r}, attention is {other!r}")
+    if kind == "sdpa" and not all(map(is_causal, map(_attention, layers))):
+        raise UnsupportedModel("its attention is not causal where there is no mask")
     return layers
 
 

@@ -81,4 +81,4 @@ def _positions(module: nn.Module, n: int) -> Tensor:
         raise _does_more(module)
     with torch.inference_mode(False), torch.no_grad():
         found: Tensor = forward(twin, **given)
-    return found[0].contiguous()
+    return found.reshape(n, -1).contiguous()

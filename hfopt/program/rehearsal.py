@@ -46,7 +46,7 @@ def difference(model: nn.Module, program: Program, kv_cache: str | None = None) 
             short = shadow(model, is_short=True)
             first = _Stage(short, build(short), kv_cache, generator)
             whole = _Stage(shadow(model), program, kv_cache, generator)
-            n_past = max(1, min(_FAR, program.max_keys, _MAX_BYTES // whole.token_bytes) - 1)
+            n_past = max(1, min(whole.farthest, program.max_keys, _MAX_BYTES // whole.token_bytes) - 1)
             longest = _longest_window(model, program)
             tried = [first.near(), whole.far(n_past)]
             if longest > n_past:
@@ -97,7 +97,11 @@ class _Stage(NamedTuple):
         seen = torch.ones(2, n_prompt + 1, dtype=torch.bool)
         seen[1, :_N_PADDED] = False
         theirs, ours = self._cache(), self._cache()
-        positions = (seen.cumsum(1) - 1).clamp(0, self._n_indices - 1)
+        positions = (
+            (seen.cumsum(1) - 1).clamp(0, self._n_indices - 1)
+            if self._takes_positions
+            else torch.arange(n_prompt + 1).expand(2, -1)
+        )
         tokens = self._tokens(2, n_prompt)
         expected = self._call(theirs, tokens, positions[:, :n_prompt], seen[:, :n_prompt])
         mask = seen[:, None, :n_prompt] & torch.ones(n_prompt, n_prompt, dtype=torch.bool).tril()
@@ -123,7 +127,8 @@ class _Stage(NamedTuple):
         seen = torch.ones(1, n_past + 1, dtype=torch.bool)
         seen[0, 0] = False
         # at a break, angles become others
-        for position in (min(_FAR, self._n_indices) - 1, *program.breaks):
+        far = min(_FAR, self._n_indices) - 1
+        for position in (far, *program.breaks) if self._takes_positions else (n_past,):
             yield from self._step(cache, None, torch.tensor([[position]]), seen, "behind a long text")
             cache.crop(-1)
 
@@ -153,9 +158,18 @@ class _Stage(NamedTuple):
         )
 
     @property
+    def _takes_positions(self) -> bool:
+        return host.takes_positions(type(self.model).forward)
+
+    @property
     def _n_indices(self) -> int:
         """Tokens and positions below this are in all tables."""
         return min(len(table.rows) for table in self.program.tables if not table.grows)
+
+    @property
+    def farthest(self) -> int:
+        """Tokens of a long text, which has no more columns than there are positions where those are the same."""
+        return _FAR if self._takes_positions else min(_FAR, self._n_indices)
 
     def _tokens(self, *shape: int) -> Tensor:
         return torch.randint(self._n_indices, shape, generator=self.generator)
@@ -174,11 +188,11 @@ class _Stage(NamedTuple):
         named = {each.name for each in parameters}
         outputs = self.model(
             input_ids=tokens,
-            position_ids=positions,
             attention_mask=seen.long(),
             use_cache=True,
             return_dict=True,
             **{str(host.cache_argument(forward)): cache},
+            **({"position_ids": positions} if self._takes_positions else {}),
             **{name: value for name, value in _OPTIONAL.items() if takes_any or name in named},
         )
         logits: Tensor = outputs.logits

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from hfopt.errors import InvalidInput
+from hfopt.host import LINEARS
 from hfopt.quantization.format import Format, from_dict, resolve
 from hfopt.quantization.int8 import Int8
 
@@ -59,8 +60,8 @@ class QuantizationConfig:
         return "head is None" if self.head is None else self.head
 
     def warn_of_unused(self, model: nn.Module) -> None:
-        """Logs the patterns of `skip` that name none of a model's Linears."""
-        paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        """Logs the patterns of `skip` that name none of a model's linear layers."""
+        paths = [path for path, module in model.named_modules() if isinstance(module, LINEARS)]
         for pattern in self.skip:
             if not any(fnmatchcase(path, pattern) for path in paths):
                 logger.warning("skip: %r names no linear layer of the model", pattern)

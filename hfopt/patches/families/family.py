@@ -6,7 +6,7 @@ from typing import Literal
 
 from hfopt.patches.rotation import ROTATIONS, Rotation
 
-Topology = Literal["sequential", "parallel", "inline"]
+Topology = Literal["sequential", "parallel", "inline", "inline_post"]
 Angles = Literal["computed", "table", "none", "alibi", "band"]
 # of queries and keys, under the names that models have for them
 NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
@@ -63,7 +63,8 @@ class LayerParts:
     both where they are parallel. attention: a path, if other modules are around it. post_norms: behind them, of what they
     add. mlp: the child, or (input, activation, output) where the block is in the layer itself. multiplier: attribute, if the
     layer has it, that scales what attention and feed-forward block add. normed: attribute, if the layer has it and it is on,
-    by which what they are added to is what they are given.
+    by which what they are added to is what they are given. idle: children that a layer has, in some models, for what it
+    attends to besides the text itself; without such they are not called.
     """
 
     topology: Topology | tuple[Topology, ...]
@@ -73,6 +74,7 @@ class LayerParts:
     mlp: str | tuple[str, str, str] = "mlp"
     multiplier: str = "residual_multiplier"
     normed: str = "apply_residual_connection_post_layernorm"
+    idle: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ class Decoder:
     """How a model puts its modules together: names of the children of the module at `path`.
 
     What a token looks up in `tokens`, times the attribute `embedding_scale` of that and `multiplier` of the decoder, goes
-    through `tokens_norm` and `project_in`, is added to what its position looks up in `positions`, and goes through `layers`,
-    `norm`, `project_out`, and the model's own child in `heads`. Its logits are divided by the field `divisor` of the config,
-    multiplied by `factor` and limited, smoothly, by `softcap`. There are no more keys than the field `max_keys` says. What a
-    model has not, or does not read, is left out. rotary: computes cos and sin for all layers.
+    through `tokens_norm` and `project_in`, is added to what its position looks up in `positions`, and goes through `sum_norm`,
+    `layers`, `norm`, `project_out`, and the model's own child in `heads`. Its logits are divided by the field `divisor` of the
+    config, multiplied by `factor` and limited, smoothly, by `softcap`. There are no more keys than the field `max_keys` says.
+    What a model has not, or does not read, is left out. rotary: computes cos and sin for all layers.
     """
 
     path: str
@@ -94,6 +96,7 @@ class Decoder:
     rotary: str = "rotary_emb"
     positions: str | None = None
     tokens_norm: str | None = None
+    sum_norm: str | None = None
     project_in: str | None = None
     project_out: str | None = None
     embedding_scale: str = "embed_scale"
@@ -107,22 +110,17 @@ class Decoder:
     def settings(self) -> frozenset[str]:
         """Names of attributes and fields that it knows."""
         names = (
-            self.multiplier,
-            self.divisor,
-            self.factor,
-            self.softcap,
-            self.max_keys,
-            self.project_in,
-            self.project_out,
-        )
+            self.multiplier, self.divisor, self.factor, self.softcap, self.max_keys, self.project_in, self.project_out,
+            self.tokens_norm, self.sum_norm,
+        )  # fmt: skip
         return frozenset(name for name in names if name is not None)
 
     @property
     def children(self) -> frozenset[str]:
         """Names of the children that it knows."""
         names = (
-            self.tokens, self.tokens_norm, self.layers, self.norm, self.rotary, self.positions, self.project_in,
-            self.project_out,
+            self.tokens, self.tokens_norm, self.layers, self.norm, self.rotary, self.positions, self.sum_norm,
+            self.project_in, self.project_out,
         )  # fmt: skip
         return frozenset(name for name in names if name is not None)
 

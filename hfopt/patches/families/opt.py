@@ -1,4 +1,4 @@
-"""OPT, XGLM, BioGPT: the feed-forward block inline, LayerNorm before or after, learned or sinusoidal positions."""
+"""OPT, XGLM, BioGPT, BART and its relatives: the feed-forward block is in the layer, LayerNorm before or after."""
 
 from dataclasses import replace
 
@@ -29,5 +29,42 @@ OPT = Family(
 _SCALED = Decoder("model", "embed_tokens", "layers", "layer_norm", positions="embed_positions")
 
 XGLM = replace(OPT, name="XGLM", model_types=("xglm",), decoder=_SCALED)
+
+# Decoders of models that have an encoder too, by themselves; some have no final norm, or none of embeddings
+BART = replace(
+    OPT,
+    name="BART",
+    model_types=(
+        "bart",
+        "bigbird_pegasus",
+        "blenderbot",
+        "marian",
+        "mbart",
+        "mvp",
+        "pegasus",
+        "plbart",
+        "trocr",
+        "whisper",
+    ),  # fmt: skip
+    layer=replace(
+        OPT.layer, topology=("inline", "inline_post"), idle=("encoder_attn", "encoder_attn_layer_norm")
+    ),
+    decoder=Decoder(
+        "model.decoder",
+        "embed_tokens",
+        "layers",
+        "layer_norm",
+        positions="embed_positions",
+        sum_norm="layernorm_embedding",
+        multiplier="embed_scale",
+    ),
+)
+
+BLENDERBOT_SMALL = replace(
+    BART,
+    name="BlenderbotSmall",
+    model_types=("blenderbot-small",),
+    decoder=replace(BART.decoder, tokens_norm="layernorm_embedding", sum_norm=None),
+)
 
 BIOGPT = replace(OPT, name="BioGPT", model_types=("biogpt",), decoder=replace(_SCALED, path="biogpt"))
