@@ -92,7 +92,7 @@ class Arguments:
 
 
 def takes_positions(forward: Callable[..., Any]) -> bool:
-    """Whether a model with this unbound `forward` is told the positions of tokens. Others take the columns that they are in."""
+    """Whether a model with this unbound `forward` is told the positions of tokens; others take their columns."""
     return "position_ids" in Arguments.of(forward).names
 
 
