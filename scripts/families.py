@@ -103,9 +103,9 @@ _PAGE = """# Families
 
 Decoders that hfopt knows whole, with transformers {version}: written by `python scripts/families.py --markdown
 docs/families.md` from the models of `tests/decoders.py`, which `tests/test_decoders.py` holds against transformers in all
-modes of `generate`. The ratio is that of a small random model in float32 (hidden size 512, 8 layers, {threads} threads), medians of
-{repeats} turns in one process: it shows that a family is fast, not how fast yours will be. A window of 8 is that of the tiny
-model. Other types that are programs without a record of their own are in [models.md](models.md).
+modes of `generate`. The ratio is that of a small random model in float32 (hidden size 512, 8 layers, {threads} threads),
+medians of {repeats} turns in one process: it shows that a family is fast, not how fast yours will be. A window of 8 is that
+of the tiny model. Other types that are programs without a record of their own are in [models.md](models.md).
 
 """
 

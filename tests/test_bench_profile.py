@@ -195,8 +195,8 @@ def test_wrong_arguments_get_one_line(
 
 
 def test_a_model_without_a_program_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "gemma.json"
-    file.write_text(json.dumps(SHAPE | {"model_type": "gemma"}))
+    file = tmp_path / "diffllama.json"
+    file.write_text(json.dumps(SHAPE | {"model_type": "diffllama"}))
     arguments = ["--profile", "--quick", "--rows", "decode-bf16", "--shape", str(file)]
     assert main(["bench", *arguments]) == 2
-    assert "go module by module: GemmaForCausalLM is no decoder" in capsys.readouterr().err
+    assert "go module by module: 0 is a DiffLlamaDecoderLayer" in capsys.readouterr().err

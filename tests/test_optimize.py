@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    DiffLlamaConfig,
     DynamicCache,
     GemmaConfig,
     GlmConfig,
     LlamaForSequenceClassification,
+    MambaConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -378,8 +380,8 @@ def test_parameters_without_storage_are_named() -> None:
     assert _everything(model) == before
 
 
-def _narrow(model: PreTrainedModel) -> None:
-    model.model.layers[1].self_attn.scale_of_mine = 3.0
+def _two_sided(model: PreTrainedModel) -> None:
+    model.model.layers[1].self_attn.is_causal = False
 
 
 def _transposed(model: PreTrainedModel) -> None:
@@ -394,7 +396,7 @@ def _not_a_number(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_narrow, r"model\.layers\.1\.self_attn \(unknown attributes scale_of_mine\)"),
+        (_two_sided, r"model\.layers\.1\.self_attn \(its attention is not causal"),
         (_transposed, r"lm_head \(its weights are not contiguous\)"),
         (_not_a_number, r"model\.layers\.0\.self_attn \(its output is not finite"),
     ],
@@ -419,8 +421,10 @@ def test_strict_raises_for_a_decoder_that_is_no_program(name: str) -> None:
 
 
 def test_strict_raises_for_a_decoder_without_a_record() -> None:
-    model = AutoModelForCausalLM.from_config(_small(GemmaConfig)).eval()
-    with pytest.raises(hfopt.UnsupportedModel, match="GemmaForCausalLM is no decoder that hfopt knows whole"):
+    model = AutoModelForCausalLM.from_config(MambaConfig(hidden_size=64, num_hidden_layers=2)).eval()
+    with pytest.raises(
+        hfopt.UnsupportedModel, match="MambaForCausalLM is no decoder whose parts hfopt knows"
+    ):
         hfopt.optimize(model, strict=True)
 
 
@@ -432,8 +436,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
 
     model = llama()
     before = _everything(model)
-    monkeypatch.setattr(functional, "layer_norm", broken)
-    monkeypatch.setattr(functional, "rms_norm", broken)
+    monkeypatch.setattr(functional, "norm", broken)
     with pytest.raises(hfopt.KernelError, match="no compiler"):
         hfopt.optimize(model)
     assert _everything(model) == before
@@ -456,9 +459,11 @@ OTHERS: dict[str, tuple[Any, dict[str, int]]] = {
     "mistral": (_small(MistralConfig), {"attention": 2, "mlp": 2, "norm": 5, "layer": 2, "linear": 1}),
     "mistral, sliding window": (_small(MistralConfig, sliding_window=4), {"attention": 2, "norm": 5}),
     # its norm adds 1 to the weight
-    "gemma": (_small(GemmaConfig), {"attention": 2, "mlp": 2, "layer": 2, "linear": 1}),
+    "gemma": (_small(GemmaConfig), {"attention": 2, "mlp": 2, "norm": 5, "layer": 2, "linear": 1}),
     # Llama's attention in every line but the rotation
-    "glm": (_small(GlmConfig), {"norm": 5}),
+    "glm": (_small(GlmConfig), {"attention": 2, "mlp": 2, "norm": 5, "layer": 2, "linear": 1}),
+    # with norms of groups of channels in its attention
+    "diffllama": (_small(DiffLlamaConfig), {"mlp": 2, "norm": 7}),
 }
 
 

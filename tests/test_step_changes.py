@@ -386,26 +386,28 @@ def test_a_decoder_that_does_more(passes: list[int]) -> None:
 
 
 class LateLlama(LlamaForCausalLM):
-    """Its logits are others from some position on, or behind so many tokens."""
-
-    by: str
+    """Its logits are others behind so many tokens."""
 
     @functools.wraps(LlamaForCausalLM.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # mypy cannot see through `wraps`
         outputs = super().forward(*args, **kwargs)
         positions, n_keys = kwargs.get("position_ids"), kwargs[CACHE].get_seq_length()
         last = 0 if positions is None else int(positions.max())
-        if (last if self.by == "position" else n_keys) > 500:
+        if (last if type(self) is LateByPosition else n_keys) > 500:
             outputs.logits = outputs.logits.roll(1, dims=-1)
         return outputs
 
 
+class LateByPosition(LateLlama):
+    """From some position on."""
+
+
 @needs_programs
-@pytest.mark.parametrize("by", ["position", "length"])
-def test_a_model_that_does_something_else_far_away(by: str, passes: list[int]) -> None:
+@pytest.mark.parametrize("kind", [LateByPosition, LateLlama])
+def test_a_model_that_does_something_else_far_away(kind: type[LateLlama], passes: list[int]) -> None:
     model, stock = llama(max_position_embeddings=1024), llama(max_position_embeddings=1024)
     for each in (model, stock):
-        each.__class__, each.by = LateLlama, by
+        each.__class__ = kind
     # tables of 1,000 positions, as real models have
     for each in (model, stock):
         each.model.embed_tokens.weight.data = each.model.embed_tokens.weight.data.repeat(5, 1)[:1024].clone()

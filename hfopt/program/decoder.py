@@ -21,10 +21,11 @@ from hfopt.program.recorder import Recorder, swapped
 # attributes and fields that change nothing in what a decoder computes, or what the rehearsal shows
 _HARMLESS = frozenset(
     {
-        "bos_token_id", "config", "dropout", "dtype", "embedding_dropout", "eos_token_id", "gradient_checkpointing",
-        "decoder_layers", "has_sliding_layers", "hidden_size", "layer_types", "layerdrop", "loss_type", "multi_query",
-        "num_heads", "num_hidden_layers", "output_attentions", "output_hidden_states", "pad_token_id", "prompt_length",
-        "return_dict", "sliding_window", "use_cache", "vocab_size",
+        "_output_capturing_hooks_installed", "bos_token_id", "config", "decoder_layers", "dropout", "dtype",
+        "embedding_dropout", "eos_token_id", "gradient_checkpointing", "has_sliding_layers", "hidden_size",
+        "layer_types", "layerdrop", "loss_type", "multi_query", "num_heads", "num_hidden_layers", "output_attentions",
+        "output_hidden_states", "pad_token_id", "prompt_length", "return_dict", "sliding_window", "use_cache",
+        "vocab_size",
     }
 )  # fmt: skip
 
@@ -88,7 +89,7 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
         _check_settings(module, record)
     layers = _layers(decoder, record)
     embedding = decoder._modules[record.tokens]
-    tokens = token_table(embedding, record.embedding_scale)
+    tokens = token_table(record.tokens, embedding, record.embedding_scale)
     builder = Builder(tokens.rows.dtype)
     if record.max_keys in names_read(decoder):
         builder.max_keys = getattr(decoder.config, record.max_keys, builder.max_keys)
@@ -104,7 +105,7 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     x = _through(ops, decoder, record.tokens_norm, x)
     x = _through(ops, decoder, record.project_in, x)
     if record.positions is not None:
-        positions = position_table(decoder._modules[record.positions], tokens.rows.dtype)
+        positions = position_table(record.positions, decoder._modules[record.positions], tokens.rows.dtype)
         builder.add_looked_up(positions, "positions", x)
     x = _through(ops, decoder, record.sum_norm, x)
     for layer in layers:

@@ -16,11 +16,11 @@ _TABLE = "weights"  # a buffer of positions that are computed, and of more if th
 _POSITIONS = "position_ids"
 
 
-def token_table(module: Any, scale: str | None) -> Table:
+def token_table(name: str, module: Any, scale: str | None) -> Table:
     """What `module` looks up, which is torch's own, or multiplies by its attribute `scale` besides."""
-    _check(module)
+    _check(name, module)
     if type(module) is not nn.Embedding and not (scale is not None and _scales(module, scale)):
-        raise _does_more(module)
+        raise _does_more(name, module)
     return Table(module.weight.detach())
 
 
@@ -30,32 +30,34 @@ def scale_of(module: Any, name: str | None) -> float | None:
     return None if scale is None else float(torch.as_tensor(scale).to(module.weight.dtype))
 
 
-def position_table(module: Any, dtype: torch.dtype) -> Table:
+def position_table(name: str, module: Any, dtype: torch.dtype) -> Table:
     """What `module` gives for positions 0, 1, ...; the first rows of what it holds may be for other purposes."""
     offset = vars(module).get("offset", 0)
     if isinstance(module, nn.Embedding):
-        _check(module)
+        _check(name, module)
         rows = module.weight.detach()[offset:]
         is_known = type(module) is nn.Embedding or torch.equal(
-            _positions(module, min(len(rows), _N_TRIED)), rows[:_N_TRIED]
+            _positions(name, module, min(len(rows), _N_TRIED)), rows[:_N_TRIED]
         )
         if not is_known:
-            raise _does_more(module)
+            raise _does_more(name, module)
         return Table(rows)
     if module._buffers.get(_TABLE) is None:
-        raise _does_more(module)
-    return Table(_positions(module, _N_TRIED).to(dtype), lambda n: _positions(module, n).to(dtype))
+        raise _does_more(name, module)
+    return Table(
+        _positions(name, module, _N_TRIED).to(dtype), lambda n: _positions(name, module, n).to(dtype)
+    )
 
 
-def _check(module: Any) -> None:
+def _check(name: str, module: Any) -> None:
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
-        raise _does_more(module)
+        raise _does_more(name, module)
     if module.weight.dtype not in DTYPES:
         raise UnsupportedModel(f"its weights are {dtype_name(module.weight.dtype)}")
 
 
-def _does_more(module: Any) -> UnsupportedModel:
-    return UnsupportedModel(f"a {type(module).__name__} does more than look up")
+def _does_more(name: str, module: Any) -> UnsupportedModel:
+    return UnsupportedModel(f"{name} is a {type(module).__name__} that does more than look up")
 
 
 def _scales(module: Any, name: str) -> bool:
@@ -66,19 +68,19 @@ def _scales(module: Any, name: str) -> bool:
         return torch.equal(type(module).forward(module, ids), module.weight[ids] * factor)
 
 
-def _positions(module: nn.Module, n: int) -> Tensor:
+def _positions(name: str, module: nn.Module, n: int) -> Tensor:
     """What it gives for n positions, [n, size]."""
     forward: Any = type(module).forward
     twin = copy.copy(module)  # some write into their buffers
     twin._buffers = dict(module._buffers)
     positions = torch.arange(n)[None]
     given = {
-        name: positions if name == _POSITIONS else torch.ones_like(positions)
-        for name, each in list(inspect.signature(forward).parameters.items())[1:]
-        if name == _POSITIONS or each.default is each.empty
+        argument: positions if argument == _POSITIONS else torch.ones_like(positions)
+        for argument, each in list(inspect.signature(forward).parameters.items())[1:]
+        if argument == _POSITIONS or each.default is each.empty
     }
     if _POSITIONS not in given:
-        raise _does_more(module)
+        raise _does_more(name, module)
     with torch.inference_mode(False), torch.no_grad():
         found: Tensor = forward(twin, **given)
     return found.reshape(n, -1).contiguous()

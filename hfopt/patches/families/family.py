@@ -84,8 +84,8 @@ class Decoder:
     What a token looks up in `tokens`, times the attribute `embedding_scale` of that and `multiplier` of the decoder, goes
     through `tokens_norm` and `project_in`, is added to what its position looks up in `positions`, and goes through
     `sum_norm`, `layers`, `norm`, `project_out`, and the model's own child in `heads`. Its logits are divided by the field
-    `divisor` of the config, multiplied by `factor` and limited, smoothly, by `softcap`. There are no more keys than the field
-    `max_keys` says. What a model has not, or does not read, is left out. rotary: computes cos and sin for all layers.
+    `divisor` of the config, multiplied by `factor` and limited, smoothly, by `softcap`. There are no more keys than the
+    field `max_keys` says. What a model has not, or does not read, is left out. rotary: computes cos and sin for all layers.
     """
 
     path: str
