@@ -59,6 +59,17 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan": ("hunyuan_v1_dense", {}),
     "xglm": ("xglm", {}),
     "biogpt": ("biogpt", {}),
+    "bart": ("bart", {}),
+    "mbart": ("mbart", {}),
+    "pegasus": ("pegasus", {}),
+    "blenderbot": ("blenderbot", {}),
+    "blenderbot-small": ("blenderbot-small", {}),
+    "plbart": ("plbart", {}),
+    "mvp": ("mvp", {}),
+    "trocr": ("trocr", {}),
+    "whisper": ("whisper", {}),
+    "marian": ("marian", {}),
+    "bigbird_pegasus": ("bigbird_pegasus", {}),
 }
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},

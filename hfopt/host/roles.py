@@ -91,7 +91,7 @@ class Arguments:
 
 
 def takes_positions(forward: Callable[..., Any]) -> bool:
-    """Whether a model with this unbound `forward` is told the positions of tokens. Others take the columns that they are in."""
+    """Whether a model with this unbound `forward` is told the positions of tokens; to others they are those of columns."""
     return "position_ids" in Arguments.of(forward).names
 
 

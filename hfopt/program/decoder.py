@@ -21,10 +21,11 @@ from hfopt.program.recorder import Recorder, swapped
 # attributes and fields that change nothing in what a decoder computes, or what the rehearsal shows
 _HARMLESS = frozenset(
     {
-        "bos_token_id", "config", "dropout", "dtype", "embedding_dropout", "eos_token_id", "gradient_checkpointing",
-        "decoder_layers", "has_sliding_layers", "hidden_size", "layer_types", "layerdrop", "loss_type", "max_seq_len", "multi_query",
-        "num_heads", "num_hidden_layers", "output_attentions", "output_hidden_states", "pad_token_id", "prompt_length",
-        "return_dict", "sliding_window", "use_cache", "vocab_size",
+        "bos_token_id", "config", "decoder_layers", "dropout", "dtype", "embedding_dropout", "eos_token_id",
+        "gradient_checkpointing", "has_sliding_layers", "hidden_size", "layer_types", "layerdrop", "loss_type",
+        "max_seq_len", "multi_query", "num_heads", "num_hidden_layers", "output_attentions",
+        "output_hidden_states", "pad_token_id", "prompt_length", "return_dict", "sliding_window", "use_cache",
+        "use_learned_position_embeddings", "vocab_size",
     }
 )  # fmt: skip
 
