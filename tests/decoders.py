@@ -54,6 +54,17 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {}),
     "mpt": ("mpt", {}),
     "gpt-neo": ("gpt_neo", {}),
+    "bart": ("bart", {}),
+    "mbart": ("mbart", {}),
+    "pegasus": ("pegasus", {}),
+    "blenderbot": ("blenderbot", {}),
+    "blenderbot-small": ("blenderbot-small", {}),
+    "plbart": ("plbart", {}),
+    "mvp": ("mvp", {}),
+    "trocr": ("trocr", {}),
+    "whisper": ("whisper", {}),
+    "marian": ("marian", {}),
+    "bigbird_pegasus": ("bigbird_pegasus", {}),
 }
 
 

@@ -25,7 +25,7 @@ _HARMLESS = frozenset(
         "embedding_dropout", "eos_token_id", "gradient_checkpointing", "has_sliding_layers", "hidden_size",
         "layer_types", "layerdrop", "loss_type", "multi_query", "num_heads", "num_hidden_layers", "output_attentions",
         "output_hidden_states", "pad_token_id", "prompt_length", "return_dict", "sliding_window", "use_cache",
-        "vocab_size",
+        "use_learned_position_embeddings", "vocab_size",
     }
 )  # fmt: skip
 

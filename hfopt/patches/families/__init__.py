@@ -18,7 +18,7 @@ from hfopt.patches.families.llama import LLAMA
 from hfopt.patches.families.mpt import MPT
 from hfopt.patches.families.neox import NEOX
 from hfopt.patches.families.olmo import OLMO2
-from hfopt.patches.families.opt import BART, BIOGPT, BLENDERBOT_SMALL, OPT, XGLM
+from hfopt.patches.families.opt import BART, BIGBIRD_PEGASUS, BIOGPT, BLENDERBOT_SMALL, OPT, XGLM
 from hfopt.patches.families.phi import PERSIMMON, PHI
 from hfopt.patches.families.phi3 import PHI3
 from hfopt.patches.families.starcoder import APERTUS, NEMOTRON, STARCODER2
@@ -26,7 +26,7 @@ from hfopt.patches.families.starcoder import APERTUS, NEMOTRON, STARCODER2
 FAMILIES = (
     LLAMA, PHI3, GPTJ, OPT, GEMMA2, OLMO2, VAULT_GEMMA, HYPERCLOVA_X, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2,
     NEMOTRON, APERTUS, CODEGEN, GPT2, XGLM, BIOGPT, FALCON, FALCON_40B, FALCON_SEQUENTIAL, BLOOM, MPT, GPT_NEO,
-    BART, BLENDERBOT_SMALL,
+    BART, BLENDERBOT_SMALL, BIGBIRD_PEGASUS,
 )  # fmt: skip
 
 

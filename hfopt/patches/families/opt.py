@@ -30,22 +30,15 @@ _SCALED = Decoder("model", "embed_tokens", "layers", "layer_norm", positions="em
 
 XGLM = replace(OPT, name="XGLM", model_types=("xglm",), decoder=_SCALED)
 
-# Decoders of models that have an encoder too, by themselves; some have no final norm, or none of embeddings
+_BARTS = (
+    "bart", "blenderbot", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr", "whisper",
+)  # fmt: skip
+
+# Decoders of models that have an encoder too, by themselves; some have no norm of embeddings, or none behind the layers
 BART = replace(
     OPT,
     name="BART",
-    model_types=(
-        "bart",
-        "bigbird_pegasus",
-        "blenderbot",
-        "marian",
-        "mbart",
-        "mvp",
-        "pegasus",
-        "plbart",
-        "trocr",
-        "whisper",
-    ),  # fmt: skip
+    model_types=_BARTS,
     layer=replace(
         OPT.layer, topology=("inline", "inline_post"), idle=("encoder_attn", "encoder_attn_layer_norm")
     ),
@@ -54,10 +47,18 @@ BART = replace(
         "embed_tokens",
         "layers",
         "layer_norm",
+        heads=("lm_head", "output_projection", "proj_out"),
         positions="embed_positions",
         sum_norm="layernorm_embedding",
         multiplier="embed_scale",
     ),
+)
+
+BIGBIRD_PEGASUS = replace(
+    BART,
+    name="BigBirdPegasus",
+    model_types=("bigbird_pegasus",),
+    decoder=replace(BART.decoder, norm="layernorm_embedding", sum_norm=None),
 )
 
 BLENDERBOT_SMALL = replace(
