@@ -8,8 +8,9 @@ from hfopt.host.release import OLDEST, check_release, installed
 
 check_release()
 
+from hfopt.host.activation import xielu_numbers  # noqa: E402
 from hfopt.host.attention import attention_kind, registered_attention  # noqa: E402
-from hfopt.host.cache_layer import DynamicLayer, WindowedLayer, layer_kinds, window_of, windows_of  # noqa: E402
+from hfopt.host.cache_layer import DynamicLayer, WindowedLayer, holding, layer_kinds, window_of, windows_of  # noqa: E402
 from hfopt.host.cache_names import (  # noqa: E402  (an older release would fail here with less of a message)
     REQUEST_CACHE,
     beam_output,
@@ -55,8 +56,6 @@ from hfopt.host.roles import ROLES, Arguments  # noqa: E402
 from hfopt.host.rotary import rewritten  # noqa: E402
 
 __all__ = [
-    "Conv1D",
-    "is_linear_class",
     "GENERATE_ORDER",
     "MODES",
     "OLDEST",
@@ -70,6 +69,7 @@ __all__ = [
     "UPDATE",
     "Arguments",
     "Config",
+    "Conv1D",
     "DynamicLayer",
     "EosTokenCriteria",
     "MaxLengthCriteria",
@@ -88,8 +88,10 @@ __all__ = [
     "check_release",
     "fingerprint",
     "generate_arguments",
+    "holding",
     "installed",
     "is_capture",
+    "is_linear_class",
     "knows_causal_output",
     "layer_kinds",
     "loop_of",
@@ -105,4 +107,5 @@ __all__ = [
     "unknown_option",
     "window_of",
     "windows_of",
+    "xielu_numbers",
 ]

@@ -45,7 +45,8 @@ class AttentionSpec:
 
     inputs: Linears that give, side by side, the query, key and value heads. norms: of queries and keys. rows: (first row, rows) of the heads in a single input, in
     the order of kernels, if it has another one. clip: what limits queries, keys and values, an attribute or a
-    field of the configuration; softcap: likewise what limits scores. layer_type: for which angles are, where there are several kinds.
+    field of the configuration; softcap: likewise what limits scores. layer_type: for which angles are, where there are several kinds. stores: as in
+    `AttentionParts`.
     """
 
     inputs: tuple[str, ...]
@@ -62,6 +63,7 @@ class AttentionSpec:
     clip: str | None = None
     softcap: str | None = None
     layer_type: str | None = None
+    stores: bool = True
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
@@ -75,6 +77,11 @@ class AttentionSpec:
     def heads(self) -> tuple[int, int, int]:
         """(query heads, key heads, channels of one)."""
         return self.n_heads, self.n_kv_heads, self.head_dim
+
+    @property
+    def reads_heads(self) -> tuple[int, int] | None:
+        """(key heads, channels of one) in the cache of another layer, if it has none of its own."""
+        return None if self.stores else (self.n_kv_heads, self.head_dim)
 
     @property
     def rotation_kind(self) -> str:
@@ -100,11 +107,15 @@ class Attention(Block):
         limit = None if spec.clip is None else setting(self, spec.clip)
         if limit is not None:
             qkv = ops.clamp(qkv, limit)
+        n_rotated = spec.n_heads + (spec.n_kv_heads if spec.stores else 0)
         if spec.norms_last:
-            ops.rotate(self, qkv, past, spec.n_heads + spec.n_kv_heads)
+            ops.rotate(self, qkv, past, n_rotated)
         for norm in spec.norms:
             ops.norm_heads(self, qkv, *norm)
-        past = ops.store(self, qkv, past, rotates=not spec.norms_last)
+        if spec.stores:
+            past = ops.store(self, qkv, past, rotates=not spec.norms_last)
+        elif not spec.norms_last:
+            ops.rotate(self, qkv, past, n_rotated)
         attended = ops.attend(self, qkv, past)
         return ops.linear(attended, output, Epilogue(residuals=residuals))
 

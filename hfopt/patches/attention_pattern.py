@@ -61,9 +61,11 @@ _KNOWN = (
     "is_causal", "is_cross_attention", "is_decoder", "is_sliding", "kv_dim", "kv_heads", "layer_type", "max_positions",
     "mp_num", "multi_query", "new_decoder_architecture", "num_attention_heads", "num_heads", "num_key_value_groups", "num_key_value_heads",
     "num_kv_heads", "pos_embd_dim", "qk_layernorm", "rotary_dim", "rotary_ndims", "sliding_window", "split_size",
-    "use_qk_norm", "use_rope", *SCALES, "scale_attn",
+    "is_kv_shared_layer", "store_full_length_kv", "use_alternative_attention", "use_qk_norm", "use_rope", *SCALES,
+    "scale_attn",
 )  # fmt: skip
 _EACH = "norms"  # a list of norms, one for each head
+_GROUP = "num_key_value_groups"
 _HEAD_DIMS = ("head_dim", "head_size")
 
 
@@ -86,7 +88,9 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
     if isinstance(sizes, str):
         return sizes
     head_norms: list[HeadNorm] = []
-    for name, first, n in zip(norms, (0, sizes[1]), sizes[1:3], strict=False):
+    n_heads, n_kv_heads = sizes[1:3]
+    places = (0, n_heads, n_heads + n_kv_heads), (n_heads, n_kv_heads, n_kv_heads)
+    for name, first, n in zip(norms, *places, strict=False):
         found = _head_norms(module, name, first, n, sizes[-1])
         if isinstance(found, str):
             return found
@@ -109,6 +113,7 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             _setting_read(module, parts.clip),
             _setting_read(module, parts.softcap),
             _layer_type(module),
+            parts.stores,
         )
         for n_kv_heads, rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
         for rotation in parts.rotations
@@ -147,6 +152,9 @@ def _sizes(module: Any, parts: AttentionParts) -> tuple[int, int, int, int] | st
     n_heads, n_all = output.inputs // head_dim, sum(each.outputs for each in inputs)
     n_kv_heads = (n_all // head_dim - n_heads) // 2
     sizes = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim]
+    if not parts.stores:
+        group = vars(module).get(_GROUP)
+        n_kv_heads, sizes = (n_heads // group if isinstance(group, int) and group > 0 else 0), sizes[:1]
     fits = all(each.inputs == hidden_size for each in inputs) and output.inputs == sizes[0]
     fits = fits and [each.outputs for each in inputs] == (sizes if len(inputs) > 1 else [sum(sizes)])
     if not fits or n_kv_heads < 1 or n_heads % n_kv_heads:
@@ -210,7 +218,10 @@ def _rows(order: Order, n_heads: int, n_kv_heads: int, head_dim: int) -> tuple[i
 def _trial(call: Any, spec: AttentionSpec, scene: Any) -> list[torch.Tensor]:
     return [
         inputs.valid(
-            call(hidden_states=inputs.hidden_states, **scene.roles(inputs, spec.n_positions, spec.layer_type))
+            call(
+                hidden_states=inputs.hidden_states,
+                **scene.roles(inputs, spec.n_positions, spec.layer_type, spec.reads_heads),
+            )
         )
         for inputs in scene.inputs(spec.hidden_size)
     ]

@@ -4,6 +4,7 @@ A part that kernels cannot do as it is now (hooks on it, an adapter in it) is ca
 kernels there is no layer in kernels.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,17 +17,18 @@ from hfopt.host import ROLES
 from hfopt.patches.activation import match_activation
 from hfopt.patches.attention import Attention
 from hfopt.patches.block import Block
-from hfopt.patches.families.family import LayerParts, Topology
+from hfopt.patches.families.family import InputParts, LayerParts, Topology
 from hfopt.patches.ops import Ops, X
-from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
-from hfopt.patches.weights import is_linear
+from hfopt.patches.pattern import Pattern, has_children, owned, unknown_parts
+from hfopt.patches.weights import Features, is_linear
 
 
 @dataclass(frozen=True)
 class LayerSpec:
     """Names of the children; `inner`: Linears and activation of a block without a module of its own.
 
-    multiplier: the attribute that scales what the parts add.
+    multiplier: the attribute that scales what the parts add. reads_heads: see `AttentionSpec`. input, scalar: see
+    `LayerParts`; input_size: channels of the layer's own input.
     """
 
     attention: str
@@ -39,17 +41,27 @@ class LayerSpec:
     inner: tuple[str, str, str] | None = None
     activation_name: str | None = None
     multiplier: str | None = None
+    reads_heads: tuple[int, int] | None = None
+    input: InputParts | None = None
+    input_size: int = 0
+    scalar: str | None = None
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
+        if self.input is not None:
+            return self.input.gate, self.input.output
         return () if self.inner is None else (self.inner[0], self.inner[2])
 
     @functools.cached_property
     def parts(self) -> tuple[str, ...]:
-        return (self.attention, *self.norms, *self.post_norms, *(() if self.mlp is None else (self.mlp,)))
+        others = [] if self.mlp is None else [self.mlp]
+        others += [] if self.input is None else [self.input.norm]
+        return (self.attention, *self.norms, *self.post_norms, *others)
 
     @property
     def activation(self) -> str | None:
+        if self.input is not None:
+            return self.input.activation
         return None if self.inner is None else self.inner[1]
 
 
@@ -75,7 +87,14 @@ class SequentialLayer(Layer):
             if spec.post_norms:
                 y = ops.part(self, spec.post_norms[index], y, () if spec.multiplier else (x,))
             x = y if spec.multiplier is None else ops.scale(y, self.__dict__[spec.multiplier], x)
-        return x
+        if spec.input is not None:
+            x = self._with_input(ops, x, spec.input)
+        return x if spec.scalar is None else ops.scale(x, float(self._buffers[spec.scalar]))  # type: ignore[arg-type]
+
+    def _with_input(self, ops: Ops[X], x: X, parts: InputParts) -> X:
+        gate, output = (ops.weights(self, role, (role,)) for role in (parts.gate, parts.output))
+        inner = ops.times_input(self, ops.activate(self, parts.activation, x, gate))
+        return ops.part(self, parts.norm, ops.linear(inner, output), (x,))
 
 
 class ParallelLayer(Layer):
@@ -117,16 +136,19 @@ _KINDS: dict[Topology, type[Layer]] = {
 # attributes that change nothing, or what the proof shows
 _KNOWN = (
     "activation_dropout", "attention_type", "do_layer_norm_before", "dropout", "embed_dim", "hidden_dropout",
-    "hidden_size", "layer_type", "num_heads", "use_parallel_residual",
+    "hidden_size", "hidden_size_per_layer_input", "layer_type", "num_heads", "use_parallel_residual",
 )  # fmt: skip
 
 
 def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec | str | None:
     inner = None if isinstance(parts.mlp, str) else parts.mlp
     mlp = (parts.mlp,) if isinstance(parts.mlp, str) else parts.mlp
-    if not has_children(module, (parts.attention, *parts.norms, *parts.post_norms, *mlp)) or not owns_nothing(
-        module
-    ):
+    children = (parts.attention, *parts.norms, *parts.post_norms, *mlp)
+    if parts.input is not None:
+        children += dataclasses.astuple(parts.input)
+    if not has_children(module, children) or owned(module) - {parts.scalar}:
+        return None
+    if parts.scalar is not None and not _is_number(module._buffers.get(parts.scalar)):
         return None
     multiplier = parts.multiplier if isinstance(vars(module).get(parts.multiplier), float | int) else None
     kind = _KINDS[topology]
@@ -140,7 +162,9 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
     of_attention = known.hidden_size, known.n_positions, known.layer_type
     if inner is None:
         names = parts.attention, parts.norms, parts.post_norms, mlp[0]
-        return LayerSpec(*names, *of_attention, multiplier=multiplier)
+        more = {"multiplier": multiplier, "reads_heads": known.reads_heads, "scalar": parts.scalar}
+        spec = LayerSpec(*names, *of_attention, **more)
+        return spec if parts.input is None else _with_input(module, parts.input, spec)
     first, activation, second = inner
     if not is_linear(module._modules[first]) or not is_linear(module._modules[second]):
         return f"{first} or {second} is not a plain Linear"
@@ -148,10 +172,26 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
     return LayerSpec(parts.attention, parts.norms, (), None, *of_attention, inner, matched)
 
 
+def _is_number(buffer: torch.Tensor | None) -> bool:
+    return buffer is not None and buffer.numel() == 1 and buffer.is_floating_point()
+
+
+def _with_input(module: Any, parts: InputParts, spec: LayerSpec) -> LayerSpec | str:
+    gate, output = module._modules[parts.gate], module._modules[parts.output]
+    if not is_linear(gate) or not is_linear(output):
+        return f"{parts.gate} or {parts.output} is not a plain Linear"
+    matched = match_activation(module._modules[parts.activation])
+    size = Features.of(gate).outputs
+    return dataclasses.replace(spec, input=parts, input_size=size, activation_name=matched)
+
+
 def _trial(call: Any, spec: LayerSpec, scene: Any) -> list[torch.Tensor]:
     outputs = []
     for inputs in scene.inputs(spec.hidden_size):
-        roles = {**scene.roles(inputs, spec.n_positions, spec.layer_type), "use_cache": True}
+        roles = scene.roles(inputs, spec.n_positions, spec.layer_type, spec.reads_heads)
+        roles["use_cache"] = True
+        if spec.input is not None:
+            roles["layer_input"] = scene.hidden_states(*inputs.hidden_states.shape[:2], spec.input_size)
         outputs.append(inputs.valid(call(hidden_states=inputs.hidden_states, **roles)))
     return outputs
 

@@ -19,6 +19,7 @@ from hfopt.patches.guards import is_sdpa
 from hfopt.patches.pattern import Pattern
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.patches.replacement import Form, Record, Replacement, original_class, replacement_class
+from hfopt.patches.stored import Stored
 
 # Largest difference allowed, as a share of the largest value.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
@@ -106,14 +107,33 @@ class Scene:
             position_ids = position_ids % len(table)
         return host_rotary.angles(self.rotary_module, hidden_states, position_ids, layer_type)
 
-    def roles(self, inputs: Inputs, n_positions: int | None, layer_type: str | None = None) -> dict[str, Any]:
-        """What attention is given besides hidden states, by role. n_positions: of a table of its own."""
+    def roles(
+        self,
+        inputs: Inputs,
+        n_positions: int | None,
+        layer_type: str | None = None,
+        reads_heads: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
+        """What attention is given besides hidden states, by role. n_positions: of a table of its own; reads_heads: (number,
+        channels) of keys that another layer has stored for it.
+        """
         position_ids = inputs.position_ids if n_positions is None else inputs.position_ids % n_positions
         roles = {"attention_mask": inputs.attention_mask, "cache": self.cache, "position_ids": position_ids}
         roles["position_bias"] = None
+        roles["shared"] = {}
+        if reads_heads is not None:
+            roles["shared"][layer_type] = self._stored(*inputs.hidden_states.shape[:2], *reads_heads)
         if n_positions is None and self.rotary_module is not None:
             roles["position_embeddings"] = self.rotary(inputs.hidden_states, inputs.position_ids, layer_type)
         return roles
+
+    def _stored(self, n_rows: int, n_new: int, n_heads: int, head_dim: int) -> Any:
+        """Random keys and values of new tokens, stored in the first layer."""
+        shape = 2, n_rows, n_heads, n_new, head_dim
+        keys, values = torch.randn(shape, generator=self._generator).to(self._dtype)
+        pair = self.cache.update(keys, values, 0)
+        layer: Any = self.cache.layers[0]
+        return Stored(layer, layer.appended(n_new, 0)) if isinstance(self.cache, IndirectCache) else pair
 
     def inputs(self, hidden_size: int) -> Iterator[Inputs]:
         """Five tokens in two rows, two of them padding, then one more in each, then twenty behind a long text."""

@@ -18,6 +18,7 @@ from hfopt.functional import (
     QuantizedWeights,
     Scoring,
     Weights,
+    Xielu,
 )
 from hfopt.functional.activation import CODES
 from hfopt.functional.epilogue import PLAIN
@@ -154,6 +155,24 @@ class Builder:
         self._add(kernels.SCALE, shapes, operands, columns, scalar=factor, then=then, in_place=True)
         return operands["OUT"]
 
+    def multiply(self, x: Value, factor: Value, first: int = 0) -> None:
+        """x times as many values of the factor, from its value `first` on, in place."""
+        for each in (x, factor):
+            self._check(each)
+        if not 0 <= first <= factor.size - x.size:
+            raise InvalidInput(f"first is {first}: {x.size} of {factor.size} values are needed")
+        columns = {"SIZE": x.size, "width": factor.size, "first": first}
+        self._add(kernels.MULTIPLY, f"[{x.size}]", {"IN": factor, "OUT": x}, columns)
+
+    def xielu(self, x: Value, numbers: Xielu) -> Value:
+        """`functional.xielu`."""
+        self._check(x)
+        out = Value(x.size, self.dtype)
+        columns = {"SIZE": x.size, **numbers.addresses(self.dtype)}
+        self._kept += numbers
+        self._add(kernels.XIELU, f"[{x.size}]", {"IN": x, "OUT": out}, columns, in_place=True)
+        return out
+
     def clamp(self, x: Value, limit: float) -> Value:
         """`functional.clamp`."""
         return self._limit(x, limit, smooth=False)
@@ -230,8 +249,8 @@ class Builder:
         self._add(kernels.ROTATE, f"{n_heads} heads of {head_dim}", operands, columns)
 
     def attend(self, qkv: Value, layer: int, heads: tuple[int, int, int], scoring: Scoring) -> Value:
-        """`functional.attend`, over what has been stored."""
-        self._check_heads(qkv, heads)
+        """`functional.attend`, over what has been stored in this layer."""
+        self._check_heads(qkv, heads, stores=False)
         if self._cached.get(layer) != heads[1:]:
             raise InvalidInput(
                 f"layer {layer} caches heads of {self._cached.get(layer)}: {heads[1:]} is needed"
@@ -245,6 +264,7 @@ class Builder:
         }
         self._kept += scoring.tensors
         columns = {
+            "SIZE": qkv.size,
             "layer": layer,
             **dict(zip(("n_heads", "n_kv_heads", "head_dim"), heads, strict=True)),
             "softcap": int(np.float32(softcap).view(np.int32)),
@@ -256,10 +276,13 @@ class Builder:
         self._add(kernels.ATTEND, shapes, operands, columns, scalar=scale, then=then, n_bytes=n_bytes)
         return out
 
-    def _check_heads(self, qkv: Value, heads: tuple[int, int, int]) -> None:
+    def _check_heads(self, qkv: Value, heads: tuple[int, int, int], *, stores: bool = True) -> None:
         n_heads, n_kv_heads, head_dim = heads
         self._check(qkv)
-        fits = qkv.size == (n_heads + 2 * n_kv_heads) * head_dim and min(heads) > 0
+        fits = qkv.size == (n_heads + 2 * n_kv_heads) * head_dim or (
+            not stores and qkv.size == n_heads * head_dim
+        )
+        fits = fits and min(heads) > 0
         if not fits or n_heads % n_kv_heads:
             raise InvalidInput(
                 f"qkv has {qkv.size} values: {n_heads} / {n_kv_heads} heads of {head_dim} do not fit"
@@ -267,12 +290,15 @@ class Builder:
 
     # ---- linear layers ----------------------------------------------------------------------------------------------
 
-    def take_last(self, x: Value) -> None:
-        """Only the last token of each row goes on."""
-        self._check(x)
-        self._add(
-            kernels.TAKE_LAST, f"[{x.size}]", {"IN": x, "OUT": x}, {"SIZE": x.size * self.dtype.itemsize}
-        )
+    def take_last(self, *values: Value) -> None:
+        """Only the last token of each row goes on, in all values that are read from here on. The second time it is so
+        already.
+        """
+        if self._per_row:
+            return
+        for x in values:
+            columns = {"SIZE": x.size * x.dtype.itemsize}
+            self._add(kernels.TAKE_LAST, f"[{x.size}]", {"IN": x, "OUT": x}, columns)
         self._per_row = True
 
     def linear(self, x: Value, weights: Weights, epilogue: Epilogue[Value] = PLAIN) -> Value:
@@ -307,7 +333,7 @@ class Builder:
         factor = Value(out.size, self.dtype)
         self._linear(x, gate, activated, out)
         self._linear(x, up, PLAIN, factor)
-        self._add(kernels.MULTIPLY, f"[{out.size}]", {"IN": factor, "OUT": out}, {"SIZE": out.size})
+        self.multiply(out, factor)
 
     def _linear(
         self, x: Value, weights: LinearWeights | QuantizedWeights, epilogue: Epilogue[Value], out: Value
@@ -350,7 +376,7 @@ class Builder:
     def program(self, logits: Value, n_layers: int) -> Program:
         """What was collected, of which the result is `logits`.
 
-        Raises `InvalidInput` unless each of n_layers is cached, and for logits that are no value of the last tokens, or that
+        n_layers: of the cache. Raises `InvalidInput` unless each of them is cached, and for logits that are no value of the last tokens, or that
         are read again.
         """
         if sorted(self._cached) != list(range(n_layers)):

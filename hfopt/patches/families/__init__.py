@@ -9,6 +9,7 @@ from hfopt.patches.families.cohere import COHERE
 from hfopt.patches.families.falcon import FALCON, FALCON_40B, FALCON_SEQUENTIAL
 from hfopt.patches.families.family import Decoder, Family
 from hfopt.patches.families.gemma import GEMMA2
+from hfopt.patches.families.gemma4 import GEMMA4, GEMMA4_EFFICIENT, GEMMA4_KEYS_AS_VALUES
 from hfopt.patches.families.glm import GLM, GLM4
 from hfopt.patches.families.gpt2 import GPT2
 from hfopt.patches.families.gptj import GPTJ
@@ -22,7 +23,8 @@ from hfopt.patches.families.starcoder import APERTUS, NEMOTRON, STARCODER2
 
 FAMILIES = (
     LLAMA, PHI3, GPTJ, OPT, GEMMA2, OLMO2, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2, NEMOTRON,
-    APERTUS, CODEGEN, GPT2, XGLM, BIOGPT, FALCON, FALCON_40B, FALCON_SEQUENTIAL,
+    APERTUS, CODEGEN, GPT2, XGLM, BIOGPT, FALCON, FALCON_40B, FALCON_SEQUENTIAL, GEMMA4,
+    GEMMA4_KEYS_AS_VALUES, GEMMA4_EFFICIENT,
 )  # fmt: skip
 
 
