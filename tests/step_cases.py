@@ -40,7 +40,7 @@ from tests.generation_cases import (
 _KINDS = (
     LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM, Qwen2ForCausalLM, MistralForCausalLM, Qwen3ForCausalLM,
     Phi3ForCausalLM, GraniteForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM,
-    *(getattr(transformers, name) for name in ("Gemma4ForCausalLM",) if hasattr(transformers, name)),
+    *(getattr(transformers, name) for name in ("Gemma4ForCausalLM", "ApertusForCausalLM") if hasattr(transformers, name)),
 )  # fmt: skip
 ALL_OUTPUTS = {"return_dict_in_generate": True, "output_logits": True}
 MODES: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ class Xielu(NamedTuple):
     def addresses(self, dtype: torch.dtype) -> dict[str, int]:
         """Those of its numbers; raises `InvalidInput` unless they are of this dtype."""
         return {
-            name: check_array(name, each.reshape(1), (1,), dtype) for name, each in self._asdict().items()
+            name: check_array(name, each.reshape(-1), (1,), dtype) for name, each in self._asdict().items()
         }
 
 
