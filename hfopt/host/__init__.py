@@ -53,7 +53,7 @@ from hfopt.host.loops import (  # noqa: E402
     unknown_option,
 )
 from hfopt.host.roles import ROLES, Arguments  # noqa: E402
-from hfopt.host.rotary import rewritten  # noqa: E402
+from hfopt.host.rotary import begin_anew, rewritten  # noqa: E402
 
 __all__ = [
     "GENERATE_ORDER",
@@ -77,6 +77,7 @@ __all__ = [
     "PrefixConstrainedLogitsProcessor",
     "WindowedLayer",
     "attention_kind",
+    "begin_anew",
     "beam_output",
     "cache_argument",
     "cache_field",

@@ -39,7 +39,7 @@ from hfopt.program.layout import (
     scores_in_words,
 )
 from hfopt.program.listing import Listing
-from hfopt.program.program import Program, Table
+from hfopt.program.program import Breaks, Program, Table
 
 Index = Literal["tokens", "positions"]
 
@@ -396,7 +396,10 @@ class Builder:
             formats=formats if linears - {kernels.LINEAR} else formats[:0],
             scalars=np.array([each.scalar for each in self._written]),
             tables=tuple(self._tables),
-            breaks=tuple(sorted({each for table in self._tables for each in table.breaks})),
+            breaks=Breaks(
+                tuple(sorted({each for table in self._tables for each in table.breaks.lengths})),
+                min((table.breaks.last for table in self._tables), default=sys.maxsize),
+            ),
             row_bytes=row_bytes,
             layouts=tuple((*self._cached[layer], self.dtype) for layer in range(n_layers)),
             n_logits=logits.size,

@@ -25,7 +25,7 @@ _HARMLESS = frozenset(
         "gradient_checkpointing", "hidden_size_per_layer_input", "unique_layer_types",
         "has_sliding_layers", "hidden_size", "layer_types", "layerdrop", "loss_type", "max_seq_len", "multi_query",
         "num_heads", "num_hidden_layers", "output_attentions", "output_hidden_states", "pad_token_id", "return_dict",
-        "sliding_window", "use_cache", "vocab_size",
+        "sliding_window", "use_cache", "vocab_size", "_output_capturing_hooks_installed",
     }
 )  # fmt: skip
 # those that change nothing where they are off

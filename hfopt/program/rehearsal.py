@@ -121,8 +121,8 @@ class _Stage(NamedTuple):
             cache.update(keys, values, layer_idx)
         seen = torch.ones(1, n_past + 1, dtype=torch.bool)
         seen[0, 0] = False
-        # at a break, angles become others
-        for position in (min(_FAR, self._n_indices) - 1, *program.breaks):
+        # at a break, angles become others; in order, because those of a model may follow from the longest text so far
+        for position in sorted((min(_FAR, self._n_indices) - 1, *program.breaks.first_beyond)):
             yield from self._step(cache, None, torch.tensor([[position]]), seen, "behind a long text")
             cache.crop(-1)
 
