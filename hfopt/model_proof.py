@@ -17,7 +17,8 @@ from hfopt import generation
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.generation import Installed, StepProgram, StepPrograms, Verdict
 from hfopt.host import is_capture
-from hfopt.patches.probe import allowed, shaken
+from hfopt.patches.probe import allowed
+from hfopt.patches.scene import shaken
 from hfopt.patches.shadow import shadow
 from hfopt.patches.walk import Walk
 

@@ -8,16 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     Cache,
     GenerationMixin,
     GPTJConfig,
     GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -169,6 +175,47 @@ def granite(**changes: Any) -> Model:
     return llama_like(GraniteForCausalLM, GraniteConfig, **{**multipliers, **changes})
 
 
+def bloom(**changes: Any) -> Model:
+    return _shaken(
+        _random(BloomForCausalLM, BloomConfig, **{"n_layer": 2, "hidden_size": 64, "n_head": 4, **changes})
+    )
+
+
+def bloom_with_normed_residuals(**changes: Any) -> Model:
+    """What is added is added to what a norm has made; and a number of heads that is no power of 2."""
+    sizes = {"hidden_size": 96, "n_head": 6}
+    return bloom(**{**sizes, "apply_residual_connection_post_layernorm": True, **changes})
+
+
+def mpt(**changes: Any) -> Model:
+    sizes = {"d_model": 96, "n_heads": 6, "n_layers": 2, "max_seq_len": 96}
+    more = {"attn_config": {"clip_qkv": 1.5}, "use_cache": True}
+    return _shaken(_random(MptForCausalLM, MptConfig, **{**sizes, **more, **changes}))
+
+
+NEO_WINDOW = 7
+
+
+def gpt_neo(**changes: Any) -> Model:
+    """Whose second layer sees a window that is shorter than the prompts."""
+    sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96}
+    more = {
+        "max_position_embeddings": 96,
+        "window_size": NEO_WINDOW,
+        "attention_types": [[["global", "local"], 1]],
+        "initializer_range": 0.15,  # scores are not scaled
+    }
+    return _shaken(_random(GPTNeoForCausalLM, GPTNeoConfig, **{**sizes, **more, **changes}))
+
+
+def _shaken(model: Model) -> Model:
+    """With norms and biases that are neither ones nor zeros, which would hide one that is left out."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, float(parameter.data.mean()), 0.3)
+    return model
+
+
 FAMILIES: dict[str, Callable[..., Model]] = {"llama": llama, "gptj": gptj, "opt": opt}
 # Llama's relatives: other names, norms of heads, fused inputs, multipliers
 RELATIVES: dict[str, Callable[..., Model]] = {
@@ -177,6 +224,14 @@ RELATIVES: dict[str, Callable[..., Model]] = {
     "qwen3": qwen3,
     "phi3": phi3,
     "granite": granite,
+}
+
+# Scores that fall with distance, windows in a cache that holds everything
+DISTANT: dict[str, Callable[..., Model]] = {
+    "bloom": bloom,
+    "bloom, normed residuals": bloom_with_normed_residuals,
+    "mpt": mpt,
+    "gpt_neo": gpt_neo,
 }
 
 

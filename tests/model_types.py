@@ -146,8 +146,8 @@ class Skipped(Exception):
     """There is no such tiny model that continues texts; the message says why."""
 
 
-def config(model_type: str) -> Any:
-    """The configuration of a tiny model of this type. Raises Skipped."""
+def config(model_type: str, **changes: Any) -> Any:
+    """The configuration of a tiny model of this type, with other fields where `changes` names them. Raises Skipped."""
     kind = CONFIG_MAPPING[model_type]
     own = kind()
     text = own.get_text_config(decoder=True)
@@ -160,23 +160,28 @@ def config(model_type: str) -> Any:
     for name in _KINDS:
         if name in fields and (kinds := list(dict.fromkeys(getattr(own, name) or ()))):
             sizes[name] = (kinds * _LAYERS)[:_LAYERS]
-    return kind(**{**sizes, **_OVERRIDES.get(model_type, {})})
+    return kind(**{**sizes, **_OVERRIDES.get(model_type, {}), **changes})
 
 
-def tiny(model_type: str) -> Any:
-    """A model of this type in float32, with distinct weights everywhere. Raises Skipped."""
+def tiny(model_type: str, **changes: Any) -> Any:
+    """A model of this type in float32, with distinct weights everywhere; changes as in `config`. Raises Skipped."""
     try:
-        settings = config(model_type)
+        settings = config(model_type, **changes)
         with torch.device("meta"):
             number = sum(each.numel() for each in AutoModelForCausalLM.from_config(settings).parameters())
         if number > _LARGEST:
             raise Skipped(f"these sizes leave {number:,} parameters")
-        torch.manual_seed(5)
-        model: Any = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
+        return random_model(settings)
     except Skipped:
         raise
     except Exception as error:
         raise Skipped(f"cannot be made of these sizes: {' '.join(str(error).split())[:120]}") from error
+
+
+def random_model(settings: Any) -> Any:
+    """A model of this configuration in float32, with distinct weights everywhere."""
+    torch.manual_seed(5)
+    model: Any = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             _disturb(parameter)

@@ -11,12 +11,15 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import (
+    BloomForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     GPTJForCausalLM,
+    GPTNeoForCausalLM,
     GraniteForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
+    MptForCausalLM,
     OPTForCausalLM,
     Phi3ForCausalLM,
     Qwen2ForCausalLM,
@@ -39,7 +42,8 @@ from tests.generation_cases import (
 
 _KINDS = (
     LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM, Qwen2ForCausalLM, MistralForCausalLM, Qwen3ForCausalLM,
-    Phi3ForCausalLM, GraniteForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM,
+    Phi3ForCausalLM, GraniteForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, BloomForCausalLM, MptForCausalLM,
+    GPTNeoForCausalLM,
     *(getattr(transformers, name) for name in ("Gemma4ForCausalLM", "ApertusForCausalLM") if hasattr(transformers, name)),
 )  # fmt: skip
 ALL_OUTPUTS = {"return_dict_in_generate": True, "output_logits": True}

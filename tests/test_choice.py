@@ -14,6 +14,7 @@ import torch
 from hfopt.errors import InvalidInput
 from hfopt.functional import choice, choice_file, trials
 from hfopt.kernels.jit import launch as jit
+from hfopt.words import DTYPES
 
 _path, _measure = choice_file.path, choice._measure  # the real ones: conftest puts others in their place
 
@@ -78,7 +79,7 @@ def test_torch_is_taken_where_it_is_clearly_faster(
 
 def test_every_class_is_timed_once_at_a_size_of_its_own(measured: dict[str, Any]) -> None:
     for operation, classes in choice.CLASSES.items():
-        for dtype in (FLOAT, BFLOAT):
+        for dtype in DTYPES:
             for index, each in enumerate(classes):
                 behind = classes[index + 1].first if index + 1 < len(classes) else 1 << 20
                 assert each.first <= each.timed < behind
@@ -322,7 +323,7 @@ def test_a_machine_without_memory_for_it_is_not_timed(
     assert timed(clock) == [] and not clock.calls
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operation", choice.CLASSES)
 def test_the_trials_run_both_ways_and_leave_the_random_numbers_alone(
     operation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

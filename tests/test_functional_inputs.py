@@ -33,15 +33,24 @@ def _rotate(qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, k
     )
 
 
+def _norm_heads(qkv: Tensor, weight: Tensor, first: int = SIZE, count: int = 3, size: int = SIZE) -> None:
+    functional.norm_heads(qkv, functional.Norm("rms", weight, None, 1e-5), first, count, size)
+
+
+_ANGLES = torch.ones(1, 3, SIZE)
 OPERATIONS: dict[str, tuple[Callable[[Tensor], object], tuple[int, ...]]] = {
     "rms_norm": (lambda x: functional.rms_norm(x, torch.ones(41), 1e-5), (2, 41)),
     "rms_norm weight": (lambda w: functional.rms_norm(torch.ones(2, 41), w, 1e-5), (41,)),
     "layer_norm": (lambda x: functional.layer_norm(x, None, None, 1e-5), (2, 41)),
     "layer_norm bias": (lambda b: functional.layer_norm(torch.ones(2, 41), None, b, 1e-5), (41,)),
-    "rms_norm_heads": (lambda x: functional.rms_norm_heads(x, torch.ones(SIZE), 1e-5, 1, 3), (2, 3, WIDTH)),
-    "rms_norm_heads weight": (
-        lambda w: functional.rms_norm_heads(torch.ones(2, WIDTH), w, 1e-5, 1, 3),
-        (SIZE,),
+    "norm_heads": (lambda x: _norm_heads(x, torch.ones(SIZE)), (2, 3, WIDTH)),
+    "norm_heads weight": (lambda w: _norm_heads(torch.ones(2, WIDTH), w), (SIZE,)),
+    "clamp": (lambda x: functional.clamp(x, 0.3), (2, 41)),
+    "softcap": (lambda x: functional.softcap(x, 0.3), (2, 41)),
+    "rotate": (lambda x: functional.rotate(x, _ANGLES, _ANGLES, 3, SIZE, "half"), (2, 3, WIDTH)),
+    "rotate cos": (
+        lambda cos: functional.rotate(torch.ones(2, 3, WIDTH), cos, _ANGLES, 3, SIZE, "half"),
+        (1, 3, SIZE),
     ),
     "scale": (lambda x: functional.scale(x, 0.3), (2, 41)),
     "scale residual": (lambda r: functional.scale(torch.ones(2, 41), 0.3, residual=r), (2, 41)),
@@ -91,7 +100,7 @@ def test_tensors_with_a_negative_bit(name: str) -> None:
         operation(torch._neg_view(torch.ones(shape)))
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "rotate_and_store cos"])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if not name.endswith(" cos")])
 def test_transposed_tensors(name: str) -> None:
     operation, shape = OPERATIONS[name]
     strided = torch.ones(*shape, 2)[..., 0]
@@ -113,8 +122,13 @@ def test_other_layouts_and_types(name: str) -> None:
     (
         lambda: functional.rms_norm(torch.ones(2, 41), torch.ones(40), 1e-5),
         lambda: functional.rms_norm(torch.ones(2, 41), torch.ones(1, 41), 1e-5),
-        lambda: functional.rms_norm_heads(torch.ones(2, 41), torch.ones(1, 41), 1e-5, 0, 1),
-        lambda: functional.rms_norm_heads(torch.ones(()), torch.ones(1), 1e-5, 0, 1),
+        lambda: _norm_heads(torch.ones(2, 41), torch.ones(3, 41), 0, 1, 41),
+        lambda: _norm_heads(torch.ones(2, 41), torch.ones(1, 1, 41), 0, 1, 41),
+        lambda: _norm_heads(torch.ones(()), torch.ones(1), 0, 1, 1),
+        lambda: functional.norm(torch.ones(2, 3, 41), functional.Norm("rms", torch.ones(2, 41), None, 1e-5)),
+        lambda: functional.rotate(torch.ones(2, WIDTH), _ANGLES, _ANGLES, 3, SIZE, "half"),
+        lambda: functional.rotate(torch.ones(2, 3, WIDTH), _ANGLES, _ANGLES, 9, SIZE, "half"),
+        lambda: functional.rotate(torch.ones(2, 3, WIDTH), _ANGLES, _ANGLES[:, :2], 3, SIZE, "half"),
         lambda: functional.scale(torch.ones(2, 41), 0.3, residual=torch.ones(41)),
         lambda: functional.layer_norm(torch.ones(2, 41), None, torch.ones(42), 1e-5),
         lambda: functional.rms_norm(torch.ones(()), torch.ones(1), 1e-5),
@@ -140,7 +154,7 @@ def test_mixed_dtypes() -> None:
     x = torch.ones(2, 41, dtype=torch.bfloat16)
     for call in (
         lambda: functional.rms_norm(x, torch.ones(41), 1e-5),
-        lambda: functional.rms_norm_heads(x, torch.ones(41), 1e-5, 0, 1),
+        lambda: _norm_heads(x, torch.ones(41), 0, 1, 41),
         lambda: functional.scale(x, 0.3, residual=torch.ones(2, 41)),
         lambda: _attend(torch.ones(2, 3, WIDTH, dtype=torch.bfloat16)),
     ):
@@ -161,13 +175,31 @@ def test_rotations() -> None:
         functional.rotate_and_store(torch.ones(2, 3, WIDTH), None, None, _appended(), *HEADS, "half")
 
 
-@pytest.mark.parametrize("heads", ((-1, 1), (0, -1), (0, 9), (6, 3), (8, 1)))
+@pytest.mark.parametrize("heads", ((-SIZE, 1), (0, -1), (0, 9), (6 * SIZE, 3), (WIDTH - SIZE + 1, 1)))
 def test_heads_to_norm(heads: tuple[int, int]) -> None:
     qkv = torch.randn(2, WIDTH)
     before = qkv.clone()
-    with pytest.raises(InvalidInput, match=f"of {SIZE} channels: qkv has {WIDTH}"):
-        functional.rms_norm_heads(qkv, torch.ones(SIZE), 1e-5, *heads)
+    with pytest.raises(InvalidInput, match=f"heads of {SIZE} begin at channel .*: there are {WIDTH}"):
+        _norm_heads(qkv, torch.ones(SIZE), *heads)
     assert torch.equal(qkv, before)
+
+
+def test_an_rms_norm_has_no_bias() -> None:
+    with pytest.raises(InvalidInput, match="bias is a Tensor"):
+        functional.norm(torch.ones(2, 41), functional.Norm("rms", None, torch.ones(41), 1e-5))
+
+
+@pytest.mark.parametrize("limit", (0.0, -1.0, torch.inf, torch.nan, None))
+@pytest.mark.parametrize("operation", (functional.clamp, functional.softcap))
+def test_limits(operation: Callable[..., object], limit: float) -> None:
+    with pytest.raises(InvalidInput, match=r"limit is .*: a positive finite number is needed"):
+        operation(torch.ones(2, 41), limit)
+
+
+@pytest.mark.parametrize("rotation", ("none", "full"))
+def test_rotations_without_a_cache(rotation: str) -> None:
+    with pytest.raises(InvalidInput, match="half and interleaved are allowed"):
+        functional.rotate(torch.ones(2, 3, WIDTH), _ANGLES, _ANGLES, 3, SIZE, rotation)
 
 
 @pytest.mark.parametrize("heads", ((4, 3, SIZE), (0, 2, SIZE), (4, 0, SIZE), (4, 2, 0), (-4, -2, SIZE)))

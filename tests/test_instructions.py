@@ -1,5 +1,6 @@
 """Single instructions, as programs of one row over memory of the test's own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hfopt import functional
+from hfopt.functional import Norm
 from hfopt.functional.checks import prepare_threads
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import LOGITS, NONE, Instruction
@@ -98,11 +100,13 @@ def test_norms(dtype: torch.dtype, size: int) -> None:
     x, weight, bias = tokens(dtype, size), torch.randn(size).to(dtype), torch.randn(size).to(dtype)
     places: dict[str, Any] = {"scalar": 1e-5, "IN": 0, "OUT": SLOT, "SIZE": size, "weight": weight.data_ptr()}
     out = tokens(dtype, size)
-    run(kernels.RMS_NORM, [x, out], **places)
-    assert torch.equal(out, functional.rms_norm(x, weight, 1e-5))
-    for each in (bias, None):
-        run(kernels.LAYER_NORM, [x, out], **places, bias=0 if each is None else each.data_ptr())
-        assert torch.equal(out, functional.layer_norm(x, weight, each, 1e-5))
+    for offset in (0, 1):
+        run(kernels.RMS_NORM, [x, out], **places, bias=0, offset=offset)
+        assert torch.equal(out, functional.norm(x, Norm("rms", weight, None, 1e-5, bool(offset))))
+        for each in (bias, None):
+            address = 0 if each is None else each.data_ptr()
+            run(kernels.LAYER_NORM, [x, out], **places, bias=address, offset=offset)
+            assert torch.equal(out, functional.norm(x, Norm("layer", weight, each, 1e-5, bool(offset))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,10 +114,19 @@ def test_norms(dtype: torch.dtype, size: int) -> None:
 def test_norm_of_heads(dtype: torch.dtype, size: int) -> None:
     qkv, weight = tokens(dtype, 5 * size), torch.randn(size).to(dtype)
     expected = qkv.clone()
-    functional.rms_norm_heads(expected, weight, 1e-6, 1, 3)
-    columns: dict[str, Any] = {"weight": weight.data_ptr(), "width": 5 * size, "first": 1, "n_heads": 3}
+    functional.norm_heads(expected, Norm("layer", weight, None, 1e-6, unit_offset=True), size, 3, size)
+    columns: dict[str, Any] = {"weight": weight.data_ptr(), "bias": 0, "offset": 1, "step": 0, "is_layer": 1}
+    columns |= {"width": 5 * size, "first": size, "n_heads": 3}
     run(kernels.HEAD_NORM, [qkv], scalar=1e-6, IN=0, OUT=0, SIZE=size, **columns)
     assert torch.equal(qkv, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("smooth", "operation"), ((0, functional.clamp), (1, functional.softcap)))
+def test_limit(dtype: torch.dtype, smooth: int, operation: Callable[..., Tensor]) -> None:
+    x, out = tokens(dtype, 41), tokens(dtype, 41)
+    run(kernels.LIMIT, [x, out], scalar=0.7, IN=0, OUT=SLOT, SIZE=41, smooth=smooth)
+    assert torch.equal(out, operation(x, 0.7))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

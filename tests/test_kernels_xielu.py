@@ -86,7 +86,7 @@ def test_the_instruction(dtype: torch.dtype) -> None:
     module, x, out = activation(dtype, 0.3, 1.1), tokens(dtype, 41), tokens(dtype, 41)
     numbers = numbers_of(module)
     expected = functional.xielu(x, numbers)
-    places = numbers.addresses(dtype)
+    places: dict[str, Any] = {**numbers.addresses(dtype)}
     run(kernels.XIELU, [x, out], IN=0, OUT=SLOT, SIZE=41, **places)
     assert torch.equal(out, expected)
     run(kernels.XIELU, [x], IN=0, OUT=0, SIZE=41, **places)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hfopt.cache import AppendedEverywhere, Buffers, IndirectCache
 from hfopt.errors import InvalidInput
-from hfopt.functional import Epilogue, LinearWeights, Scoring
+from hfopt.functional import Epilogue, LinearWeights, Norm, Scoring
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import NONE, Instruction
 from hfopt.kernels.linear.blocks import RESIDUALS
@@ -113,9 +113,13 @@ def _attend(builder: Builder, x: Value, *heads: int) -> None:
     builder.attend(builder.linear(x, weights((WIDTH, SIZE))), 0, heads, Scoring(1.0))  # type: ignore[arg-type]
 
 
+def _norm(weight: torch.Tensor) -> Norm:
+    return Norm("rms", weight, None, 1e-5)
+
+
 def _norm_of_another_dtype(builder: Builder, x: Value) -> None:
     other = builder.look_up(Table(torch.randn(N_TOKENS, SIZE).to(_BFLOAT)), "tokens")
-    builder.rms_norm(other, torch.ones(SIZE), 1e-5)
+    builder.norm(other, Norm("rms", torch.ones(SIZE), None, 1e-5))
 
 
 def _linear_of_another_dtype(builder: Builder, x: Value) -> None:
@@ -129,12 +133,11 @@ def _residual_of_another_dtype(builder: Builder, x: Value) -> None:
 
 
 REFUSED: dict[str, Callable[[Builder, Value], Any]] = {
-    "norm weight size": lambda b, x: b.rms_norm(x, torch.ones(SIZE - 1), 1e-5),
-    "norm weight dtype": lambda b, x: b.rms_norm(x, torch.ones(SIZE, dtype=_BFLOAT), 1e-5),
-    "norm weight strides": lambda b, x: b.rms_norm(x, torch.ones(2 * SIZE)[::2], 1e-5),
-    "norm weight None": lambda b, x: b.rms_norm(x, None, 1e-5),  # type: ignore[arg-type]
-    "norm weight meta": lambda b, x: b.rms_norm(x, torch.ones(SIZE, device="meta"), 1e-5),
-    "norm bias size": lambda b, x: b.layer_norm(x, None, torch.ones(SIZE + 1), 1e-5),
+    "norm weight size": lambda b, x: b.norm(x, Norm("rms", torch.ones(SIZE - 1), None, 1e-5)),
+    "norm weight dtype": lambda b, x: b.norm(x, Norm("rms", torch.ones(SIZE, dtype=_BFLOAT), None, 1e-5)),
+    "norm weight strides": lambda b, x: b.norm(x, Norm("rms", torch.ones(2 * SIZE)[::2], None, 1e-5)),
+    "norm weight meta": lambda b, x: b.norm(x, Norm("rms", torch.ones(SIZE, device="meta"), None, 1e-5)),
+    "norm bias size": lambda b, x: b.norm(x, Norm("layer", None, torch.ones(SIZE + 1), 1e-5)),
     "norm input dtype": _norm_of_another_dtype,
     "linear size": lambda b, x: b.linear(x, weights((8, SIZE + 1))),
     "linear dtype": lambda b, x: b.linear(x, weights((8, SIZE), dtype=_BFLOAT)),
@@ -147,9 +150,11 @@ REFUSED: dict[str, Callable[[Builder, Value], Any]] = {
     "activation": lambda b, x: b.linear(x, weights((8, SIZE)), Epilogue("sine")),
     "gate alone": lambda b, x: b.linear(x, weights((8, SIZE)), Epilogue(gated=True)),
     "gate and up differ": lambda b, x: b.linear(x, weights((8, SIZE), (10, SIZE)), Epilogue(gated=True)),
-    "no heads to normalise": lambda b, x: b.norm_heads(x, torch.ones(8), 1e-5, 0, 0),
-    "heads to normalise that are not there": lambda b, x: b.norm_heads(x, torch.ones(8), 1e-5, 2, 3),
-    "head norm dtype": lambda b, x: b.norm_heads(x, torch.ones(8, dtype=_BFLOAT), 1e-5, 0, 1),
+    "heads to normalise that are not there": lambda b, x: b.norm_heads(x, _norm(torch.ones(8)), 16, 3, 8),
+    "heads to normalise of another size": lambda b, x: b.norm_heads(x, _norm(torch.ones(8)), 0, 1, 7),
+    "head norm dtype": lambda b, x: b.norm_heads(x, _norm(torch.ones(8, dtype=_BFLOAT)), 0, 1, 8),
+    "no limit": lambda b, x: b.clamp(x, 0.0),
+    "an infinite limit": lambda b, x: b.softcap(x, torch.inf),
     "scale and residual differ": lambda b, x: b.scale(x, 2.0, b.linear(x, weights((8, SIZE)))),
     "heads and size": lambda b, x: _attend(b, x, 4, 2, 7),
     "heads and groups": lambda b, x: _attend(b, x, 2, 3, 8),
@@ -190,7 +195,7 @@ def test_layers_are_cached_once_each(layers: tuple[int, ...]) -> None:
 def test_nothing_follows_what_makes_the_logits() -> None:
     builder, x = begun()
     logits = head(builder, layered(builder, x, 0))
-    builder.rms_norm(logits, torch.ones(N_LOGITS), 1e-5)
+    builder.norm(logits, Norm("rms", torch.ones(N_LOGITS), None, 1e-5))
     with pytest.raises(InvalidInput, match="rms_norm is the last"):
         builder.program(logits, 1)
 

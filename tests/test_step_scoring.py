@@ -58,7 +58,7 @@ class Decoder:
         x = self.table[torch.from_numpy(tokens)]
         for layer, ((inputs, output), scoring) in enumerate(zip(self.layers, self.scorings, strict=True)):
             qkv = functional.linear(x, inputs)
-            appended = cache.append(layer, *x.shape[:2], *HEADS[1:], self.dtype)
+            appended = cache.append(layer, len(x), x.shape[1], *HEADS[1:], self.dtype)
             functional.rotate_and_store(qkv, None, None, appended, *HEADS, "none")
             attended = functional.attend(qkv, appended, mask, scoring, *HEADS)
             x = functional.linear(attended, output, residuals=(x,))

@@ -128,7 +128,8 @@ def test_what_has_left_the_window_is_not_missed(
         results.append(request.prompt(40, is_padded=is_padded))
     for number, (one, other) in enumerate(zip(*found, strict=True)):
         assert np.array_equal(one, other), number
-    assert [layer.prefix.shape[3] for layer in ours.cache.layers[1:]] == [0 if n_rows > 1 else 128] * 2
+    columns = [layer.prefix.shape[3] for layer in ours.cache.layers]
+    assert columns[0] > 160 and max(columns[1:]) <= (192 if n_rows == 1 else 0)
 
 
 def test_attention_over_tokens_that_have_left() -> None:

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch.nn import functional as F
+from transformers import MistralConfig
 
 from hfopt.cache import Appended, IndirectCache
 from hfopt.functional import Scoring, attend, prepare_mask
@@ -25,6 +26,7 @@ from .kernel_case import (
 )
 
 _GENERATED = 16  # tokens that beams have of their own
+_WINDOWS = 16  # in the context of layers that have one
 
 Heads = tuple[int, int, int]  # of queries, of keys and values, channels of one
 
@@ -94,6 +96,30 @@ def _shared(sizes: Sizes, dtype: torch.dtype, heads: Heads) -> dict[str, Call]:
     return _stream(layers) | calls | peak(dtype)
 
 
+def _window(sizes: Sizes, dtype: torch.dtype, heads: Heads) -> dict[str, Call]:
+    """A token more in layers of a window behind a long text, and in layers without one behind a text as long as the window:
+    with room for its keys and values, which is what leaving others behind costs.
+    """
+    window, head_dim = sizes.keys // _WINDOWS, heads[2]
+    config = MistralConfig(num_hidden_layers=1, sliding_window=window)
+    qkv = random(dtype, 1, 1, (heads[0] + 2 * heads[1]) * head_dim)
+    mask, scoring = prepare_mask(None, 1, 1, window), Scoring(head_dim**-0.5)
+
+    def step(cache: IndirectCache) -> None:
+        if not cache.layers[0].is_sliding:
+            cache.crop(-1)
+        attend(qkv, cache.append(0, 1, 1, *heads[1:], dtype), mask, scoring, *heads)
+
+    calls: dict[str, Call] = {}
+    n_layers = _n_layers(sizes, dtype, window, heads)
+    for name, n_tokens, max_length in (("short", window, window), ("window", sizes.keys, None)):
+        caches = [IndirectCache(config, max_length=max_length) for _ in range(n_layers)]
+        for cache in caches:
+            _fill(cache.append(0, 1, n_tokens, *heads[1:], dtype), dtype)
+        calls[name] = Call(each(step, caches), n_layers, 2 * window * heads[1] * head_dim * dtype.itemsize)
+    return calls
+
+
 def _prefill(dtype: torch.dtype, heads: Heads, n_tokens: int) -> dict[str, Call]:
     n_heads, n_kv_heads, head_dim = heads
     layer = filled(dtype, n_tokens, n_kv_heads, head_dim)
@@ -113,6 +139,39 @@ def _prefill(dtype: torch.dtype, heads: Heads, n_tokens: int) -> dict[str, Call]
     } | peak(dtype)
 
 
+def _scorings(dtype: torch.dtype, heads: Heads, n_keys: int) -> dict[str, Scoring]:
+    """Plain scores and what else they may go through; the window is an eighth of the keys."""
+    n_heads, scale = heads[0], heads[2] ** -0.5
+    return {
+        "plain": Scoring(scale),
+        "softcap": Scoring(scale, 50.0),
+        "slopes": Scoring(scale, slopes=2.0 ** (-8 * torch.arange(1, n_heads + 1) / n_heads)),
+        "sinks": Scoring(scale, sinks=torch.zeros(n_heads, dtype=dtype)),
+        "window": Scoring(scale, window=n_keys // 8),
+    }
+
+
+def _scored(dtype: torch.dtype, heads: Heads, n_keys: int, n_new: int) -> dict[str, Call]:
+    """One layer, whose keys and values stay in the caches if they can, scored in each way."""
+    layer = filled(dtype, n_keys, *heads[1:])._replace(n_new=n_new)
+    qkv = random(dtype, 1, n_new, (heads[0] + 2 * heads[1]) * heads[2])
+    mask = prepare_mask(None, 1, n_new, n_keys)
+    calls: dict[str, Call] = {}
+    for name, scoring in _scorings(dtype, heads, n_keys).items():
+        n_seen = sum(min(scoring.window or n_keys, 1 + place) for place in range(n_keys - n_new, n_keys))
+        run = partial(attend, qkv, layer, mask, scoring, *heads)
+        calls[name] = Call(run, n_operations=4 * heads[0] * heads[2] * n_seen)
+    return calls | peak(dtype)
+
+
+_SCORED = (
+    ("softcap", 1.1),
+    ("slopes", 1.1),
+    ("sinks", 1.1),
+    ("window", 0.5),
+)  # at most so many times as long
+
+
 def attention_cases(sizes: Sizes) -> Iterator[Case]:
     """Steps over a long context and over a prompt that beams share, bound by memory; prompts, bound by arithmetic."""
     limits = STREAM + PEAK
@@ -130,9 +189,28 @@ def attention_cases(sizes: Sizes) -> Iterator[Case]:
                     partial(_shared, sizes, dtype, heads),
                     (Target("decode attention, 4 beams", "4 beams", "slower", 1.25, "1 beam", limits),),
                 )
+                yield Case(
+                    f"{text}, window of {sizes.keys // _WINDOWS} of {sizes.keys} keys",
+                    partial(_window, sizes, dtype, heads),
+                    (Target("decode attention, window", "window", "slower", 1.05, "short"),),
+                )
             for n_tokens in sizes.prompts if heads == sizes.heads[0] else sizes.prompts[:1]:
                 yield Case(
                     f"{text}, {n_tokens} tokens",
                     partial(_prefill, dtype, heads, n_tokens),
                     (Target("prefill attention, causal", "hfopt", "faster", 1.2, "SDPA", PEAK),),
                 )
+        heads = sizes.heads[-1]
+        text = f"{dtype_name(dtype)} {heads[0]}/{heads[1]}×{heads[2]}"
+        for title, n_keys, n_new in (
+            ("decode", sizes.keys, 1),
+            ("prefill", sizes.prompts[0], sizes.prompts[0]),
+        ):
+            yield Case(
+                f"{text}, {n_keys} keys",
+                partial(_scored, dtype, heads, n_keys, n_new),
+                tuple(
+                    Target(f"{title} attention, {name}", name, "slower", wanted, "plain", PEAK)
+                    for name, wanted in _SCORED
+                ),
+            )

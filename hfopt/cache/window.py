@@ -7,7 +7,9 @@ from hfopt.cache.row_map import RowMap, rounded
 from hfopt.cache.storage import moved
 from hfopt.host import WindowedLayer
 
-_SLACK = 64  # columns at least between two moves; and an eighth of the window, so that a token pays for eight
+# Columns at least between two moves, each of which costs some readings of the window, as a token does one; and an eighth of
+# the window, so that a token pays for no more than eight others.
+_SLACK = 128
 
 
 class WindowLayer(IndirectLayer, WindowedLayer):
@@ -56,13 +58,10 @@ class WindowLayer(IndirectLayer, WindowedLayer):
         self._n_plain = length
 
     def _fits(self, n_new: int) -> bool:
-        buffers, most = self.buffers, self._most
-        if not super()._fits(n_new):
+        buffers = self.buffers
+        widest = max(buffers.prefix_columns, buffers.suffix_columns)
+        if not super()._fits(n_new) or (widest > self._most and widest > self._columns_for(n_new)):
             return False
-        if buffers.prefix_columns > most or buffers.suffix_columns > most:
-            most = self._columns_for(n_new)
-            if buffers.prefix_columns > most or buffers.suffix_columns > most:
-                return False
         return self.rows.is_identity or not buffers.prefix_columns or self._first_kept() < self.prefix_len
 
     def _columns_for(self, n_new: int) -> int:
@@ -77,18 +76,19 @@ class WindowLayer(IndirectLayer, WindowedLayer):
         in_suffix, old = first - in_prefix, self.starts
         assert self.prefix is not None and self.suffix is not None
         n_seen, is_identity = self.prefix_len - in_prefix, self.rows.is_identity
-        if is_identity or self.buffers.prefix_columns > self._most or not n_seen:
-            columns = _columns(n_seen + n_new, most) if is_identity else (rounded(n_seen), rounded(n_seen))
-            kept = slice(in_prefix - old[0], self.prefix_len - old[0])
-            given = self.prefix, self.prefix_scales, n_rows if is_identity else 0
-            self.prefix, self.prefix_scales = moved(*given, kept, columns, self.n_following)
-            self.starts = in_prefix, old[1]
         if not is_identity:
             columns = _columns(self.suffix_len - in_suffix + n_new, most)
             kept = slice(in_suffix - old[1], self.suffix_len - old[1])
             given = self.suffix, self.suffix_scales, n_rows
             self.suffix, self.suffix_scales = moved(*given, kept, columns, self.n_following)
-            self.starts = self.starts[0], in_suffix
+            self.starts = old[0], in_suffix
+        # behind what may not find memory: beside a suffix it only shrinks
+        if is_identity or self.buffers.prefix_columns > self._most or not n_seen:
+            columns = _columns(n_seen + n_new, most) if is_identity else (rounded(n_seen), rounded(n_seen))
+            kept = slice(in_prefix - old[0], self.prefix_len - old[0])
+            given = self.prefix, self.prefix_scales, n_rows if is_identity else 0
+            self.prefix, self.prefix_scales = moved(*given, kept, columns, self.n_following)
+            self.starts = in_prefix, self.starts[1]
 
     def cropped_length(self, tokens_to_remove: int) -> int:
         """See `IndirectLayer.cropped_length`. Raises RuntimeError, as transformers does, if what is left would see tokens

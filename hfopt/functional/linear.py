@@ -51,8 +51,8 @@ class Fingerprint(NamedTuple):
 class LinearWeights:
     """One or several `[out_i, in]` matrices with their biases, as kernels read them: in place, by address.
 
-    The tensors are kept alive. Weights that are moved or replaced are noticed by `reads`; build a new record then. rows: where
-    the matrices lie in a single tensor that holds them all, (first row, rows) each; else empty.
+    The tensors are kept alive. Weights that are moved or replaced are noticed by `reads`; build a new record then.
+    rows: where the matrices lie in a single tensor that holds them all, (first row, rows) each; else empty.
     """
 
     table: np.ndarray

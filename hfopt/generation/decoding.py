@@ -60,6 +60,11 @@ def are_near(position_ids: Tensor, n_keys: int) -> bool:
     return bool(first >= 0 and last < max(n_keys, _NEAR))
 
 
+def has_gaps(mask: np.ndarray | None) -> bool:
+    """Whether keys are hidden behind one that is seen; mask: [n_rows, keys], 0 for what is hidden."""
+    return mask is not None and bool((np.diff((mask != 0).astype(np.int8), axis=1) < 0).any())
+
+
 class Greedy(NamedTuple):
     """A request that reads no logits but their `argmax`: tokens that end its rows, int64 [n], and what follows in those."""
 
@@ -73,9 +78,8 @@ _Room = tuple[StepRun, np.ndarray, AppendedEverywhere, np.ndarray | None]
 class Decoding:
     """The steps of one request behind its prompt, as far as the model has a program for them.
 
-    positions: int64 [1 or n_rows], of the next token; mask: uint8 [n_rows, keys], 0 for what is hidden,
-    or None. is_alone: no code of the
-    user runs between the steps, in this thread.
+    positions: int64 [1 or n_rows], of the next token, or None for a model that is given none; mask: uint8 [n_rows, keys], 0
+    for what is hidden, or None. is_alone: no code of the user runs between the steps, in this thread.
     """
 
     def __init__(
@@ -83,12 +87,14 @@ class Decoding:
         model: Model,
         programs: StepPrograms,
         cache: IndirectCache,
-        positions: np.ndarray,
+        positions: np.ndarray | None,
         mask: np.ndarray | None,
         is_alone: bool,
     ) -> None:
         self._model, self._programs, self._cache = model, programs, cache
-        self._positions, self._mask = positions, mask
+        self._has_positions, self._has_gaps = positions is not None, has_gaps(mask)
+        # no program that is not given positions reads these
+        self._positions, self._mask = np.zeros(1, np.int64) if positions is None else positions, mask
         self._is_alone = is_alone
         self._program: StepProgram | None = None
         self._run: StepRun | None = None
@@ -104,15 +110,15 @@ class Decoding:
             return None
         if any(model_kwargs.get(name) for name in LOOKS_INSIDE) or wanted(model):
             return None
-        if positions is None or positions.dim() != 2:
-            return None
-        last = positions[:, -1]
-        if not are_near(last, cache.get_seq_length() + 1):
-            return None
+        last = None
+        if positions is not None:
+            if positions.dim() != 2 or not are_near(positions[:, -1], cache.get_seq_length() + 1):
+                return None
+            last = positions[:, -1].numpy().astype(np.int64)
         if not _spans(mask, cache):
             return None
         shown = None if mask is None or bool((mask != 0).all()) else (mask != 0).numpy().astype(np.uint8)
-        return cls(model, programs, cache, last.numpy().astype(np.int64), shown, is_alone)
+        return cls(model, programs, cache, last, shown, is_alone)
 
     @property
     def cache(self) -> IndirectCache:
@@ -122,7 +128,9 @@ class Decoding:
     def fits(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the position and the mask that the model would be given for the next token are the program's."""
         positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-        if positions is None or not (positions[:, -1].numpy() == self._positions).all():
+        if (positions is not None) != self._has_positions:
+            return False
+        if positions is not None and not (positions[:, -1].numpy() == self._positions).all():
             return False
         if mask is None or not _spans(mask, self._cache):
             return mask is None and self._mask is None
@@ -172,7 +180,10 @@ class Decoding:
         program = self._current(len(tokens))
         if program is None:
             return False
-        n_steps = max(1, min(max_steps, _MAX_STEPS, 2 * self._n_steps, int(_CALL_SECONDS / self._seconds)))
+        n_left = self._most_keys(program) - self._cache.get_seq_length()
+        n_steps = max(
+            1, min(max_steps, n_left, _MAX_STEPS, 2 * self._n_steps, int(_CALL_SECONDS / self._seconds))
+        )
         begin = time.perf_counter()
         room = self._make_room(program, len(tokens), n_steps)
         if room is None:
@@ -210,13 +221,17 @@ class Decoding:
     def _current(self, n_rows: int) -> StepProgram | None:
         """The program for the next step."""
         program = self._program
-        if self._is_alone and program is not None and self._programs.holds(program):
-            return program
-        if has_hooks(self._model):
-            return None
-        program = self._programs.of(self._model, n_rows, 1, self._cache.kv_cache)
-        # a cache may have other layers than the model uses now
-        return program if program is not None and len(program.layouts) == len(self._cache.layers) else None
+        if not (self._is_alone and program is not None and self._programs.holds(program)):
+            if has_hooks(self._model):
+                return None
+            program = self._programs.of(self._model, n_rows, 1, self._cache.kv_cache)
+            # a cache may have other layers than the model uses now
+            if program is None or len(program.layouts) != len(self._cache.layers):
+                return None
+        return program if self._cache.get_seq_length() < self._most_keys(program) else None
+
+    def _most_keys(self, program: StepProgram) -> int:
+        return program.most_keys(has_positions=self._has_positions, has_gaps=self._has_gaps)
 
     def _mask_over(self, n_keys: int) -> np.ndarray | None:
         """uint8 [n_rows, >= n_keys]; no new token is hidden."""

@@ -13,7 +13,7 @@ from hfopt import host
 from hfopt.cache import IndirectCache
 
 from ._types import Model, Outputs
-from .decoding import LOOKS_INSIDE, are_near, has_hooks, wanted
+from .decoding import LOOKS_INSIDE, are_near, has_gaps, has_hooks, wanted
 from .prompt import share_prompts, unshare_prompts
 from .protocols import StepProgram
 from .state import installed
@@ -101,10 +101,12 @@ class Prefill:
 
 
 class _Text(NamedTuple):
-    """New tokens [n_rows, n_new] behind n_past others, their positions [1 or n_rows, n_new], and a mask."""
+    """New tokens [n_rows, n_new] behind n_past others, their positions [1 or n_rows, n_new] if the model is given them, and
+    a mask.
+    """
 
     tokens: Tensor
-    positions: Tensor
+    positions: Tensor | None
     mask: Tensor | None  # [n_rows, n_past + n_new]
     n_past: int
 
@@ -114,10 +116,12 @@ class _Text(NamedTuple):
         tokens, positions, mask = (
             inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask")
         )
-        if not _is_matrix(tokens) or not _is_matrix(positions) or not (mask is None or _is_matrix(mask)):
+        if not _is_matrix(tokens) or not all(each is None or _is_matrix(each) for each in (positions, mask)):
             return None
         n_rows, n_new = tokens.shape
-        if positions.shape not in ((1, n_new), (n_rows, n_new)) or not are_near(positions, n_past + n_new):
+        if positions is not None and (
+            positions.shape not in ((1, n_new), (n_rows, n_new)) or not are_near(positions, n_past + n_new)
+        ):
             return None
         if mask is not None and mask.shape != (n_rows, n_past + n_new):
             return None
@@ -126,17 +130,21 @@ class _Text(NamedTuple):
         return cls(tokens, positions, mask, n_past)
 
     def read(self, program: StepProgram, cache: IndirectCache) -> Tensor | None:
-        """Logits [n_rows, 1, n_logits]; None, with nothing changed, for a long text, and if layers hold different tokens."""
+        """Logits [n_rows, 1, n_logits]; None, with nothing changed, for a long text, one that the program does not take, and
+        if layers hold different tokens.
+        """
         n_rows, n_new = self.tokens.shape
         n_keys = self.n_past + n_new
-        if program.work(n_rows, n_new, n_keys) > _MAX_WORK:
+        mask = None if self.mask is None else self.mask.numpy()
+        most_keys = program.most_keys(has_positions=self.positions is not None, has_gaps=has_gaps(mask))
+        if program.work(n_rows, n_new, n_keys) > _MAX_WORK or n_keys > most_keys:
             return None
         appended = cache.append_everywhere(n_rows, n_new, program.layouts)
         if appended is None:
             return None
-        tokens, positions = (
-            each.numpy().astype(np.int64, copy=False) for each in (self.tokens, self.positions)
-        )
+        # a program that is not given positions reads none
+        given = torch.zeros(1, n_new, dtype=torch.long) if self.positions is None else self.positions
+        tokens, positions = (each.numpy().astype(np.int64, copy=False) for each in (self.tokens, given))
         try:
             return program.prefill(tokens, positions, appended, self._causal_mask())
         except BaseException:  # its columns have not been written

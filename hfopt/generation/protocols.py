@@ -61,6 +61,11 @@ class StepProgram(Protocol):
     def layouts(self) -> Sequence[Layout]:
         """Of each layer of the cache: heads of keys and values, channels of one, and their type."""
 
+    def most_keys(self, *, has_positions: bool, has_gaps: bool) -> int:
+        """How many keys a call may have at most; 0 if it takes none without positions, or where keys are hidden behind one
+        that is seen.
+        """
+
     def work(self, n_rows: int, n_new: int, n_keys: int) -> int:
         """Multiply-adds of a call for n_new tokens in each of n_rows rows, the last of which sees n_keys keys."""
 

@@ -31,7 +31,7 @@ from hfopt.host.criteria import (  # noqa: E402
     MaxTimeCriteria,
     PrefixConstrainedLogitsProcessor,
 )
-from hfopt.host.linear import Conv1D, is_linear_class
+from hfopt.host.linear import Conv1D, is_linear_class  # noqa: E402
 from hfopt.host.loops import (  # noqa: E402
     GENERATE_ORDER,
     MODES,
@@ -77,8 +77,8 @@ __all__ = [
     "PrefixConstrainedLogitsProcessor",
     "WindowedLayer",
     "attention_kind",
-    "begin_anew",
     "beam_output",
+    "begin_anew",
     "cache_argument",
     "cache_field",
     "cache_given",

@@ -19,6 +19,7 @@ _NAMES = {
     "position_bias": ("alibi", "position_bias"),
     "shared": ("shared_kv_states",),  # by kind of layer, for layers that read the keys and values of another
     "layer_input": ("per_layer_input",),
+    "residual": ("residual",),
 }
 _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 ROLES = frozenset({"hidden_states", *_NAMES})

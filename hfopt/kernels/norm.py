@@ -11,7 +11,7 @@ from hfopt.kernels.simd.constants import ZERO
 from hfopt.kernels.simd.memory import load_part, load_two, prefetch_two, store_part, store_two
 from hfopt.kernels.simd.pointer import address_as, address_of, pointer, shifted
 from hfopt.kernels.simd.types import LANES
-from hfopt.kernels.simd.vector import fma, product, splat, sum_lanes, where_part
+from hfopt.kernels.simd.vector import fma, lane, product, quotient, splat, sum_lanes, where_part
 
 _STEP = 2 * LANES
 _PARALLEL_SIZE = 1 << 16  # elements; below, more threads cost more than they save
@@ -22,6 +22,12 @@ def inverse_root(x):
     """1 / sqrt(x)."""
     # in float32 LLVM would take the approximate instruction and Newton's step, which makes a NaN of inf
     return np.float32(1.0 / np.sqrt(np.float64(x)))
+
+
+@body
+def mean_of(total, size):
+    """total / size, by the division that is written here: LLVM would multiply by the inverse in a loop over heads."""
+    return lane(quotient(splat(total), splat(np.float32(size))), 0)
 
 
 @body
@@ -63,7 +69,7 @@ def sum_squares(x, mean, size):
 def rms_norm_row(x, weight, offset, eps, size, out):
     """out = (weight + offset) * x / sqrt(mean(x^2) + eps); weight is an address, or 0 for none."""
     # products as they are written: LLVM would take them in another order in another kernel
-    scale = splat(inverse_root(sum_squares(x, splat(ZERO), size) / np.float32(size) + eps))
+    scale = splat(inverse_root(mean_of(sum_squares(x, splat(ZERO), size), size) + eps))
     w, more = address_as(weight, x), splat(offset)
     k = 0
     while k + _STEP <= size:
@@ -87,8 +93,8 @@ def rms_norm_row(x, weight, offset, eps, size, out):
 @body
 def layer_norm_row(x, weight, bias, offset, eps, size, out):
     """out = (weight + offset) * (x - mean(x)) / sqrt(var(x) + eps) + bias; weight and bias are addresses or 0."""
-    mean = splat(sum_row(x, size) / np.float32(size))
-    scale = splat(inverse_root(sum_squares(x, mean, size) / np.float32(size) + eps))
+    mean = splat(mean_of(sum_row(x, size), size))
+    scale = splat(inverse_root(mean_of(sum_squares(x, mean, size), size) + eps))
     w, b, more = address_as(weight, x), address_as(bias, x), splat(offset)
     k = 0
     while k + _STEP <= size:

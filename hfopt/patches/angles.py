@@ -54,6 +54,11 @@ def remembered(
     return entry[1]
 
 
+def moment_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """What changes when somebody writes into a tensor, or gives it other memory."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
 def is_pair(position_embeddings: Any) -> bool:
     """Whether these are two tensors, as models hand angles down."""
     return (

@@ -1,6 +1,7 @@
 """How attention is recognised by its children, and proven."""
 
 import functools
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,18 @@ from hfopt.functional.linear import Rows
 from hfopt.host import Arguments
 from hfopt.patches.attention import (
     SCALES,
+    AlibiAttention,
     Attention,
     AttentionSpec,
+    BandAttention,
+    Given,
     HeadNorm,
     RotaryAttention,
     TableAttention,
     UnrotatedAttention,
     setting,
 )
-from hfopt.patches.facts import names_read
+from hfopt.patches.facts import layer_index, names_read
 from hfopt.patches.families.family import Angles, AttentionParts, Order
 from hfopt.patches.guards import attention_obstacle
 from hfopt.patches.norm import NormBlock
@@ -30,39 +34,55 @@ from hfopt.patches.weights import Features, is_linear
 
 @dataclass(frozen=True)
 class _Kind:
-    """A way to the angles: the replacement, its name, and whether a `forward` with such roles may go it, with a table of its
-    own or without.
+    """A way to tell positions: the replacement, its name, and whether a `forward` with such roles may go it, with a buffer
+    of its own or without.
     """
 
     name: str
     replacement: type[Attention]
     fits: Callable[[Collection[str], bool], bool]
     needs: tuple[str, ...] = ()
+    buffer: str | None = None  # of its own
 
 
+_TABLE = "embed_positions"
+_BAND = "bias"
 _KINDS: dict[Angles, _Kind] = {
-    "computed": _Kind(
-        "rotary_attention", RotaryAttention, lambda roles, has_table: True, ("position_embeddings",)
-    ),
+    "computed": _Kind("rotary_attention", RotaryAttention, lambda roles, _: True, ("position_embeddings",)),
     "table": _Kind(
         "table_attention",
         TableAttention,
         lambda roles, has_table: ("position_ids" if has_table else "position_embeddings") in roles,
+        buffer=_TABLE,
     ),
     "none": _Kind(
-        "unrotated_attention", UnrotatedAttention, lambda roles, has_table: "position_embeddings" not in roles
+        "unrotated_attention",
+        UnrotatedAttention,
+        lambda roles, _: not {"position_embeddings", "position_bias"} & set(roles),
+    ),
+    "alibi": _Kind(
+        "alibi_attention",
+        AlibiAttention,
+        lambda roles, _: "position_embeddings" not in roles,
+        ("position_bias",),
+    ),
+    "band": _Kind(
+        "band_attention",
+        BandAttention,
+        lambda roles, has_band: has_band and "position_embeddings" not in roles,
+        buffer=_BAND,
     ),
 }
-_TABLE = "embed_positions"
 _SHARDS = 4  # CodeGen's, one for each of the machines that it was trained on
 # attributes that change nothing, or what the proof shows
 _KNOWN = (
-    "alibi_slopes", "attention_type", "dropout", "embed_dim", "embed_positions", "enable_bias", "head_dim", "head_size", "reorder_and_upcast_attn",
-    "is_causal", "is_cross_attention", "is_decoder", "is_sliding", "kv_dim", "kv_heads", "layer_type", "max_positions",
-    "mp_num", "multi_query", "new_decoder_architecture", "num_attention_heads", "num_heads", "num_key_value_groups", "num_key_value_heads",
-    "num_kv_heads", "pos_embd_dim", "qk_layernorm", "rotary_dim", "rotary_ndims", "sliding_window", "split_size",
-    "is_kv_shared_layer", "store_full_length_kv", "use_alternative_attention", "use_qk_norm", "use_rope", *SCALES,
-    "scale_attn",
+    "alibi_slopes", "attention_type", "beta", "dropout", "embed_dim", "embed_positions", "enable_bias",
+    "head_dim", "head_size", "hidden_size", "is_causal", "is_cross_attention", "is_decoder", "is_kv_shared_layer",
+    "is_sliding", "kv_dim", "kv_heads", "layer_type", "max_positions", "max_seq_length", "mp_num", "multi_query", "n_heads",
+    "new_decoder_architecture", "num_attention_heads", "num_heads", "num_key_value_groups",
+    "num_key_value_heads", "num_kv_heads", "pos_embd_dim", "pretraining_tp", "qk_layernorm",
+    "reorder_and_upcast_attn", "rotary_dim", "rotary_ndims", "scale_attn", "sliding_window", "slow_but_exact",
+    "split_size", "store_full_length_kv", "use_alternative_attention", "use_qk_norm", "use_rope", *SCALES,
 )  # fmt: skip
 _EACH = "norms"  # a list of norms, one for each head
 _GROUP = "num_key_value_groups"
@@ -78,8 +98,9 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
         resembles = set(known) <= set(module._modules)
         return f"unknown children beside its projections ({', '.join(others)})" if resembles else None
     roles = Arguments.of(original_class(module).forward).names.keys()
-    has_table = module._buffers.get(_TABLE) is not None
-    if not _KINDS[parts.angles].fits(roles, has_table):
+    kind = _KINDS[parts.angles]
+    buffer = None if kind.buffer is None else module._buffers.get(kind.buffer)
+    if not kind.fits(roles, buffer is not None):
         return None
     flaw = _flaw(module, parts)
     if flaw is not None:
@@ -95,8 +116,15 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
         if isinstance(found, str):
             return found
         head_norms += found
-    table = module._buffers.get(_TABLE)
-    hidden_size, n_heads, _, head_dim = sizes
+    hidden_size, n_heads, n_kv_heads, head_dim = sizes
+    given = Given(
+        len(buffer) if parts.angles == "table" and buffer is not None else None,
+        _layer_type(module),
+        n_heads if parts.angles == "alibi" else 0,
+        parts.hides,
+        buffer.shape[-1] if parts.angles == "band" and buffer is not None else sys.maxsize,
+        None if parts.stores else (n_kv_heads, head_dim),
+    )
     return [
         AttentionSpec(
             parts.inputs,
@@ -108,11 +136,10 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             rotation,
             tuple(head_norms),
             norms_last,
-            None if table is None else table.shape[0],
             rows,
             _setting_read(module, parts.clip),
             _setting_read(module, parts.softcap),
-            _layer_type(module),
+            given,
             parts.stores,
         )
         for n_kv_heads, rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
@@ -126,10 +153,10 @@ def _flaw(module: Any, parts: AttentionParts) -> str | None:
     owned = [
         name for name, each in (*module._parameters.items(), *module._buffers.items()) if each is not None
     ]
-    if owned != ([_TABLE] if parts.angles == "table" and owned else []):
+    if owned and owned != [kind.buffer]:
         return "parameters or buffers of its own"
     state = vars(module)
-    if not isinstance(state.get("layer_idx"), int):
+    if layer_index(module) is None:
         return "it has no layer_idx"
     if not any(isinstance(state.get(name), int) for name in _HEAD_DIMS):
         return f"no {' or '.join(_HEAD_DIMS)}"
@@ -185,8 +212,9 @@ def _layer_type(module: Any) -> str | None:
     """The name of its kind of layers, for which there may be angles and masks of their own."""
     state, types = vars(module), setting(module, "layer_types")
     named = next((state[name] for name in ("layer_type", "attention_type") if name in state), None)
-    if named is None and types is not None and module.layer_idx < len(types):
-        named = types[module.layer_idx]
+    index = layer_index(module)
+    if named is None and types is not None and index is not None and index < len(types):
+        named = types[index]
     return named if isinstance(named, str) else None
 
 
@@ -220,10 +248,11 @@ def _trial(call: Any, spec: AttentionSpec, scene: Any) -> list[torch.Tensor]:
         inputs.valid(
             call(
                 hidden_states=inputs.hidden_states,
-                **scene.roles(inputs, spec.n_positions, spec.layer_type, spec.reads_heads),
+                residual=inputs.hidden_states.flip(-1),
+                **scene.roles(inputs, spec.given),
             )
         )
-        for inputs in scene.inputs(spec.hidden_size)
+        for inputs in scene.inputs(spec.hidden_size, spec.given.max_keys)
     ]
 
 

@@ -11,11 +11,12 @@ from hfopt.cache import IndirectCache
 from hfopt.functional import Epilogue, Mask, Norm, Weights
 from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
+from hfopt.host import Arguments
 from hfopt.patches.activation import XIELU, fused_activation, xielu_of
 from hfopt.patches.angles import are_angles, remembered
 from hfopt.patches.guards import are_readable, attention_kind, is_bare, wants_attentions
 from hfopt.patches.ops import Declined
-from hfopt.patches.replacement import Replacement, are_others_bare, is_usable
+from hfopt.patches.replacement import Replacement, are_others_bare, is_usable, original_class
 from hfopt.patches.stored import Stored
 from hfopt.patches.weights import read_children
 
@@ -44,6 +45,11 @@ class Eager:
             raise Declined
         self._dtype, self._roles, self._by = x.dtype, roles, module._hfopt.kernels
 
+    def check(self, x: Tensor, residual: Any) -> None:
+        """Raises Declined for a residual that kernels do not add to what the module makes of x."""
+        if not are_readable((residual,), self._dtype) or residual.shape != x.shape:
+            raise Declined
+
     # ---- parts ------------------------------------------------------------------------------------------------------
 
     def part(self, module: Any, name: str, x: Tensor, residuals: Sequence[Tensor] = ()) -> Tensor:
@@ -54,12 +60,23 @@ class Eager:
                 return output
             except Declined:
                 pass
+        residual = Arguments.of(original_class(child).forward).names.get("residual")
+        if residual is not None:  # the module itself adds it, and no other
+            if len(residuals) != 1:
+                raise Declined
+            given: Tensor = child(x, **{residual: residuals[0]})
+            return given
         output = child(x)
-        for residual in residuals:
-            output = output + residual
+        for each in residuals:
+            output = output + each
         return output
 
-    def attention(self, module: Any, name: str, x: Tensor, residuals: Sequence[Tensor] = ()) -> Tensor:
+    def attention(self, module: Any, path: str, x: Tensor, residuals: Sequence[Tensor] = ()) -> Tensor:
+        *around, name = path.split(".")
+        for each in around:
+            module = module._modules[each]
+            if not is_bare(module):
+                raise Declined
         child = module._modules[name]
         # as a module it would need arguments that nobody has looked at
         if not isinstance(child, Replacement) or not self._can_run(child, x, residuals):
@@ -136,19 +153,19 @@ class Eager:
     def past(self, attention: Any, x: Tensor) -> Past:
         given, stored = self._roles, self._stored(attention)
         cache = given.get("cache")
-        layer = 0 if cache is None else attention.layer_idx
+        layer = 0 if cache is None else attention.layer
         cache = IndirectCache() if cache is None else cache
         if not _takes_appends(cache, layer) or wants_attentions(attention) or x.dim() != 3:
             raise Declined
         if not all(is_bare(attention._modules[name]) for name in attention._hfopt.spec.parts):
             raise Declined
         for path, *_ in attention._hfopt.spec.norms:
-            norm = attention.get_submodule(path)
-            if not isinstance(norm, Replacement) or not is_usable(norm):
+            block: Any = attention.get_submodule(path)
+            if not is_usable(block):
                 raise Declined
-            self._check_vectors(norm.norm)
+            self._check_vectors(block.norm)
         rotary = attention.rotary(given.get("position_embeddings"), given.get("position_ids"))
-        if rotary is None or given.get("position_bias") is not None:
+        if rotary is None:
             raise Declined
         n_rows, n_new, _ = x.shape
         if stored is None:
@@ -159,7 +176,12 @@ class Eager:
             appended, is_windowed = stored.appended._replace(n_new=n_new), stored.layer.is_sliding
             n_past, n_keys = appended.n_keys - n_new, appended.n_keys
         sizes = (n_rows, n_new, n_keys)
-        mask = _mask(cache, given.get("attention_mask"), attention_kind(attention), sizes, is_windowed)
+        kind, hides = attention_kind(attention), attention._hfopt.spec.given.hides
+        if n_keys > attention.max_keys:
+            raise Declined
+        mask = _mask(cache, given.get("attention_mask"), kind, sizes, is_windowed=is_windowed, hides=hides)
+        if not attention.takes_bias(given.get("position_bias"), cache, mask, sizes):
+            raise Declined
         cos, sin = rotary(cache, n_past, self._dtype)
         if cos is not None and not are_angles(cos, n_rows, n_new):
             raise Declined
@@ -170,7 +192,7 @@ class Eager:
         spec = attention._hfopt.spec
         if spec.stores:
             return None
-        stored = (self._roles.get("shared") or {}).get(spec.layer_type)
+        stored = (self._roles.get("shared") or {}).get(spec.given.layer_type)
         if not isinstance(stored, Stored):
             raise Declined
         return stored
@@ -189,7 +211,7 @@ class Eager:
         functional.rotate_and_store(qkv, *angles, appended, n_heads, n_kv_heads, head_dim, rotation)
         shared = self._roles.get("shared")
         if shared is not None:  # later layers read the last one of their kind
-            shared[spec.layer_type] = Stored(past.cache.layers[past.layer], appended)
+            shared[spec.given.layer_type] = Stored(past.cache.layers[past.layer], appended)
         return past._replace(appended=appended)
 
     def attend(self, attention: Any, qkv: Tensor, past: Past) -> Tensor:
@@ -209,9 +231,14 @@ def _mask(
     attention_mask: Any,
     kind: str | None,
     sizes: tuple[int, int, int],
+    *,
     is_windowed: bool,
+    hides: bool,
 ) -> Mask:
-    """The mask of a call as kernels read it, with its sizes; raises Declined if they cannot."""
+    """The mask of a call as kernels read it, with its sizes; raises Declined if they cannot.
+
+    hides: whether it says by True what is hidden.
+    """
     _, n_new, n_keys = sizes
     if attention_mask is None:
         # without a mask, only torch's own attention takes several tokens as causal, and only the first ones
@@ -223,12 +250,22 @@ def _mask(
         raise Declined
     if is_windowed and attention_mask.shape[-1] != n_keys:
         raise Declined
-    if kind == "eager" and not attention_mask.is_floating_point():
-        raise Declined  # it is added, whatever it is
+    # by eager attention it is added, whatever it is, or stands for numbers that are
+    if (
+        (attention_mask.dtype is not torch.bool)
+        if hides
+        else (kind == "eager" and not attention_mask.is_floating_point())
+    ):
+        raise Declined
+
+    def prepared() -> Mask:
+        shown = attention_mask
+        if hides:
+            shown = torch.zeros(shown.shape).masked_fill_(shown, torch.finfo(torch.float32).min)
+        return functional.prepare_mask(shown, *sizes)
+
     tag = "window mask" if is_windowed else "mask"  # a model may have both
-    mask: Mask = remembered(
-        cache, tag, attention_mask, sizes, lambda: functional.prepare_mask(attention_mask, *sizes)
-    )
+    mask: Mask = remembered(cache, tag, attention_mask, sizes, prepared)
     if mask.kind == "unsupported":
         raise Declined
     return mask

@@ -12,7 +12,8 @@ from hfopt import host
 
 PLAIN = (bool, int, float, str, type(None))
 # attributes that any module may have and that its `forward` does not read in evaluation mode
-HARMLESS = frozenset({"attention_dropout", "config", "gradient_checkpointing", "layer_idx", "training"})
+INDICES = ("layer_idx", "layer_id")  # of an attention module, of its layer of the cache
+HARMLESS = frozenset({"attention_dropout", "config", "gradient_checkpointing", "training", *INDICES})
 _OF_EVERY_MODULE = frozenset(dir(nn.Module()))
 
 
@@ -99,6 +100,12 @@ def getter(names: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
         return lambda state: ()
     get = itemgetter(names[0])  # gives the value itself
     return lambda state: (get(state),)
+
+
+def layer_index(module: nn.Module) -> int | None:
+    """Which layer of the cache an attention module has; None if it tells none."""
+    found = (module.__dict__.get(name) for name in INDICES)
+    return next((each for each in found if isinstance(each, int)), None)
 
 
 def own_names(state: Iterable[str]) -> Iterator[str]:

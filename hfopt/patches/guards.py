@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hfopt import host
 from hfopt.host import captured_outputs, is_capture
-from hfopt.patches.facts import class_names_read
+from hfopt.patches.facts import class_names_read, layer_index
 from hfopt.words import DTYPES
 
 DO_NOTHING = (nn.Dropout, nn.Identity)  # in evaluation mode
@@ -89,7 +89,7 @@ def attention_kind(attention: Any) -> Literal["sdpa", "eager"] | None:
     original = getattr(kind, "_hfopt_original", kind)
     config = vars(attention).get("config")
     if config is None:  # its attention is in its own code
-        return "eager" if isinstance(vars(attention).get("layer_idx"), int) else None
+        return "eager" if layer_index(attention) is not None else None
     return host.attention_kind(config, original, class_names_read(original))
 
 

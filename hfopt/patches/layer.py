@@ -15,7 +15,7 @@ import torch
 from hfopt.functional import Epilogue
 from hfopt.host import ROLES
 from hfopt.patches.activation import match_activation
-from hfopt.patches.attention import Attention
+from hfopt.patches.attention import Attention, Given
 from hfopt.patches.block import Block
 from hfopt.patches.families.family import InputParts, LayerParts, Topology
 from hfopt.patches.ops import Ops, X
@@ -27,8 +27,8 @@ from hfopt.patches.weights import Features, is_linear
 class LayerSpec:
     """Names of the children; `inner`: Linears and activation of a block without a module of its own.
 
-    multiplier: the attribute that scales what the parts add. reads_heads: see `AttentionSpec`. input, scalar: see
-    `LayerParts`; input_size: channels of the layer's own input.
+    attention: a path. multiplier: the attribute that scales what the parts add. normed, input, scalar: see `LayerParts`;
+    input_size: channels of the layer's own input.
     """
 
     attention: str
@@ -36,12 +36,11 @@ class LayerSpec:
     post_norms: tuple[str, ...]
     mlp: str | None
     hidden_size: int
-    n_positions: int | None = None  # of a table of its attention's own
-    layer_type: str | None = None  # of its attention
+    given: Given  # to its attention
     inner: tuple[str, str, str] | None = None
     activation_name: str | None = None
     multiplier: str | None = None
-    reads_heads: tuple[int, int] | None = None
+    normed: str | None = None
     input: InputParts | None = None
     input_size: int = 0
     scalar: str | None = None
@@ -56,7 +55,7 @@ class LayerSpec:
     def parts(self) -> tuple[str, ...]:
         others = [] if self.mlp is None else [self.mlp]
         others += [] if self.input is None else [self.input.norm]
-        return (self.attention, *self.norms, *self.post_norms, *others)
+        return (self.attention.partition(".")[0], *self.norms, *self.post_norms, *others)
 
     @property
     def activation(self) -> str | None:
@@ -68,7 +67,7 @@ class LayerSpec:
 class Layer(Block):
     """What the layers share: their attention, as the one part that is more than a function of the hidden states."""
 
-    takes = ROLES
+    takes = ROLES - {"residual"}
 
 
 class SequentialLayer(Layer):
@@ -78,6 +77,8 @@ class SequentialLayer(Layer):
         spec = self._hfopt.spec
         for index, attends in enumerate((True, False)):
             normed = ops.part(self, spec.norms[index], x) if spec.norms else x
+            if spec.normed is not None and self.__dict__[spec.normed]:
+                x = normed
             residuals = () if spec.post_norms or spec.multiplier else (x,)
             y = (
                 ops.attention(self, spec.attention, normed, residuals)
@@ -136,35 +137,44 @@ _KINDS: dict[Topology, type[Layer]] = {
 # attributes that change nothing, or what the proof shows
 _KNOWN = (
     "activation_dropout", "attention_type", "do_layer_norm_before", "dropout", "embed_dim", "hidden_dropout",
-    "hidden_size", "hidden_size_per_layer_input", "layer_type", "num_heads", "use_parallel_residual",
+    "hidden_size", "hidden_size_per_layer_input", "layer_id", "layer_type", "num_heads", "use_parallel_residual",
 )  # fmt: skip
 
 
 def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec | str | None:
     inner = None if isinstance(parts.mlp, str) else parts.mlp
     mlp = (parts.mlp,) if isinstance(parts.mlp, str) else parts.mlp
-    children = (parts.attention, *parts.norms, *parts.post_norms, *mlp)
+    around, *path = parts.attention.split(".")
+    children = (around, *parts.norms, *parts.post_norms, *mlp)
     if parts.input is not None:
         children += dataclasses.astuple(parts.input)
     if not has_children(module, children) or owned(module) - {parts.scalar}:
         return None
     if parts.scalar is not None and not _is_number(module._buffers.get(parts.scalar)):
         return None
-    multiplier = parts.multiplier if isinstance(vars(module).get(parts.multiplier), float | int) else None
-    kind = _KINDS[topology]
-    unknown = unknown_parts(module, kind, (*_KNOWN, parts.multiplier), needs=("attention_mask", "cache"))
-    if unknown is not None:
-        return unknown
-    attention = module._modules[parts.attention]
+    state, kind = vars(module), _KINDS[topology]
+    multiplier = parts.multiplier if isinstance(state.get(parts.multiplier), float | int) else None
+    normed = parts.normed if state.get(parts.normed) else None
+    attention = module._modules[around]
+    waiting, known = [module], (*_KNOWN, parts.multiplier, parts.normed)
+    for name in path:
+        if not has_children(attention, (name,)) or owned(attention):
+            return None
+        waiting.append(attention)
+        attention = attention._modules[name]
+    for each in waiting:
+        unknown = unknown_parts(each, kind, known, needs=("attention_mask", "cache"))
+        if unknown is not None:
+            return unknown
     if not isinstance(attention, Attention):
         return "its attention is not swapped"
-    known = attention._hfopt.spec
-    of_attention = known.hidden_size, known.n_positions, known.layer_type
+    spec = attention._hfopt.spec
+    of_attention = spec.hidden_size, spec.given
     if inner is None:
         names = parts.attention, parts.norms, parts.post_norms, mlp[0]
-        more = {"multiplier": multiplier, "reads_heads": known.reads_heads, "scalar": parts.scalar}
-        spec = LayerSpec(*names, *of_attention, **more)
-        return spec if parts.input is None else _with_input(module, parts.input, spec)
+        more: dict[str, Any] = {"multiplier": multiplier, "normed": normed, "scalar": parts.scalar}
+        made = LayerSpec(*names, *of_attention, **more)
+        return made if parts.input is None else _with_input(module, parts.input, made)
     first, activation, second = inner
     if not is_linear(module._modules[first]) or not is_linear(module._modules[second]):
         return f"{first} or {second} is not a plain Linear"
@@ -187,9 +197,8 @@ def _with_input(module: Any, parts: InputParts, spec: LayerSpec) -> LayerSpec | 
 
 def _trial(call: Any, spec: LayerSpec, scene: Any) -> list[torch.Tensor]:
     outputs = []
-    for inputs in scene.inputs(spec.hidden_size):
-        roles = scene.roles(inputs, spec.n_positions, spec.layer_type, spec.reads_heads)
-        roles["use_cache"] = True
+    for inputs in scene.inputs(spec.hidden_size, spec.given.max_keys):
+        roles = {**scene.roles(inputs, spec.given), "use_cache": True}
         if spec.input is not None:
             roles["layer_input"] = scene.hidden_states(*inputs.hidden_states.shape[:2], spec.input_size)
         outputs.append(inputs.valid(call(hidden_states=inputs.hidden_states, **roles)))

@@ -14,7 +14,7 @@ from hfopt.patches.block import Block
 from hfopt.patches.families.family import MlpParts
 from hfopt.patches.guards import DO_NOTHING
 from hfopt.patches.ops import Ops, X
-from hfopt.patches.pattern import Pattern, has_children, owned, takes_one_input
+from hfopt.patches.pattern import Pattern, has_children, owned, takes_only
 from hfopt.patches.weights import Features, is_linear
 
 
@@ -43,6 +43,7 @@ class Mlp(Block):
     """What gated and plain blocks share."""
 
     gated = False
+    takes = frozenset({"hidden_states", "residual"})
 
     def run(self, ops: Ops[X], x: X, residuals: Sequence[X] = ()) -> X:
         spec = self._hfopt.spec
@@ -68,7 +69,7 @@ def _recognise(parts: MlpParts, module: Any) -> MlpSpec | str | None:
     activation = next((name for name in others if type(module._modules[name]) not in DO_NOTHING), None)
     if activation is None or not has_children(module, (*linears, activation)):
         return None
-    if owned(module) or not takes_one_input(module):
+    if owned(module) or not takes_only(module, Mlp.takes):
         return None
     wrapped = next((name for name in linears if not is_linear(module._modules[name])), None)
     if wrapped is not None:
@@ -85,7 +86,8 @@ def _recognise(parts: MlpParts, module: Any) -> MlpSpec | str | None:
 def _trial(call: Any, spec: MlpSpec, scene: Any) -> list[torch.Tensor]:
     usual, large = scene.hidden_states(3, spec.hidden_size), 32 * scene.hidden_states(3, spec.hidden_size)
     # the large input shows limits that a module sets to its activations
-    return list(call(hidden_states=torch.stack([usual, large])))
+    inputs = torch.stack([usual, large])
+    return list(call(hidden_states=inputs, residual=inputs.flip(-1)))
 
 
 def pattern_of(parts: MlpParts) -> Pattern:

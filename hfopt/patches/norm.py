@@ -10,7 +10,7 @@ from torch import nn
 from hfopt.functional import Norm
 from hfopt.patches.block import Block
 from hfopt.patches.ops import Ops, X
-from hfopt.patches.pattern import Pattern, attributes, has_children, takes_one_input
+from hfopt.patches.pattern import Pattern, attributes, has_children, takes_only
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _USUAL_EPS = (1e-5, 1e-6)  # what classes that keep none among their attributes have in their code
@@ -21,8 +21,8 @@ _ANY_SIZE = 24  # for the proof
 class NormSpec:
     """Shape and epsilon of a norm, and which vectors it has.
 
-    shape: [size], or [n_heads, size] of one for heads that have vectors of their own; None for any size. eps_name: the attribute that holds it,
-    if there is one. unit_offset: as in `functional.Norm`.
+    shape: [size], or [n_heads, size] of one for heads that have vectors of their own; None for any size. eps_name: the
+    attribute that holds it, if there is one. unit_offset: as in `functional.Norm`.
     """
 
     shape: tuple[int, ...] | None
@@ -84,7 +84,7 @@ def _recognise_layer_norm(module: Any) -> list[NormSpec] | str | None:
 def _read(module: Any) -> list[NormSpec]:
     """What the module may be, if it is a norm."""
     names = {name for name, each in module._parameters.items() if each is not None}
-    if not names <= {"weight", "bias"} or not has_children(module, ()) or not takes_one_input(module):
+    if not names <= {"weight", "bias"} or not has_children(module, ()) or not takes_only(module):
         return []
     state = vars(module)
     known = [each for each in module._buffers.values() if each is not None]

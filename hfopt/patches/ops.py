@@ -46,7 +46,7 @@ class Ops(Protocol[X]):
         """`functional.norm`."""
 
     def norm_heads(self, module: Any, qkv: X, path: str, first: int, count: int, size: int) -> None:
-        """Each of `count` heads of `size` channels from channel `first` on, in place, as the norm at `path` makes it."""
+        """The norm at `path`, in place, of each of `count` heads of `size` channels from channel `first` on."""
 
     def clamp(self, x: X, limit: float) -> X:
         """`functional.clamp`."""
@@ -63,8 +63,8 @@ class Ops(Protocol[X]):
         """Turn the first heads in place by the angles."""
 
     def store(self, attention: Any, qkv: X, past: Any, *, rotates: bool = True) -> Any:
-        """Turn query and key heads in place by the angles, if they are not turned yet, and put keys and values behind those of
-        the past, which is returned with them.
+        """Turn query and key heads in place by the angles, unless they are turned; put keys and values behind those of the
+        past, which is returned with them.
         """
 
     def attend(self, attention: Any, qkv: X, past: Any) -> X:

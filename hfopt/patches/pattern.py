@@ -90,10 +90,10 @@ def unknown_parts(
     return None
 
 
-def takes_one_input(module: nn.Module) -> bool:
-    """Whether `forward` has exactly one argument."""
-    forward = original_class(module).forward
-    return len(Arguments.of(forward).order) == 1 and not Arguments.of(forward, Replacement.takes).unknown
+def takes_only(module: nn.Module, roles: frozenset[str] = Replacement.takes) -> bool:
+    """Whether `forward` has no arguments but of these roles."""
+    arguments = Arguments.of(original_class(module).forward, roles)
+    return len(arguments.order) == len(arguments.names) and not arguments.unknown
 
 
 def obstacle(module: nn.Module, spec: Spec) -> str | None:

@@ -14,12 +14,12 @@ from transformers import DynamicCache
 from hfopt.cache import IndirectCache
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.host import Arguments
-from hfopt.host import rotary as host_rotary
+from hfopt.patches.facts import layer_index
 from hfopt.patches.guards import is_sdpa
 from hfopt.patches.pattern import Pattern
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.patches.replacement import Form, Record, Replacement, original_class, replacement_class
-from hfopt.patches.stored import Stored
+from hfopt.patches.scene import Scene, shaken
 
 # Largest difference allowed, as a share of the largest value.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
@@ -29,145 +29,10 @@ _NOISE_FACTOR, _NOISE_LIMIT = 2.0, 0.1
 # Inputs of float16 are made smaller where outputs would be infinite.
 _SMALLER = (1.0, 1 / 8, 1 / 64)
 
-# Two rows, the second padded on the left, then one more token, then many behind a long text. Gaps between positions turn
-# more channels; few tokens, because the mean over many would hide what one changes.
-_PREFILL_POSITIONS = torch.tensor([[0, 1, 3, 7, 12], [1, 1, 0, 2, 5]])
-_STEP_POSITIONS = torch.tensor([[20], [9]])
-_FAR_POSITIONS = torch.arange(20) + torch.tensor([[3000], [1800]])
-_N_PADDED = 2
-_FAR = 1024  # keys and values of a long text, at least
-TABLE = "embed_positions"  # a buffer that has the angles of as many positions as it has rows
-
-
-def shaken(numbers: torch.Tensor) -> torch.Tensor:
-    """The same numbers, half of them changed in the last bit."""
-    numbers = numbers.clone()
-    numbers[..., ::2] *= 1 + torch.finfo(numbers.dtype).eps
-    return numbers
-
 
 def allowed(noise: float) -> float:
     """The difference that may come of rounding, where shaken inputs change the original's own answer by `noise`."""
     return _NOISE_FACTOR * min(noise, _NOISE_LIMIT)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Inputs of a forward: hidden_states [2, n_new, hidden_size], a mask, position_ids [2, n_new]. is_padded: the first
-    tokens of the second row are padding."""
-
-    hidden_states: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    is_padded: bool
-
-    def valid(self, output: torch.Tensor) -> torch.Tensor:
-        """The output, without that of the padding (which has to be finite all the same)."""
-        if not self.is_padded or not bool(output.isfinite().all()):
-            return output
-        return torch.cat([output[0], output[1, _N_PADDED:]])
-
-
-class Scene:
-    """The inputs of one trial. A second scene with the same arguments gives the same ones.
-
-    takes_flags: masks may say by True what is seen, as well as by numbers that are added.
-    """
-
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        scale: float,
-        cache: DynamicCache,
-        rotary: nn.Module | None,
-        *,
-        takes_flags: bool = False,
-        shaken: bool = False,
-    ) -> None:
-        self.cache = cache
-        self._takes_flags = takes_flags
-        self._shaken = shaken
-        self._dtype = dtype
-        self._scale = scale
-        self.rotary_module = rotary
-        self._generator = torch.Generator().manual_seed(1)
-
-    def hidden_states(self, *shape: int) -> torch.Tensor:
-        """Random normal numbers times the scale; a shaken scene changes half of them in the last bit."""
-        numbers = (torch.randn(shape, generator=self._generator) * self._scale).to(self._dtype)
-        return shaken(numbers) if self._shaken else numbers
-
-    def rotary(
-        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
-    ) -> Any:
-        """What the model's own rotary module gives for these positions, for layers of a type where it has several."""
-        assert self.rotary_module is not None
-        table = self.rotary_module._buffers.get(TABLE)
-        if table is not None:
-            position_ids = position_ids % len(table)
-        return host_rotary.angles(self.rotary_module, hidden_states, position_ids, layer_type)
-
-    def roles(
-        self,
-        inputs: Inputs,
-        n_positions: int | None,
-        layer_type: str | None = None,
-        reads_heads: tuple[int, int] | None = None,
-    ) -> dict[str, Any]:
-        """What attention is given besides hidden states, by role. n_positions: of a table of its own; reads_heads: (number,
-        channels) of keys that another layer has stored for it.
-        """
-        position_ids = inputs.position_ids if n_positions is None else inputs.position_ids % n_positions
-        roles = {"attention_mask": inputs.attention_mask, "cache": self.cache, "position_ids": position_ids}
-        roles["position_bias"] = None
-        roles["shared"] = {}
-        if reads_heads is not None:
-            roles["shared"][layer_type] = self._stored(*inputs.hidden_states.shape[:2], *reads_heads)
-        if n_positions is None and self.rotary_module is not None:
-            roles["position_embeddings"] = self.rotary(inputs.hidden_states, inputs.position_ids, layer_type)
-        return roles
-
-    def _stored(self, n_rows: int, n_new: int, n_heads: int, head_dim: int) -> Any:
-        """Random keys and values of new tokens, stored in the first layer."""
-        shape = 2, n_rows, n_heads, n_new, head_dim
-        keys, values = torch.randn(shape, generator=self._generator).to(self._dtype)
-        pair = self.cache.update(keys, values, 0)
-        layer: Any = self.cache.layers[0]
-        return Stored(layer, layer.appended(n_new, 0)) if isinstance(self.cache, IndirectCache) else pair
-
-    def inputs(self, hidden_size: int) -> Iterator[Inputs]:
-        """Five tokens in two rows, two of them padding, then one more in each, then twenty behind a long text."""
-        n_prompt = _PREFILL_POSITIONS.shape[1]
-        for positions in (_PREFILL_POSITIONS, _STEP_POSITIONS, _FAR_POSITIONS):
-            n_new = positions.shape[1]
-            n_past = max((keys.shape[2] for _, keys, _ in self.cached()), default=0)
-            is_seen = torch.ones(2, 1, n_new, n_past + n_new, dtype=torch.bool).tril_(n_past)
-            is_seen[1, :, :, :_N_PADDED] = False
-            hidden_states = self.hidden_states(*positions.shape, hidden_size)
-            yield Inputs(hidden_states, self._mask(is_seen, n_past), positions.clone(), n_past == 0)
-            if n_past == n_prompt:
-                self._lengthen()
-
-    def _mask(self, is_seen: torch.Tensor, n_past: int) -> torch.Tensor:
-        if self._takes_flags and n_past % 2 == 0:
-            # what a token gets that sees nothing depends on the implementation
-            return is_seen | torch.eye(is_seen.shape[2], is_seen.shape[3], dtype=torch.bool)
-        mask = torch.zeros(is_seen.shape, dtype=self._dtype)
-        return mask.masked_fill(~is_seen, torch.finfo(self._dtype).min)
-
-    def cached(self) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(index of a layer, its keys, its values) of the layers that hold tokens."""
-        layers: list[Any] = self.cache.layers
-        found = ((index, layer.keys, layer.values) for index, layer in enumerate(layers))
-        return [each for each in found if each[1] is not None and each[1].numel()]
-
-    def _lengthen(self) -> None:
-        """What is cached once more, many times: the same keys, and values that are a little different each time."""
-        for index, keys, values in self.cached():
-            n_copies = -(-_FAR // keys.shape[2])
-            factors = 0.5 + torch.rand(n_copies * keys.shape[2], 1, generator=self._generator)
-            values = values.repeat(1, 1, n_copies, 1) * factors.to(self._dtype)
-            self.cache.update(keys.repeat(1, 1, n_copies, 1), values, index)
 
 
 @contextlib.contextmanager
@@ -276,7 +141,7 @@ def _shaken_biases(module: nn.Module) -> Iterator[None]:
 
 def _takes_flags(module: Any) -> bool:
     """Whether it is attention to which the model gives masks of True and False."""
-    return hasattr(module, "layer_idx") and hasattr(module, "config") and is_sdpa(module)
+    return layer_index(module) is not None and hasattr(module, "config") and is_sdpa(module)
 
 
 def _outcome(pattern: Pattern, call: Any, spec: Any, scene: Scene) -> dict[Any, torch.Tensor]:
@@ -327,7 +192,8 @@ class _Computed:
         self._module = module
 
     def __call__(self, **roles: Any) -> Any:
-        output = self._module.compute(**roles)
+        names = self._module._hfopt_arguments.names
+        output = self._module.compute(**{role: each for role, each in roles.items() if role in names})
         if output is None:
             raise NotImplementedError("its kernels do not take this module")
         return output

@@ -45,7 +45,7 @@ class Record:
         self.facts = facts or Facts()
         self.weights: dict[str, Weights] = {}
         self.activation: tuple[nn.Module, Facts, str | None] | None = None
-        self.table: tuple[torch.Tensor, tuple[int, int], int] | None = None
+        self.table: tuple[torch.Tensor, tuple[int, int], int | None] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return Record, (self.spec, self.proof, self.kernels, self.form, self.facts)

@@ -11,7 +11,7 @@ Rotation = Literal["half", "half_once", "interleaved", "interleaved_halves", "in
 
 @dataclass(frozen=True)
 class _Form:
-    """kind: in `functional.ROTATIONS`. Of the n angles that are handed down, kernels take each `stride`th of the first n / share,
+    """kind: in `functional.ROTATIONS`. Kernels take each `stride`th of the first n / share of n angles that are handed down,
     `repeats` times.
     """
 

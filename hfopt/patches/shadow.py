@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from hfopt import host
-from hfopt.patches.facts import Facts
+from hfopt.patches.facts import Facts, layer_index
 from hfopt.patches.guards import has_own_forward
 from hfopt.patches.quantized import QuantizedLinear
 from hfopt.patches.replacement import Record, Replacement, original_class
@@ -86,4 +86,4 @@ def _twin(module: nn.Module, is_original: bool, depths: tuple[int, int] | None, 
 
 def _are_layers(modules: nn.ModuleList) -> bool:
     """Whether they store keys and values, which experts do not."""
-    return all(any(hasattr(part, "layer_idx") for part in each.modules()) for each in modules)
+    return all(any(layer_index(part) is not None for part in each.modules()) for each in modules)

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Kernels
 from hfopt.host import Conv1D
+from hfopt.patches.facts import INDICES
 from hfopt.patches.guards import is_bare
 from hfopt.patches.pattern import Pattern, Spec, obstacle
 from hfopt.patches.patterns import PATTERNS
-from hfopt.patches.probe import TABLE, Proof, prove
+from hfopt.patches.probe import Proof, prove
 from hfopt.patches.replacement import Record, Replacement, is_swapped, original_class, swap, unswap
+from hfopt.patches.scene import TABLE
 from hfopt.patches.weights import is_linear, lay_by_inputs, lay_by_outputs
 
 logger = logging.getLogger(__name__)
@@ -216,7 +218,7 @@ def _configuration(module: nn.Module) -> tuple[Any, ...]:
     plain = (
         (name, value)
         for name, value in state.items()
-        if name not in ("layer_idx", "training") and isinstance(value, (bool, int, float, str, type(None)))
+        if name not in (*INDICES, "training") and isinstance(value, (bool, int, float, str, type(None)))
     )
     return (id(state.get("config")), *sorted(plain, key=lambda item: item[0]))
 
@@ -239,9 +241,9 @@ def restore_classes(model: nn.Module) -> None:
             )
     for module in swapped.values():
         unswap(module)
-    for module in model.modules():
-        if type(module) is Conv1D:
-            lay_by_inputs(module)
+    for each in model.modules():
+        if type(each) is Conv1D:
+            lay_by_inputs(each)
 
 
 def _idle_reason(module: Replacement) -> str | None:

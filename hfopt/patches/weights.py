@@ -18,7 +18,7 @@ def is_linear(module: nn.Module | None) -> bool:
     """Whether the module is a Linear of torch or transformers, or one of ours, not an adapter's or another library's."""
     if module is None:
         return False
-    kind = original_class(module)
+    kind: Any = original_class(module)
     return kind in (QuantizedLinear, Conv1D) or is_linear_class(kind)
 
 

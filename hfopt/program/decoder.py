@@ -23,15 +23,11 @@ _HARMLESS = frozenset(
     {
         "bos_token_id", "config", "dropout", "dtype", "embedding_dropout", "eos_token_id", "first_kv_shared_layer_idx",
         "gradient_checkpointing", "hidden_size_per_layer_input", "unique_layer_types",
-        "has_sliding_layers", "hidden_size", "layer_types", "layerdrop", "loss_type", "max_seq_len", "multi_query",
+        "has_sliding_layers", "hidden_size", "layer_types", "layerdrop", "loss_type", "multi_query",
         "num_heads", "num_hidden_layers", "output_attentions", "output_hidden_states", "pad_token_id", "return_dict",
         "sliding_window", "use_cache", "vocab_size", "_output_capturing_hooks_installed",
     }
 )  # fmt: skip
-# those that change nothing where they are off
-_SWITCHES = frozenset(
-    {"add_cross_attention", "is_encoder_decoder", "use_alibi", "use_bidirectional_attention"}
-)
 
 
 def build(model: nn.Module) -> Program:
@@ -95,6 +91,8 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     embedding = decoder._modules[record.tokens]
     tokens = token_table(embedding, record.embedding_scale)
     builder = Builder(tokens.rows.dtype)
+    if record.max_keys in names_read(decoder):
+        builder.max_keys = getattr(decoder.config, record.max_keys, builder.max_keys)
     rotary = decoder._modules.get(record.rotary)
     ops = Recorder(builder, rotary, host.windows_of(model.config))
 
@@ -166,7 +164,7 @@ def _check_settings(module: Any, record: Decoder) -> None:
     read = names_read(module) | helper_names_read(module)
     fields = module.config.__dict__.keys() | getattr(module.config, "attribute_map", {}).keys()
     for name in sorted(read & (fields | set(own_names(vars(module)))) - _HARMLESS - record.settings):
-        if name not in _SWITCHES or setting(module, name):
+        if setting(module, name) not in (None, False):  # what says that something is not there
             raise UnsupportedModel(f"its forward reads {name}, which no record knows")
 
 
@@ -196,4 +194,5 @@ def _layers(decoder: Any, record: Decoder) -> list[Any]:
 
 
 def _attention(layer: Any) -> Any:
-    return swapped(layer, layer._hfopt.spec.attention)
+    path, _, name = layer._hfopt.spec.attention.rpartition(".")
+    return swapped(layer.get_submodule(path), name)

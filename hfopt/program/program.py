@@ -130,6 +130,9 @@ class Program(NamedTuple):
     listing: Listing
     kept: tuple[Weights | Tensor, ...]
     linears: frozenset[Instruction]  # those of linear layers that there are
+    max_keys: int  # that the model takes
+    reads_positions: bool
+    has_slopes: bool  # whether scores depend on how many keys are between
     is_exact: bool  # whether logits have the bits of the model's own, which takes torch's tanh to limit them
 
     @property
@@ -153,6 +156,14 @@ class Program(NamedTuple):
             for tensor in (each,) if isinstance(each, Tensor) else each.tensors:
                 if tensor is not None:
                     yield tensor
+
+    def most_keys(self, *, has_positions: bool, has_gaps: bool) -> int:
+        """How many keys a call may have at most; 0 if it takes none without positions, or where keys are hidden behind one
+        that is seen.
+        """
+        if (self.reads_positions and not has_positions) or (self.has_slopes and has_gaps):
+            return 0
+        return self.max_keys
 
     def work(self, n_rows: int, n_new: int, n_keys: int) -> int:
         """Multiply-adds of a call for n_new tokens in each of n_rows rows, the last of which sees n_keys keys."""

@@ -45,7 +45,9 @@ class Recorder:
         output: Value = child.run(self, x, *([residuals] if residuals else []))
         return output
 
-    attention = part
+    def attention(self, module: Any, path: str, x: Value, residuals: Sequence[Value] = ()) -> Value:
+        parent, _, name = path.rpartition(".")
+        return self.part(module.get_submodule(parent), name, x, residuals)
 
     # ---- linear layers ----------------------------------------------------------------------------------------------
 
@@ -96,9 +98,9 @@ class Recorder:
 
     def past(self, attention: Any, x: Value) -> Past:
         spec = attention._hfopt.spec
-        layer = attention.layer_idx if spec.stores else self._stored.get(spec.layer_type)
+        layer = attention.layer if spec.stores else self._stored.get(spec.given.layer_type)
         if layer is None:
-            raise UnsupportedModel(f"no layer before {attention.layer_idx} stores keys for it")
+            raise UnsupportedModel(f"no layer before {attention.layer} stores keys for it")
         return Past(layer, self.angles(attention))
 
     def rotate(self, attention: Any, qkv: Value, past: Past, n_heads: int) -> None:
@@ -110,14 +112,17 @@ class Recorder:
         spec = attention._hfopt.spec
         rotation, angles = (spec.rotation_kind, past.angles) if rotates else ("none", None)
         self._builder.rotate_and_store(qkv, past.layer, spec.heads, rotation, angles)
-        self._stored[spec.layer_type] = past.layer
+        self._stored[spec.given.layer_type] = past.layer
         return past
 
     def attend(self, attention: Any, qkv: Value, past: Past) -> Value:
         window = self._windows[past.layer] if past.layer < len(self._windows) else None
         if window is None:
             raise UnsupportedModel(f"the cache has no layer {past.layer} of a known kind")
-        scoring = replace(attention.scoring, window=None if window == sys.maxsize else window)
+        self._builder.max_keys = min(self._builder.max_keys, attention.max_keys)
+        scoring = attention.scoring
+        window = min(window, scoring.window or sys.maxsize)
+        scoring = replace(scoring, window=None if window == sys.maxsize else window)
         return self._builder.attend(qkv, past.layer, attention._hfopt.spec.heads, scoring)
 
     def angles(self, attention: Any) -> tuple[Value, Value] | None:

@@ -46,7 +46,7 @@ def difference(model: nn.Module, program: Program, kv_cache: str | None = None) 
             short = shadow(model, is_short=True)
             first = _Stage(short, build(short), kv_cache, generator)
             whole = _Stage(shadow(model), program, kv_cache, generator)
-            n_past = max(1, min(_FAR, _MAX_BYTES // whole.token_bytes) - 1)
+            n_past = max(1, min(_FAR, program.max_keys, _MAX_BYTES // whole.token_bytes) - 1)
             longest = _longest_window(model, program)
             tried = [first.near(), whole.far(n_past)]
             if longest > n_past:
@@ -75,6 +75,7 @@ def _are_close(one: Tensor, other: Tensor) -> bool:
 def _longest_window(model: Any, program: Program) -> int:
     """The longest one that a text may outgrow, 0 if there is none."""
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", sys.maxsize)
+    longest = min(longest, program.max_keys - _N_BEYOND)
     return max((window for window in program.windows if window < longest), default=0)
 
 

@@ -43,30 +43,8 @@ class Bent(NamedTuple):
 
 
 @body
-def _scale_scores(scores, n_vectors, width, n, scale, factors, ahead):
-    """scores = scale * scores, -inf behind the n keys; the largest in each lane."""
-    top = splat(LOWEST)
-    n_whole = n // width
-    for v in range(n_whole):
-        value = load(scores, v * LANES) * splat(scale)
-        if factors is not None:
-            value = value * load_key_factors(factors, v * width, width)
-            prefetch(ahead, v * LINE)
-        store(scores, v * LANES, value)
-        top = larger(value, top)
-    for v in range(n_whole, n_vectors):
-        value = load(scores, v * LANES) * splat(scale)
-        if factors is not None:
-            value = value * load_key_factors(factors, v * width, width)
-        value = where_keys(n - v * width, width, value, splat(LOWEST))
-        store(scores, v * LANES, value)
-        top = larger(value, top)
-    return top
-
-
-@body
 def _bend_scores(scores, n_vectors, width, n, scale, factors, bent):
-    """The same for scores that go through more."""
+    """Scores as they are weighed, -inf behind the n keys; the largest in each lane."""
     top = splat(LOWEST)
     slope = load(bent.slopes, 0) if bent.has_slopes else splat(ZERO)
     for v in range(n_vectors):
@@ -93,10 +71,25 @@ def weigh_scores(scores, n_vectors, width, n, scale, factors, like, bent, weight
     through. next_line: address of what is read next, asked for here, as nothing else is read.
     """
     ahead = bytes_at(next_line)
+    top = splat(LOWEST)
+    n_whole = n // width
     if bent.outer > ZERO or bent.has_slopes:
         top = _bend_scores(scores, n_vectors, width, n, scale, factors, bent)
     else:
-        top = _scale_scores(scores, n_vectors, width, n, scale, factors, ahead)
+        for v in range(n_whole):
+            value = load(scores, v * LANES) * splat(scale)
+            if factors is not None:
+                value = value * load_key_factors(factors, v * width, width)
+                prefetch(ahead, v * LINE)
+            store(scores, v * LANES, value)
+            top = larger(value, top)
+        for v in range(n_whole, n_vectors):
+            value = load(scores, v * LANES) * splat(scale)
+            if factors is not None:
+                value = value * load_key_factors(factors, v * width, width)
+            value = where_keys(n - v * width, width, value, splat(LOWEST))
+            store(scores, v * LANES, value)
+            top = larger(value, top)
     top = larger(top, partner(top, 1))
     top = larger(top, partner(top, 2))
     if width > 4:

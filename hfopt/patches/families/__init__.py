@@ -4,16 +4,19 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from hfopt.patches.families.bloom import BLOOM
 from hfopt.patches.families.codegen import CODEGEN
 from hfopt.patches.families.cohere import COHERE
 from hfopt.patches.families.falcon import FALCON, FALCON_40B, FALCON_SEQUENTIAL
 from hfopt.patches.families.family import Decoder, Family
-from hfopt.patches.families.gemma import GEMMA2
+from hfopt.patches.families.gemma import GEMMA2, HYPERCLOVA_X, VAULT_GEMMA
 from hfopt.patches.families.gemma4 import GEMMA4, GEMMA4_EFFICIENT, GEMMA4_KEYS_AS_VALUES
 from hfopt.patches.families.glm import GLM, GLM4
 from hfopt.patches.families.gpt2 import GPT2
+from hfopt.patches.families.gpt_neo import GPT_NEO
 from hfopt.patches.families.gptj import GPTJ
 from hfopt.patches.families.llama import LLAMA
+from hfopt.patches.families.mpt import MPT
 from hfopt.patches.families.neox import NEOX
 from hfopt.patches.families.olmo import OLMO2
 from hfopt.patches.families.opt import BIOGPT, OPT, XGLM
@@ -22,8 +25,8 @@ from hfopt.patches.families.phi3 import PHI3
 from hfopt.patches.families.starcoder import APERTUS, NEMOTRON, STARCODER2
 
 FAMILIES = (
-    LLAMA, PHI3, GPTJ, OPT, GEMMA2, OLMO2, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2, NEMOTRON,
-    APERTUS, CODEGEN, GPT2, XGLM, BIOGPT, FALCON, FALCON_40B, FALCON_SEQUENTIAL, GEMMA4,
+    LLAMA, PHI3, GPTJ, OPT, GEMMA2, OLMO2, VAULT_GEMMA, HYPERCLOVA_X, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2,
+    NEMOTRON, APERTUS, CODEGEN, GPT2, XGLM, BIOGPT, FALCON, FALCON_40B, FALCON_SEQUENTIAL, BLOOM, MPT, GPT_NEO, GEMMA4,
     GEMMA4_KEYS_AS_VALUES, GEMMA4_EFFICIENT,
 )  # fmt: skip
 
@@ -49,6 +52,4 @@ def _has_parts(model: nn.Module, decoder: Decoder) -> bool:
         if child is None:
             return False
         module = child
-    return all(
-        module._modules.get(name) is not None for name in (decoder.tokens, decoder.layers, decoder.norm)
-    )
+    return all(module._modules.get(name) is not None for name in (decoder.tokens, decoder.layers))

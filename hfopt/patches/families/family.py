@@ -7,7 +7,7 @@ from typing import Literal
 from hfopt.patches.rotation import ROTATIONS, Rotation
 
 Topology = Literal["sequential", "parallel", "inline"]
-Angles = Literal["computed", "table", "none"]
+Angles = Literal["computed", "table", "none", "alibi", "band"]
 # of queries and keys, under the names that models have for them
 NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
 Order = Literal["stacked", "groups", "spread", "shards"]
@@ -17,14 +17,15 @@ Order = Literal["stacked", "groups", "spread", "shards"]
 class AttentionParts:
     """Children of an attention module.
 
-    inputs: Linears that give, side by side, all query, key and value heads. norms: of queries, keys and values, in models that have
-    such.
-    angles: whether the model computes cos and sin for all layers, they are looked up in a table, or positions are in the
-    hidden states. rotations: which channels turn together; where there are several, the proof chooses. orders: of the rows of
-    a single Linear, likewise: "stacked" (all queries, then all keys, then all values), "groups" (the queries of a key head,
-    the key, the value, and so on), "spread" (the same, with a copy of key and value for each query), "shards" (CodeGen: four parts, each of queries, values, keys). clip: what limits queries, keys and values, an attribute or a field of the configuration. softcap:
-    likewise what limits scores, smoothly. stores: there are keys and values; else it reads those of the last layer of its
-    kind before it that has some.
+    inputs: Linears that give, side by side, all query, key and value heads. norms: of queries, keys and values, in models
+    that have such. angles: whether the model computes cos and sin for all layers, they are in a table, or positions are in
+    the hidden states, a bias of scores ("alibi"), or those and a buffer that tells which keys a token sees ("band").
+    rotations: which channels turn together; where there are several, the proof chooses. orders: of the rows of a single
+    Linear, likewise: "stacked" (all queries, then all keys, then all values), "groups" (the queries of a key head, the key,
+    the value, and so on), "spread" (the same, with a copy of key and value for each query), "shards" (CodeGen: four parts,
+    each of queries, values, keys). clip: what limits queries, keys and values, an attribute or a field of the configuration.
+    softcap: likewise what limits scores, smoothly. hides: the mask says by True what is hidden. stores: there are keys and
+    values; else it reads those of the last layer of its kind before it that has some.
     """
 
     inputs: tuple[str, ...]
@@ -36,6 +37,7 @@ class AttentionParts:
     clip: str | None = None
     softcap: str | None = None
     stores: bool = True
+    hides: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,11 @@ class LayerParts:
     """Children of a decoder layer, and how they are put together (see `patches.layer`).
 
     topology: where there are several, the proof chooses. norms: before attention and before the feed-forward block; one for
-    both where they are parallel. post_norms: behind them, of what they add. mlp: the child, or (input, activation, output)
-    where the block is in the layer itself. multiplier: attribute, if the layer has it, that scales what attention and
-    feed-forward block add. input: what is done with an input of the layer's own. scalar: a buffer of one number that the
-    result is multiplied by.
+    both where they are parallel. attention: a path, if other modules are around it. post_norms: behind them, of what they
+    add. mlp: the child, or (input, activation, output) where the block is in the layer itself. multiplier: attribute, if the
+    layer has it, that scales what attention and feed-forward block add. normed: attribute, if the layer has it and it is on,
+    by which what they are added to is what they are given. input: what is done with an input of the layer's own. scalar: a
+    buffer of one number that the result is multiplied by.
     """
 
     topology: Topology | tuple[Topology, ...]
@@ -82,6 +85,7 @@ class LayerParts:
     post_norms: tuple[str, ...] = ()
     mlp: str | tuple[str, str, str] = "mlp"
     multiplier: str = "residual_multiplier"
+    normed: str = "apply_residual_connection_post_layernorm"
     input: InputParts | None = None
     scalar: str | None = None
 
@@ -111,8 +115,9 @@ class Decoder:
     What a token looks up in `tokens`, times the attribute `embedding_scale` of that and `multiplier` of the decoder, goes
     through `tokens_norm` and `project_in`, is added to what its position looks up in `positions`, and goes through `layers`,
     `norm`, `project_out`, and the model's own child in `heads`. Its logits are divided by the field `divisor` of the config,
-    multiplied by `factor` and limited, smoothly, by `softcap`. What a model has not, or does not read, is left out. rotary:
-    computes cos and sin for all layers. layer_inputs: what makes inputs of the layers' own, if the model has it.
+    multiplied by `factor` and limited, smoothly, by `softcap`. There are no more keys than the field `max_keys` says. What a
+    model has not, or does not read, is left out. rotary: computes cos and sin for all layers. layer_inputs: what makes
+    inputs of the layers' own.
     """
 
     path: str
@@ -130,15 +135,23 @@ class Decoder:
     divisor: str = "logits_scaling"
     factor: str = "logit_scale"
     softcap: str = "final_logit_softcapping"
+    max_keys: str = "max_seq_len"
     layer_inputs: LayerInputs | None = None
 
     @property
     def settings(self) -> frozenset[str]:
         """Names of attributes and fields that it knows."""
-        names = self.multiplier, self.divisor, self.factor, self.softcap, self.project_in, self.project_out
-        scales = (
-            () if self.layer_inputs is None else (self.layer_inputs.projection_scale, self.layer_inputs.scale)
+        names = (
+            self.multiplier,
+            self.divisor,
+            self.factor,
+            self.softcap,
+            self.max_keys,
+            self.project_in,
+            self.project_out,
         )
+        inputs = self.layer_inputs
+        scales = () if inputs is None else (inputs.projection_scale, inputs.scale)
         return frozenset(name for name in (*names, *scales) if name is not None)
 
     @property

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: Llama with norms before and after attention and feed-forward block."""
+"""Gemma 2 and 3, and relatives: Llama with norms before and after attention and feed-forward block, under other names."""
 
 from dataclasses import replace
 
@@ -13,4 +13,18 @@ GEMMA2 = replace(
         norms=("input_layernorm", "pre_feedforward_layernorm"),
         post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     ),
+)
+
+VAULT_GEMMA = replace(
+    LLAMA,
+    name="VaultGemma",
+    model_types=("vaultgemma",),
+    layer=replace(LLAMA.layer, norms=GEMMA2.layer.norms),
+)
+
+HYPERCLOVA_X = replace(
+    LLAMA,
+    name="HyperCLOVA X",
+    model_types=("hyperclovax",),
+    layer=replace(LLAMA.layer, post_norms=("post_norm1", "post_norm2")),
 )

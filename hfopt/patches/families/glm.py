@@ -1,4 +1,4 @@
-"""GLM: Llama with half of each head rotated, in pairs, and gate and input in one Linear; GLM-4: with norms of what is added."""
+"""GLM: Llama with half of each head rotated, in pairs, and a fused gate; GLM-4: with norms of what is added."""
 
 from dataclasses import replace
 

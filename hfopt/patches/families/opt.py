@@ -1,4 +1,4 @@
-"""OPT, XGLM, BioGPT: layers with the feed-forward block inline, LayerNorm before or after, learned or sinusoidal positions."""
+"""OPT, XGLM, BioGPT: the feed-forward block inline, LayerNorm before or after, learned or sinusoidal positions."""
 
 from dataclasses import replace
 

@@ -1,0 +1,253 @@
+"""Decoders whose scores know distances: ALiBi (BLOOM, MPT) and windows in a cache that holds everything (GPT-Neo)."""
+
+import copy
+import itertools
+import re
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.bloom import modeling_bloom
+from transformers.models.mpt import modeling_mpt
+
+import hfopt
+from hfopt.cache import IndirectCache
+from hfopt.errors import InvalidInput
+from hfopt.functional import Mask
+from hfopt.patches.slopes import bias_of, is_bias_of, slopes_of
+from tests.generation_cases import (
+    CACHE,
+    DISTANT,
+    Model,
+    assert_same,
+    bloom,
+    gpt_neo,
+    mpt,
+    needs_programs,
+    one_thread,
+    prompts,
+)
+from tests.pairs import pairs_of
+from tests.reference import DTYPES
+from tests.step_cases import (
+    MODES,
+    assert_program_is_the_modules,
+    generated,
+    modules_alone,
+    optimized,
+    passes,
+    programs_of,
+    prove,
+    rehearsals,
+)
+
+__all__ = ["passes", "rehearsals"]  # fixtures
+
+pytestmark = [pytest.mark.usefixtures(one_thread.__name__), needs_programs]
+
+
+@pytest.mark.parametrize(("name", "mode"), list(itertools.product(DISTANT, MODES)))
+def test_fifty_tokens_are_those_of_transformers(name: str, mode: str, passes: list[int]) -> None:
+    model = DISTANT[name]()
+    expected = generated(model, MODES[mode], max_new_tokens=50)
+    optimized(model)
+    passes.clear()
+    found = generated(model, MODES[mode], max_new_tokens=50)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=2e-4)
+    assert not passes
+    with modules_alone(model):
+        found = generated(model, MODES[mode], max_new_tokens=50)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", DISTANT)
+def test_16_bits_are_as_close_to_float32_as_those_of_transformers(name: str, dtype: torch.dtype) -> None:
+    exact = DISTANT[name]()
+    stock = copy.deepcopy(exact).to(dtype)
+    exact.load_state_dict(stock.state_dict())  # both from the same weights
+    ids = prompts(3, 20)
+    with torch.no_grad():
+        reference = exact(**ids).logits[:, -8:]
+
+        def error(model: Model) -> float:
+            return float((model(**ids).logits[:, -8:].float() - reference).square().mean().sqrt())
+
+        before = error(stock)
+        assert 0 < error(hfopt.optimize(stock, strict=True)) <= 1.5 * before
+
+
+@pytest.mark.parametrize(("name", "dtype", "mode"), pairs_of(DISTANT, DTYPES, MODES))
+def test_the_program_has_the_bits_of_the_modules(
+    name: str, dtype: torch.dtype, mode: str, passes: list[int]
+) -> None:
+    model = optimized(DISTANT[name]().to(dtype))
+    prove(model)
+    assert_program_is_the_modules(model, passes, max_new_tokens=40, **MODES[mode])
+
+
+@pytest.mark.parametrize("name", DISTANT)
+def test_all_parts_are_swapped_and_given_back(name: str) -> None:
+    model, stock = DISTANT[name](), DISTANT[name]()
+    before = {path: type(module) for path, module in model.named_modules()}
+    hfopt.optimize(model, strict=True)
+    report = hfopt.explain(model)
+    assert report.by_module is None and report.program is not None and not report.idle
+    assert report.counts["layer"] == report.counts["attention"] == report.counts["mlp"] == 2
+    hfopt.restore(model)
+    assert {path: type(module) for path, module in model.named_modules()} == before
+    assert_same(generated(model, max_new_tokens=6).sequences, generated(stock, max_new_tokens=6).sequences)
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DISTANT)
+def test_masks_that_hide_keys_in_the_middle(name: str, passes: list[int]) -> None:
+    """BLOOM does not count them, MPT does; a program whose scores count columns leaves such texts to modules."""
+    model, stock = optimized(DISTANT[name]()), DISTANT[name]()
+    given = prompts()
+    given["attention_mask"][0, 3:5] = 0
+    given["attention_mask"][2, -1] = 0
+    passes.clear()
+    for mode in ("greedy", "beams"):
+        options = {**given, **MODES[mode], "max_new_tokens": 12}
+        found, expected = generated(model, options), generated(stock, options)
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(
+            torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=2e-4
+        )
+    n_calls = len(passes) - 2 * 12  # of the stock model
+    assert n_calls == (0 if name == "gpt_neo" else 2 * 12)
+
+
+@pytest.mark.parametrize("name", DISTANT)
+def test_a_text_in_parts_and_without_a_mask(name: str) -> None:
+    model, stock = optimized(DISTANT[name]()), DISTANT[name]()
+    ids = prompts(2, 40)["input_ids"]
+    with torch.no_grad():
+        expected = stock(ids).logits
+        cache = IndirectCache(model.config)
+        found = [
+            model(each, **{CACHE: cache}, use_cache=True).logits for each in ids.split((17, 1, 15, 7), 1)
+        ]
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=2e-4)
+
+
+# ---- ALiBi ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_heads", [1, 2, 3, 6, 8, 12, 16, 25, 112])
+def test_slopes_are_those_of_both_models(n_heads: int) -> None:
+    ours = slopes_of(n_heads)
+    assert ours.dtype is torch.float32
+    theirs = modeling_bloom._get_alibi_slopes(n_heads, torch.device("cpu"))
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
+    bias = modeling_mpt.build_mpt_alibi_tensor(n_heads, 40)
+    torch.testing.assert_close(bias_of(n_heads, 40, torch.float32), bias, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_heads", [6, 16])
+def test_a_bias_is_recognised_by_its_numbers(n_heads: int, dtype: torch.dtype) -> None:
+    seen = torch.ones(2, 700, dtype=torch.long)
+    seen[1, :30] = 0
+    mask = Mask("bytes", seen[:, None].to(torch.uint8).contiguous().numpy())
+    sizes = 2, 1, 700
+    bias = modeling_bloom.build_alibi_tensor(seen, n_heads, dtype)
+    assert is_bias_of(bias, n_heads, mask, sizes)
+    longer = modeling_mpt.build_mpt_alibi_tensor(n_heads, 900)
+    assert is_bias_of(longer, n_heads, mask, sizes)
+    for wrong in (
+        1.05 * bias,
+        bias[:n_heads],
+        bias.flip(0),
+        -bias,
+        bias[..., :699],
+        bias[None],
+        None,
+        bias.long(),
+    ):
+        assert not is_bias_of(wrong, n_heads, mask, sizes)
+    moved = bias.clone()
+    moved[n_heads, 0, 600:] += 1
+    assert not is_bias_of(moved, n_heads, mask, sizes)
+    hidden = bias.clone()
+    hidden[n_heads:, :, :30] = 3.0
+    assert is_bias_of(hidden, n_heads, mask, sizes)
+
+
+@pytest.mark.parametrize("model_of", [bloom, mpt], ids=["bloom", "mpt"])
+def test_another_bias_is_left_to_the_model(model_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stock = model_of(), model_of()
+    optimized(model)
+    for each in (model, stock):
+        inner = each.transformer
+        name = "build_alibi_tensor" if model_of is bloom else "build_mpt_alibi_tensor"
+        build = getattr(inner, name)
+        monkeypatch.setattr(inner, name, lambda *args, b=build, **more: 2 * b(*args, **more))
+    found, expected = generated(model, max_new_tokens=12), generated(stock, max_new_tokens=12)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert not torch.equal(expected.sequences, generated(model_of(), max_new_tokens=12).sequences)
+
+
+def test_more_keys_than_mpt_has_a_bias_for(passes: list[int]) -> None:
+    model, stock = optimized(mpt(max_seq_len=30)), mpt(max_seq_len=30)
+    options: dict[str, Any] = {"max_new_tokens": 30 - 9 + 1, "do_sample": False}
+    passes.clear()
+    found = generated(model, options)
+    assert not passes
+    assert torch.equal(found.sequences, generated(stock, options).sequences)
+    options["max_new_tokens"] += 1
+    with pytest.raises(RuntimeError) as theirs:
+        generated(stock, options)
+    with pytest.raises(RuntimeError, match=re.escape(str(theirs.value))):
+        generated(model, options)
+
+
+# ---- windows of GPT-Neo ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 2, 9, 10, 33, 95, 96, 200])
+def test_windows_of_any_size(window: int, passes: list[int]) -> None:
+    model, stock = optimized(gpt_neo(window_size=window)), gpt_neo(window_size=window)
+    passes.clear()
+    found = generated(model, max_new_tokens=40, num_beams=2)
+    assert not passes
+    expected = generated(stock, max_new_tokens=40, num_beams=2)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=2e-4)
+
+
+def test_a_buffer_that_is_written_to_is_read_again() -> None:
+    model, stock = optimized(gpt_neo()), gpt_neo()
+    before = generated(model, max_new_tokens=12).sequences
+    for each in (model, stock):
+        band = each.transformer.h[1].attn.attention.bias
+        band.copy_(torch.ones_like(band).tril().triu(-2))
+    found = generated(model, max_new_tokens=12).sequences
+    assert torch.equal(found, generated(stock, max_new_tokens=12).sequences)
+    assert not torch.equal(found, before)
+    for each in (model, stock):
+        each.transformer.h[1].attn.attention.bias[..., 5] = False
+    assert torch.equal(
+        generated(model, max_new_tokens=12).sequences, generated(stock, max_new_tokens=12).sequences
+    )
+    with torch.no_grad():
+        assert programs_of(model).of(model, 1) is None
+
+
+def test_positions_beyond_the_table() -> None:
+    model = optimized(gpt_neo())
+    with pytest.raises(InvalidInput, match="position 96"):
+        generated(model, max_new_tokens=96)
+
+
+def test_a_hook_on_what_is_around_attention_is_called() -> None:
+    model = optimized(gpt_neo())
+    expected = generated(model, max_new_tokens=4)
+    seen: list[int] = []
+    model.transformer.h[1].attn.register_forward_hook(lambda *_: seen.append(1))
+    assert_same(generated(model, max_new_tokens=4).sequences, expected.sequences)
+    assert len(seen) == 4
