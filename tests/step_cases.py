@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     BloomForCausalLM,
@@ -43,6 +44,7 @@ _KINDS = (
     LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM, Qwen2ForCausalLM, MistralForCausalLM, Qwen3ForCausalLM,
     Phi3ForCausalLM, GraniteForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, BloomForCausalLM, MptForCausalLM,
     GPTNeoForCausalLM,
+    *(getattr(transformers, name) for name in ("Gemma4ForCausalLM", "ApertusForCausalLM") if hasattr(transformers, name)),
 )  # fmt: skip
 ALL_OUTPUTS = {"return_dict_in_generate": True, "output_logits": True}
 MODES: dict[str, dict[str, Any]] = {

@@ -135,7 +135,15 @@ def test_multiply(dtype: torch.dtype, per_row: int) -> None:
     x, out = tokens(dtype, 41), tokens(dtype, 41)
     expected, n = out.clone(), N_ROWS if per_row else N_ROWS * N_NEW
     expected[:n] *= x[:n]
-    run(kernels.MULTIPLY, [x, out], IN=0, OUT=SLOT, SIZE=41, PER_ROW=per_row)
+    run(kernels.MULTIPLY, [x, out], IN=0, OUT=SLOT, SIZE=41, PER_ROW=per_row, width=41, first=0)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_multiply_by_some_of_the_values(dtype: torch.dtype) -> None:
+    x, out = tokens(dtype, 41), tokens(dtype, 20)
+    expected = out * x[:, 7:27]
+    run(kernels.MULTIPLY, [x, out], IN=0, OUT=SLOT, SIZE=20, width=41, first=7)
     assert torch.equal(out, expected)
 
 

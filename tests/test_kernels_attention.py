@@ -454,7 +454,7 @@ def test_nothing_is_written_outside(
     parts = (record, 21, 5, cache.prefix_row, cache.table, 0)
     out = Guarded(dtype, 2 * n_new, n_heads * size)
     kinds, no_mask = (bits(qkv)[0, 0, :0], cache.prefix.ravel()[:0]), np.zeros((0, 0, 0), np.uint8)
-    given, numbers = (*kinds, qkv.data_ptr(), 2), Scoring(0.2).numbers(n_heads, dtype)
+    given, numbers = (*kinds, qkv.data_ptr(), qkv.shape[-1], 2), Scoring(0.2).numbers(n_heads, dtype)
     if n_new == 1:
         attention.attend_decode(*given, *parts, no_mask, *numbers, n_heads, out.array.ctypes.data)
     else:

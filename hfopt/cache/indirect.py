@@ -25,7 +25,7 @@ from hfopt.cache.row_map import RowMap
 from hfopt.cache.storage import Layout
 from hfopt.cache.window import WindowLayer
 from hfopt.errors import InvalidInput
-from hfopt.host import Config, window_of
+from hfopt.host import Config, holding, window_of
 
 __all__ = ["KV_CACHES", "Appended", "AppendedEverywhere", "Buffers", "IndirectCache"]
 
@@ -78,6 +78,7 @@ class IndirectCache(DynamicCache):
         self.layer_class_to_replicate: Any
         if self.layer_class_to_replicate is not None:
             self.layer_class_to_replicate = functools.partial(IndirectLayer, self._rows, kv_cache=kv_cache)
+        self.layers = holding(self.layers)
         length = sys.maxsize if max_length is None else max_length
         windows = [window_of(layer) for layer in self.layers]
         kinds = [None if window is None else min(window, length) for window in windows]

@@ -85,6 +85,10 @@ class IndirectLayer(DynamicLayer):
         self._become_plain()
         self._values = values
 
+    def seen(self, first: int) -> tuple[Tensor, Tensor]:
+        """Keys and values from a token on."""
+        return self._gathered(0, first), self._gathered(1, first)
+
     def _gathered(self, which: int, first: int) -> Tensor:
         assert self.prefix is not None and self.suffix is not None and self._layout is not None
         elements = self._read(self.prefix[which], self.suffix[which], first)
@@ -137,6 +141,11 @@ class IndirectLayer(DynamicLayer):
             self.suffix_len += n_new
             if self.suffix_len > rows.n_suffix:
                 rows.extend(self.suffix_len)
+        return self.appended(n_new, skipped)
+
+    def appended(self, n_new: int, skipped: int) -> Appended:
+        """The layer as its last n_new tokens have left it, which see none of the first `skipped` ones."""
+        rows = self.rows
         return Appended(
             self.buffers.prefix,
             self.buffers.suffix,
@@ -259,7 +268,7 @@ class IndirectLayer(DynamicLayer):
             buffer[1, :n_rows, :, length - n_new : length] = value_states
         else:
             write(buffer, scales, n_rows, length - n_new, torch.stack([key_states, value_states]))
-        return self._gathered(0, appended.skipped), self._gathered(1, appended.skipped)
+        return self.seen(appended.skipped)
 
     # The rest of DynamicLayer, on a map of its own: other layers must not see it
 

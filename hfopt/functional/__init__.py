@@ -17,6 +17,7 @@ from .rotary import rotate, rotate_and_store
 from .sampling import argmax, log_softmax_top_k
 from .scale import scale
 from .scoring import Scoring
+from .xielu import Xielu, xielu
 
 __all__ = [
     "ACTIVATIONS",
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizedWeights",
     "Scoring",
     "Weights",
+    "Xielu",
     "argmax",
     "attend",
     "clamp",
@@ -44,4 +46,5 @@ __all__ = [
     "rotate_and_store",
     "scale",
     "softcap",
+    "xielu",
 ]

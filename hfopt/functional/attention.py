@@ -95,15 +95,15 @@ def attend(
     """softmax(scores) v over the cached keys and values: [n_rows, n_new, n_heads * head_dim]. scoring: how scores come about
     from q k^T.
 
-    qkv: [n_rows, n_new, (n_heads + 2 * n_kv_heads) * head_dim], contiguous, float32, bfloat16 or float16 as the
-    cache, unless that holds codes; of it only the queries, its first channels,
+    qkv: [n_rows, n_new, (n_heads + 2 * n_kv_heads) * head_dim], or of the queries alone, n_heads * head_dim; contiguous,
+    float32, bfloat16 or float16 as the cache, unless that holds codes; of it only the queries, its first channels,
     are read: `rotate_and_store` has put the keys and values into the cache. Keys that a mask hides are not
     looked at, whatever they hold; a token that sees no key gets 0. by: "hfopt", "torch", or "auto" (what is
     faster for this many new tokens, see `choice`); one new token a row is always hfopt's, and so are infinite and NaN
     keys and values behind a mask, which torch would spread, and scores that are more than scaled. Raises `InvalidInput`.
     """
-    address, record = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim)
-    n_rows, n_new, _ = qkv.shape
+    address, record = check_qkv(qkv, appended, n_heads, n_kv_heads, head_dim, stores=False)
+    n_rows, n_new, width = qkv.shape
     check_lengths(appended, n_rows)
     _check_skipped(appended)
     hidden = checked_bytes(mask, appended.n_keys, n_rows, n_new)
@@ -121,10 +121,10 @@ def attend(
     lengths = appended.prefix_len, appended.suffix_len
     cache = (record, *lengths, appended.prefix_row, appended.table, appended.skipped)
     if n_new == 1:
-        wrong = decode.attend_decode(*like, address, n_rows, *cache, hidden, *numbers, n_heads, target)
+        wrong = decode.attend_decode(*like, address, width, n_rows, *cache, hidden, *numbers, n_heads, target)
     else:
         kind = KINDS[mask.kind]
-        sizes = (address, n_rows, n_new)
+        sizes = (address, width, n_rows, n_new)
         wrong = prefill.attend_prefill(*like, *sizes, *cache, kind, hidden, *numbers, n_heads, target)
     if wrong:
         raise InvalidInput(_WRONG_ROWS)

@@ -111,10 +111,12 @@ def rotate(
 
 
 def check_qkv(
-    qkv: Tensor, appended: "Appended", n_heads: int, n_kv_heads: int, head_dim: int
+    qkv: Tensor, appended: "Appended", n_heads: int, n_kv_heads: int, head_dim: int, *, stores: bool = True
 ) -> tuple[int, np.ndarray]:
     """(address of the projections, record of the cache); raises `InvalidInput` unless they and the sizes belong
     together.
+
+    stores: there are keys and values in the projections; else there may be queries alone.
     """
     if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads or head_dim < 1:
         raise InvalidInput(
@@ -122,6 +124,8 @@ def check_qkv(
             "positive numbers are needed, n_heads a multiple of n_kv_heads"
         )
     width = (n_heads + 2 * n_kv_heads) * head_dim
+    if not stores and qkv.shape[-1:] == (n_heads * head_dim,):
+        width = n_heads * head_dim
     address = check_array("qkv", qkv, (len(appended.prefix_row), appended.n_new, width))
     return address, cache_record(appended, qkv.dtype, n_kv_heads, head_dim)
 

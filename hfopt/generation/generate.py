@@ -167,7 +167,8 @@ def prepare_cache(model: Model, *args: Any, **kwargs: Any) -> Any:
 
 def _is_ours(cache: DynamicCache) -> bool:
     """Whether all layers have full attention or that of a window, and nothing else to remember."""
-    return bool(cache.layers) and all(host.window_of(layer) is not None for layer in cache.layers)
+    layers = host.holding(cache.layers)
+    return bool(layers) and all(host.window_of(layer) is not None for layer in layers)
 
 
 _BOUND: dict[str, Callable] = {"generate": generate, host.PREPARE_CACHE: prepare_cache}

@@ -8,8 +8,9 @@ from hfopt.host.release import OLDEST, check_release, installed
 
 check_release()
 
+from hfopt.host.activation import xielu_numbers  # noqa: E402
 from hfopt.host.attention import attention_kind, registered_attention  # noqa: E402
-from hfopt.host.cache_layer import DynamicLayer, WindowedLayer, layer_kinds, window_of, windows_of  # noqa: E402
+from hfopt.host.cache_layer import DynamicLayer, WindowedLayer, holding, layer_kinds, window_of, windows_of  # noqa: E402
 from hfopt.host.cache_names import (  # noqa: E402  (an older release would fail here with less of a message)
     REQUEST_CACHE,
     beam_output,
@@ -52,7 +53,7 @@ from hfopt.host.loops import (  # noqa: E402
     unknown_option,
 )
 from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
-from hfopt.host.rotary import rewritten  # noqa: E402
+from hfopt.host.rotary import begin_anew, rewritten  # noqa: E402
 
 __all__ = [
     "GENERATE_ORDER",
@@ -79,6 +80,7 @@ __all__ = [
     "WindowedLayer",
     "attention_kind",
     "beam_output",
+    "begin_anew",
     "by_outputs",
     "cache_argument",
     "cache_field",
@@ -90,6 +92,7 @@ __all__ = [
     "check_release",
     "fingerprint",
     "generate_arguments",
+    "holding",
     "installed",
     "is_capture",
     "is_linear_class",
@@ -109,4 +112,5 @@ __all__ = [
     "unknown_option",
     "window_of",
     "windows_of",
+    "xielu_numbers",
 ]

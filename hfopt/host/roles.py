@@ -17,6 +17,8 @@ _NAMES = {
     "cache": CACHE_NAMES,
     "use_cache": ("use_cache",),
     "position_bias": ("alibi", "position_bias"),
+    "shared": ("shared_kv_states",),  # by kind of layer, for layers that read the keys and values of another
+    "layer_input": ("per_layer_input",),
     "residual": ("residual",),
 }
 _ROLES = {name: role for role, names in _NAMES.items() for name in names}

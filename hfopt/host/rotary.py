@@ -9,14 +9,26 @@ from torch import Tensor, nn
 # kinds (`rope_type`) whose angles follow from the position alone
 _STATIC = frozenset({"default", "linear", "llama3", "yarn", "ntk_alpha", "proportional"})
 _LONG = "longrope"  # other angles for all tokens of a text that is longer than those of the first training
-_REWRITTEN = frozenset({"inv_freq", "long_inv_freq"})
+_DYNAMIC = "dynamic"  # other angles for each length of a text beyond what the model was trained for
+_LENGTH, _FIRST_LENGTH = (
+    "max_seq_len_cached",
+    "original_max_seq_len",
+)  # of the longest text so far, and of an empty one
+_FREQUENCIES, _FIRST_FREQUENCIES = "inv_freq", "original_inv_freq"
+_REWRITTEN = {
+    _LONG: frozenset({_FREQUENCIES, "long_inv_freq"}),
+    _DYNAMIC: frozenset({_FREQUENCIES, _FIRST_FREQUENCIES, _LENGTH, "attention_scaling"}),
+}
 _TYPE = "layer_type"  # an argument of those that have several tables
 
 
 class Kind(NamedTuple):
-    """What angles depend on besides the position: breaks are lengths of a text beyond which all are others."""
+    """What angles depend on besides the position: breaks are lengths of a text beyond which all are others, and beyond
+    `last` they are others for each length.
+    """
 
     breaks: tuple[int, ...] = ()
+    last: int | None = None
 
 
 def kind_of(rotary: Any, layer_type: str | None = None) -> Kind | None:
@@ -31,6 +43,9 @@ def kind_of(rotary: Any, layer_type: str | None = None) -> Kind | None:
     if name == _LONG:
         length = _original_length(rotary, layer_type)
         return None if length is None else Kind((length,))
+    length = getattr(rotary, _FIRST_LENGTH, None)
+    if name == _DYNAMIC and not isinstance(rotary.rope_type, dict) and isinstance(length, int):
+        return Kind(last=length)
     return None
 
 
@@ -47,13 +62,24 @@ def angles(rotary: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str |
 
 def rewritten(module: nn.Module) -> frozenset[str]:
     """Names of buffers and attributes that a module's own forward writes, from its arguments and from all others."""
-    return _REWRITTEN if vars(module).get("rope_type") == _LONG else frozenset()
+    name = vars(module).get("rope_type")
+    return _REWRITTEN.get(name, frozenset()) if isinstance(name, str) else frozenset()
+
+
+def begin_anew(module: nn.Module) -> None:
+    """Let a rotary module forget the texts that it has seen, if its angles follow from the longest one."""
+    state, buffers = vars(module), module._buffers
+    first = buffers.get(_FIRST_FREQUENCIES)
+    if state.get("rope_type") == _DYNAMIC and first is not None and _FIRST_LENGTH in state:
+        state[_LENGTH] = state[_FIRST_LENGTH]
+        buffers[_FREQUENCIES] = first.clone()
 
 
 def twin(rotary: nn.Module) -> nn.Module:
-    """A rotary module with the same attributes and buffers of its own."""
+    """A rotary module with the same attributes and buffers of its own, which has seen no text."""
     made = copy.copy(rotary)
     made._buffers = {name: None if each is None else each.clone() for name, each in rotary._buffers.items()}
+    begin_anew(made)
     return made
 
 

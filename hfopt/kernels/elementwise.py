@@ -10,7 +10,7 @@ from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.simd.constants import ZERO
 from hfopt.kernels.simd.functions import tanh
 from hfopt.kernels.simd.memory import load_part, load_two, store_part, store_two
-from hfopt.kernels.simd.pointer import address_as, pointer
+from hfopt.kernels.simd.pointer import address_as, pointer, shifted
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import maximum, product, quotient, splat
 
@@ -37,22 +37,28 @@ def add_row(x, other, size, total):
 
 
 @body
-def _multiply(x, count, out):
-    """out *= x, rounded."""
-    k = 0
-    while k < count:
-        n = min(count - k, LANES)
+def _multiply_row(row, x, width, size, out):
+    """out *= x in one row, rounded."""
+    x, out = shifted(x, row * width), shifted(out, row * size)
+    for k in range(0, size, LANES):
+        n = min(size - k, LANES)
         store_part(out, k, n, load_part(out, k, n) * load_part(x, k, n))
-        k += LANES
+
+
+class _Multiply(NamedTuple):
+    width: int  # values of IN for each token
+    first: int  # of those that count
 
 
 @body
 def _run_multiply(like, held, operands, step):
-    _multiply(address_as(operands.x, like), operands.n * operands.size, address_as(operands.out, like))
+    own, n, size = read_fields(operands.own, _Multiply), operands.n, operands.size
+    x, out = shifted(address_as(operands.x, like), own.first), address_as(operands.out, like)
+    parallel_for(_multiply_row, threads_for(n, n * size, _PARALLEL_SIZE), n, (x, own.width, size, out))
 
 
-# OUT *= IN
-MULTIPLY = Instruction("multiply", (), _run_multiply)
+# OUT *= SIZE values of IN
+MULTIPLY = Instruction("multiply", _Multiply._fields, _run_multiply)
 
 
 # ---- products with a number -------------------------------------------------------------------------------------------

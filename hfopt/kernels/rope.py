@@ -327,7 +327,7 @@ def _run_rotate(like, held, operands, step):
     sin = floats_at(step.arena + own.sin * step.n_tokens)
     heads = own.width, own.n_heads, operands.size
     x, angles = address_as(operands.x, like), (cos, sin, step.n_rows, own.n_rotary, own.kind)
-    rotate_rows(x, step.n_rows, step.n_new, *heads, *angles)
+    rotate_rows(x, step.n_rows, operands.n // step.n_rows, *heads, *angles)
 
 
 # in IN, whose heads have SIZE channels

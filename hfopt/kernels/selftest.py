@@ -220,7 +220,7 @@ def _attend_decode(dtype: type, is_coded: bool, is_bent: bool) -> float:
     cache = (record, 290, 4, np.zeros(2, np.int32), table, 0, _NO_MASK)
     likes: tuple[Array, Array] = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
     scoring, kept = _scoring(dtype, 2, is_bent)
-    attention.attend_decode(*likes, _address(qkv), 2, *cache, *scoring, 2, _address(out))
+    attention.attend_decode(*likes, _address(qkv), 4 * 24, 2, *cache, *scoring, 2, _address(out))
     worst = 0.0
     for row in range(2):
         tokens = [suffix[:, table[row, t], 0, t] for t in range(4)]
@@ -240,7 +240,9 @@ def _attend_prefill(dtype: type, is_coded: bool, is_bent: bool) -> float:
     mask = (CAUSAL, _NO_MASK)
     scoring, kept = _scoring(dtype, 1, is_bent)
     likes: tuple[Array, Array] = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
-    attention_prefill.attend_prefill(*likes, _address(qkv), 1, 70, *cache, *mask, *scoring, 1, _address(out))
+    attention_prefill.attend_prefill(
+        *likes, _address(qkv), 3 * 24, 1, 70, *cache, *mask, *scoring, 1, _address(out)
+    )
     k, v = prefix[:, 0, 0, :75]
     return _error(out, _attended(_exact(qkv[:, :24]), k, v, np.arange(5, 75)[:, None], kept, is_bent))
 

@@ -35,6 +35,7 @@ from hfopt.kernels.norm import HEAD_NORM, LAYER_NORM, RMS_NORM
 from hfopt.kernels.rope import ROTATE, ROTATE_AND_STORE
 from hfopt.kernels.sampling import argmax
 from hfopt.kernels.simd.pointer import address_of, pointer, shifted
+from hfopt.kernels.xielu import XIELU
 
 # the number of an instruction, in column OP, is its place here
 INSTRUCTIONS: tuple[Instruction, ...] = (
@@ -53,6 +54,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     HEAD_NORM,
     LIMIT,
     ROTATE,
+    XIELU,
 )
 COLUMNS = OWN + max(len(each.columns) for each in INSTRUCTIONS)
 

@@ -25,14 +25,15 @@ class AngleTables:
     """cos and sin by position, float32 [n, angles] each.
 
     key: equal for attentions that share them. build(n): both with at least n rows, or as many as there are. limit: rows that
-    there are at most. breaks: positions at which a model changes to other angles for all that it reads from there on:
-    build(n) gives those of a text of n tokens.
+    there are at most. breaks: lengths of a text beyond which a model takes other angles for all that it reads from there on;
+    last: one beyond which it takes others for each length. build(n) gives those of a text of n tokens.
     """
 
     key: Hashable
     build: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
     limit: int | None = None
     breaks: tuple[int, ...] = ()
+    last: int | None = None
 
 
 def remembered(
@@ -107,7 +108,10 @@ def computed_tables(
 
     def build(n: int) -> tuple[torch.Tensor, torch.Tensor]:
         n_positions = _CHUNK * -(-n // _CHUNK)
-        n_positions = min([n_positions, *(each for each in kind.breaks if n <= each)])
+        ends = kind.breaks if kind.last is None else (*kind.breaks, kind.last)
+        n_positions = min([n_positions, *(each for each in ends if n <= each)])
+        if kind.last is not None and n > kind.last:
+            n_positions = n
         twin = host_rotary.twin(rotary)  # some write into their buffers
         with torch.inference_mode(False), torch.no_grad():
             cos, sin = host_rotary.angles(
@@ -116,7 +120,7 @@ def computed_tables(
         return as_taken(rotation, cos[0]), as_taken(rotation, sin[0])
 
     key = rotation, layer_type if host_rotary.takes_types(rotary) else None
-    return AngleTables(key, build, breaks=kind.breaks)
+    return AngleTables(key, build, breaks=kind.breaks, last=kind.last)
 
 
 def stored_tables(table: torch.Tensor, key: Hashable, dtype: torch.dtype) -> AngleTables:

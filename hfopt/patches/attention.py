@@ -49,7 +49,8 @@ class Given(NamedTuple):
     """What a call hands to attention besides hidden states and cache.
 
     n_positions: of a table of its own, which bounds them. layer_type: for which angles are, where there are several kinds.
-    n_slopes: heads of an ALiBi bias. hides: its mask says by True what is hidden. max_keys: that it may have.
+    n_slopes: heads of an ALiBi bias. hides: its mask says by True what is hidden. max_keys: that it may have. heads:
+    (number, channels) of keys that another layer has stored for it.
     """
 
     n_positions: int | None = None
@@ -57,6 +58,7 @@ class Given(NamedTuple):
     n_slopes: int = 0
     hides: bool = False
     max_keys: int = sys.maxsize
+    heads: tuple[int, int] | None = None
 
 
 _NOTHING = Given()
@@ -66,9 +68,10 @@ _NOTHING = Given()
 class AttentionSpec:
     """Names and sizes of the projections, and which channels turn together ("half": d and d + rot / 2).
 
-    inputs: Linears that give, side by side, the query, key and value heads. norms: of queries and keys. rows: (first row,
-    rows) of the heads in a single input, in the order of kernels, if it has another one. clip: what limits queries, keys and
-    values, an attribute or a field of the configuration; softcap: likewise what limits scores.
+    inputs: Linears that give, side by side, the query, key and value heads. norms: of queries, keys and values. rows:
+    (first row, rows) of the heads in a single input, in the order of kernels, if it has another one. clip: what limits
+    queries, keys and values, an attribute or a field of the configuration; softcap: likewise what limits scores. stores: as
+    in `AttentionParts`.
     """
 
     inputs: tuple[str, ...]
@@ -84,6 +87,7 @@ class AttentionSpec:
     clip: str | None = None
     softcap: str | None = None
     given: Given = _NOTHING
+    stores: bool = True
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
@@ -124,11 +128,15 @@ class Attention(Block):
         limit = None if spec.clip is None else setting(self, spec.clip)
         if limit is not None:
             qkv = ops.clamp(qkv, limit)
+        n_rotated = spec.n_heads + (spec.n_kv_heads if spec.stores else 0)
         if spec.norms_last:
-            ops.rotate(self, qkv, past, spec.n_heads + spec.n_kv_heads)
+            ops.rotate(self, qkv, past, n_rotated)
         for norm in spec.norms:
             ops.norm_heads(self, qkv, *norm)
-        past = ops.store(self, qkv, past, rotates=not spec.norms_last)
+        if spec.stores:
+            past = ops.store(self, qkv, past, rotates=not spec.norms_last)
+        elif not spec.norms_last:
+            ops.rotate(self, qkv, past, n_rotated)
         attended = ops.attend(self, qkv, past)
         return ops.linear(attended, output, Epilogue(residuals=residuals))
 

@@ -77,14 +77,15 @@ _SHARDS = 4  # CodeGen's, one for each of the machines that it was trained on
 # attributes that change nothing, or what the proof shows
 _KNOWN = (
     "alibi_slopes", "attention_type", "beta", "dropout", "embed_dim", "embed_positions", "enable_bias",
-    "head_dim", "head_size", "hidden_size", "is_causal", "is_cross_attention", "is_decoder", "is_sliding",
-    "kv_dim", "kv_heads", "layer_type", "max_positions", "max_seq_length", "mp_num", "multi_query", "n_heads",
+    "head_dim", "head_size", "hidden_size", "is_causal", "is_cross_attention", "is_decoder", "is_kv_shared_layer",
+    "is_sliding", "kv_dim", "kv_heads", "layer_type", "max_positions", "max_seq_length", "mp_num", "multi_query", "n_heads",
     "new_decoder_architecture", "num_attention_heads", "num_heads", "num_key_value_groups",
     "num_key_value_heads", "num_kv_heads", "pos_embd_dim", "pretraining_tp", "qk_layernorm",
     "reorder_and_upcast_attn", "rotary_dim", "rotary_ndims", "scale_attn", "sliding_window", "slow_but_exact",
-    "split_size", "use_qk_norm", "use_rope", *SCALES,
+    "split_size", "store_full_length_kv", "use_alternative_attention", "use_qk_norm", "use_rope", *SCALES,
 )  # fmt: skip
 _EACH = "norms"  # a list of norms, one for each head
+_GROUP = "num_key_value_groups"
 _HEAD_DIMS = ("head_dim", "head_size")
 
 
@@ -108,18 +109,21 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
     if isinstance(sizes, str):
         return sizes
     head_norms: list[HeadNorm] = []
-    for name, first, n in zip(norms, (0, sizes[1]), sizes[1:3], strict=False):
+    n_heads, n_kv_heads = sizes[1:3]
+    places = (0, n_heads, n_heads + n_kv_heads), (n_heads, n_kv_heads, n_kv_heads)
+    for name, first, n in zip(norms, *places, strict=False):
         found = _head_norms(module, name, first, n, sizes[-1])
         if isinstance(found, str):
             return found
         head_norms += found
-    hidden_size, n_heads, _, head_dim = sizes
+    hidden_size, n_heads, n_kv_heads, head_dim = sizes
     given = Given(
         len(buffer) if parts.angles == "table" and buffer is not None else None,
         _layer_type(module),
         n_heads if parts.angles == "alibi" else 0,
         parts.hides,
         buffer.shape[-1] if parts.angles == "band" and buffer is not None else sys.maxsize,
+        None if parts.stores else (n_kv_heads, head_dim),
     )
     return [
         AttentionSpec(
@@ -136,6 +140,7 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             _setting_read(module, parts.clip),
             _setting_read(module, parts.softcap),
             given,
+            parts.stores,
         )
         for n_kv_heads, rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
         for rotation in parts.rotations
@@ -176,6 +181,9 @@ def _sizes(module: Any, parts: AttentionParts) -> tuple[int, int, int, int] | st
     n_heads, n_all = output.inputs // head_dim, sum(each.outputs for each in inputs)
     n_kv_heads = (n_all // head_dim - n_heads) // 2
     sizes = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim]
+    if not parts.stores:
+        group = vars(module).get(_GROUP)
+        n_kv_heads, sizes = (n_heads // group if isinstance(group, int) and group > 0 else 0), sizes[:1]
     fits = all(each.inputs == hidden_size for each in inputs) and output.inputs == sizes[0]
     fits = fits and [each.outputs for each in inputs] == (sizes if len(inputs) > 1 else [sum(sizes)])
     if not fits or n_kv_heads < 1 or n_heads % n_kv_heads:

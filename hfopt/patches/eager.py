@@ -12,11 +12,12 @@ from hfopt.functional import Epilogue, Mask, Norm, Weights
 from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
 from hfopt.host import Arguments
-from hfopt.patches.activation import fused_activation
+from hfopt.patches.activation import XIELU, fused_activation, xielu_of
 from hfopt.patches.angles import are_angles, remembered
 from hfopt.patches.guards import are_readable, attention_kind, is_bare, is_causal, wants_attentions
 from hfopt.patches.ops import Declined
 from hfopt.patches.replacement import Replacement, are_others_bare, is_usable, original_class
+from hfopt.patches.stored import Stored
 from hfopt.patches.weights import read_children
 
 
@@ -107,13 +108,22 @@ class Eager:
     def activate(self, module: Any, name: str, x: Tensor, weights: Weights, *, gated: bool = False) -> Tensor:
         activation: Callable[[Tensor], Tensor] = module._modules[name]
         known = fused_activation(module._hfopt, activation)  # type: ignore[arg-type]
-        if known is not None:
+        if known is not None and known != XIELU:
             return self.linear(x, weights, Epilogue(known, gated))
         y = self.linear(x, weights)
+        numbers = xielu_of(activation) if known == XIELU and not gated else None  # type: ignore[arg-type]
+        if numbers is not None and all(each.dtype is self._dtype for each in numbers):
+            return functional.xielu(y, numbers)
         if not gated:
             return activation(y)
         gate, up = y.chunk(2, dim=-1)
         return activation(gate) * up
+
+    def times_input(self, layer: Any, x: Tensor) -> Tensor:
+        factor = self._roles.get("layer_input")
+        if type(factor) is not Tensor or factor.shape != x.shape or factor.dtype is not x.dtype:
+            raise Declined
+        return x * factor
 
     # ---- norms and scales -------------------------------------------------------------------------------------------
 
@@ -141,7 +151,7 @@ class Eager:
     # ---- attention --------------------------------------------------------------------------------------------------
 
     def past(self, attention: Any, x: Tensor) -> Past:
-        given = self._roles
+        given, stored = self._roles, self._stored(attention)
         cache = given.get("cache")
         layer = 0 if cache is None else attention.layer
         cache = IndirectCache() if cache is None else cache
@@ -158,8 +168,13 @@ class Eager:
         if rotary is None:
             raise Declined
         n_rows, n_new, _ = x.shape
-        n_past, n_keys = cache.get_seq_length(layer), cache.n_keys(layer, n_new)
-        is_windowed = layer < len(cache.layers) and cache.layers[layer].is_sliding
+        if stored is None:
+            n_past, n_keys = cache.get_seq_length(layer), cache.n_keys(layer, n_new)
+            is_windowed = layer < len(cache.layers) and cache.layers[layer].is_sliding
+            appended = None
+        else:
+            appended, is_windowed = stored.appended._replace(n_new=n_new), stored.layer.is_sliding
+            n_past, n_keys = appended.n_keys - n_new, appended.n_keys
         sizes = (n_rows, n_new, n_keys)
         kind, hides = attention_kind(attention), attention._hfopt.spec.given.hides
         if n_keys > attention.max_keys:
@@ -172,7 +187,17 @@ class Eager:
         cos, sin = rotary(cache, n_past, self._dtype)
         if cos is not None and not are_angles(cos, n_rows, n_new):
             raise Declined
-        return Past(cache, layer, x.shape, mask, cos, sin)
+        return Past(cache, layer, x.shape, mask, cos, sin, appended)
+
+    def _stored(self, attention: Any) -> Stored | None:
+        """What another layer has stored for this one; None if that stores its own."""
+        spec = attention._hfopt.spec
+        if spec.stores:
+            return None
+        stored = (self._roles.get("shared") or {}).get(spec.given.layer_type)
+        if not isinstance(stored, Stored):
+            raise Declined
+        return stored
 
     def rotate(self, attention: Any, qkv: Tensor, past: Past, n_heads: int) -> None:
         spec = attention._hfopt.spec
@@ -186,6 +211,9 @@ class Eager:
         n_heads, n_kv_heads, head_dim = spec.heads
         angles, rotation = ((past.cos, past.sin), spec.rotation_kind) if rotates else ((None, None), "none")
         functional.rotate_and_store(qkv, *angles, appended, n_heads, n_kv_heads, head_dim, rotation)
+        shared = self._roles.get("shared")
+        if shared is not None:  # later layers read the last one of their kind
+            shared[spec.given.layer_type] = Stored(past.cache.layers[past.layer], appended)
         return past._replace(appended=appended)
 
     def attend(self, attention: Any, qkv: Tensor, past: Past) -> Tensor:

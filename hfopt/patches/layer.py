@@ -4,6 +4,7 @@ A part that kernels cannot do as it is now (hooks on it, an adapter in it) is ca
 kernels there is no layer in kernels.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 
 from hfopt.functional import Epilogue
-from hfopt.host import ROLES
+from hfopt.host import ROLES, Features
 from hfopt.patches.activation import match_activation
 from hfopt.patches.attention import Attention, Given
 from hfopt.patches.block import Block
-from hfopt.patches.families.family import LayerParts, Topology
+from hfopt.patches.families.family import InputParts, LayerParts, Topology
 from hfopt.patches.ops import Ops, X
-from hfopt.patches.pattern import Pattern, has_children, owns_nothing, unknown_parts
+from hfopt.patches.pattern import Pattern, has_children, owned, unknown_parts
 from hfopt.patches.weights import is_linear
 
 
@@ -26,7 +27,8 @@ from hfopt.patches.weights import is_linear
 class LayerSpec:
     """Names of the children; `inner`: Linears and activation of a block without a module of its own.
 
-    attention: a path. multiplier: the attribute that scales what the parts add. normed, idle: see `LayerParts`.
+    attention: a path. multiplier: the attribute that scales what the parts add. normed, idle, input, scalar: see
+    `LayerParts`; input_size: channels of the layer's own input.
     """
 
     attention: str
@@ -40,19 +42,26 @@ class LayerSpec:
     multiplier: str | None = None
     normed: str | None = None
     idle: tuple[str, ...] = ()
+    input: InputParts | None = None
+    input_size: int = 0
+    scalar: str | None = None
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
+        if self.input is not None:
+            return self.input.gate, self.input.output
         return () if self.inner is None else (self.inner[0], self.inner[2])
 
     @functools.cached_property
     def parts(self) -> tuple[str, ...]:
-        attention = self.attention.partition(".")[0]
-        blocks = () if self.mlp is None else (self.mlp,)
-        return (attention, *self.norms, *self.post_norms, *blocks, *self.idle)
+        others = [] if self.mlp is None else [self.mlp]
+        others += [] if self.input is None else [self.input.norm]
+        return (self.attention.partition(".")[0], *self.norms, *self.post_norms, *others, *self.idle)
 
     @property
     def activation(self) -> str | None:
+        if self.input is not None:
+            return self.input.activation
         return None if self.inner is None else self.inner[1]
 
 
@@ -80,7 +89,14 @@ class SequentialLayer(Layer):
             if spec.post_norms:
                 y = ops.part(self, spec.post_norms[index], y, () if spec.multiplier else (x,))
             x = y if spec.multiplier is None else ops.scale(y, self.__dict__[spec.multiplier], x)
-        return x
+        if spec.input is not None:
+            x = self._with_input(ops, x, spec.input)
+        return x if spec.scalar is None else ops.scale(x, float(self._buffers[spec.scalar]))  # type: ignore[arg-type]
+
+    def _with_input(self, ops: Ops[X], x: X, parts: InputParts) -> X:
+        gate, output = (ops.weights(self, role, (role,)) for role in (parts.gate, parts.output))
+        inner = ops.times_input(self, ops.activate(self, parts.activation, x, gate))
+        return ops.part(self, parts.norm, ops.linear(inner, output), (x,))
 
 
 class ParallelLayer(Layer):
@@ -130,7 +146,7 @@ _KINDS: dict[Topology, type[Layer]] = {
 # attributes that change nothing, or what the proof shows
 _KNOWN = (
     "activation_dropout", "attention_type", "do_layer_norm_before", "dropout", "embed_dim", "hidden_dropout",
-    "hidden_size", "layer_id", "layer_type", "num_heads", "use_parallel_residual",
+    "hidden_size", "hidden_size_per_layer_input", "layer_id", "layer_type", "num_heads", "use_parallel_residual",
 )  # fmt: skip
 
 
@@ -138,9 +154,13 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
     inner = None if isinstance(parts.mlp, str) else parts.mlp
     mlp = (parts.mlp,) if isinstance(parts.mlp, str) else parts.mlp
     around, *path = parts.attention.split(".")
-    required = (around, *parts.norms, *parts.post_norms, *mlp)
     idle = tuple(name for name in parts.idle if module._modules.get(name) is not None)
-    if not has_children(module, (*required, *idle)) or not owns_nothing(module):
+    children = (around, *parts.norms, *parts.post_norms, *mlp, *idle)
+    if parts.input is not None:
+        children += dataclasses.astuple(parts.input)
+    if not has_children(module, children) or owned(module) - {parts.scalar}:
+        return None
+    if parts.scalar is not None and not _is_number(module._buffers.get(parts.scalar)):
         return None
     state, kind = vars(module), _KINDS[topology]
     multiplier = parts.multiplier if isinstance(state.get(parts.multiplier), float | int) else None
@@ -148,7 +168,7 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
     attention = module._modules[around]
     waiting, known = [module], (*_KNOWN, parts.multiplier, parts.normed)
     for name in path:
-        if not has_children(attention, (name,)) or not owns_nothing(attention):
+        if not has_children(attention, (name,)) or owned(attention):
             return None
         waiting.append(attention)
         attention = attention._modules[name]
@@ -162,7 +182,14 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
     of_attention = spec.hidden_size, spec.given
     if inner is None:
         names = parts.attention, parts.norms, parts.post_norms, mlp[0]
-        return LayerSpec(*names, *of_attention, multiplier=multiplier, normed=normed, idle=idle)
+        more: dict[str, Any] = {
+            "multiplier": multiplier,
+            "normed": normed,
+            "scalar": parts.scalar,
+            "idle": idle,
+        }
+        made = LayerSpec(*names, *of_attention, **more)
+        return made if parts.input is None else _with_input(module, parts.input, made)
     first, activation, second = inner
     if not is_linear(module._modules[first]) or not is_linear(module._modules[second]):
         return f"{first} or {second} is not a plain Linear"
@@ -170,10 +197,25 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
     return LayerSpec(parts.attention, parts.norms, (), None, *of_attention, inner, matched, idle=idle)
 
 
+def _is_number(buffer: torch.Tensor | None) -> bool:
+    return buffer is not None and buffer.numel() == 1 and buffer.is_floating_point()
+
+
+def _with_input(module: Any, parts: InputParts, spec: LayerSpec) -> LayerSpec | str:
+    gate, output = module._modules[parts.gate], module._modules[parts.output]
+    if not is_linear(gate) or not is_linear(output):
+        return f"{parts.gate} or {parts.output} is not a plain Linear"
+    matched = match_activation(module._modules[parts.activation])
+    size = Features.of(gate).outputs
+    return dataclasses.replace(spec, input=parts, input_size=size, activation_name=matched)
+
+
 def _trial(call: Any, spec: LayerSpec, scene: Any) -> list[torch.Tensor]:
     outputs = []
     for inputs in scene.inputs(spec.hidden_size, spec.given.max_keys):
         roles = {**scene.roles(inputs, spec.given), "use_cache": True}
+        if spec.input is not None:
+            roles["layer_input"] = scene.hidden_states(*inputs.hidden_states.shape[:2], spec.input_size)
         outputs.append(inputs.valid(call(hidden_states=inputs.hidden_states, **roles)))
     return outputs
 

@@ -15,7 +15,7 @@ from hfopt.patches.block import Block
 from hfopt.patches.families.family import MlpParts
 from hfopt.patches.guards import DO_NOTHING
 from hfopt.patches.ops import Ops, X
-from hfopt.patches.pattern import Pattern, has_children, owns_nothing, takes_only
+from hfopt.patches.pattern import Pattern, has_children, owned, takes_only
 from hfopt.patches.weights import is_linear
 
 
@@ -70,7 +70,7 @@ def _recognise(parts: MlpParts, module: Any) -> MlpSpec | str | None:
     activation = next((name for name in others if type(module._modules[name]) not in DO_NOTHING), None)
     if activation is None or not has_children(module, (*linears, activation)):
         return None
-    if not owns_nothing(module) or not takes_only(module, Mlp.takes):
+    if owned(module) or not takes_only(module, Mlp.takes):
         return None
     wrapped = next((name for name in linears if not is_linear(module._modules[name])), None)
     if wrapped is not None:

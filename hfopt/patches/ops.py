@@ -37,7 +37,10 @@ class Ops(Protocol[X]):
         """`functional.linear`."""
 
     def activate(self, module: Any, name: str, x: X, weights: Weights, *, gated: bool = False) -> X:
-        """A linear layer with the activation that the child `name` computes as its epilogue."""
+        """A linear layer and the activation that the child `name` computes, as its epilogue where that can be."""
+
+    def times_input(self, layer: Any, x: X) -> X:
+        """x times what the model gives this layer of its own, besides the hidden states."""
 
     def norm(self, x: X, norm: Norm) -> X:
         """`functional.norm`."""
@@ -52,7 +55,9 @@ class Ops(Protocol[X]):
         """x * factor, plus the residual if there is one."""
 
     def past(self, attention: Any, x: X) -> Any:
-        """Where keys and values of this attention are, and what x needs besides: a mask, and angles of its positions."""
+        """Where keys and values of this attention are, its own or those of another layer, and what x needs besides: a mask,
+        and angles of its positions.
+        """
 
     def rotate(self, attention: Any, qkv: X, past: Any, n_heads: int) -> None:
         """Turn the first heads in place by the angles."""

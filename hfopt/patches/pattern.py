@@ -61,9 +61,10 @@ def has_children(module: nn.Module, required: Collection[str]) -> bool:
     return names.issuperset(required) and all(type(child) in DO_NOTHING for child in others)
 
 
-def owns_nothing(module: nn.Module) -> bool:
-    """Whether the module has no parameter or buffer of its own."""
-    return not any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values()))
+def owned(module: nn.Module) -> set[str]:
+    """Names of parameters and buffers of its own."""
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    return {name for name, tensor in tensors if tensor is not None}
 
 
 def unknown_parts(

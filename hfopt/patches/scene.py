@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from hfopt.cache import IndirectCache
 from hfopt.host import rotary as host_rotary
 from hfopt.patches.attention import Given
 from hfopt.patches.slopes import bias_of
+from hfopt.patches.stored import Stored
 
 # Two rows, the second padded on the left, then one more token, then many behind a long text. Gaps between positions turn
 # more channels; few tokens, because the mean over many would hide what one changes.
@@ -89,10 +91,13 @@ class Scene:
         """What attention is given besides hidden states, by role."""
         n_positions, mask = given.n_positions, inputs.attention_mask
         position_ids = inputs.position_ids if n_positions is None else inputs.position_ids % n_positions
-        roles = {"attention_mask": mask, "cache": self.cache, "position_ids": position_ids}
+        roles: dict[str, Any] = {"attention_mask": mask, "cache": self.cache, "position_ids": position_ids}
         if given.hides:
             roles["attention_mask"] = mask != 0
         roles["position_bias"] = None
+        roles["shared"] = {}
+        if given.heads is not None:
+            roles["shared"][given.layer_type] = self._stored(inputs, *given.heads)
         if given.n_slopes:
             bias = bias_of(given.n_slopes, mask.shape[-1], self._dtype)
             roles["position_bias"] = bias.repeat(1 if given.hides else len(mask), 1, 1)
@@ -101,6 +106,15 @@ class Scene:
                 inputs.hidden_states, inputs.position_ids, given.layer_type
             )
         return roles
+
+    def _stored(self, inputs: Inputs, n_heads: int, head_dim: int) -> Any:
+        """Random keys and values of new tokens, stored in the first layer."""
+        n_rows, n_new, _ = inputs.hidden_states.shape
+        shape = 2, n_rows, n_heads, n_new, head_dim
+        keys, values = torch.randn(shape, generator=self._generator).to(self._dtype)
+        pair = self.cache.update(keys, values, 0)
+        layer: Any = self.cache.layers[0]
+        return Stored(layer, layer.appended(n_new, 0)) if isinstance(self.cache, IndirectCache) else pair
 
     def inputs(self, hidden_size: int, max_keys: int) -> Iterator[Inputs]:
         """Five tokens in two rows, two of them padding, then one more in each, then twenty behind a long text, no more than

@@ -25,7 +25,7 @@ _TABLES = (*_HOOKS, "_parameters", "_buffers")  # which a forward may add to
 def shadow(
     model: nn.Module, *, is_original: bool = False, is_short: bool = False, is_exact: bool = False
 ) -> Any:
-    """A model with the same tensors, in evaluation mode and without hooks at its root.
+    """A model with the same tensors, in evaluation mode and without hooks at its root, which has read no text yet.
 
     is_original: its modules are of their original classes; otherwise all of them take hfopt's kernels. is_short: it has no
     more than the first three of its layers, or as many as it takes to have one of each kind. is_exact: quantised ones
@@ -38,6 +38,8 @@ def shadow(
                 vars(module)["format"] = replace(module.format, compute="float")
                 if isinstance(module, Replacement):
                     module._hfopt.facts = Facts.of(module, type(module).live)
+    for module in twin.modules():
+        host.begin_anew(module)
     vars(twin).update(training=False, **{name: type(vars(model)[name])() for name in _HOOKS})
     return twin
 

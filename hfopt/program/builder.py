@@ -35,7 +35,7 @@ from hfopt.program.layout import (
 )
 from hfopt.program.listing import Listing
 from hfopt.program.pointwise import Pointwise
-from hfopt.program.program import Program
+from hfopt.program.program import Breaks, Program
 
 _LINEARS = frozenset({kernels.LINEAR, kernels.QUANTIZED_LINEAR})
 
@@ -107,8 +107,8 @@ class Builder(Pointwise):
         self._add(kernels.ROTATE, f"{n_heads} heads of {head_dim}", operands, columns)
 
     def attend(self, qkv: Value, layer: int, heads: tuple[int, int, int], scoring: Scoring) -> Value:
-        """`functional.attend`, over what has been stored."""
-        self._check_heads(qkv, heads)
+        """`functional.attend`, over what has been stored in this layer."""
+        self._check_heads(qkv, heads, stores=False)
         if self._cached.get(layer) != heads[1:]:
             raise InvalidInput(
                 f"layer {layer} caches heads of {self._cached.get(layer)}: {heads[1:]} is needed"
@@ -123,6 +123,7 @@ class Builder(Pointwise):
         self._kept += scoring.tensors
         self._has_slopes |= scoring.slopes is not None
         columns = {
+            "SIZE": qkv.size,
             "layer": layer,
             **dict(zip(("n_heads", "n_kv_heads", "head_dim"), heads, strict=True)),
             "softcap": int(np.float32(softcap).view(np.int32)),
@@ -134,10 +135,13 @@ class Builder(Pointwise):
         self._add(kernels.ATTEND, shapes, operands, columns, scalar=scale, then=then, n_bytes=n_bytes)
         return out
 
-    def _check_heads(self, qkv: Value, heads: tuple[int, int, int]) -> None:
+    def _check_heads(self, qkv: Value, heads: tuple[int, int, int], *, stores: bool = True) -> None:
         n_heads, n_kv_heads, head_dim = heads
         self._check(qkv)
-        fits = qkv.size == (n_heads + 2 * n_kv_heads) * head_dim and min(heads) > 0
+        fits = qkv.size == (n_heads + 2 * n_kv_heads) * head_dim or (
+            not stores and qkv.size == n_heads * head_dim
+        )
+        fits = fits and min(heads) > 0
         if not fits or n_heads % n_kv_heads:
             raise InvalidInput(
                 f"qkv has {qkv.size} values: {n_heads} / {n_kv_heads} heads of {head_dim} do not fit"
@@ -145,12 +149,15 @@ class Builder(Pointwise):
 
     # ---- linear layers ----------------------------------------------------------------------------------------------
 
-    def take_last(self, x: Value) -> None:
-        """Only the last token of each row goes on."""
-        self._check(x)
-        self._add(
-            kernels.TAKE_LAST, f"[{x.size}]", {"IN": x, "OUT": x}, {"SIZE": x.size * self.dtype.itemsize}
-        )
+    def take_last(self, *values: Value) -> None:
+        """Only the last token of each row goes on, in all values that are read from here on. The second time it is so
+        already.
+        """
+        if self._per_row:
+            return
+        for x in values:
+            columns = {"SIZE": x.size * x.dtype.itemsize}
+            self._add(kernels.TAKE_LAST, f"[{x.size}]", {"IN": x, "OUT": x}, columns)
         self._per_row = True
 
     def linear(self, x: Value, weights: Weights, epilogue: Epilogue[Value] = PLAIN) -> Value:
@@ -185,7 +192,7 @@ class Builder(Pointwise):
         factor = Value(out.size, self.dtype)
         self._linear(x, gate, activated, out)
         self._linear(x, up, PLAIN, factor)
-        self._add(kernels.MULTIPLY, f"[{out.size}]", {"IN": factor, "OUT": out}, {"SIZE": out.size})
+        self.multiply(out, factor)
 
     def _linear(
         self, x: Value, weights: LinearWeights | QuantizedWeights, epilogue: Epilogue[Value], out: Value
@@ -228,8 +235,8 @@ class Builder(Pointwise):
     def program(self, logits: Value, n_layers: int) -> Program:
         """What was collected, of which the result is `logits`.
 
-        Raises `InvalidInput` unless each of n_layers is cached, and for logits that are no value of the last tokens, or that
-        are read again.
+        n_layers: of the cache. Raises `InvalidInput` unless each of them is cached, and for logits that are no value of the
+        last tokens, or that are read again.
         """
         if sorted(self._cached) != list(range(n_layers)):
             raise InvalidInput(f"layers {sorted(self._cached)} are cached: each of {n_layers} is needed once")
@@ -248,7 +255,10 @@ class Builder(Pointwise):
             formats=formats if linears - {kernels.LINEAR} else formats[:0],
             scalars=np.array([each.scalar for each in self._written]),
             tables=tuple(self._tables),
-            breaks=tuple(sorted({each for table in self._tables for each in table.breaks})),
+            breaks=Breaks(
+                tuple(sorted({each for table in self._tables for each in table.breaks.lengths})),
+                min((table.breaks.last for table in self._tables), default=sys.maxsize),
+            ),
             row_bytes=row_bytes,
             layouts=tuple((*self._cached[layer], self.dtype) for layer in range(n_layers)),
             n_logits=logits.size,

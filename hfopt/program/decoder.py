@@ -22,9 +22,10 @@ from hfopt.program.recorder import Recorder, swapped
 _HARMLESS = frozenset(
     {
         "_output_capturing_hooks_installed", "bos_token_id", "config", "decoder_layers", "dropout", "dtype",
-        "embedding_dropout", "eos_token_id", "gradient_checkpointing", "has_sliding_layers", "hidden_size",
-        "layer_types", "layerdrop", "loss_type", "multi_query", "num_heads", "num_hidden_layers", "output_attentions",
-        "output_hidden_states", "pad_token_id", "prompt_length", "return_dict", "sliding_window", "use_cache",
+        "embedding_dropout", "eos_token_id", "first_kv_shared_layer_idx", "gradient_checkpointing",
+        "has_sliding_layers", "hidden_size", "hidden_size_per_layer_input", "layer_types", "layerdrop", "loss_type",
+        "multi_query", "num_heads", "num_hidden_layers", "output_attentions", "output_hidden_states", "pad_token_id",
+        "prompt_length", "return_dict", "sliding_window", "unique_layer_types", "use_cache",
         "use_learned_position_embeddings", "vocab_size",
     }
 )  # fmt: skip
@@ -108,10 +109,15 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
         positions = position_table(record.positions, decoder._modules[record.positions], tokens.rows.dtype)
         builder.add_looked_up(positions, "positions", x)
     x = _through(ops, decoder, record.sum_norm, x)
+    if record.layer_inputs is not None and decoder._modules.get(record.layer_inputs.tokens) is not None:
+        ops.layer_inputs = _layer_inputs(ops, builder, decoder, record, x)
+    stores = [_attention(layer)._hfopt.spec.stores for layer in layers]
     for layer in layers:
         ops.angles(_attention(layer))
     for index, layer in enumerate(layers):
         builder.layer = index
+        if not any(stores[index:]):  # nobody reads what other tokens make of it
+            ops.take_last(x)
         x = layer.run(ops, x)
     builder.layer = None
     x = _through(ops, decoder, record.norm, x)
@@ -119,7 +125,7 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     head = next((name for name in record.heads if model._modules.get(name) is not None), None)
     if head is None:
         return None
-    builder.take_last(x)
+    ops.take_last(x)
     logits = ops.part(model, head, x)
     for name, operation in (
         (record.divisor, functools.partial(builder.scale, divide=True)),
@@ -129,7 +135,23 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
         number = getattr(model.config, name, None) if name in names_read(model) else None
         if number is not None:
             logits = operation(logits, number)
-    return builder.program(logits, len(layers))
+    return builder.program(logits, sum(stores))
+
+
+def _layer_inputs(ops: Recorder, builder: Builder, decoder: Any, record: Decoder, x: Value) -> Value:
+    """What layers are given of their own, for what goes into the first one."""
+    parts, state = record.layer_inputs, vars(decoder)
+    assert parts is not None
+    embedding = decoder._modules[parts.tokens]
+    table = builder.look_up(token_table(parts.tokens, embedding, record.embedding_scale), "tokens")
+    factor = scale_of(embedding, record.embedding_scale)
+    if factor is not None:
+        table = builder.scale(table, factor)
+    made = builder.scale(ops.part(decoder, parts.projection, x), state[parts.projection_scale])
+    norm = swapped(decoder, parts.norm).norm
+    size = norm.weight.shape[0]
+    builder.norm_heads(made, norm, 0, made.size // size, size)
+    return builder.scale(builder.scale(table, 1.0, made), state[parts.scale])
 
 
 def _check_children(decoder: Any, record: Decoder) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
-from hfopt.functional import Norm, Weights
+from hfopt.functional import Norm, Weights, Xielu
 from hfopt.functional.limit import check_limit
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import NONE, Instruction
@@ -126,6 +126,24 @@ class Pointwise:
         shapes = f"[{x.size}] {'/' if divide else '×'} {factor:g}"
         self._add(kernels.SCALE, shapes, operands, columns, scalar=factor, then=then, in_place=True)
         return operands["OUT"]
+
+    def multiply(self, x: Value, factor: Value, first: int = 0) -> None:
+        """x times as many values of the factor, from its value `first` on, in place."""
+        for each in (x, factor):
+            self._check(each)
+        if not 0 <= first <= factor.size - x.size:
+            raise InvalidInput(f"first is {first}: {x.size} of {factor.size} values are needed")
+        columns = {"SIZE": x.size, "width": factor.size, "first": first}
+        self._add(kernels.MULTIPLY, f"[{x.size}]", {"IN": factor, "OUT": x}, columns)
+
+    def xielu(self, x: Value, numbers: Xielu) -> Value:
+        """`functional.xielu`."""
+        self._check(x)
+        out = Value(x.size, self.dtype)
+        columns = {"SIZE": x.size, **numbers.addresses(self.dtype)}
+        self._kept += numbers
+        self._add(kernels.XIELU, f"[{x.size}]", {"IN": x, "OUT": out}, columns, in_place=True)
+        return out
 
     def clamp(self, x: Value, limit: float) -> Value:
         """`functional.clamp`."""

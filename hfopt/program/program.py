@@ -6,7 +6,8 @@ Nothing of a request is in a `Program`: threads share it.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,19 +28,45 @@ if TYPE_CHECKING:
     from hfopt.cache import AppendedEverywhere, Layout
 
 
+class Breaks(NamedTuple):
+    """Lengths of a text beyond which tables are others; last: one beyond which they are others for each length."""
+
+    lengths: tuple[int, ...] = ()
+    last: int = sys.maxsize
+
+    def stretch(self, length: int) -> int:
+        """A number that differs for lengths with different tables."""
+        return length if length > self.last else -bisect.bisect_left(self.lengths, length)
+
+    def n_alike(self, position: int) -> int:
+        """Steps from this position on for which tables are the same."""
+        if position >= self.last:
+            return 1
+        place = bisect.bisect_left(self.lengths, position + 1)
+        return min([*self.lengths[place : place + 1], self.last]) - position
+
+    @property
+    def first_beyond(self) -> tuple[int, ...]:
+        """A position behind each of them, in order."""
+        return (*self.lengths, *(() if self.last == sys.maxsize else (self.last,)))
+
+
+_NO_BREAKS = Breaks()
+
+
 class Table:
     """Contiguous [n, size] of which instructions look up rows.
 
-    build(n): the table with at least n rows, if it can grow. breaks: from more rows than these on it is another table, for
-    all rows.
+    build(n): the table with at least n rows, if it can grow. breaks: with more rows than these it is another table, in all
+    rows.
     """
 
     def __init__(
-        self, rows: Tensor, build: Callable[[int], Tensor] | None = None, breaks: Sequence[int] = ()
+        self, rows: Tensor, build: Callable[[int], Tensor] | None = None, breaks: Breaks = _NO_BREAKS
     ) -> None:
         _check_rows(rows)
-        self._build, self.breaks = build, tuple(sorted(breaks))
-        self._rows = {0: rows}  # by how many of the breaks lie below
+        self._build, self.breaks = build, breaks
+        self._rows = {0: rows}  # by stretch
 
     @classmethod
     def pair_of(cls, tables: AngleTables) -> tuple[Table, Table]:
@@ -48,8 +75,9 @@ class Table:
         def build(which: int) -> Callable[[int], Tensor] | None:
             return None if tables.limit is not None else lambda n: tables.build(n)[which]
 
+        breaks = Breaks(tuple(sorted(tables.breaks)), sys.maxsize if tables.last is None else tables.last)
         cos, sin = tables.build(1)
-        return cls(cos, build(0), tables.breaks), cls(sin, build(1), tables.breaks)
+        return cls(cos, build(0), breaks), cls(sin, build(1), breaks)
 
     @property
     def rows(self) -> Tensor:
@@ -63,7 +91,7 @@ class Table:
 
     def reach(self, n: int) -> Tensor:
         """The table for n rows, with as many if it can have them."""
-        place = bisect.bisect_left(self.breaks, n)
+        place = self.breaks.stretch(n)
         rows = self._rows.get(place)
         if self._build is not None and (rows is None or len(rows) < n):
             known, rows = self._rows[0], self._build(n)
@@ -71,7 +99,8 @@ class Table:
             if rows.dtype is not known.dtype or rows.shape[1] != known.shape[1]:
                 given, needed = f"{rows.dtype} [{rows.shape[1]}]", f"{known.dtype} [{known.shape[1]}]"
                 raise InvalidInput(f"a table has become {given}: {needed} is needed")
-            self._rows[place] = rows
+            # of those that are for one length, the last will do
+            self._rows = {each: kept for each, kept in self._rows.items() if each <= 0} | {place: rows}
         return self._rows[0] if rows is None else rows
 
 
@@ -94,7 +123,7 @@ class Program(NamedTuple):
     formats: np.ndarray
     scalars: np.ndarray
     tables: tuple[Table, ...]
-    breaks: tuple[int, ...]  # lengths of a text beyond which tables are others
+    breaks: Breaks
     row_bytes: int
     layouts: tuple[Layout, ...]  # of each layer of the cache
     n_logits: int

@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Epilogue, Norm, Weights
 from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
-from hfopt.patches.activation import fused_activation
+from hfopt.patches.activation import XIELU, fused_activation, xielu_of
 from hfopt.patches.ops import Ops
 from hfopt.patches.replacement import Replacement, is_swapped
 from hfopt.patches.weights import read_children
@@ -18,7 +19,7 @@ from hfopt.program.program import Table
 
 
 class Past(NamedTuple):
-    """Which layer of the cache, and the angles of the new tokens."""
+    """Which layer of the cache, the own one or another, and the angles of the new tokens."""
 
     layer: int
     angles: tuple[Value, Value] | None
@@ -28,12 +29,14 @@ class Recorder:
     """The verbs of `ops.Ops` on values of a program; raises UnsupportedModel for a module that kernels cannot stand for.
 
     rotary: the module that computes angles for all layers, if the model has one. windows: of the layers of its cache, see
-    `host.windows_of`.
+    `host.windows_of`. layer_inputs: what layers are given of their own, side by side.
     """
 
     def __init__(self, builder: Builder, rotary: Any, windows: Sequence[int | None]) -> None:
         self._builder, self._rotary, self._windows = builder, rotary, windows
         self._angles: dict[Hashable, tuple[Value, Value]] = {}
+        self._stored: dict[str | None, int] = {}  # kind of layers -> the last one of them that stores
+        self.layer_inputs: Value | None = None
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
@@ -62,9 +65,18 @@ class Recorder:
     def activate(self, module: Any, name: str, x: Value, weights: Weights, *, gated: bool = False) -> Value:
         activation = module._modules[name]
         known = fused_activation(module._hfopt, activation)
-        if known is None:
+        numbers = xielu_of(activation) if known == XIELU and not gated else None
+        if numbers is not None:
+            return self._builder.xielu(self._builder.linear(x, weights), numbers)
+        if known is None or known == XIELU:
             raise UnsupportedModel(f"{type(activation).__name__} is no activation of the kernels")
         return self._builder.linear(x, weights, Epilogue(known, gated))
+
+    def times_input(self, layer: Any, x: Value) -> Value:
+        if self.layer_inputs is None or self._builder.layer is None:
+            raise UnsupportedModel("the decoder gives its layers nothing but hidden states")
+        self._builder.multiply(x, self.layer_inputs, self._builder.layer * x.size)
+        return x
 
     # ---- norms and scales -------------------------------------------------------------------------------------------
 
@@ -85,7 +97,11 @@ class Recorder:
     # ---- attention --------------------------------------------------------------------------------------------------
 
     def past(self, attention: Any, x: Value) -> Past:
-        return Past(attention.layer, self.angles(attention))
+        spec = attention._hfopt.spec
+        layer = attention.layer if spec.stores else self._stored.get(spec.given.layer_type)
+        if layer is None:
+            raise UnsupportedModel(f"no layer before {attention.layer} stores keys for it")
+        return Past(layer, self.angles(attention))
 
     def rotate(self, attention: Any, qkv: Value, past: Past, n_heads: int) -> None:
         spec = attention._hfopt.spec
@@ -96,6 +112,7 @@ class Recorder:
         spec = attention._hfopt.spec
         rotation, angles = (spec.rotation_kind, past.angles) if rotates else ("none", None)
         self._builder.rotate_and_store(qkv, past.layer, spec.heads, rotation, angles)
+        self._stored[spec.given.layer_type] = past.layer
         return past
 
     def attend(self, attention: Any, qkv: Value, past: Past) -> Value:
@@ -118,6 +135,11 @@ class Recorder:
             cos, sin = (self._builder.look_up(table, "positions") for table in Table.pair_of(tables))
             known = self._angles[tables.key] = cos, sin
         return known
+
+    def take_last(self, x: Value) -> None:
+        """Only the last token of each row goes on."""
+        shared = [*chain.from_iterable(self._angles.values())]
+        self._builder.take_last(x, *shared, *([] if self.layer_inputs is None else [self.layer_inputs]))
 
 
 def swapped(module: Any, name: str) -> Any:

@@ -126,9 +126,9 @@ class _Stage(NamedTuple):
             cache.update(keys, values, layer_idx)
         seen = torch.ones(1, n_past + 1, dtype=torch.bool)
         seen[0, 0] = False
-        # at a break, angles become others
+        # at a break, angles become others; in order, because those of a model may follow from the longest text so far
         far = min(_FAR, self._n_indices) - 1
-        for position in (far, *program.breaks) if self._takes_positions else (n_past,):
+        for position in sorted((far, *program.breaks.first_beyond)) if self._takes_positions else (n_past,):
             yield from self._step(cache, None, torch.tensor([[position]]), seen, "behind a long text")
             cache.crop(-1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import sys
 from typing import TYPE_CHECKING
@@ -63,7 +62,7 @@ class Run:
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._least_rows: list[int] = []
-        self._n_positions = self._stretch = 0  # that tables have rows for; breaks below them
+        self._n_positions = self._stretch = 0  # that tables have rows for; see `Breaks`
         self._rows: list[Tensor] = []
         self._buffers: list[Buffers] = []
         self._storages = [tensor.untyped_storage() for tensor in program.tensors()]
@@ -75,7 +74,7 @@ class Run:
 
     def reach(self, n_positions: int) -> None:
         """Make a row for each position of a text of so many tokens in tables that grow."""
-        stretch = bisect.bisect_left(self.program.breaks, n_positions)
+        stretch = self.program.breaks.stretch(n_positions)
         if n_positions > self._n_positions or stretch != self._stretch:
             self._stretch = stretch
             tables = self.program.tables
@@ -155,7 +154,9 @@ class Run:
         """
         hidden = self._checked(tokens, positions, appended, mask)
         n_columns = appended.first.n_new
-        chosen = np.empty((min(n_columns, self._n_alike(int(positions.max()))), self.n_rows), np.int64)
+        chosen = np.empty(
+            (min(n_columns, self.program.breaks.n_alike(int(positions.max()))), self.n_rows), np.int64
+        )
         if finished is not None and (finished.dtype != np.bool_ or finished.shape != (self.n_rows,)):
             given = f"{finished.dtype} {finished.shape}"
             raise InvalidInput(f"finished is {given}: bool {(self.n_rows,)} is needed")
@@ -165,12 +166,6 @@ class Run:
         cache = appended, n_columns - 1
         n_steps = self.call(tokens, positions, *cache, BYTES, hidden, logits, chosen, finished, eos, pad)
         return chosen[:n_steps]
-
-    def _n_alike(self, position: int) -> int:
-        """Steps from this position on for which tables are the same."""
-        breaks = self.program.breaks
-        place = bisect.bisect_left(breaks, position + 1)
-        return breaks[place] - position if place < len(breaks) else sys.maxsize
 
     def _checked(
         self,

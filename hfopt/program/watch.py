@@ -158,7 +158,9 @@ class _Moving:
     def _now(self) -> list[Any]:
         state = vars(self._module)
         tensors = {name: each for name, each in state["_buffers"].items() if name not in self._rewritten}
-        values = {name: each for name, each in state.items() if type(each) in PLAIN}
+        values = {
+            name: each for name, each in state.items() if type(each) in PLAIN and name not in self._rewritten
+        }
         return [
             type(self._module),
             state.get("forward"),

@@ -59,32 +59,34 @@ def _check(held, own, step):
 
 @body
 def _run(like, held, operands, step):
-    own, cache, n_rows, n_new = read_fields(operands.own, _Attend), step.cache, step.n_rows, step.n_new
+    own, cache, n_rows = read_fields(operands.own, _Attend), step.cache, step.n_rows
+    n_new = operands.n // n_rows  # one where only the last tokens go on
     n_keys, n_heads = cache.prefix_len + cache.suffix_len, own.n_heads
     skipped = skipped_keys(own.window, n_keys, n_new)
     opened = _open(cache, own.layer, held, skipped)
     softcap = load_scalar(floats_at(address_of(shifted(operands.own, _SOFTCAP))), 0)
     scoring = Scoring(np.float32(operands.scalar), softcap, own.slopes, own.sinks, own.window)
     q, out = address_as(operands.x, like), address_as(operands.out, like)
-    mask = step.mask + skipped if step.mask != 0 else 0
+    q_row, before = operands.size, (step.n_new - n_new) * n_keys
+    mask = step.mask + before + skipped if step.mask != 0 else 0
     if n_new == 1:
-        q_row = (n_heads + 2 * opened.n_kv_heads) * opened.size
         seen, scratch = (mask, step.mask_row), (step.scratch, step.threads)
         attend_rows(opened, q, q_row, n_rows, n_heads, *seen, scoring, *scratch, out)
     else:
         shown = Seen(step.kind, bytes_at(mask), n_keys, n_new, n_keys - skipped, own.window)
         plan = plan_tokens(q, opened, n_rows, n_new, n_heads, step.threads)
-        attend_tokens(plan, opened, q, n_rows, n_heads, shown, scoring, step.scratch, out)
+        attend_tokens(plan, opened, q, q_row, n_rows, n_heads, shown, scoring, step.scratch, out)
 
 
 @body
 def _scratch_bytes(like, own, format, sizes):
     own = read_fields(own, _Attend)
     heads = own.n_heads, own.n_kv_heads, own.head_dim
-    if sizes.n_new == 1:
+    n_new = sizes.n // sizes.n_rows
+    if n_new == 1:
         return layout_of(sizes.n_rows, *heads, 4 // units_ratio(like), sizes.threads).n_bytes
-    return most_scratch(like, sizes.n_rows, sizes.n_new, *heads, sizes.threads)
+    return most_scratch(like, sizes.n_rows, n_new, *heads, sizes.threads)
 
 
-# the scalar is the scale
+# IN has SIZE values a token, queries first; the scalar is the scale
 ATTEND = Instruction("attend", _Attend._fields, _run, _scratch_bytes, _check)

@@ -205,7 +205,8 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scrat
 def attend_decode(
     like,
     held,
-    qkv,
+    q,
+    q_row,
     n_rows,
     record,
     prefix_len,
@@ -225,12 +226,12 @@ def attend_decode(
     """`attend_rows`; returns 0, or 1 and does nothing if the cache names rows that it has not, or has not all tokens but the
     skipped ones.
 
-    Addresses of qkv [n_rows, (n_heads + 2 n_kv_heads) size], queries first, and of out [n_rows, n_heads size], of the
+    Addresses of q [n_rows, q_row], the queries first, and of out [n_rows, n_heads size], of the
     type of `like`; the cache of the `cache_record` is of that of `held`, the same, or int8 for
     codes. Rows, table and skipped as in `cache.Appended`; mask uint8 [n_rows, 1, keys behind the skipped ones, or more],
     empty if all are seen; scale and what follows it as in `Scoring`.
     """
-    q, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
+    q, out = address_as(q, pointer(like)), address_as(out, pointer(like))
     rows = pointer(prefix_row), pointer(table), table.shape[1]
     before = skipped_keys(window, prefix_len + suffix_len - skipped, 1)
     cache = open_cache(pointer(held), pointer(record), prefix_len, suffix_len, *rows, skipped + before)
@@ -241,7 +242,6 @@ def attend_decode(
     room = np.empty(needed // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + 63) // 64 * 64
     seen = address_of(pointer(mask)) + before if mask.size > 0 else 0, mask.shape[2]
-    q_row = (n_heads + 2 * cache.n_kv_heads) * cache.size
     scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window)
     attend_rows(cache, q, q_row, n_rows, n_heads, *seen, scoring, scratch, threads, out)
     room[0] = 0  # the last use of the scratch: it must live until here

@@ -127,12 +127,11 @@ def scratch(n_tiles, size, p):
 
 
 @body
-def attend_item(qkv, cache, seen, scoring, n_heads, row, kv_head, begin, end, room, out):
+def attend_item(qkv, qkv_row, cache, seen, scoring, n_heads, row, kv_head, begin, end, room, out):
     """One item: tiles begin to end of one row and key head. room: as `scratch` says."""
     size, n_new, scales = cache.size, seen.n_new, cache.prefix.scales
     group = n_heads // cache.n_kv_heads
     n_queries, n_past = n_new * group, seen.n_keys - n_new
-    qkv_row = (n_heads + 2 * cache.n_kv_heads) * size
     per_unit = units_ratio(qkv)
     units, channels = rounded(size, LANES * per_unit) // per_unit, rounded(size, LANES)
     sizes = scratch(end - begin, size, qkv)
@@ -210,7 +209,7 @@ def attend_item(qkv, cache, seen, scoring, n_heads, row, kv_head, begin, end, ro
 
 
 @body
-def _attend_task(worker, counter, plan, qkv, n_rows, cache, seen, scoring, n_heads, room, out):
+def _attend_task(worker, counter, plan, qkv, qkv_row, n_rows, cache, seen, scoring, n_heads, room, out):
     n_sequences = n_rows * cache.n_kv_heads
     n_parts, n_tiles = plan.n_parts, plan.n_tiles
     here = shifted(room, worker * plan.room)
@@ -222,7 +221,7 @@ def _attend_task(worker, counter, plan, qkv, n_rows, cache, seen, scoring, n_hea
         part, index = n_parts - 1 - item // n_sequences, item % n_sequences
         row, kv_head = index // cache.n_kv_heads, index % cache.n_kv_heads
         begin, end = part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts
-        attend_item(qkv, cache, seen, scoring, n_heads, row, kv_head, begin, end, here, out)
+        attend_item(qkv, qkv_row, cache, seen, scoring, n_heads, row, kv_head, begin, end, here, out)
 
 
 @body
@@ -262,15 +261,27 @@ def most_scratch(like, n_rows, n_new, n_heads, n_kv_heads, size, threads):
 
 
 @body
-def attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, scoring, room, out):
+def attend_tokens(plan, cache, qkv, qkv_row, n_rows, n_heads, seen, scoring, room, out):
     """`decode.attend_rows` for several new tokens a row, the last ones of the row's keys.
 
-    Pointers to qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size] and out [n_rows n_new, n_heads size]; address of
+    Pointers to qkv [n_rows n_new, qkv_row], queries first, and out [n_rows n_new, n_heads size]; address of
     `most_scratch` bytes, on a 64-byte boundary. scoring: a `Scoring` with the window of `seen`.
     """
     counter = integers_at(room)
     counter[0] = 0
-    arguments = counter, plan, qkv, n_rows, cache, seen, scoring, n_heads, floats_at(room + LINE), out
+    arguments = (
+        counter,
+        plan,
+        qkv,
+        qkv_row,
+        n_rows,
+        cache,
+        seen,
+        scoring,
+        n_heads,
+        floats_at(room + LINE),
+        out,
+    )
     parallel_for(_attend_task, plan.threads, plan.threads, arguments)
 
 
@@ -279,6 +290,7 @@ def attend_prefill(
     like,
     held,
     qkv,
+    qkv_row,
     n_rows,
     n_new,
     record,
@@ -299,7 +311,7 @@ def attend_prefill(
 ):
     """As `decode.attend_decode` for n_new tokens a row, the last ones of the row's keys.
 
-    qkv [n_rows n_new, (n_heads + 2 n_kv_heads) size]; kind: as in `Seen`, of mask, uint8 [n_rows, n_new, keys behind the
+    qkv [n_rows n_new, qkv_row], queries first; kind: as in `Seen`, of mask, uint8 [n_rows, n_new, keys behind the
     skipped ones]; out [n_rows n_new, n_heads size].
     """
     qkv, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
@@ -312,6 +324,6 @@ def attend_prefill(
     scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window)
     room = np.empty(_scratch_of(plan) // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + LINE - 1) // LINE * LINE
-    attend_tokens(plan, cache, qkv, n_rows, n_heads, seen, scoring, scratch, out)
+    attend_tokens(plan, cache, qkv, qkv_row, n_rows, n_heads, seen, scoring, scratch, out)
     room[0] = 0  # the last use of the scratch: it must live until here
     return 0

@@ -17,24 +17,26 @@ Order = Literal["stacked", "groups", "spread", "shards"]
 class AttentionParts:
     """Children of an attention module.
 
-    inputs: Linears that give, side by side, all query, key and value heads. norms: of queries and of keys, in models that
-    have such. angles: whether the model computes cos and sin for all layers, they are looked up in a table, or positions are
-    in the hidden states, a bias of scores ("alibi"), or those and a buffer that tells which keys a token sees ("band").
+    inputs: Linears that give, side by side, all query, key and value heads. norms: of queries, keys and values, in models
+    that have such. angles: whether the model computes cos and sin for all layers, they are in a table, or positions are in
+    the hidden states, a bias of scores ("alibi"), or those and a buffer that tells which keys a token sees ("band").
     rotations: which channels turn together; where there are several, the proof chooses. orders: of the rows of a single
     Linear, likewise: "stacked" (all queries, then all keys, then all values), "groups" (the queries of a key head, the key,
     the value, and so on), "spread" (the same, with a copy of key and value for each query), "shards" (CodeGen: four parts,
     each of queries, values, keys). clip: what limits queries, keys and values, an attribute or a field of the configuration.
-    softcap: likewise what limits scores, smoothly. hides: the mask says by True what is hidden.
+    softcap: likewise what limits scores, smoothly. hides: the mask says by True what is hidden. stores: there are keys and
+    values; else it reads those of the last layer of its kind before it that has some.
     """
 
     inputs: tuple[str, ...]
     output: str
     angles: Angles = "computed"
     rotations: tuple[Rotation, ...] = ROTATIONS
-    norms: tuple[tuple[str, str], ...] = NORMS
+    norms: tuple[tuple[str, ...], ...] = NORMS
     orders: tuple[Order, ...] = ("stacked",)
     clip: str | None = None
     softcap: str | None = None
+    stores: bool = True
     hides: bool = False
 
 
@@ -56,6 +58,16 @@ class MlpParts:
 
 
 @dataclass(frozen=True)
+class InputParts:
+    """Children of a layer that is given an input of its own: `x + norm(output(act(gate(x)) * input))` comes last."""
+
+    gate: str
+    activation: str
+    output: str
+    norm: str
+
+
+@dataclass(frozen=True)
 class LayerParts:
     """Children of a decoder layer, and how they are put together (see `patches.layer`).
 
@@ -64,7 +76,8 @@ class LayerParts:
     add. mlp: the child, or (input, activation, output) where the block is in the layer itself. multiplier: attribute, if the
     layer has it, that scales what attention and feed-forward block add. normed: attribute, if the layer has it and it is on,
     by which what they are added to is what they are given. idle: children that a layer has, in some models, for what it
-    attends to besides the text itself; without such they are not called.
+    attends to besides the text itself; without such they are not called. input: what is done with an input of the layer's
+    own. scalar: a buffer of one number that the result is multiplied by.
     """
 
     topology: Topology | tuple[Topology, ...]
@@ -75,6 +88,26 @@ class LayerParts:
     multiplier: str = "residual_multiplier"
     normed: str = "apply_residual_connection_post_layernorm"
     idle: tuple[str, ...] = ()
+    input: InputParts | None = None
+    scalar: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Children of a decoder that make an input of its own for each layer, all of them side by side:
+    `(norm(projection(x) * projection_scale) + tokens) * scale`, of what tokens look up in a table and of what goes into the
+    first layer. Scales are attributes; the norm is over the input of a layer.
+    """
+
+    tokens: str
+    projection: str
+    norm: str
+    projection_scale: str
+    scale: str
+
+    @property
+    def children(self) -> tuple[str, ...]:
+        return self.tokens, self.projection, self.norm
 
 
 @dataclass(frozen=True)
@@ -86,6 +119,7 @@ class Decoder:
     `sum_norm`, `layers`, `norm`, `project_out`, and the model's own child in `heads`. Its logits are divided by the field
     `divisor` of the config, multiplied by `factor` and limited, smoothly, by `softcap`. There are no more keys than the
     field `max_keys` says. What a model has not, or does not read, is left out. rotary: computes cos and sin for all layers.
+    layer_inputs: what makes inputs of the layers' own.
     """
 
     path: str
@@ -105,6 +139,7 @@ class Decoder:
     factor: str = "logit_scale"
     softcap: str = "final_logit_softcapping"
     max_keys: str = "max_seq_len"
+    layer_inputs: LayerInputs | None = None
 
     @property
     def settings(self) -> frozenset[str]:
@@ -113,14 +148,16 @@ class Decoder:
             self.multiplier, self.divisor, self.factor, self.softcap, self.max_keys, self.project_in, self.project_out,
             self.tokens_norm, self.sum_norm,
         )  # fmt: skip
-        return frozenset(name for name in names if name is not None)
+        inputs = self.layer_inputs
+        scales = () if inputs is None else (inputs.projection_scale, inputs.scale)
+        return frozenset(name for name in (*names, *scales) if name is not None)
 
     @property
     def children(self) -> frozenset[str]:
         """Names of the children that it knows."""
         names = (
             self.tokens, self.tokens_norm, self.layers, self.norm, self.rotary, self.positions, self.sum_norm,
-            self.project_in, self.project_out,
+            self.project_in, self.project_out, *(() if self.layer_inputs is None else self.layer_inputs.children),
         )  # fmt: skip
         return frozenset(name for name in names if name is not None)
 
