@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from hfopt.functional import Mask
 
 _READ = {"input_ids", "position_ids", "attention_mask"}
-_FIXED = {"logits_to_keep": 1, "use_cache": True, "return_dict": True}
+_LAST = {"logits_to_keep": 1}  # which is not said to a model that takes no such argument
+_FIXED = {**_LAST, "use_cache": True, "return_dict": True}
 # all that a text without a past needs
 _TEXT = {*_READ, *_FIXED, *LOOKS_INSIDE, "inputs_embeds"}
 # Multiply-adds in one call, which Ctrl-C does not interrupt: half a second to one on two cores. A longer prompt takes the
@@ -73,7 +74,8 @@ class Prefill:
             return False
         if given[0] != host.cache_argument(type(model).forward) or not host.knows_causal_output():
             return False
-        if any(inputs.get(name) is not value for name, value in _FIXED.items()):
+        asked = {**_LAST, **inputs}
+        if any(asked.get(name) is not value for name, value in _FIXED.items()):
             return False
         others = inputs.keys() - _FIXED.keys() - _READ - {given[0]}
         if not all(inputs[name] is None or (name in LOOKS_INSIDE and not inputs[name]) for name in others):
