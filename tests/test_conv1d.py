@@ -119,5 +119,5 @@ def test_calibration_rounds_with_regard_to_the_inputs(tmp_path: Path) -> None:
     plain = layer.format.pack(linear.weight)
     assert torch.equal(layer.packed.codes, expected.codes)
     assert not torch.equal(layer.packed.codes, plain.codes)
-    loaded = hfopt.load(tmp_path, quantization=Int4(group=32), calibration=TEXTS)
+    loaded: Any = hfopt.load(tmp_path, quantization=Int4(group=32), calibration=TEXTS)
     assert torch.equal(loaded.transformer.h[0].attn.c_attn.packed.codes, expected.codes)
