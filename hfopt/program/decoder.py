@@ -125,7 +125,7 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     head = next((name for name in record.heads if model._modules.get(name) is not None), None)
     if head is None:
         return None
-    ops.take_last(x)
+    builder.take_last(x)
     logits = ops.part(model, head, x)
     for name, operation in (
         (record.divisor, functools.partial(builder.scale, divide=True)),
