@@ -95,9 +95,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "opt, eager": lambda: opt(attn_implementation="eager"),
 }
 
-# their angles follow from more than a position, or torch computes a part of them
+# torch computes a part of them
 WITHOUT_PROGRAM = {
-    "llama, dynamic rope",
     "llama, an activation that kernels lack",
     "opt, an activation that kernels lack",
 }

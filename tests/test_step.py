@@ -230,10 +230,10 @@ def test_a_rotation_that_depends_on_the_length(passes: list[int]) -> None:
     model = with_rope(DYNAMIC)
     expected = generated(model, max_new_tokens=40, do_sample=False)
     optimized(model)
-    assert "dynamic" in str(hfopt.explain(model).by_module)
+    assert hfopt.explain(model).by_module is None
     passes.clear()
     found = generated(model, max_new_tokens=40, do_sample=False)
-    assert len(passes) == 40
+    assert not passes
     assert torch.equal(found.sequences, expected.sequences)
 
 

@@ -192,7 +192,7 @@ def attention_cases(sizes: Sizes) -> Iterator[Case]:
                 yield Case(
                     f"{text}, window of {sizes.keys // _WINDOWS} of {sizes.keys} keys",
                     partial(_window, sizes, dtype, heads),
-                    (Target("decode attention, window", "window", "slower", 1.05, "short"),),
+                    (Target("decode attention, window", "window", "slower", 1.05, "short", STREAM),),
                 )
             for n_tokens in sizes.prompts if heads == sizes.heads[0] else sizes.prompts[:1]:
                 yield Case(

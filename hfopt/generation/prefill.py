@@ -138,7 +138,7 @@ class _Text(NamedTuple):
         """
         n_rows, n_new = self.tokens.shape
         n_keys = self.n_past + n_new
-        mask = None if self.mask is None else self.mask.numpy()
+        mask = None if self.mask is None else (self.mask != 0).numpy()
         most_keys = program.most_keys(has_positions=self.positions is not None, has_gaps=has_gaps(mask))
         if program.work(n_rows, n_new, n_keys) > _MAX_WORK or n_keys > most_keys:
             return None

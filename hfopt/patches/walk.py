@@ -57,6 +57,7 @@ class Walk:
             (weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32
         )
         self._proofs: dict[Any, Proof] = {}
+        self._tried: set[tuple[str, str, Any]] = set()
         self._reasons: dict[str, str] = {}
         self._readers = {
             path + "." + name if path else name: path
@@ -110,6 +111,10 @@ class Walk:
             self._reasons.setdefault(path, recognised)
             return
         for spec in recognised if isinstance(recognised, list) else [recognised]:
+            # records have readings in common, and a proof may be about this module alone
+            if (path, pattern.name, spec) in self._tried:
+                continue
+            self._tried.add((path, pattern.name, spec))
             reason = self._try(pattern, path, module, spec)
             if reason is None:
                 return
