@@ -116,6 +116,8 @@ def _window(sizes: Sizes, dtype: torch.dtype, heads: Heads) -> dict[str, Call]:
         caches = [IndirectCache(config, max_length=max_length) for _ in range(n_layers)]
         for cache in caches:
             _fill(cache.append(0, 1, n_tokens, *heads[1:], dtype), dtype)
+        if not calls:
+            calls = stream([cache.layers[0].prefix for cache in caches])
         calls[name] = Call(each(step, caches), n_layers, 2 * window * heads[1] * head_dim * dtype.itemsize)
     return calls
 
