@@ -169,5 +169,10 @@ def _names_read(kind: Any, forward: Any) -> frozenset[str]:
     return frozenset(names)
 
 
+def is_off(value: Any) -> bool:
+    """Whether a setting says that something is not there."""
+    return value is None or value is False
+
+
 def _in_words(value: Any) -> str:
     return repr(value) if isinstance(value, PLAIN) else f"another {type(value).__name__}"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hfopt.host import Arguments, Conv1D
-from hfopt.patches.facts import HARMLESS, helper_names_read, names_read
+from hfopt.patches.facts import HARMLESS, helper_names_read, is_off, names_read
 from hfopt.patches.guards import DO_NOTHING, is_bare
 from hfopt.patches.replacement import Replacement, original_class
 from hfopt.words import DTYPES, dtype_name
@@ -76,7 +76,7 @@ def unknown_parts(
     """
     read = names_read(module) | helper_names_read(module) | READ_BY_ATTENTION
     # what is None or off says that something is not there
-    there = {name for name in attributes(module) & read if getattr(module, name) not in (None, False)}
+    there = {name for name in attributes(module) & read if not is_off(getattr(module, name))}
     unknown = there - set(known)
     if unknown:
         return f"unknown attributes {', '.join(sorted(unknown))}"

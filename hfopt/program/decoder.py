@@ -9,7 +9,7 @@ from torch import nn
 from hfopt import host
 from hfopt.errors import HfoptError, InvalidInput, UnsupportedModel
 from hfopt.patches.attention import setting
-from hfopt.patches.facts import helper_names_read, names_read, own_names
+from hfopt.patches.facts import helper_names_read, is_off, names_read, own_names
 from hfopt.patches.families import decoders_for
 from hfopt.patches.families.family import Decoder
 from hfopt.patches.guards import DO_NOTHING, has_own_forward, is_bare, is_causal
@@ -167,7 +167,7 @@ def _check_settings(module: Any, record: Decoder) -> None:
     read = names_read(module) | helper_names_read(module)
     fields = module.config.__dict__.keys() | getattr(module.config, "attribute_map", {}).keys()
     for name in sorted(read & (fields | set(own_names(vars(module)))) - _HARMLESS - record.settings):
-        if setting(module, name) not in (None, False):  # what says that something is not there
+        if not is_off(setting(module, name)):  # what says that something is not there
             raise UnsupportedModel(f"its forward reads {name}, which no record knows")
 
 
