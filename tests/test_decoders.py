@@ -47,6 +47,14 @@ def some_of(names: Iterable[str], *axes: Iterable[Any]) -> list[Any]:
     ]
 
 
+def every_third(names: Iterable[str]) -> list[Any]:
+    """All of them as `parametrize` takes them, two of three slow."""
+    return [
+        pytest.param(name, marks=() if index % 3 == 0 else pytest.mark.slow)
+        for index, name in enumerate(names)
+    ]
+
+
 def generated(model: Model, mode: str, n_tokens: int = 50) -> Any:
     torch.manual_seed(5)
     given = prompts()
@@ -134,7 +142,7 @@ def test_the_program_has_the_bits_of_the_modules(
         assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", every_third(DECODERS))
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     model, stock = made(name), made(name)
     before = {path: type(module) for path, module in model.named_modules()}
