@@ -37,11 +37,15 @@ HALVES = (torch.bfloat16, torch.float16)
 FORMATS = ("int8", "int4", "nf4")
 
 
-def some_of(names: Iterable[str], *axes: Iterable[Any]) -> list[Any]:
-    """Products as `parametrize` takes them: of each name one always, another one for the next name, and the rest slow."""
+def some_of(names: Iterable[str], *axes: Iterable[Any], every: int = 1, first: int = 0) -> list[Any]:
+    """Products as `parametrize` takes them: of each `every`th name one always, another one for the next, and the rest slow."""
     products = list(product(*axes))
+
+    def is_quick(index: int, place: int) -> bool:
+        return index % every == first and (index + place) % len(products) == 0
+
     return [
-        pytest.param(name, *values, marks=() if (index + place) % len(products) == 0 else pytest.mark.slow)
+        pytest.param(name, *values, marks=() if is_quick(index, place) else pytest.mark.slow)
         for index, name in enumerate(names)
         for place, values in enumerate(products)
     ]
@@ -105,7 +109,7 @@ def test_tokens_are_those_of_transformers(name: str, mode: str, monkeypatch: pyt
     assert not calls or mode in BY_MODULES
 
 
-@pytest.mark.parametrize(("name", "dtype"), some_of(DECODERS, HALVES))
+@pytest.mark.parametrize(("name", "dtype"), some_of(DECODERS, HALVES, every=2))
 def test_halves_are_as_close_to_float32_as_those_of_transformers(name: str, dtype: torch.dtype) -> None:
     exact = made(name)
     stock = copy.deepcopy(exact).to(dtype)
@@ -122,7 +126,7 @@ def test_halves_are_as_close_to_float32_as_those_of_transformers(name: str, dtyp
 
 @pytest.mark.parametrize(
     ("name", "quantization", "kv_cache", "dtype"),
-    some_of(DECODERS, (None, *FORMATS), [None, "int8"], [torch.float32, *HALVES]),
+    some_of(DECODERS, (None, *FORMATS), [None, "int8"], [torch.float32, *HALVES], every=2, first=1),
 )
 def test_the_program_has_the_bits_of_the_modules(
     name: str, quantization: str | None, kv_cache: str | None, dtype: torch.dtype
