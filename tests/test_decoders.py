@@ -38,7 +38,7 @@ FORMATS = ("int8", "int4", "nf4")
 
 
 def some_of(names: Iterable[str], *axes: Iterable[Any], every: int = 1, first: int = 0) -> list[Any]:
-    """Products as `parametrize` takes them: of each `every`th name one always, another one for the next, and the rest slow."""
+    """Products as `parametrize` takes them: of each `every`th name one always, another for the next, and the rest slow."""
     products = list(product(*axes))
 
     def is_quick(index: int, place: int) -> bool:
