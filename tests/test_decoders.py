@@ -2,7 +2,6 @@
 weights, 8-bit caches, windows of 8 tokens that texts leave behind.
 """
 
-import copy
 import functools
 from collections.abc import Iterable
 from itertools import product
@@ -17,7 +16,7 @@ from tests.decoders import DECODERS as ALL
 from tests.decoders import made
 from tests.generation_cases import Model, assert_same, needs_programs, one_thread
 from tests.model_types import prompts
-from tests.step_cases import modules_alone, optimized
+from tests.step_cases import assert_as_close_as_stock, modules_alone, optimized
 
 pytestmark = [pytest.mark.usefixtures(one_thread.__name__), needs_programs]
 
@@ -48,14 +47,6 @@ def some_of(names: Iterable[str], *axes: Iterable[Any], every: int = 1, first: i
         pytest.param(name, *values, marks=() if is_quick(index, place) else pytest.mark.slow)
         for index, name in enumerate(names)
         for place, values in enumerate(products)
-    ]
-
-
-def every_third(names: Iterable[str]) -> list[Any]:
-    """All of them as `parametrize` takes them, two of three slow."""
-    return [
-        pytest.param(name, marks=() if index % 3 == 0 else pytest.mark.slow)
-        for index, name in enumerate(names)
     ]
 
 
@@ -111,17 +102,7 @@ def test_tokens_are_those_of_transformers(name: str, mode: str, monkeypatch: pyt
 
 @pytest.mark.parametrize(("name", "dtype"), some_of(DECODERS, HALVES, every=2))
 def test_halves_are_as_close_to_float32_as_those_of_transformers(name: str, dtype: torch.dtype) -> None:
-    exact = made(name)
-    stock = copy.deepcopy(exact).to(dtype)
-    exact.load_state_dict(stock.state_dict())  # both from the same weights
-    with torch.no_grad():
-        reference = exact(**prompts()).logits[:, -8:]
-
-        def error(model: Model) -> float:
-            return float((model(**prompts()).logits[:, -8:].float() - reference).square().mean().sqrt())
-
-        before = error(stock)
-        assert 0 < error(hfopt.optimize(stock, strict=True)) <= 1.5 * before
+    assert_as_close_as_stock(made(name), dtype, prompts())
 
 
 @pytest.mark.parametrize(
@@ -146,7 +127,7 @@ def test_the_program_has_the_bits_of_the_modules(
         assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
 
 
-@pytest.mark.parametrize("name", every_third(DECODERS))
+@pytest.mark.parametrize("name", some_of(DECODERS, every=3))
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     model, stock = made(name), made(name)
     before = {path: type(module) for path, module in model.named_modules()}

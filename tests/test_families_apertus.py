@@ -1,6 +1,5 @@
 """Apertus: an activation whose numbers are trained, and read in place."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from tests.generation_cases import Model, llama_like, needs_programs, one_thread
 from tests.reference import DTYPES
 from tests.step_cases import (
     MODES,
+    assert_as_close_as_stock,
     assert_program_is_the_modules,
     generated,
     optimized,
@@ -53,17 +53,7 @@ def test_fifty_tokens_are_those_of_transformers(mode: str, passes: list[int]) ->
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_16_bits_are_as_close_to_float32_as_those_of_transformers(dtype: torch.dtype) -> None:
-    exact = apertus()
-    stock = copy.deepcopy(exact).to(dtype)
-    exact.load_state_dict(stock.state_dict())  # both from the same weights
-    with torch.no_grad():
-        reference = exact(**prompts(3, 20)).logits[:, -8:]
-
-        def error(model: Model) -> float:
-            return float((model(**prompts(3, 20)).logits[:, -8:].float() - reference).square().mean().sqrt())
-
-        before = error(stock)
-        assert 0 < error(hfopt.optimize(stock, strict=True)) <= 1.5 * before
+    assert_as_close_as_stock(apertus(), dtype, prompts(3, 20))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,5 @@
 """Gemma 4: layers that read the keys and values of others, values that are keys, and an input of each layer's own."""
 
-import copy
 import itertools
 from typing import Any
 
@@ -26,6 +25,7 @@ from tests.pairs import pairs_of
 from tests.reference import DTYPES
 from tests.step_cases import (
     MODES,
+    assert_as_close_as_stock,
     assert_program_is_the_modules,
     generated,
     modules_alone,
@@ -99,18 +99,7 @@ def test_fifty_tokens_are_those_of_transformers(name: str, mode: str, passes: li
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_16_bits_are_as_close_to_float32_as_those_of_transformers(name: str, dtype: torch.dtype) -> None:
-    exact = gemma4(**MODELS[name])
-    stock = copy.deepcopy(exact).to(dtype)
-    exact.load_state_dict(stock.state_dict())  # both from the same weights
-    ids = prompts(3, 20)
-    with torch.no_grad():
-        reference = exact(**ids).logits[:, -8:]
-
-        def error(model: Model) -> float:
-            return float((model(**ids).logits[:, -8:].float() - reference).square().mean().sqrt())
-
-        before = error(stock)
-        assert 0 < error(hfopt.optimize(stock, strict=True)) <= 1.5 * before
+    assert_as_close_as_stock(gemma4(**MODELS[name]), dtype, prompts(3, 20))
 
 
 @pytest.mark.parametrize(("name", "dtype", "mode"), pairs_of(MODELS, DTYPES, MODES))
