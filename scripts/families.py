@@ -69,6 +69,9 @@ def _ratio(name: str, repeats: int) -> float:
     for kinds in ("layer_types", "attention_types"):
         if known.get(kinds):
             changes[kinds] = (known[kinds] * 2)[:8] if kinds == "layer_types" else [[["global", "local"], 4]]
+    # the generic shape has half as many heads and layers
+    changes |= {key: [*each, *each] for key, each in fields.items() if isinstance(each, list)}
+    changes |= {key: 2 * fields[key] for key in ("num_kv_heads",) if key in fields}
     settings = config(model_type, **{**fields, **changes})
     stock, ours = random_model(settings), hfopt.optimize(random_model(settings))
 

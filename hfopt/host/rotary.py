@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -54,8 +55,16 @@ def takes_types(rotary: nn.Module) -> bool:
     return _TYPE in inspect.signature(type(rotary).forward).parameters
 
 
+def of_base(rotaries: Iterable[Any], base: float) -> nn.Module | None:
+    """That of several rotary modules whose angles have this base; None if there is none."""
+    return next((each for each in rotaries if each.config.rope_parameters["rope_theta"] == base), None)
+
+
 def angles(rotary: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str | None) -> Any:
-    """What the forward of its class gives for these positions; x: tells the dtype."""
+    """What the forward of its class gives for these positions; None if it has none for this type. x: tells the dtype."""
+    kinds = vars(rotary).get("rope_type")
+    if isinstance(kinds, dict) and layer_type not in kinds:
+        return None
     more = {_TYPE: layer_type} if takes_types(rotary) else {}
     return type(rotary).forward(rotary, x, position_ids, **more)
 

@@ -79,7 +79,7 @@ def handed_down(cos: torch.Tensor, sin: torch.Tensor, rotation: Rotation) -> Ang
             return cos, sin
 
         def build() -> Rotary:
-            return as_taken(rotation, cos), as_taken(rotation, sin)
+            return as_taken(rotation, cos, sin)
 
         found: Rotary = remembered(cache, f"rotary {rotation}", cos, (n_past,), build)
         return found
@@ -117,7 +117,7 @@ def computed_tables(
             cos, sin = host_rotary.angles(
                 twin, torch.empty(0, dtype=dtype), torch.arange(n_positions)[None], layer_type
             )
-        return as_taken(rotation, cos[0]), as_taken(rotation, sin[0])
+        return as_taken(rotation, cos[0], sin[0])
 
     key = rotation, layer_type if host_rotary.takes_types(rotary) else None
     return AngleTables(key, build, breaks=kind.breaks, last=kind.last)

@@ -70,8 +70,8 @@ class AttentionSpec:
 
     inputs: Linears that give, side by side, the query, key and value heads. norms: of queries, keys and values. rows:
     (first row, rows) of the heads in a single input, in the order of kernels, if it has another one. clip: what limits
-    queries, keys and values, an attribute or a field of the configuration; softcap: likewise what limits scores. stores: as
-    in `AttentionParts`.
+    queries, keys and values, an attribute or a field of the configuration; softcap: likewise what limits scores. sinks,
+    sub_norm and stores: as in `AttentionParts`.
     """
 
     inputs: tuple[str, ...]
@@ -88,6 +88,8 @@ class AttentionSpec:
     softcap: str | None = None
     given: Given = _NOTHING
     stores: bool = True
+    sinks: str | None = None
+    sub_norm: str | None = None
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
@@ -95,7 +97,8 @@ class AttentionSpec:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(norm.path.partition(".")[0] for norm in self.norms))
+        norms = dict.fromkeys(norm.path.partition(".")[0] for norm in self.norms)
+        return (*norms, *(() if self.sub_norm is None else (self.sub_norm,)))
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -138,6 +141,8 @@ class Attention(Block):
         elif not spec.norms_last:
             ops.rotate(self, qkv, past, n_rotated)
         attended = ops.attend(self, qkv, past)
+        if spec.sub_norm is not None:
+            attended = ops.part(self, spec.sub_norm, attended)
         return ops.linear(attended, output, Epilogue(residuals=residuals))
 
     @property
@@ -150,7 +155,13 @@ class Attention(Block):
             scale = next((float(state[name]) for name in SCALES if name in state), 1.0)
         softcap = self._hfopt.spec.softcap
         softcap = None if softcap is None else setting(self, softcap)
-        return Scoring(scale, softcap, self.slopes, window=self.window)
+        return Scoring(scale, softcap, self.slopes, self.sinks, self.window)
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """As in `functional.Scoring`."""
+        name = self._hfopt.spec.sinks
+        return None if name is None else self._parameters[name]
 
     @property
     def layer(self) -> int:
@@ -178,14 +189,21 @@ class Attention(Block):
         raise NotImplementedError
 
 
+def _no_angles(cache: Any, n_past: int, dtype: torch.dtype) -> tuple[None, None]:
+    return None, None
+
+
 class RotaryAttention(Attention):
     """Llama's: the model hands down cos and sin."""
 
     def rotary(self, position_embeddings: Any, position_ids: Any) -> Angles | None:
+        rotation = self._hfopt.spec.rotation
+        if position_embeddings is None and rotation == "none":
+            return _no_angles
         if not is_pair(position_embeddings):
             return None
         cos, sin = position_embeddings
-        return handed_down(cos, sin, self._hfopt.spec.rotation)
+        return handed_down(cos, sin, rotation)
 
     def angle_tables(self, rotary: Any, dtype: torch.dtype) -> AngleTables | None:
         spec = self._hfopt.spec
@@ -196,7 +214,7 @@ class UnrotatedAttention(Attention):
     """OPT's: positions are in the hidden states already."""
 
     def rotary(self, position_embeddings: Any, position_ids: Any) -> Angles | None:
-        return (lambda *_: (None, None)) if position_embeddings is None else None
+        return _no_angles if position_embeddings is None else None
 
     def angle_tables(self, rotary: Any, dtype: torch.dtype) -> None:
         return None

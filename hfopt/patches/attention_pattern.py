@@ -92,7 +92,8 @@ _HEAD_DIMS = ("head_dim", "head_size")
 def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str | None:
     """What the module may be, one spec for each rotation and order of rows."""
     norms = next((pair for pair in parts.norms if set(pair) <= module._modules.keys()), ())
-    known = (*parts.inputs, parts.output, *norms)
+    sub_norm = parts.sub_norm if module._modules.get(parts.sub_norm) is not None else None
+    known = (*parts.inputs, parts.output, *norms, *(() if sub_norm is None else (sub_norm,)))
     if not has_children(module, known):
         others = sorted(set(module._modules) - set(known))
         resembles = set(known) <= set(module._modules)
@@ -117,6 +118,9 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             return found
         head_norms += found
     hidden_size, n_heads, n_kv_heads, head_dim = sizes
+    sinks = None if module._parameters.get(parts.sinks) is None else parts.sinks
+    if sinks is not None and module._parameters[sinks].shape != (n_heads,):
+        return f"{sinks} are of shape {tuple(module._parameters[sinks].shape)}, not one for each head"
     given = Given(
         len(buffer) if parts.angles == "table" and buffer is not None else None,
         _layer_type(module),
@@ -141,6 +145,8 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             _setting_read(module, parts.softcap),
             given,
             parts.stores,
+            sinks,
+            sub_norm,
         )
         for n_kv_heads, rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
         for rotation in parts.rotations
@@ -153,7 +159,7 @@ def _flaw(module: Any, parts: AttentionParts) -> str | None:
     owned = [
         name for name, each in (*module._parameters.items(), *module._buffers.items()) if each is not None
     ]
-    if owned and owned != [kind.buffer]:
+    if not set(owned) <= {kind.buffer, parts.sinks}:
         return "parameters or buffers of its own"
     state = vars(module)
     if layer_index(module) is None:

@@ -164,6 +164,8 @@ class Eager:
             if not is_usable(block):
                 raise Declined
             self._check_vectors(block.norm)
+        if attention.sinks is not None and attention.sinks.dtype is not self._dtype:
+            raise Declined
         rotary = attention.rotary(given.get("position_embeddings"), given.get("position_ids"))
         if rotary is None:
             raise Declined

@@ -23,7 +23,7 @@ from hfopt.patches.weights import is_linear
 class MlpSpec:
     """Names of the children, and the kernels' activation between them (None: it runs in torch).
 
-    rows: (first row, rows) of the matrices that a single input holds.
+    rows: (first row, rows) of the matrices that a single input holds. sub_norm: as in `MlpParts`.
     """
 
     inputs: tuple[str, ...]
@@ -32,8 +32,11 @@ class MlpSpec:
     rows: Rows
     hidden_size: int
     activation_name: str | None
+    sub_norm: str | None = None
 
-    parts = ()
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return () if self.sub_norm is None else (self.sub_norm,)
 
     @functools.cached_property
     def reads(self) -> tuple[str, ...]:
@@ -51,6 +54,8 @@ class Mlp(Block):
         inputs = ops.weights(self, "inputs", spec.inputs, spec.rows)
         output = ops.weights(self, "output", (spec.output,))
         inner = ops.activate(self, spec.activation, x, inputs, gated=self.gated)
+        if spec.sub_norm is not None:
+            inner = ops.part(self, spec.sub_norm, inner)
         return ops.linear(inner, output, Epilogue(residuals=residuals))
 
 
@@ -66,9 +71,11 @@ class PlainMlp(Mlp):
 
 def _recognise(parts: MlpParts, module: Any) -> MlpSpec | str | None:
     linears = (*parts.inputs, parts.output)
-    others = (name for name, child in module._modules.items() if child is not None and name not in linears)
+    sub_norm = parts.sub_norm if module._modules.get(parts.sub_norm) is not None else None
+    known = (*linears, *(() if sub_norm is None else (sub_norm,)))
+    others = (name for name, child in module._modules.items() if child is not None and name not in known)
     activation = next((name for name in others if type(module._modules[name]) not in DO_NOTHING), None)
-    if activation is None or not has_children(module, (*linears, activation)):
+    if activation is None or not has_children(module, (*known, activation)):
         return None
     if owned(module) or not takes_only(module, Mlp.takes):
         return None
@@ -81,7 +88,7 @@ def _recognise(parts: MlpParts, module: Any) -> MlpSpec | str | None:
     if first.outputs != n * max(len(rows), 1):
         return "its Linears do not fit together"
     matched = match_activation(module._modules[activation])
-    return MlpSpec(parts.inputs, activation, parts.output, rows, first.inputs, matched)
+    return MlpSpec(parts.inputs, activation, parts.output, rows, first.inputs, matched, sub_norm)
 
 
 def _trial(call: Any, spec: MlpSpec, scene: Any) -> list[torch.Tensor]:

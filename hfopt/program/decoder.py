@@ -25,7 +25,7 @@ _HARMLESS = frozenset(
         "embedding_dropout", "eos_token_id", "first_kv_shared_layer_idx", "gradient_checkpointing",
         "has_sliding_layers", "hidden_size", "hidden_size_per_layer_input", "layer_types", "layerdrop", "loss_type",
         "multi_query", "num_heads", "num_hidden_layers", "output_attentions", "output_hidden_states", "pad_token_id",
-        "prompt_length", "return_dict", "sliding_window", "unique_layer_types", "use_cache",
+        "prompt_length", "return_dict", "rope_parameters", "sliding_window", "unique_layer_types", "use_cache",
         "use_learned_position_embeddings", "vocab_size",
     }
 )  # fmt: skip
@@ -89,13 +89,12 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     for module in (model, decoder):
         _check_settings(module, record)
     layers = _layers(decoder, record)
-    embedding = decoder._modules[record.tokens]
+    embedding = decoder.get_submodule(record.tokens)
     tokens = token_table(record.tokens, embedding, record.embedding_scale)
     builder = Builder(tokens.rows.dtype)
     if record.max_keys in names_read(decoder):
         builder.max_keys = getattr(decoder.config, record.max_keys, builder.max_keys)
-    rotary = decoder._modules.get(record.rotary)
-    ops = Recorder(builder, rotary, host.windows_of(model.config))
+    ops = Recorder(builder, _rotaries(decoder, record), host.windows_of(model.config))
 
     x = builder.look_up(tokens, "tokens")
     is_scaled = record.multiplier in names_read(decoder)
@@ -126,6 +125,7 @@ def _recorded(model: Any, record: Decoder) -> Program | None:
     if head is None:
         return None
     builder.take_last(x)
+    x = _through(ops, model, record.transform, x)
     logits = ops.part(model, head, x)
     for name, operation in (
         (record.divisor, functools.partial(builder.scale, divide=True)),
@@ -156,10 +156,14 @@ def _layer_inputs(ops: Recorder, builder: Builder, decoder: Any, record: Decoder
 
 def _check_children(decoder: Any, record: Decoder) -> None:
     """Raises UnsupportedModel if the `forward` of the decoder uses a child that the record does not name."""
-    read = names_read(decoder) - record.children
-    for name, child in decoder._modules.items():
-        if name in read and child is not None and type(child) not in DO_NOTHING:
-            raise UnsupportedModel(f"{name} is a {type(child).__name__}, which no record names")
+    around = {""} | {path.rpartition(".")[0] for path in record.children}
+    for path in around:
+        module = decoder.get_submodule(path)
+        known = {name.removeprefix(f"{path}.").partition(".")[0] for name in record.children}
+        read = names_read(module) - known
+        for name, child in module._modules.items():
+            if name in read and child is not None and type(child) not in DO_NOTHING:
+                raise UnsupportedModel(f"{name} is a {type(child).__name__}, which no record names")
 
 
 def _check_settings(module: Any, record: Decoder) -> None:
@@ -171,9 +175,24 @@ def _check_settings(module: Any, record: Decoder) -> None:
             raise UnsupportedModel(f"its forward reads {name}, which no record knows")
 
 
-def _through(ops: Recorder, decoder: Any, name: str | None, x: Value) -> Value:
+def _through(ops: Recorder, decoder: Any, path: str | None, x: Value) -> Value:
     """What a part makes of x; x itself if the model has no such part."""
-    return x if name is None or decoder._modules.get(name) is None else ops.part(decoder, name, x)
+    if path is None:
+        return x
+    around, _, name = path.rpartition(".")
+    module = decoder.get_submodule(around)
+    return x if module._modules.get(name) is None else ops.part(module, name, x)
+
+
+def _rotaries(decoder: Any, record: Decoder) -> list[Any]:
+    """Of each layer, the module that computes its angles; None where models have none."""
+    n_layers = len(decoder._modules[record.layers])
+    if record.rotaries not in names_read(decoder):
+        return [decoder._modules.get(record.rotary)] * n_layers
+    bases = getattr(decoder.config, record.bases)
+    if not all(bases):
+        raise UnsupportedModel(f"some of its layers have no angles ({record.bases} of 0)")
+    return [host.rotary.of_base(decoder._modules[record.rotaries], base) for base in bases]
 
 
 def _layers(decoder: Any, record: Decoder) -> list[Any]:

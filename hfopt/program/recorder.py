@@ -11,6 +11,7 @@ from hfopt.functional import Epilogue, Norm, Weights
 from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
 from hfopt.patches.activation import XIELU, fused_activation, xielu_of
+from hfopt.patches.guards import DO_NOTHING
 from hfopt.patches.ops import Ops
 from hfopt.patches.replacement import Replacement, is_swapped
 from hfopt.patches.weights import read_children
@@ -28,12 +29,12 @@ class Past(NamedTuple):
 class Recorder:
     """The verbs of `ops.Ops` on values of a program; raises UnsupportedModel for a module that kernels cannot stand for.
 
-    rotary: the module that computes angles for all layers, if the model has one. windows: of the layers of its cache, see
+    rotaries: of each layer, the module that computes its angles, or None. windows: of the layers of its cache, see
     `host.windows_of`. layer_inputs: what layers are given of their own, side by side.
     """
 
-    def __init__(self, builder: Builder, rotary: Any, windows: Sequence[int | None]) -> None:
-        self._builder, self._rotary, self._windows = builder, rotary, windows
+    def __init__(self, builder: Builder, rotaries: Sequence[Any], windows: Sequence[int | None]) -> None:
+        self._builder, self._rotaries, self._windows = builder, rotaries, windows
         self._angles: dict[Hashable, tuple[Value, Value]] = {}
         self._stored: dict[str | None, int] = {}  # kind of layers -> the last one of them that stores
         self.layer_inputs: Value | None = None
@@ -41,6 +42,8 @@ class Recorder:
     # ---- parts ------------------------------------------------------------------------------------------------------
 
     def part(self, module: Any, name: str, x: Value, residuals: Sequence[Value] = ()) -> Value:
+        if type(module._modules[name]) in DO_NOTHING and not residuals:
+            return x
         child: Any = swapped(module, name)
         output: Value = child.run(self, x, *([residuals] if residuals else []))
         return output
@@ -127,13 +130,15 @@ class Recorder:
 
     def angles(self, attention: Any) -> tuple[Value, Value] | None:
         """cos and sin of the new tokens, looked up once for all layers that share them."""
-        tables = attention.angle_tables(self._rotary, self._builder.dtype)
+        rotary = self._rotaries[attention.layer]
+        tables = attention.angle_tables(rotary, self._builder.dtype)
         if tables is None:
             return None
-        known = self._angles.get(tables.key)
+        key = rotary, tables.key
+        known = self._angles.get(key)
         if known is None:
             cos, sin = (self._builder.look_up(table, "positions") for table in Table.pair_of(tables))
-            known = self._angles[tables.key] = cos, sin
+            known = self._angles[key] = cos, sin
         return known
 
     def take_last(self, x: Value) -> None:

@@ -16,18 +16,19 @@ from hfopt.patches.families.gpt2 import GPT2
 from hfopt.patches.families.gpt_neo import GPT_NEO
 from hfopt.patches.families.gptj import GPTJ
 from hfopt.patches.families.llama import LLAMA
+from hfopt.patches.families.modernbert import MODERNBERT
 from hfopt.patches.families.mpt import MPT
 from hfopt.patches.families.neox import NEOX
 from hfopt.patches.families.olmo import OLMO2
 from hfopt.patches.families.opt import BART, BIGBIRD_PEGASUS, BIOGPT, BLENDERBOT_SMALL, OPT, XGLM
 from hfopt.patches.families.phi import PERSIMMON, PHI
 from hfopt.patches.families.phi3 import PHI3
-from hfopt.patches.families.starcoder import APERTUS, NEMOTRON, STARCODER2
+from hfopt.patches.families.starcoder import APERTUS, NANOCHAT, NEMOTRON, STARCODER2
 
 FAMILIES = (
     LLAMA, PHI3, GPTJ, OPT, GEMMA2, OLMO2, VAULT_GEMMA, HYPERCLOVA_X, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2,
-    NEMOTRON, APERTUS, CODEGEN, GPT2, XGLM, BIOGPT, FALCON, FALCON_40B, FALCON_SEQUENTIAL, BLOOM, MPT, GPT_NEO, BART,
-    BLENDERBOT_SMALL, BIGBIRD_PEGASUS, GEMMA4, GEMMA4_KEYS_AS_VALUES, GEMMA4_EFFICIENT,
+    NEMOTRON, APERTUS, NANOCHAT, CODEGEN, GPT2, XGLM, BIOGPT, FALCON, FALCON_40B, FALCON_SEQUENTIAL, BLOOM, MPT, GPT_NEO,
+    BART, BLENDERBOT_SMALL, BIGBIRD_PEGASUS, GEMMA4, GEMMA4_KEYS_AS_VALUES, GEMMA4_EFFICIENT, MODERNBERT,
 )  # fmt: skip
 
 
@@ -46,10 +47,11 @@ def decoders_for(model: nn.Module) -> list[Decoder]:
 
 
 def _has_parts(model: nn.Module, decoder: Decoder) -> bool:
-    module = model
-    for name in decoder.path.split("."):
-        child = module._modules.get(name)
-        if child is None:
-            return False
-        module = child
-    return all(module._modules.get(name) is not None for name in (decoder.tokens, decoder.layers))
+    module = _child(model, decoder.path)
+    return all(_child(module, path) is not None for path in (decoder.tokens, decoder.layers))
+
+
+def _child(module: nn.Module | None, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module

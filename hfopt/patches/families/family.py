@@ -24,8 +24,10 @@ class AttentionParts:
     Linear, likewise: "stacked" (all queries, then all keys, then all values), "groups" (the queries of a key head, the key,
     the value, and so on), "spread" (the same, with a copy of key and value for each query), "shards" (CodeGen: four parts,
     each of queries, values, keys). clip: what limits queries, keys and values, an attribute or a field of the configuration.
-    softcap: likewise what limits scores, smoothly. hides: the mask says by True what is hidden. stores: there are keys and
-    values; else it reads those of the last layer of its kind before it that has some.
+    softcap: likewise what limits scores, smoothly. sinks: a parameter, if the module has it, of a score for each head that
+    takes weight and has no value. sub_norm: of what goes into the output, in models that have such. hides: the mask says by
+    True what is hidden. stores: there are keys and values; else it reads those of the last layer of its kind before it that
+    has some.
     """
 
     inputs: tuple[str, ...]
@@ -36,6 +38,8 @@ class AttentionParts:
     orders: tuple[Order, ...] = ("stacked",)
     clip: str | None = None
     softcap: str | None = None
+    sinks: str = "sinks"
+    sub_norm: str = "attn_sub_norm"
     stores: bool = True
     hides: bool = False
 
@@ -44,17 +48,28 @@ class AttentionParts:
 class MlpParts:
     """Children of a feed-forward block: `output(act(inputs[0](x)) * inputs[1](x))`, or `output(act(inputs[0](x)))`.
 
-    is_fused: one Linear holds the rows of both inputs, the gate's first.
+    is_fused: one Linear holds the rows of both inputs, the gate's first. sub_norm: of what goes into the output, in models
+    that have such.
     """
 
     inputs: tuple[str, ...]
     output: str
     is_fused: bool = False
+    sub_norm: str = "ffn_sub_norm"
 
     @property
     def is_gated(self) -> bool:
         """Whether there are two inputs."""
         return self.is_fused or len(self.inputs) == 2
+
+
+@dataclass(frozen=True)
+class TransformParts:
+    """Children of a head in front of the logits: `norm(activation(dense(x)))`."""
+
+    dense: str
+    activation: str
+    norm: str
 
 
 @dataclass(frozen=True)
@@ -112,14 +127,15 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class Decoder:
-    """How a model puts its modules together: names of the children of the module at `path`.
+    """How a model puts its modules together: names of the children of the module at `path`, or paths below it.
 
     What a token looks up in `tokens`, times the attribute `embedding_scale` of that and `multiplier` of the decoder, goes
     through `tokens_norm` and `project_in`, is added to what its position looks up in `positions`, and goes through
-    `sum_norm`, `layers`, `norm`, `project_out`, and the model's own child in `heads`. Its logits are divided by the field
-    `divisor` of the config, multiplied by `factor` and limited, smoothly, by `softcap`. There are no more keys than the
-    field `max_keys` says. What a model has not, or does not read, is left out. rotary: computes cos and sin for all layers.
-    layer_inputs: what makes inputs of the layers' own.
+    `sum_norm`, `layers`, `norm`, `project_out`, and the model's own children `transform` and in `heads`. Its logits are
+    divided by the field `divisor` of the config, multiplied by `factor` and limited, smoothly, by `softcap`. There are no
+    more keys than the field `max_keys` says. What a model has not, or does not read, is left out. rotary: computes cos and
+    sin for all layers; rotaries: or there is a list, one for each base that the field `bases` has for layers. layer_inputs:
+    what makes inputs of the layers' own. idle: children for inputs that are no tokens.
     """
 
     path: str
@@ -128,11 +144,14 @@ class Decoder:
     norm: str
     heads: tuple[str, ...] = ("lm_head", "embed_out", "output_projection")
     rotary: str = "rotary_emb"
+    rotaries: str = "rotary_embs"
+    bases: str = "layer_rope_theta"
     positions: str | None = None
     tokens_norm: str | None = None
     sum_norm: str | None = None
     project_in: str | None = None
     project_out: str | None = None
+    transform: str | None = None
     embedding_scale: str = "embed_scale"
     multiplier: str = "embedding_multiplier"
     divisor: str = "logits_scaling"
@@ -140,13 +159,14 @@ class Decoder:
     softcap: str = "final_logit_softcapping"
     max_keys: str = "max_seq_len"
     layer_inputs: LayerInputs | None = None
+    idle: tuple[str, ...] = ()
 
     @property
     def settings(self) -> frozenset[str]:
         """Names of attributes and fields that it knows."""
         names = (
             self.multiplier, self.divisor, self.factor, self.softcap, self.max_keys, self.project_in, self.project_out,
-            self.tokens_norm, self.sum_norm,
+            self.tokens_norm, self.sum_norm, self.bases,
         )  # fmt: skip
         inputs = self.layer_inputs
         scales = () if inputs is None else (inputs.projection_scale, inputs.scale)
@@ -154,10 +174,11 @@ class Decoder:
 
     @property
     def children(self) -> frozenset[str]:
-        """Names of the children that it knows."""
+        """Names of the children that it knows, and paths below them."""
         names = (
-            self.tokens, self.tokens_norm, self.layers, self.norm, self.rotary, self.positions, self.sum_norm,
-            self.project_in, self.project_out, *(() if self.layer_inputs is None else self.layer_inputs.children),
+            self.tokens, self.tokens_norm, self.layers, self.norm, self.rotary, self.rotaries, self.positions,
+            self.sum_norm, self.project_in, self.project_out, *self.idle,
+            *(() if self.layer_inputs is None else self.layer_inputs.children),
         )  # fmt: skip
         return frozenset(name for name in names if name is not None)
 
@@ -172,3 +193,4 @@ class Family:
     mlp: MlpParts | None
     layer: LayerParts
     decoder: Decoder
+    transform: TransformParts | None = None

@@ -8,7 +8,7 @@ LLAMA = Family(
     name="Llama",
     model_types=(
         "llama", "qwen2", "qwen3", "mistral", "ministral", "ministral3", "smollm3", "olmo", "granite", "gemma", "seed_oss",
-        "ernie4_5", "helium", "stablelm", "hunyuan_v1_dense",
+        "ernie4_5", "helium", "stablelm", "hunyuan_v1_dense", "bitnet", "granite_swa",
     ),
     attention=AttentionParts(
         ("q_proj", "k_proj", "v_proj"),
