@@ -13,8 +13,8 @@ from hfopt.quantization import Format, QuantizationConfig
 from hfopt.words import DTYPES
 
 _SIZE = 256  # divided by the groups of all formats
-# Kernels are specialised by dtype alone, so two tiny models reach all of them: RMSNorm and a gated MLP with rotation, and
-# LayerNorm with a plain MLP.
+# Kernels are specialised by dtype alone, so two tiny models reach all of a program: RMSNorm and a gated MLP with rotation,
+# and LayerNorm with a plain MLP. What only some families have is in there too, but for the kernels that modules call.
 _CONFIGS = (
     LlamaConfig(
         hidden_size=_SIZE,
@@ -72,4 +72,18 @@ def warmup(
                     eos_token_id=None,
                     pad_token_id=0,
                 )
+        for dtype in DTYPES:
+            _run_alone(dtype)
     choice.choose_all()
+
+
+def _run_alone(dtype: torch.dtype) -> None:
+    """Operations of modules that neither of the two models has."""
+    from hfopt import functional
+
+    x, angles, number = torch.ones(1, 1, 4, dtype=dtype), torch.ones(1, 1, 4), torch.ones(1, dtype=dtype)
+    functional.clamp(x, 1.0)
+    functional.scale(x, 1.0)
+    functional.xielu(x, functional.Xielu(number, number, number, number))
+    functional.norm_heads(x, functional.Norm("rms", None, None, 1e-6), 0, 1, 4)
+    functional.rotate(x, angles, angles, 1, 4, "half")

@@ -14,7 +14,7 @@ from .checks import ELEMENTS, address_of, check_rows, prepare_threads
 def clamp(x: Tensor, limit: float) -> Tensor:
     """x, between -limit and limit; what is NaN stays so.
 
-    x [..., size], the last dimension contiguous, float32 or bfloat16. Raises `InvalidInput`.
+    x [..., size], the last dimension contiguous, float32, bfloat16 or float16. Raises `InvalidInput`.
     """
     return _limited(x, limit, smooth=False)
 
