@@ -11,6 +11,10 @@ HOSTS ?= 5.23.0 4.57.6
 HOST_TESTS := tests/test_host.py tests/test_generation_proof.py tests/test_generation_modes.py tests/test_step.py \
 	tests/test_optimize.py tests/test_tomorrow.py
 
+# Tests run in two processes at a time, but for those that begin processes of their own beside all others.
+ASKING := tests/test_tomorrow.py tests/test_other_machines.py
+BESIDE := --numprocesses=2 $(ASKING:%=--ignore=%)
+
 .PHONY: help setup demo test slow hosts lint bench clean
 
 help:
@@ -35,10 +39,12 @@ demo: $(STAMP)
 	$(BIN)/python scripts/run.py --compare --greedy --dtype float32 --prompt "$(PROMPT)"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" --durations=40
+	$(BIN)/python -m pytest -m "not slow" $(BESIDE) --dist=loadfile --durations=40
+	$(BIN)/python -m pytest -m "not slow" $(ASKING)
 
 slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(BESIDE) --dist=worksteal --durations=40
+	$(BIN)/python -m pytest -m slow $(ASKING)
 
 # An environment of its own, which takes all but transformers (and what that release needs otherwise) from the first one.
 $(VENV)/hosts/%/.installed: $(STAMP)
