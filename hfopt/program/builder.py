@@ -115,7 +115,7 @@ class Builder(Pointwise):
             )
         out = Value(heads[0] * heads[2], self.dtype)
         shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
-        scale, softcap, slopes, sinks, window = scoring.numbers(heads[0], self.dtype)
+        scale, softcap, slopes, sinks, window, ranked = scoring.numbers(heads[0], self.dtype)
         n_bytes = {
             "token_bytes": 2 * heads[1] * heads[2] * self.dtype.itemsize,
             "window": window or sys.maxsize,
@@ -130,6 +130,7 @@ class Builder(Pointwise):
             "slopes": slopes,
             "sinks": sinks,
             "window": window,
+            "ranked": ranked,
         }
         operands, then = {"IN": qkv, "OUT": out}, scores_in_words(scoring)
         self._add(kernels.ATTEND, shapes, operands, columns, scalar=scale, then=then, n_bytes=n_bytes)
