@@ -60,7 +60,7 @@ def _seen_by(attention_mask: Tensor, bias: Tensor, ranks: Ranks, sizes: tuple[in
         return attention_mask
     if not _is_same(attention_mask[..., :n_keys], with_bias(seen, expected, ranks.head_dim)):
         return attention_mask
-    return torch.zeros(seen.shape).masked_fill_(~seen, lowest)[:, None]
+    return torch.zeros_like(attention_mask[:, :1, :, :n_keys]).masked_fill_(~seen[:, None], lowest)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
