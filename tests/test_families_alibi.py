@@ -235,6 +235,22 @@ def test_16_bits_of_many_tokens(kind: str, dtype: torch.dtype) -> None:
     assert_as_close_as_stock(model, dtype, {"input_ids": ids, "attention_mask": seen})
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.float32, torch.float16], ids=str)
+def test_masks_of_other_dtypes(dtype: torch.dtype, passes: list[int]) -> None:
+    """Those of floating point are rounded in other places, or in more."""
+    model, stock = optimized(falcon_alibi()), falcon_alibi()
+    seen = torch.ones(2, 320)
+    seen[1, :9] = 0
+    ids = torch.randint(3, VOCABULARY, seen.shape, generator=torch.Generator().manual_seed(2))
+    given = {"input_ids": ids, "attention_mask": seen.to(dtype), "max_new_tokens": 6}
+    passes.clear()
+    found = generated(model, given)
+    assert bool(passes) == dtype.is_floating_point
+    expected = generated(stock, given)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=2e-4)
+
+
 def test_another_count_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     before, build = generated(falcon_alibi(), max_new_tokens=12), modeling_falcon.build_alibi_tensor
     monkeypatch.setattr(modeling_falcon, "build_alibi_tensor", lambda *args, **more: 2 * build(*args, **more))

@@ -122,6 +122,7 @@ class Builder(Pointwise):
         }
         self._kept += scoring.tensors
         self._has_slopes |= scoring.slopes is not None
+        self._has_ranks |= scoring.ranked
         columns = {
             "SIZE": qkv.size,
             "layer": layer,
@@ -274,5 +275,6 @@ class Builder(Pointwise):
             max_keys=self.max_keys,
             reads_positions=any(each.columns.get("by") == kernels.POSITIONS for each in self._written),
             has_slopes=self._has_slopes,
+            has_ranks=self._has_ranks,
             is_exact=not any(each.columns.get("smooth") for each in self._written),
         )
