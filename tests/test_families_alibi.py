@@ -260,6 +260,23 @@ def test_another_count_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> 
     assert not torch.equal(expected.sequences, before.sequences)
 
 
+@pytest.mark.parametrize("n_heads", [1, 4])
+def test_a_layer_that_is_given_something_else(n_heads: int) -> None:
+    """Sdpa reads no bias but that in the mask, which may have one for all heads, or be none."""
+    sizes = {"num_attention_heads": n_heads, "num_kv_heads": n_heads}
+    model, stock = optimized(falcon_alibi(**sizes)), falcon_alibi(**sizes)
+    hidden, seen = torch.randn(2, 5, 64), torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    bias = ranked_bias_of(n_heads, torch.ones(2, 5, dtype=torch.bool), torch.float32)
+    zeros = torch.zeros(2, n_heads, 5, 5).masked_fill(~seen, torch.finfo(torch.float32).min)
+    for mask in (None, seen, zeros, zeros[:, :1], zeros + bias, zeros + 0.5 * bias.flip(-1)):
+        with torch.no_grad():
+            ours, theirs = (
+                each.transformer.h[0].self_attention(hidden, alibi=bias, attention_mask=mask)[0]
+                for each in (model, stock)
+            )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_another_attention_than_the_proven_one() -> None:
     """Eager attention adds the bias twice, and nobody has tried it."""
     model, stock = optimized(falcon_alibi()), falcon_alibi()

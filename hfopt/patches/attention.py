@@ -182,7 +182,9 @@ class Attention(Block):
         return bias is None
 
     def without_bias(self, attention_mask: Any, bias: Any, cache: Any, sizes: tuple[int, int, int]) -> Any:
-        """The mask of a call, without what it adds to scores of keys that are seen."""
+        """The mask of a call, without what it adds to scores of keys that are seen; raises Declined if kernels add something
+        else.
+        """
         return attention_mask
 
     def angle_tables(self, rotary: Any, dtype: torch.dtype) -> AngleTables | None:

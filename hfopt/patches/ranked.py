@@ -9,6 +9,7 @@ from hfopt.functional import Mask
 from hfopt.patches.angles import Angles, remembered
 from hfopt.patches.attention import Ranks, UnrotatedAttention
 from hfopt.patches.guards import attention_kind
+from hfopt.patches.ops import Declined
 from hfopt.patches.slopes import ranked_bias_of, ranked_slopes_of, with_bias
 
 
@@ -31,24 +32,30 @@ class RankedAttention(UnrotatedAttention):
         return super().rotary(None, position_ids)
 
     def without_bias(self, attention_mask: Any, bias: Any, cache: Any, sizes: tuple[int, int, int]) -> Any:
-        if type(attention_mask) is not Tensor or not attention_mask.is_floating_point():
-            return attention_mask
-        if attention_mask.dim() != 4 or type(bias) is not Tensor or attention_kind(self) != self._ranks.kind:
-            return attention_mask
+        if type(attention_mask) is not Tensor or type(bias) is not Tensor:
+            raise Declined
+        if not attention_mask.is_floating_point() or attention_mask.dim() != 4:
+            raise Declined
+        if attention_kind(self) != self._ranks.kind:
+            raise Declined
 
-        def build() -> tuple[Tensor, Tensor]:
+        def build() -> tuple[Tensor, Tensor | None]:
             return bias, _seen_by(attention_mask, bias, self._ranks, sizes)
 
         known, shown = remembered(cache, "mask of ranks", attention_mask, sizes, build)
-        return shown if known is bias else attention_mask
+        if known is not bias or shown is None:
+            raise Declined
+        return shown
 
     def takes_bias(self, bias: Any, cache: Any, mask: Mask, sizes: tuple[int, int, int]) -> bool:
-        return bias is not None  # or the mask would hold it still
+        return True  # or `without_bias` would have declined it
 
 
-def _seen_by(attention_mask: Tensor, bias: Tensor, ranks: Ranks, sizes: tuple[int, int, int]) -> Tensor:
-    """The mask alone, if both are what a model makes that counts keys of which none is hidden behind one that is seen; else
-    as it is.
+def _seen_by(
+    attention_mask: Tensor, bias: Tensor, ranks: Ranks, sizes: tuple[int, int, int]
+) -> Tensor | None:
+    """The mask alone, if both are what a model makes that counts keys of which none is hidden behind one that is seen; None
+    if they are not.
     """
     n_keys = sizes[-1]
     lowest = torch.finfo(attention_mask.dtype).min
@@ -57,9 +64,9 @@ def _seen_by(attention_mask: Tensor, bias: Tensor, ranks: Ranks, sizes: tuple[in
     has_gaps = bool((last[:, :-1] & ~last[:, 1:]).any())
     expected = ranked_bias_of(ranks.n_heads, last, attention_mask.dtype)
     if has_gaps or not _is_same(bias[..., :n_keys], expected):
-        return attention_mask
+        return None
     if not _is_same(attention_mask[..., :n_keys], with_bias(seen, expected, ranks.head_dim)):
-        return attention_mask
+        return None
     return torch.zeros_like(attention_mask[:, :1, :, :n_keys]).masked_fill_(~seen[:, None], lowest)
 
 
