@@ -69,6 +69,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "whisper": ("whisper", {}),
     "marian": ("marian", {}),
     "bigbird_pegasus": ("bigbird_pegasus", {}),
+    "falcon, ALiBi": ("falcon", {"alibi": True, "multi_query": False, "num_kv_heads": 4}),
 }
 
 

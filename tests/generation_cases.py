@@ -11,6 +11,8 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     Cache,
+    FalconConfig,
+    FalconForCausalLM,
     GenerationMixin,
     GPTJConfig,
     GPTJForCausalLM,
@@ -193,6 +195,13 @@ def mpt(**changes: Any) -> Model:
     return _shaken(_random(MptForCausalLM, MptConfig, **{**sizes, **more, **changes}))
 
 
+def falcon_alibi(**changes: Any) -> Model:
+    """Falcon RW: sequential layers, each head with keys of its own, and a bias that is counted in bfloat16."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "bias": True}
+    more = {"alibi": True, "multi_query": False, "num_kv_heads": 4, "parallel_attn": False}
+    return _shaken(_random(FalconForCausalLM, FalconConfig, **{**sizes, **more, **changes}))
+
+
 NEO_WINDOW = 7
 
 
@@ -231,6 +240,7 @@ DISTANT: dict[str, Callable[..., Model]] = {
     "bloom": bloom,
     "bloom, normed residuals": bloom_with_normed_residuals,
     "mpt": mpt,
+    "falcon": falcon_alibi,
     "gpt_neo": gpt_neo,
 }
 

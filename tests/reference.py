@@ -58,7 +58,14 @@ def attention_scores(q: Tensor, k: Tensor, seen: Tensor, scoring: Scoring) -> Te
     away = distances(*seen.shape[1:])
     if scoring.softcap is not None:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
-    if scoring.slopes is not None:
+    if scoring.ranked:
+        assert scoring.slopes is not None
+        last, places = seen[:, -1], torch.arange(seen.shape[-1])
+        first = torch.where(last.any(-1), last.to(torch.uint8).argmax(-1), len(places))
+        ranks = (places - first[:, None])[:, None, None].bfloat16().float()
+        bias = (scoring.slopes[:, None, None] * ranks).bfloat16().double() * scoring.scale
+        scores = scores + bias.to(q.dtype)
+    elif scoring.slopes is not None:
         scores = scores + (scoring.slopes[:, None, None].to(q.dtype) * away).to(q.dtype)
     if scoring.window is not None:
         seen = seen & (away > -scoring.window)

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import (
     BloomForCausalLM,
+    FalconForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     GPTJForCausalLM,
@@ -44,7 +45,7 @@ from tests.generation_cases import (
 _KINDS = (
     LlamaForCausalLM, GPTJForCausalLM, OPTForCausalLM, Qwen2ForCausalLM, MistralForCausalLM, Qwen3ForCausalLM,
     Phi3ForCausalLM, GraniteForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, BloomForCausalLM, MptForCausalLM,
-    GPTNeoForCausalLM,
+    GPTNeoForCausalLM, FalconForCausalLM,
     *(getattr(transformers, name) for name in ("Gemma4ForCausalLM", "ApertusForCausalLM") if hasattr(transformers, name)),
 )  # fmt: skip
 ALL_OUTPUTS = {"return_dict_in_generate": True, "output_logits": True}

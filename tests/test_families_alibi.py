@@ -1,4 +1,4 @@
-"""Decoders whose scores know distances: ALiBi (BLOOM, MPT) and windows in a cache that holds everything (GPT-Neo)."""
+"""Decoders whose scores know distances: ALiBi (BLOOM, MPT, Falcon), windows in a cache that holds everything (GPT-Neo)."""
 
 import itertools
 import re
@@ -7,18 +7,21 @@ from typing import Any
 import pytest
 import torch
 from transformers.models.bloom import modeling_bloom
+from transformers.models.falcon import modeling_falcon
 from transformers.models.mpt import modeling_mpt
 
 import hfopt
 from hfopt.cache import IndirectCache
 from hfopt.errors import InvalidInput
 from hfopt.functional import Mask
-from hfopt.patches.slopes import bias_of, is_bias_of, slopes_of
+from hfopt.patches.slopes import bias_of, is_bias_of, ranked_bias_of, slopes_of
 from tests.generation_cases import (
     CACHE,
     DISTANT,
+    VOCABULARY,
     assert_same,
     bloom,
+    falcon_alibi,
     gpt_neo,
     mpt,
     needs_programs,
@@ -93,7 +96,7 @@ def test_all_parts_are_swapped_and_given_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", DISTANT)
 def test_masks_that_hide_keys_in_the_middle(name: str, passes: list[int]) -> None:
-    """BLOOM does not count them, MPT does; a program whose scores count columns leaves such texts to modules."""
+    """BLOOM and Falcon do not count them, MPT does; a program whose scores count columns leaves such texts to modules."""
     model, stock = optimized(DISTANT[name]()), DISTANT[name]()
     given = prompts()
     given["attention_mask"][0, 3:5] = 0
@@ -178,6 +181,122 @@ def test_another_bias_is_left_to_the_model(model_of: Any, monkeypatch: pytest.Mo
     found, expected = generated(model, max_new_tokens=12), generated(stock, max_new_tokens=12)
     assert torch.equal(found.sequences, expected.sequences)
     assert not torch.equal(expected.sequences, generated(model_of(), max_new_tokens=12).sequences)
+
+
+# ---- Falcon, which counts keys in bfloat16 --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_heads", [1, 6, 32, 71, 112])
+def test_counts_are_those_of_falcon(n_heads: int, dtype: torch.dtype) -> None:
+    seen = torch.ones(2, 700, dtype=torch.long)
+    seen[1, :30] = 0
+    theirs = modeling_falcon.build_alibi_tensor(seen, n_heads, dtype).view(2, n_heads, 1, 700)
+    assert torch.equal(ranked_bias_of(n_heads, seen != 0, dtype), theirs)
+
+
+_NEW = {"new_decoder_architecture": True, "num_kv_heads": 2, "parallel_attn": True}
+FALCONS: dict[str, dict[str, Any]] = {
+    "one key head": {"multi_query": True, "parallel_attn": True},
+    "eager": {"attn_implementation": "eager"},
+    "groups": {**_NEW, "num_attention_heads": 8},
+    "groups, eager": {**_NEW, "attn_implementation": "eager"},
+    "six heads": {"hidden_size": 96, "num_attention_heads": 6, "num_kv_heads": 6},
+}
+LONG: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3},
+    "parts": {"prefill_chunk_size": 64},
+    "lookup": {"prompt_lookup_num_tokens": 4},
+}
+
+
+@pytest.mark.parametrize(("name", "mode"), pairs_of(FALCONS, LONG))
+def test_more_tokens_than_bfloat16_counts_one_by_one(name: str, mode: str, passes: list[int]) -> None:
+    model, stock = optimized(falcon_alibi(**FALCONS[name])), falcon_alibi(**FALCONS[name])
+    seen = torch.ones(1 if mode == "lookup" else 3, 300, dtype=torch.long)
+    for row, n_padded in enumerate((0, 5, 290)[: len(seen)]):
+        seen[row, :n_padded] = 0
+    ids = torch.randint(3, VOCABULARY, seen.shape, generator=torch.Generator().manual_seed(2))
+    given = {"input_ids": ids * seen, "attention_mask": seen, "output_logits": mode != "lookup"}
+    passes.clear()
+    found = generated(model, given, **LONG[mode], max_new_tokens=24, do_sample=False)
+    assert mode != "beams" or not passes
+    expected = generated(stock, given, **LONG[mode], max_new_tokens=24, do_sample=False)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_16_bits_of_many_tokens(kind: str, dtype: torch.dtype) -> None:
+    model = falcon_alibi(attn_implementation=kind)
+    seen = torch.ones(2, 400, dtype=torch.long)
+    seen[1, :30] = 0
+    ids = torch.randint(3, VOCABULARY, seen.shape, generator=torch.Generator().manual_seed(2))
+    assert_as_close_as_stock(model, dtype, {"input_ids": ids, "attention_mask": seen})
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.float32, torch.float16], ids=str)
+def test_masks_of_other_dtypes(dtype: torch.dtype, passes: list[int]) -> None:
+    """Those of floating point are rounded in other places, or in more."""
+    model, stock = optimized(falcon_alibi()), falcon_alibi()
+    seen = torch.ones(2, 320)
+    seen[1, :9] = 0
+    ids = torch.randint(3, VOCABULARY, seen.shape, generator=torch.Generator().manual_seed(2))
+    given = {"input_ids": ids, "attention_mask": seen.to(dtype), "max_new_tokens": 6}
+    passes.clear()
+    found = generated(model, given)
+    assert bool(passes) == dtype.is_floating_point
+    expected = generated(stock, given)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=2e-4)
+
+
+def test_another_count_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, build = generated(falcon_alibi(), max_new_tokens=12), modeling_falcon.build_alibi_tensor
+    monkeypatch.setattr(modeling_falcon, "build_alibi_tensor", lambda *args, **more: 2 * build(*args, **more))
+    model, stock = optimized(falcon_alibi()), falcon_alibi()
+    found, expected = generated(model, max_new_tokens=12), generated(stock, max_new_tokens=12)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert not torch.equal(expected.sequences, before.sequences)
+
+
+@pytest.mark.parametrize("n_heads", [1, 4])
+def test_a_layer_that_is_given_something_else(n_heads: int) -> None:
+    """Sdpa reads no bias but that in the mask, which may have one for all heads, or be none."""
+    sizes = {"num_attention_heads": n_heads, "num_kv_heads": n_heads}
+    model, stock = optimized(falcon_alibi(**sizes)), falcon_alibi(**sizes)
+    hidden, seen = torch.randn(2, 5, 64), torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    bias = ranked_bias_of(n_heads, torch.ones(2, 5, dtype=torch.bool), torch.float32)
+    zeros = torch.zeros(2, n_heads, 5, 5).masked_fill(~seen, torch.finfo(torch.float32).min)
+    for mask in (None, seen, zeros, zeros[:, :1], zeros + bias, zeros + 0.5 * bias.flip(-1)):
+        with torch.no_grad():
+            ours, theirs = (
+                each.transformer.h[0].self_attention(hidden, alibi=bias, attention_mask=mask)[0]
+                for each in (model, stock)
+            )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_another_attention_than_the_proven_one() -> None:
+    """Eager attention adds the bias twice, and nobody has tried it."""
+    model, stock = optimized(falcon_alibi()), falcon_alibi()
+    before = generated(model, max_new_tokens=12)
+    for each in (model, stock):
+        each.config._attn_implementation = "eager"
+    found, expected = generated(model, max_new_tokens=12), generated(stock, max_new_tokens=12)
+    assert_same(found.sequences, expected.sequences)
+    assert not torch.equal(found.logits[0], before.logits[0])
+    with torch.no_grad():
+        assert programs_of(model).of(model, 1) is None
+
+
+def test_an_angle_in_the_place_of_the_bias() -> None:
+    """The decoder gives its layers what its attribute says now."""
+    model, stock = optimized(falcon_alibi()), falcon_alibi()
+    for each in (model, stock):
+        each.transformer.use_alibi = False
+    found, expected = generated(model, max_new_tokens=12), generated(stock, max_new_tokens=12)
+    assert_same(found.sequences, expected.sequences)
 
 
 def test_more_keys_than_mpt_has_a_bias_for(passes: list[int]) -> None:

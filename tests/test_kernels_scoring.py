@@ -72,6 +72,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"slopes": True, "sinks": True, "factor": -1.0},
     {"softcap": 5.0, "slopes": True, "sinks": True, "window": 33, "factor": 3.0},
     {"softcap": 5.0, "slopes": True, "sinks": True, "window": 64, "factor": 0.0},
+    {"slopes": True, "ranked": True, "factor": 2.0},
+    {"softcap": 5.0, "slopes": True, "sinks": True, "ranked": True, "factor": -1.0},
 )
 
 
@@ -172,6 +174,22 @@ def test_what_a_window_or_a_mask_hides_does_not_leak(dtype: torch.dtype, n_new: 
     assert torch.equal(functional.attend(qkv, cache, by_bytes(seen), scoring, *heads), expected)
 
 
+@pytest.mark.parametrize(("make", "dtype", "n_new"), pairs_of(CACHES, DTYPES, (1, 5, 60)))
+def test_ranks_are_those_of_each_row(make: MakeCache, dtype: torch.dtype, n_new: int) -> None:
+    """Rows of one prompt share their pass over its keys, however many of them each has in front of its first one."""
+    heads, n_keys = (4, 2, 24), 700
+    qkv = random_qkv(dtype, 6, n_new, heads)
+    cache = make(dtype, 6, 1, *heads[1:], (660, 40))
+    scoring, seen = scoring_of(heads, dtype, slopes=True, ranked=True), causal_mask(6, n_new, n_keys)
+    for row, n_padded in enumerate((0, 1, 1, 15, 16, 333)):
+        seen[row, :, :n_padded] = False
+    out = check_attend(qkv, cache, by_bytes(seen), seen, heads, scoring)
+    for row in (2, 5):
+        alone = cache._replace(n_new=n_new, prefix_row=cache.prefix_row[row:], table=cache.table[row:])
+        given = qkv[row:].contiguous(), alone, by_bytes(seen[row:])
+        assert torch.equal(functional.attend(*given, scoring, *heads), out[row:])
+
+
 @pytest.mark.parametrize("n_new", (1, 9))
 def test_sinks_alone(n_new: int) -> None:
     """A high one takes all weight, one of -inf none, and one that has become NaN is no secret."""
@@ -232,6 +250,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "window is -3": {"window": -3},
     "window is 2.0": {"window": 2.0},
     "window is 9223372036854775808": {"window": 2**63},
+    "ranked is True: slopes, and no window,": {"ranked": True},
+    "ranked is True: slopes": {"ranked": True, "slopes": torch.ones(4), "window": 5},
     "slopes has nan": {"slopes": torch.tensor([0.1, torch.nan])},
     "slopes has -inf": {"slopes": torch.tensor([0.1, -torch.inf])},
     "slopes has dtype torch.int64": {"slopes": torch.ones(4, dtype=torch.int64)},
@@ -277,4 +297,4 @@ def test_tensors_that_are_freed() -> None:
 
 
 def test_numbers_of_a_plain_scoring() -> None:
-    assert Scoring(np.float32(0.5)).numbers(4, torch.float32) == (0.5, 0.0, 0, 0, 0)  # type: ignore[arg-type]
+    assert Scoring(np.float32(0.5)).numbers(4, torch.float32) == (0.5, 0.0, 0, 0, 0, 0)  # type: ignore[arg-type]

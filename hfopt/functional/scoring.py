@@ -20,7 +20,9 @@ class Scoring:
 
     slopes: float32 [n_heads], of ALiBi: plus slope * distance of the key from the token, which is negative before it. sinks:
     [n_heads], of the dtype of the queries, a score for each query head that takes weight and has no value. window: how many
-    keys up to its own a token sees at most, whatever its mask lets through. Raises `InvalidInput`.
+    keys up to its own a token sees at most, whatever its mask lets through. ranked: slopes are of the rank of a key instead,
+    its distance from the first one that the last new token of its row sees. Rank, and slope times rank, are rounded to
+    bfloat16, then scaled as products are. A window would move the first one. Raises `InvalidInput`.
     """
 
     scale: float
@@ -28,12 +30,15 @@ class Scoring:
     slopes: Tensor | None = None
     sinks: Tensor | None = None
     window: int | None = None
+    ranked: bool = False
 
     def __post_init__(self) -> None:
         if self.softcap is not None and not _SOFTCAPS[0] <= self.softcap <= _SOFTCAPS[1]:
             raise InvalidInput(f"softcap is {self.softcap}: from {_SOFTCAPS[0]} to {_SOFTCAPS[1]} is allowed")
         if self.window is not None and not (isinstance(self.window, int) and 1 <= self.window <= sys.maxsize):
             raise InvalidInput(f"window is {self.window}: an integer from 1 to {sys.maxsize} is allowed")
+        if self.ranked and (self.slopes is None or self.window is not None):
+            raise InvalidInput("ranked is True: slopes, and no window, are needed")
         for name, each in (("slopes", self.slopes), ("sinks", self.sinks)):
             if each is not None:
                 _check_numbers(name, each)
@@ -47,9 +52,9 @@ class Scoring:
             and (self.window is None or self.window >= n_keys)
         )
 
-    def numbers(self, n_heads: int, dtype: torch.dtype) -> tuple[float, float, int, int, int]:
-        """Scale, softcap, addresses and window for so many heads of queries of this dtype, as kernels get them; what a model
-        has not is 0. The tensors have to be kept alive. Raises `InvalidInput`.
+    def numbers(self, n_heads: int, dtype: torch.dtype) -> tuple[float, float, int, int, int, int]:
+        """Scale, softcap, addresses, window, ranked for so many heads of queries of this dtype, as kernels get them; what a
+        model has not is 0. The tensors have to be kept alive. Raises `InvalidInput`.
         """
         return (
             float(self.scale),
@@ -57,6 +62,7 @@ class Scoring:
             0 if self.slopes is None else check_array("slopes", self.slopes, (n_heads,), torch.float32),
             0 if self.sinks is None else check_array("sinks", self.sinks, (n_heads,), dtype),
             self.window or 0,
+            int(self.ranked),
         )
 
     @property

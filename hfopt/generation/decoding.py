@@ -65,6 +65,11 @@ def has_gaps(mask: np.ndarray | None) -> bool:
     return mask is not None and bool((np.diff((mask != 0).astype(np.int8), axis=1) < 0).any())
 
 
+def has_flags(mask: Tensor | None) -> bool:
+    """Whether a mask is of 0 and 1 in integers, whose sums are exact; None is."""
+    return mask is None or not (mask.is_floating_point() or bool((mask.long() >> 1).any()))
+
+
 def positions_of(model: Model, given: Any, n_past: int, n_new: int) -> Any:
     """Positions of n_new tokens behind n_past others: those given, or, for a model that takes none, their columns."""
     if host.takes_positions(type(model).forward):
@@ -86,7 +91,8 @@ class Decoding:
     """The steps of one request behind its prompt, as far as the model has a program for them.
 
     positions: int64 [1 or n_rows], of the next token, or None for a model that is given none; mask: uint8 [n_rows, keys], 0
-    for what is hidden, or None. is_alone: no code of the user runs between the steps, in this thread.
+    for what is hidden, or None; are_flags: see `has_flags`. is_alone: no code of the user runs between the steps, in this
+    thread.
     """
 
     def __init__(
@@ -96,10 +102,12 @@ class Decoding:
         cache: IndirectCache,
         positions: np.ndarray | None,
         mask: np.ndarray | None,
+        are_flags: bool,
         is_alone: bool,
     ) -> None:
         self._model, self._programs, self._cache = model, programs, cache
         self._has_positions, self._has_gaps = positions is not None, has_gaps(mask)
+        self._has_flags = are_flags
         # no program that is not given positions reads these
         self._positions, self._mask = np.zeros(1, np.int64) if positions is None else positions, mask
         self._is_alone = is_alone
@@ -125,7 +133,7 @@ class Decoding:
         if not _spans(mask, cache):
             return None
         shown = None if mask is None or bool((mask != 0).all()) else (mask != 0).numpy().astype(np.uint8)
-        return cls(model, programs, cache, last, shown, is_alone)
+        return cls(model, programs, cache, last, shown, has_flags(mask), is_alone)
 
     @property
     def cache(self) -> IndirectCache:
@@ -142,6 +150,8 @@ class Decoding:
             return False
         if mask is None or not _spans(mask, self._cache):
             return mask is None and self._mask is None
+        if mask.is_floating_point() and self._has_flags:
+            return False
         ours, theirs = self._mask_over(mask.shape[1]), (mask != 0).numpy()
         return bool(theirs.all()) if ours is None else np.array_equal(ours[:, : mask.shape[1]], theirs)
 
@@ -239,7 +249,9 @@ class Decoding:
         return program if self._cache.get_seq_length() < self._most_keys(program) else None
 
     def _most_keys(self, program: StepProgram) -> int:
-        return program.most_keys(has_positions=self._has_positions, has_gaps=self._has_gaps)
+        return program.most_keys(
+            has_positions=self._has_positions, has_gaps=self._has_gaps, has_flags=self._has_flags
+        )
 
     def _mask_over(self, n_keys: int) -> np.ndarray | None:
         """uint8 [n_rows, >= n_keys]; no new token is hidden."""

@@ -13,7 +13,7 @@ from hfopt import host
 from hfopt.cache import IndirectCache
 
 from ._types import Model, Outputs
-from .decoding import LOOKS_INSIDE, are_near, has_gaps, has_hooks, positions_of, wanted
+from .decoding import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
 from .prompt import share_prompts, unshare_prompts
 from .protocols import StepProgram
 from .state import installed
@@ -139,7 +139,9 @@ class _Text(NamedTuple):
         n_rows, n_new = self.tokens.shape
         n_keys = self.n_past + n_new
         mask = None if self.mask is None else (self.mask != 0).numpy()
-        most_keys = program.most_keys(has_positions=self.positions is not None, has_gaps=has_gaps(mask))
+        most_keys = program.most_keys(
+            has_positions=self.positions is not None, has_gaps=has_gaps(mask), has_flags=has_flags(self.mask)
+        )
         if program.work(n_rows, n_new, n_keys) > _MAX_WORK or n_keys > most_keys:
             return None
         appended = cache.append_everywhere(n_rows, n_new, program.layouts)

@@ -182,7 +182,7 @@ def _rotate_and_store(dtype: type, is_coded: bool) -> float:
 def _scoring(dtype: type, n_heads: int, is_bent: bool) -> tuple[tuple[Any, ...], tuple[Array, Array]]:
     """(what kernels are told of scores, slopes and sinks of the heads, which have to live)."""
     slopes, sinks = _random(np.float32, n_heads) / np.float32(16), _random(dtype, n_heads)
-    bent = (2.0, _address(slopes), _address(sinks), 41) if is_bent else (0.0, 0, 0, 0)
+    bent = (2.0, _address(slopes), _address(sinks), 41, 0) if is_bent else (0.0, 0, 0, 0, 0)
     return (0.2, *bent), (slopes, sinks)
 
 

@@ -45,12 +45,21 @@ class HeadNorm(NamedTuple):
     size: int
 
 
+class Ranks(NamedTuple):
+    """A bias that counts keys: query heads, channels of one, and how many times attention of this kind adds it."""
+
+    n_heads: int
+    head_dim: int
+    times: int
+    kind: str | None
+
+
 class Given(NamedTuple):
     """What a call hands to attention besides hidden states and cache.
 
     n_positions: of a table of its own, which bounds them. layer_type: for which angles are, where there are several kinds.
     n_slopes: heads of an ALiBi bias. hides: its mask says by True what is hidden. max_keys: that it may have. heads:
-    (number, channels) of keys that another layer has stored for it.
+    (number, channels) of keys that another layer has stored for it. ranks: of a bias that counts keys.
     """
 
     n_positions: int | None = None
@@ -59,6 +68,7 @@ class Given(NamedTuple):
     hides: bool = False
     max_keys: int = sys.maxsize
     heads: tuple[int, int] | None = None
+    ranks: Ranks | None = None
 
 
 _NOTHING = Given()
@@ -118,6 +128,7 @@ class Attention(Block):
     takes = ROLES
     max_keys = sys.maxsize
     slopes: Tensor | None = None  # as in `functional.Scoring`
+    ranked = False
     window: int | None = None
 
     def run(self, ops: Ops[X], x: X, residuals: Sequence[X] = ()) -> X:
@@ -155,7 +166,7 @@ class Attention(Block):
             scale = next((float(state[name]) for name in SCALES if name in state), 1.0)
         softcap = self._hfopt.spec.softcap
         softcap = None if softcap is None else setting(self, softcap)
-        return Scoring(scale, softcap, self.slopes, self.sinks, self.window)
+        return Scoring(scale, softcap, self.slopes, self.sinks, self.window, self.ranked)
 
     @property
     def sinks(self) -> Tensor | None:
@@ -180,6 +191,12 @@ class Attention(Block):
     def takes_bias(self, bias: Any, cache: Any, mask: Mask, sizes: tuple[int, int, int]) -> bool:
         """Whether kernels do what a call means by this position_bias. sizes: rows, new tokens, keys."""
         return bias is None
+
+    def without_bias(self, attention_mask: Any, bias: Any, cache: Any, sizes: tuple[int, int, int]) -> Any:
+        """The mask of a call, without what it adds to scores of keys that are seen; raises Declined if kernels add something
+        else.
+        """
+        return attention_mask
 
     def angle_tables(self, rotary: Any, dtype: torch.dtype) -> AngleTables | None:
         """cos and sin by position; None if positions are in the hidden states already.

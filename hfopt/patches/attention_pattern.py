@@ -18,16 +18,18 @@ from hfopt.patches.attention import (
     BandAttention,
     Given,
     HeadNorm,
+    Ranks,
     RotaryAttention,
     TableAttention,
     UnrotatedAttention,
     setting,
 )
-from hfopt.patches.facts import layer_index, names_read
+from hfopt.patches.facts import is_off, layer_index, names_read
 from hfopt.patches.families.family import Angles, AttentionParts, Order
 from hfopt.patches.guards import attention_kind, attention_obstacle, is_causal
 from hfopt.patches.norm import NormBlock
 from hfopt.patches.pattern import Pattern, has_children, unknown_parts
+from hfopt.patches.ranked import RankedAttention
 from hfopt.patches.replacement import original_class
 from hfopt.patches.weights import is_linear
 
@@ -47,8 +49,15 @@ class _Kind:
 
 _TABLE = "embed_positions"
 _BAND = "bias"
+_TWO = {"position_embeddings", "position_bias"}  # ways to tell positions from outside
+_TIMES = (1, 2)  # that a bias is added: by eager attention, to a mask that holds it already
 _KINDS: dict[Angles, _Kind] = {
-    "computed": _Kind("rotary_attention", RotaryAttention, lambda roles, _: True, ("position_embeddings",)),
+    "computed": _Kind(
+        "rotary_attention",
+        RotaryAttention,
+        lambda roles, _: not _TWO.issubset(roles),
+        ("position_embeddings",),
+    ),
     "table": _Kind(
         "table_attention",
         TableAttention,
@@ -58,7 +67,7 @@ _KINDS: dict[Angles, _Kind] = {
     "none": _Kind(
         "unrotated_attention",
         UnrotatedAttention,
-        lambda roles, _: not {"position_embeddings", "position_bias"} & set(roles),
+        lambda roles, _: not _TWO.intersection(roles),
     ),
     "alibi": _Kind(
         "alibi_attention",
@@ -66,6 +75,7 @@ _KINDS: dict[Angles, _Kind] = {
         lambda roles, _: "position_embeddings" not in roles,
         ("position_bias",),
     ),
+    "ranks": _Kind("ranked_attention", RankedAttention, lambda roles, _: _TWO.issubset(roles)),
     "band": _Kind(
         "band_attention",
         BandAttention,
@@ -98,7 +108,7 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
         others = sorted(set(module._modules) - set(known))
         resembles = set(known) <= set(module._modules)
         return f"unknown children beside its projections ({', '.join(others)})" if resembles else None
-    roles = Arguments.of(original_class(module).forward).names.keys()
+    roles = _roles(module)
     kind = _KINDS[parts.angles]
     buffer = None if kind.buffer is None else module._buffers.get(kind.buffer)
     if not kind.fits(roles, buffer is not None):
@@ -129,6 +139,10 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
         buffer.shape[-1] if parts.angles == "band" and buffer is not None else sys.maxsize,
         None if parts.stores else (n_kv_heads, head_dim),
     )
+    given_ways = [given]
+    if parts.angles == "ranks":
+        ranks = (Ranks(n_heads, head_dim, times, attention_kind(module)) for times in _TIMES)
+        given_ways = [given._replace(ranks=each) for each in ranks]
     return [
         AttentionSpec(
             parts.inputs,
@@ -143,15 +157,25 @@ def _recognise(parts: AttentionParts, module: Any) -> list[AttentionSpec] | str 
             rows,
             _setting_read(module, parts.clip),
             _setting_read(module, parts.softcap),
-            given,
+            each,
             parts.stores,
             sinks,
             sub_norm,
         )
+        for each in given_ways
         for n_kv_heads, rows in dict.fromkeys(_rows(order, *sizes[1:]) for order in parts.orders)
         for rotation in parts.rotations
         for norms_last in ((False, True) if norms and rotation != "none" else (False,))
     ]
+
+
+def _roles(module: Any) -> set[str]:
+    """Those of its arguments; of angles and a bias only the former unless the field of the configuration named like the
+    bias is on.
+    """
+    names = Arguments.of(original_class(module).forward).names
+    has_angles_alone = _TWO.issubset(names) and is_off(setting(module, names["position_bias"]))
+    return set(names) - ({"position_bias"} if has_angles_alone else set())
 
 
 def _flaw(module: Any, parts: AttentionParts) -> str | None:

@@ -183,8 +183,10 @@ class Eager:
             raise Declined
         if not is_causal(attention) and given.get("attention_mask") is None and n_new > 1:
             raise Declined
-        mask = _mask(cache, given.get("attention_mask"), kind, sizes, is_windowed=is_windowed, hides=hides)
-        if not attention.takes_bias(given.get("position_bias"), cache, mask, sizes):
+        bias = given.get("position_bias")
+        shown = attention.without_bias(given.get("attention_mask"), bias, cache, sizes)
+        mask = _mask(cache, shown, kind, sizes, is_windowed=is_windowed, hides=hides)
+        if not attention.takes_bias(bias, cache, mask, sizes):
             raise Declined
         cos, sin = rotary(cache, n_past, self._dtype)
         if cos is not None and not are_angles(cos, n_rows, n_new):

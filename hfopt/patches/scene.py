@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from hfopt.cache import IndirectCache
 from hfopt.host import rotary as host_rotary
 from hfopt.patches.attention import Given
-from hfopt.patches.slopes import bias_of
+from hfopt.patches.slopes import bias_of, ranked_bias_of, with_bias
 from hfopt.patches.stored import Stored
 
 # Two rows, the second padded on the left, then one more token, then many behind a long text. Gaps between positions turn
@@ -101,6 +101,11 @@ class Scene:
         if given.n_slopes:
             bias = bias_of(given.n_slopes, mask.shape[-1], self._dtype)
             roles["position_bias"] = bias.repeat(1 if given.hides else len(mask), 1, 1)
+        if given.ranks is not None:
+            seen = mask[:, 0] if mask.dtype is torch.bool else mask[:, 0] == 0
+            bias = ranked_bias_of(given.ranks.n_heads, seen[:, -1], self._dtype)
+            roles["position_bias"] = bias
+            roles["attention_mask"] = with_bias(seen, bias, given.ranks.head_dim)
         if n_positions is None and self.rotary_module is not None:
             roles["position_embeddings"] = self.rotary(
                 inputs.hidden_states, inputs.position_ids, given.layer_type

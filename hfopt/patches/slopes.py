@@ -23,6 +23,27 @@ def slopes_of(n_heads: int) -> Tensor:
     return torch.tensor([*first, *others][:n_heads], dtype=torch.float32)
 
 
+@functools.cache
+def ranked_slopes_of(n_heads: int, times: int) -> Tensor:
+    """float32 [n_heads], of models that count in bfloat16 and add what comes of it so many times, a power of 2."""
+    return times * slopes_of(n_heads).bfloat16().float()
+
+
+def ranked_bias_of(n_heads: int, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n_rows, n_heads, 1, n_keys]: the slopes times the rank of a key among those of its row that are seen, in bfloat16,
+    whatever the dtype of the model is. seen: bool [n_rows, n_keys].
+    """
+    ranks = (seen.cumsum(-1) - 1) * seen
+    return (slopes_of(n_heads).bfloat16()[:, None] * ranks[:, None])[:, :, None].to(dtype)
+
+
+def with_bias(seen: Tensor, bias: Tensor, head_dim: int) -> Tensor:
+    """The mask [n_rows, n_heads, n_new, n_keys] that hides what is not seen, bool [n_rows, n_new, n_keys], and holds this
+    bias, scaled for heads of so many channels.
+    """
+    return (bias / math.sqrt(head_dim)).masked_fill(~seen[:, None], torch.finfo(bias.dtype).min)
+
+
 def bias_of(n_heads: int, n_keys: int, dtype: torch.dtype) -> Tensor:
     """[n_heads, 1, n_keys], what a model adds to the scores of keys whose last one is the token itself."""
     return (slopes_of(n_heads)[:, None, None] * torch.arange(1 - n_keys, 1)).to(dtype)

@@ -115,13 +115,14 @@ class Builder(Pointwise):
             )
         out = Value(heads[0] * heads[2], self.dtype)
         shapes = f"{heads[0]} / {heads[1]} heads of {heads[2]}"
-        scale, softcap, slopes, sinks, window = scoring.numbers(heads[0], self.dtype)
+        scale, softcap, slopes, sinks, window, ranked = scoring.numbers(heads[0], self.dtype)
         n_bytes = {
             "token_bytes": 2 * heads[1] * heads[2] * self.dtype.itemsize,
             "window": window or sys.maxsize,
         }
         self._kept += scoring.tensors
         self._has_slopes |= scoring.slopes is not None
+        self._has_ranks |= scoring.ranked
         columns = {
             "SIZE": qkv.size,
             "layer": layer,
@@ -130,6 +131,7 @@ class Builder(Pointwise):
             "slopes": slopes,
             "sinks": sinks,
             "window": window,
+            "ranked": ranked,
         }
         operands, then = {"IN": qkv, "OUT": out}, scores_in_words(scoring)
         self._add(kernels.ATTEND, shapes, operands, columns, scalar=scale, then=then, n_bytes=n_bytes)
@@ -273,5 +275,6 @@ class Builder(Pointwise):
             max_keys=self.max_keys,
             reads_positions=any(each.columns.get("by") == kernels.POSITIONS for each in self._written),
             has_slopes=self._has_slopes,
+            has_ranks=self._has_ranks,
             is_exact=not any(each.columns.get("smooth") for each in self._written),
         )

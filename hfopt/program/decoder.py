@@ -25,8 +25,8 @@ _HARMLESS = frozenset(
         "embedding_dropout", "eos_token_id", "first_kv_shared_layer_idx", "gradient_checkpointing",
         "has_sliding_layers", "hidden_size", "hidden_size_per_layer_input", "layer_types", "layerdrop", "loss_type",
         "multi_query", "num_heads", "num_hidden_layers", "output_attentions", "output_hidden_states", "pad_token_id",
-        "prompt_length", "return_dict", "rope_parameters", "sliding_window", "unique_layer_types", "use_cache",
-        "use_learned_position_embeddings", "vocab_size",
+        "prompt_length", "return_dict", "rope_parameters", "sliding_window", "unique_layer_types", "use_alibi",
+        "use_cache", "use_learned_position_embeddings", "vocab_size",
     }
 )  # fmt: skip
 

@@ -121,7 +121,7 @@ def scores_in_words(scoring: Scoring) -> str:
     """What attention makes of scores beside their scale, for the listing."""
     parts = [
         *([f"softcap {scoring.softcap:g}"] if scoring.softcap is not None else []),
-        *(["slopes"] if scoring.slopes is not None else []),
+        *(["slopes of ranks" if scoring.ranked else "slopes"] if scoring.slopes is not None else []),
         *(["sinks"] if scoring.sinks is not None else []),
         *([f"window {scoring.window:,}"] if scoring.window is not None else []),
     ]

@@ -28,7 +28,7 @@ class Pointwise:
         self.dtype = dtype
         self.layer: int | None = None
         self.max_keys = sys.maxsize
-        self._has_slopes = False
+        self._has_slopes = self._has_ranks = False
         self._written: list[Written] = []
         self._per_row = False
         self._tables: list[Table] = []

@@ -133,6 +133,7 @@ class Program(NamedTuple):
     max_keys: int  # that the model takes
     reads_positions: bool
     has_slopes: bool  # whether scores depend on how many keys are between
+    has_ranks: bool  # whether models count them, in the dtype of their masks
     is_exact: bool  # whether logits have the bits of the model's own, which takes torch's tanh to limit them
 
     @property
@@ -157,11 +158,13 @@ class Program(NamedTuple):
                 if tensor is not None:
                     yield tensor
 
-    def most_keys(self, *, has_positions: bool, has_gaps: bool) -> int:
-        """How many keys a call may have at most; 0 if it takes none without positions, or where keys are hidden behind one
-        that is seen.
+    def most_keys(self, *, has_positions: bool, has_gaps: bool, has_flags: bool) -> int:
+        """How many keys a call may have at most; 0 if it takes none without positions, where keys are hidden behind one that
+        is seen, or under masks that are no flags (of integers) but numbers that may be rounded.
         """
         if (self.reads_positions and not has_positions) or (self.has_slopes and has_gaps):
+            return 0
+        if self.has_ranks and not has_flags:
             return 0
         return self.max_keys
 

@@ -27,6 +27,7 @@ class _Attend(NamedTuple):
     slopes: int
     sinks: int
     window: int
+    ranked: int
 
 
 _SOFTCAP = _Attend._fields.index("softcap")
@@ -65,7 +66,7 @@ def _run(like, held, operands, step):
     skipped = skipped_keys(own.window, n_keys, n_new)
     opened = _open(cache, own.layer, held, skipped)
     softcap = load_scalar(floats_at(address_of(shifted(operands.own, _SOFTCAP))), 0)
-    scoring = Scoring(np.float32(operands.scalar), softcap, own.slopes, own.sinks, own.window)
+    scoring = Scoring(np.float32(operands.scalar), softcap, own.slopes, own.sinks, own.window, own.ranked)
     q, out = address_as(operands.x, like), address_as(operands.out, like)
     q_row, before = operands.size, (step.n_new - n_new) * n_keys
     mask = step.mask + before + skipped if step.mask != 0 else 0

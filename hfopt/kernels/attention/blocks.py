@@ -13,10 +13,11 @@ from hfopt.kernels.attention.cache_view import key_of, scale_of
 from hfopt.kernels.attention.elements import BLOCK
 from hfopt.kernels.attention.lanes import seen_keys, set_address
 from hfopt.kernels.attention.pack import copy_row
+from hfopt.kernels.attention.scoring import first_seen
 from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.simd.constants import ONE, ZERO
 from hfopt.kernels.simd.emit import stack_block
-from hfopt.kernels.simd.memory import copy_codes, load, load_part, prefetch, store, store_part
+from hfopt.kernels.simd.memory import bfloat16, copy_codes, load, load_part, prefetch, store, store_part
 from hfopt.kernels.simd.pointer import address_of, as_units, bytes_at, item_bytes, shifted
 from hfopt.kernels.simd.tile import units_ratio
 from hfopt.kernels.simd.types import F32, LANES
@@ -31,6 +32,15 @@ def seen_of(problem, place, first, count):
     if problem.mask == 0:
         return (1 << count) - 1
     return seen_keys(bytes_at(problem.mask), problem.order[place] * problem.mask_row + first, count)
+
+
+@body
+def origin_of(problem, place):
+    """The first key that the row at a place sees."""
+    n_keys = problem.cache.prefix.n_tokens + problem.cache.suffix.n_tokens
+    if problem.mask == 0:
+        return 0
+    return first_seen(bytes_at(problem.mask), problem.order[place] * problem.mask_row, n_keys)
 
 
 @intrinsic
@@ -75,9 +85,10 @@ def _hold(source, scales, n, size, target, padded):
 
 
 @body
-def _distances_from(first):
+def _distances_from(problem, first):
     """Of 16 keys that follow each other."""
-    return lane_numbers() + splat(np.float32(first))
+    distances = lane_numbers() + splat(np.float32(first))
+    return bfloat16(distances) if problem.scoring.ranked != 0 else distances
 
 
 @inlined
@@ -86,7 +97,7 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
 
     Returns how many keys these are, and writes hidden ones nowhere. room: for copies of n keys and values. scales: those
     of the segment; factors: see `stack_factors`. distances: room for those of the keys from the last key of the row, and of
-    as many that were copied; left alone where no score depends on them.
+    as many that were copied, or their ranks from its first key on; left alone where no score depends on them.
     """
     cache, size, padded = problem.cache, problem.cache.size, problem.padded
     segment, in_prefix, p, kv_head = item.segment, item.in_prefix, item.row, item.kv_head
@@ -94,7 +105,10 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
     held_values = shifted(room, problem.plan.chunk * padded)
     held_distances = shifted(distances, MAX_KEYS)
     has_distances = problem.scoring.slopes != 0
-    nearest = start - (cache.prefix.n_tokens + cache.suffix.n_tokens - 1)
+    origin = cache.prefix.n_tokens + cache.suffix.n_tokens - 1
+    if problem.scoring.ranked != 0:
+        origin = origin_of(problem, place)
+    nearest = start - origin
     n_blocks = 0
     n_held = 0
     for t in range(0, n, BLOCK):
@@ -110,7 +124,7 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
                 prefetch(here, problem.plan.chunk)
                 prefetch(here, segment.to_value_scales + problem.plan.chunk)
             if has_distances:
-                store(distances, n_blocks * BLOCK, _distances_from(nearest + t))
+                store(distances, n_blocks * BLOCK, _distances_from(problem, nearest + t))
             n_blocks += 1
         else:
             together = count if in_prefix and seen == (1 << count) - 1 else 1
@@ -126,7 +140,7 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
                         held_factors = shifted(factors, 2 * MAX_KEYS + n_held)
                         _copy_factors(here, segment.to_value_scales, together, held_factors)
                     if has_distances:
-                        store(held_distances, n_held, _distances_from(nearest + token - first))
+                        store(held_distances, n_held, _distances_from(problem, nearest + token - first))
                     n_held += together
     n_seen = n_blocks * BLOCK + n_held
     n_copied = n_held
@@ -153,9 +167,12 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
 
 @inlined
 def rows_alike(problem, begin, end, first, n):
-    """Whether the rows at places begin ... end see the same ones of n keys."""
+    """Whether the rows at places begin ... end see the same ones of n keys, at the same ranks if scores depend on these."""
     alike = True
     if problem.mask != 0:
+        if problem.scoring.ranked != 0:
+            for place in range(begin + 1, end):
+                alike &= origin_of(problem, place) == origin_of(problem, begin)
         for t in range(first, first + n, BLOCK):
             count = min(first + n - t, BLOCK)
             seen = seen_of(problem, begin, t, count)

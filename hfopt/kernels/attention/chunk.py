@@ -16,7 +16,7 @@ from hfopt.kernels.attention.lanes import (
 from hfopt.kernels.attention.pack import copy_row
 from hfopt.kernels.attention.partials import MAX, SEEN, SUM, merge_partial
 from hfopt.kernels.attention.scores import score_tile
-from hfopt.kernels.attention.scoring import slope_of
+from hfopt.kernels.attention.scoring import bias_factor, slope_of
 from hfopt.kernels.attention.weights import Bent, round_query, round_weights, weigh_scores, weigh_values
 from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.simd.constants import ONE, ZERO
@@ -85,6 +85,7 @@ def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, p
     n_blocks, n, like = blocks.n_blocks, blocks.n, blocks.like
     query_factors, weight_factors = stack_floats(2 * 16), stack_floats(2 * 16)
     slopes, has_slopes = stack_floats(2 * 16), problem.scoring.slopes != 0
+    ranks = problem.scoring.ranked != 0, bias_factor(problem.scoring)
     for i in range(n_queries):
         if has_slopes:
             head = blocks.kv_head * problem.group + (query + i) % problem.group
@@ -132,7 +133,7 @@ def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, p
         if factors is not None:
             is_rounded = takes_integers(room, like)
         following = blocks.values[0] + blocks.to_next
-        bent = Bent(problem.outer, has_slopes, shifted(slopes, tile * LANES), distances)
+        bent = Bent(problem.outer, has_slopes, shifted(slopes, tile * LANES), distances, *ranks)
         scoring = n_vectors, width, n, problem.scale, factors, like_weights, bent
         if is_rounded:
             top, total, largest = weigh_scores(here, *scoring, here, following)

@@ -220,6 +220,7 @@ def attend_decode(
     slopes,
     sinks,
     window,
+    ranked,
     n_heads,
     out,
 ):
@@ -242,7 +243,7 @@ def attend_decode(
     room = np.empty(needed // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + 63) // 64 * 64
     seen = address_of(pointer(mask)) + before if mask.size > 0 else 0, mask.shape[2]
-    scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window)
+    scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window, ranked)
     attend_rows(cache, q, q_row, n_rows, n_heads, *seen, scoring, scratch, threads, out)
     room[0] = 0  # the last use of the scratch: it must live until here
     return 0

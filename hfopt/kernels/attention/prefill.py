@@ -20,7 +20,7 @@ from hfopt.kernels.attention.bend import bend_scores, powers_of
 from hfopt.kernels.attention.cache_view import holds, open_cache, valid_rows
 from hfopt.kernels.attention.pack import BLOCK, find_keys, pack_queries, pack_values, rounded
 from hfopt.kernels.attention.scoring import Scoring, sink_of, slope_of
-from hfopt.kernels.attention.seen import Seen, first_key, hide, last_key, sees_any, visible_part
+from hfopt.kernels.attention.seen import Seen, first_key, hide, last_key, origin_of, sees_any, visible_part
 from hfopt.kernels.attention.softmax import (
     LIMIT,
     SLOPE,
@@ -145,6 +145,7 @@ def attend_item(qkv, qkv_row, cache, seen, scoring, n_heads, row, kv_head, begin
     key_rows, query_rows = as_packed(key_room, qkv), as_packed(rows, qkv)
 
     powers = powers_of(scoring)
+    origin = origin_of(seen, row) if scoring.ranked != 0 else 0
     for tile in range(begin, end):
         q_begin, q_end, width = tile_place(tile, n_queries)
         place = (tile - begin) * TILE
@@ -191,7 +192,7 @@ def attend_item(qkv, qkv_row, cache, seen, scoring, n_heads, row, kv_head, begin
             own, offset = part.end, first - n_past - t_begin
             block = as_units(keys, qkv)
             score_keys(shifted(queries, place * units), width, block, stride // per_unit, size, own, scores)
-            bend_scores(scores, width, own, powers, scoring.slopes != 0, offset, own_stats)
+            bend_scores(scores, width, own, powers, scoring, offset, first - origin, own_stats)
             limits = shifted(own_stats, LIMIT * TILE)
             hide(scores, width, part, seen, row, group, q_begin, q_end, first, offset, limits)
             weigh_keys(scores, width, own, powers.rest, weights, own_sums, size, own_stats)
@@ -306,6 +307,7 @@ def attend_prefill(
     slopes,
     sinks,
     window,
+    ranked,
     n_heads,
     out,
 ):
@@ -321,7 +323,7 @@ def attend_prefill(
         return 1
     plan = plan_tokens(qkv, cache, n_rows, n_new, n_heads, usable_threads())
     seen = Seen(kind, pointer(mask), mask.shape[2], n_new, prefix_len + suffix_len - skipped, window)
-    scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window)
+    scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window, ranked)
     room = np.empty(_scratch_of(plan) // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + LINE - 1) // LINE * LINE
     attend_tokens(plan, cache, qkv, qkv_row, n_rows, n_heads, seen, scoring, scratch, out)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hfopt.kernels.attention.scoring import first_seen
 from hfopt.kernels.attention.tile import where_bytes, where_up_to
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd.constants import LOWEST, ONE, ZERO
@@ -85,6 +86,14 @@ def sees_any(seen, row, position):
     return (
         seen.kind != BYTES or count_seen(seen, row, position, position + 1, first, seen.n_keys - first) > ZERO
     )
+
+
+@body
+def origin_of(seen, row):
+    """The first key that the last position of a row sees."""
+    if seen.kind != BYTES:
+        return 0
+    return first_seen(seen.bytes, ((row + 1) * seen.n_new - 1) * seen.mask_row, seen.n_keys)
 
 
 @body

@@ -21,7 +21,7 @@ from hfopt.kernels.attention.values import tile_columns, weigh_tile
 from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.simd.constants import LARGEST, LINE, LOWEST, NAN, ONE, ZERO
 from hfopt.kernels.simd.functions import quick_tanh
-from hfopt.kernels.simd.memory import load, load_part, prefetch, store
+from hfopt.kernels.simd.memory import bfloat16, load, load_part, prefetch, store
 from hfopt.kernels.simd.pointer import as_units, bytes_at, shifted
 from hfopt.kernels.simd.tile import units_ratio
 from hfopt.kernels.simd.types import LANES
@@ -39,7 +39,9 @@ class Bent(NamedTuple):
     outer: Any  # factor behind tanh; 0: there is none
     has_slopes: Any
     slopes: Any  # pointer to those of a tile, each in all lanes of its query
-    distances: Any  # pointer to those of the keys from the last one
+    distances: Any  # pointer to those of the keys from the last one, or to their ranks, rounded
+    is_ranked: Any
+    factor: Any  # of what ranks add
 
 
 @body
@@ -54,7 +56,11 @@ def _bend_scores(scores, n_vectors, width, n, scale, factors, bent):
         if bent.outer > ZERO:
             value = quick_tanh(value) * splat(bent.outer)
         if bent.has_slopes:
-            value = fma(slope, load_key_factors(bent.distances, v * width, width), value)
+            distance = load_key_factors(bent.distances, v * width, width)
+            if bent.is_ranked:
+                value = fma(bfloat16(slope * distance), splat(bent.factor), value)
+            else:
+                value = fma(slope, distance, value)
         value = where_keys(n - v * width, width, value, splat(LOWEST))
         store(scores, v * LANES, value)
         top = larger(value, top)

@@ -29,6 +29,7 @@ from hfopt.kernels.simd.types import (
     splat_float,
     splat_int,
 )
+from hfopt.kernels.simd.vector import elementwise
 
 
 def _emit_widen(builder, bits16):
@@ -47,6 +48,9 @@ def emit_round(builder, value):
     quiet = builder.or_(bits, splat_int(0x400000))
     chosen = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
     return builder.trunc(builder.lshr(chosen, splat_int(16)), I16X)
+
+
+bfloat16 = elementwise(lambda b, x: _emit_widen(b, emit_round(b, x)), "x, rounded to bfloat16.")
 
 
 def emit_halves(builder, bits16):

@@ -7,7 +7,7 @@ from torch import nn
 from hfopt.patches.families.bloom import BLOOM
 from hfopt.patches.families.codegen import CODEGEN
 from hfopt.patches.families.cohere import COHERE
-from hfopt.patches.families.falcon import FALCON, FALCON_40B, FALCON_SEQUENTIAL
+from hfopt.patches.families.falcon import FALCON, FALCON_40B, FALCON_ALIBI, FALCON_SEQUENTIAL
 from hfopt.patches.families.family import Decoder, Family
 from hfopt.patches.families.gemma import GEMMA2, HYPERCLOVA_X, VAULT_GEMMA
 from hfopt.patches.families.gemma4 import GEMMA4, GEMMA4_EFFICIENT, GEMMA4_KEYS_AS_VALUES
@@ -27,8 +27,8 @@ from hfopt.patches.families.starcoder import APERTUS, NANOCHAT, NEMOTRON, STARCO
 
 FAMILIES = (
     LLAMA, PHI3, GPTJ, OPT, GEMMA2, OLMO2, VAULT_GEMMA, HYPERCLOVA_X, COHERE, GLM, GLM4, PHI, PERSIMMON, NEOX, STARCODER2,
-    NEMOTRON, APERTUS, NANOCHAT, CODEGEN, GPT2, XGLM, BIOGPT, FALCON, FALCON_40B, FALCON_SEQUENTIAL, BLOOM, MPT, GPT_NEO,
-    BART, BLENDERBOT_SMALL, BIGBIRD_PEGASUS, GEMMA4, GEMMA4_KEYS_AS_VALUES, GEMMA4_EFFICIENT, MODERNBERT,
+    NEMOTRON, APERTUS, NANOCHAT, CODEGEN, GPT2, XGLM, BIOGPT, FALCON, FALCON_40B, FALCON_SEQUENTIAL, FALCON_ALIBI, BLOOM,
+    MPT, GPT_NEO, BART, BLENDERBOT_SMALL, BIGBIRD_PEGASUS, GEMMA4, GEMMA4_KEYS_AS_VALUES, GEMMA4_EFFICIENT, MODERNBERT,
 )  # fmt: skip
 
 

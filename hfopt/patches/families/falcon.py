@@ -1,4 +1,4 @@
-"""Falcon: heads in one Linear, parallel layers with one norm (7B) or two (40B), or sequential ones."""
+"""Falcon: heads in one Linear, parallel layers with one norm (7B) or two (40B), or sequential ones; angles or ALiBi."""
 
 from dataclasses import replace
 
@@ -20,4 +20,9 @@ FALCON_SEQUENTIAL = replace(
     FALCON,
     name="Falcon, sequential",
     layer=LayerParts("sequential", "self_attention", ("input_layernorm", "post_attention_layernorm")),
+)
+FALCON_ALIBI = replace(
+    FALCON_SEQUENTIAL,
+    name="Falcon, ALiBi",
+    attention=replace(FALCON.attention, angles="ranks", rotations=("none",)),
 )

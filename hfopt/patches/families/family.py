@@ -7,7 +7,7 @@ from typing import Literal
 from hfopt.patches.rotation import ROTATIONS, Rotation
 
 Topology = Literal["sequential", "parallel", "inline", "inline_post"]
-Angles = Literal["computed", "table", "none", "alibi", "band"]
+Angles = Literal["computed", "table", "none", "alibi", "ranks", "band"]
 # of queries and keys, under the names that models have for them
 NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("query_layernorm", "key_layernorm"))
 Order = Literal["stacked", "groups", "spread", "shards"]
@@ -19,7 +19,9 @@ class AttentionParts:
 
     inputs: Linears that give, side by side, all query, key and value heads. norms: of queries, keys and values, in models
     that have such. angles: whether the model computes cos and sin for all layers, they are in a table, or positions are in
-    the hidden states, a bias of scores ("alibi"), or those and a buffer that tells which keys a token sees ("band").
+    the hidden states, a bias of scores ("alibi"; "ranks" if it counts keys in bfloat16, and is handed down instead of angles
+    where the field of the configuration named like it is on), or those and a buffer that tells which keys a token sees
+    ("band").
     rotations: which channels turn together; where there are several, the proof chooses. orders: of the rows of a single
     Linear, likewise: "stacked" (all queries, then all keys, then all values), "groups" (the queries of a key head, the key,
     the value, and so on), "spread" (the same, with a copy of key and value for each query), "shards" (CodeGen: four parts,
