@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hfopt.kernels.jit import disk_cache
+from hfopt.kernels.jit import disk_cache, turn
 from tests import fresh
 
 # Runs one kernel, and says what became of the cache.
@@ -119,3 +119,50 @@ def test_kernels_of_one_name_have_files_of_their_own(tmp_path: Path) -> None:
         return disk_cache._PrivateCacheImpl(tile, tmp_path).filename_base
 
     assert named("hfopt.kernels.linear.tile") != named("hfopt.kernels.attention.tile")
+
+
+# Compiles a kernel for these dtypes, in order, and says which of them were compiled here.
+_SEVERAL = """
+import json, sys, torch
+from hfopt import functional
+from hfopt.kernels.jit import launch as jit
+compiled = []
+jit.compile_listeners.append(compiled.append)
+found = []
+for name in sys.argv[1:]:
+    functional.rms_norm(torch.randn(2, 64, dtype=getattr(torch, name)), None, 1e-5)
+    found += [name] * len(compiled)
+    compiled.clear()
+print(json.dumps(found))
+"""
+
+
+def test_of_several_processes_one_compiles_and_all_keep(tmp_path: Path) -> None:
+    dtypes, cache = ("float32", "bfloat16", "float16"), str(tmp_path / "base")
+    orders = (dtypes, dtypes[::-1], dtypes)
+    processes = [fresh.Process(_SEVERAL, *order, HFOPT_CACHE_DIR=cache) for order in orders]
+    ends = [process.wait() for process in processes]
+    assert not any(each.returncode for each in ends), [each.stderr for each in ends]
+    compiled = [json.loads(each.stdout.splitlines()[-1]) for each in ends]
+    assert sorted(name for each in compiled for name in each) == sorted(dtypes)
+    assert json.loads(fresh.run(_SEVERAL, *dtypes, HFOPT_CACHE_DIR=cache).splitlines()[-1]) == []
+
+
+def test_a_turn_that_is_not_given_back_ends_with_its_process_or_patience(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turn, "_PATIENCE", 0.1)
+    mine, other = (turn.Turn(tmp_path / "lock") for _ in range(2))
+    mine.take()
+    other.take()  # goes on without
+    assert other._file is None and mine._file is not None
+    mine.give()
+    with other:
+        assert other._file is not None
+    program = "import sys, pathlib; from hfopt.kernels.jit.turn import Turn; Turn(pathlib.Path(sys.argv[1])).take()"
+    fresh.run(program, str(tmp_path / "lock"))
+    mine.take()
+    assert mine._file is not None
+    mine.give()
+    with turn.Turn(tmp_path / "missing" / "lock") as nobody:
+        assert nobody._file is None

@@ -24,6 +24,7 @@ import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
 
 from hfopt.kernels.jit import cpu, openmp
+from hfopt.kernels.jit.turn import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,11 @@ class _ChecksummedFile(IndexDataCacheFile):
 
 
 class _PrivateCache(FunctionCache):
-    """Numba's function cache in the private folder. A damaged entry is compiled again instead of raising."""
+    """Numba's function cache in the private folder. A damaged entry is compiled again instead of raising.
+
+    Of several processes that miss an entry, one compiles it and the others wait. They write one by one: Numba's own would
+    give entries of two signatures the same file.
+    """
 
     def __init__(self, py_func, folder: Path):
         self._name = repr(py_func)
@@ -138,9 +143,24 @@ class _PrivateCache(FunctionCache):
         self._impl = _PrivateCacheImpl(py_func, folder)
         self._cache_path = str(folder)
         self._cache_file = _ChecksummedFile(self._cache_path, self._impl.filename_base, folder.name)
+        self._turns: dict[str, Turn] = {}  # to compile a signature
         self.enable()
 
     def load_overload(self, sig, target_context):
+        found = self._loaded(sig, target_context)
+        if found is None:
+            turn = self._turns.setdefault(str(sig), self._turn(str(sig)))
+            turn.take()
+            found = self._loaded(sig, target_context)
+            if found is not None:
+                turn.give()
+        return found
+
+    def _turn(self, name: str) -> Turn:
+        digest = hashlib.sha256(f"{self._impl.filename_base} {name}".encode()).hexdigest()
+        return Turn(Path(self._cache_path, f"{digest[:20]}.lock"))
+
+    def _loaded(self, sig, target_context):
         try:
             return super().load_overload(sig, target_context)
         except Exception as error:  # noqa: BLE001 (a damaged pickle raises nearly anything)
@@ -150,9 +170,14 @@ class _PrivateCache(FunctionCache):
 
     def save_overload(self, sig, data):
         try:
-            super().save_overload(sig, data)
+            with self._turn("index"):
+                super().save_overload(sig, data)
         except OSError as error:
             logger.warning("Kernel %s could not be cached: %s", self._name, error)
+        finally:
+            turn = self._turns.pop(str(sig), None)
+            if turn is not None:
+                turn.give()
 
 
 def keep(dispatcher, folder: Path) -> None:
