@@ -345,6 +345,7 @@ def test_the_rows_of_formats_on_a_small_shape(tmp_path: Path, capsys: pytest.Cap
 # ---- loading -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_loading_is_measured_in_new_processes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

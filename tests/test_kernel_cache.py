@@ -159,7 +159,9 @@ def test_a_turn_that_is_not_given_back_ends_with_its_process_or_patience(
     mine.give()
     with other:
         assert other._file is not None
-    program = "import sys, pathlib; from hfopt.kernels.jit.turn import Turn; Turn(pathlib.Path(sys.argv[1])).take()"
+    program = (
+        "import sys, pathlib; from hfopt.kernels.jit.turn import Turn; Turn(pathlib.Path(sys.argv[1])).take()"
+    )
     fresh.run(program, str(tmp_path / "lock"))
     mine.take()
     assert mine._file is not None

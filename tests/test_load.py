@@ -520,6 +520,7 @@ def test_memory_at_the_peak(tmp_path):
     assert growth < size + (160 << 20) < file_size
 
 
+@pytest.mark.slow
 def test_memory_at_the_peak_of_calibration(tmp_path):
     """Above the result by the products of inputs and the slices of a weight that are in memory at a time, few here.
 

@@ -334,7 +334,7 @@ def cache_renamed(release: Release) -> None:
             )
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def cache_untyped(release: Release) -> None:
     """Renamed, taken by no older name, and annotated as anything."""
     files = _files_of_the_cache(release)
@@ -449,7 +449,7 @@ def keys_stored_otherwise(release: Release) -> None:
         )
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def layers_counted_from_one(release: Release) -> None:
     for family in FAMILIES:
         source = release[family.path]
@@ -534,7 +534,7 @@ def prepare_cache_returns(release: Release) -> None:
     )
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def custom_generate_renamed(release: Release) -> None:
     """The door through which a loop is handed to `generate` has another name."""
     release.rename(["custom_generate"], "generate_with", [GENERATION])
@@ -628,7 +628,7 @@ def configuration_method_renamed(release: Release) -> None:
     release.rename(["_prepare_generation_config"], "_read_generation_config", [GENERATION])
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def loops_renamed(release: Release) -> None:
     release.rename(["_sample"], "_decode_rows", [GENERATION])
     release.rename(["_beam_search"], "_decode_beams", [GENERATION])
@@ -831,7 +831,7 @@ def beam_scores(release: Release) -> None:
     )
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def beam_heuristic(release: Release) -> None:
     """Beams go on for longer where long texts may still win."""
     release[GENERATION].replace(
@@ -883,7 +883,7 @@ def sample_bias_unversioned(release: Release) -> None:
     sample_bias(release)
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def random_numbers(release: Release) -> None:
     """One more is taken before each draw."""
     source = release[GENERATION]
@@ -895,7 +895,7 @@ def random_numbers(release: Release) -> None:
         )
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def filler(release: Release) -> None:
     """Behind its end a row repeats its last token."""
     release[GENERATION].replace(
@@ -942,7 +942,7 @@ def streamed_as_columns(release: Release) -> None:
 # Outputs of the model
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def logits_renamed(release: Release) -> None:
     release[OUTPUTS].replace(r"^    logits: ", "    next_scores: ", inside="CausalLMOutputWithPast")
     source = release[GENERATION]
@@ -1045,7 +1045,7 @@ def _names_of_calls(release: Release, family: Family) -> tuple[str, str]:
     return attention[0], layer[0]
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def attention_argument(release: Release) -> None:
     """One more that nobody gives."""
     for family in FAMILIES:
@@ -1082,7 +1082,7 @@ def attention_gain_of_long_texts(release: Release) -> None:
     _give_gain(release, f"0.5 if int(position_ids.max()) > {LONG} else None")
 
 
-@variant(neutral=False)
+@variant(neutral=False, slow=True)
 def attention_of_long_texts(release: Release) -> None:
     """Weaker when there are many keys, of which no argument says anything."""
     for family in FAMILIES:
@@ -1193,7 +1193,7 @@ def attention_returns_a_tensor(release: Release) -> None:
         )
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def layer_returns_a_tuple(release: Release) -> None:
     """Of what it returned before."""
     for family in FAMILIES:
@@ -1287,7 +1287,7 @@ def attention_returns_values(release: Release) -> None:
         )
 
 
-@variant(neutral=True)
+@variant(neutral=True, slow=True)
 def cache_counts(release: Release) -> None:
     """It keeps count of its tokens, and one family finds positions by that."""
     source = release[CACHES]

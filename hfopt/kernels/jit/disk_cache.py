@@ -143,41 +143,41 @@ class _PrivateCache(FunctionCache):
         self._impl = _PrivateCacheImpl(py_func, folder)
         self._cache_path = str(folder)
         self._cache_file = _ChecksummedFile(self._cache_path, self._impl.filename_base, folder.name)
-        self._turns: dict[str, Turn] = {}  # to compile a signature
+        self.turns: dict[str, Turn] = {}  # to compile a signature
         self.enable()
 
     def load_overload(self, sig, target_context):
-        found = self._loaded(sig, target_context)
-        if found is None:
-            turn = self._turns.setdefault(str(sig), self._turn(str(sig)))
-            turn.take()
-            found = self._loaded(sig, target_context)
+        mine = self.turns.setdefault(str(sig), _turn(self, str(sig)))
+        for turn in (None, mine):
+            if turn is not None:
+                turn.take()
+            try:
+                found = super().load_overload(sig, target_context)
+            except Exception as error:  # noqa: BLE001 (a damaged pickle raises nearly anything)
+                logger.warning("Cached kernel %s is damaged (%s); compiling it again.", self._name, error)
+                self.flush()
+                found = None
             if found is not None:
-                turn.give()
-        return found
-
-    def _turn(self, name: str) -> Turn:
-        digest = hashlib.sha256(f"{self._impl.filename_base} {name}".encode()).hexdigest()
-        return Turn(Path(self._cache_path, f"{digest[:20]}.lock"))
-
-    def _loaded(self, sig, target_context):
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception as error:  # noqa: BLE001 (a damaged pickle raises nearly anything)
-            logger.warning("Cached kernel %s is damaged (%s); compiling it again.", self._name, error)
-            self.flush()
-            return None
+                mine.give()
+                return found
+        return None
 
     def save_overload(self, sig, data):
         try:
-            with self._turn("index"):
+            with _turn(self, "index"):
                 super().save_overload(sig, data)
         except OSError as error:
             logger.warning("Kernel %s could not be cached: %s", self._name, error)
         finally:
-            turn = self._turns.pop(str(sig), None)
+            turn = self.turns.pop(str(sig), None)
             if turn is not None:
                 turn.give()
+
+
+def _turn(cache: _PrivateCache, name: str) -> Turn:
+    """Of a kernel: to compile a signature, or to write."""
+    digest = hashlib.sha256(f"{cache._impl.filename_base} {name}".encode()).hexdigest()
+    return Turn(Path(cache._cache_path, f"{digest[:20]}.lock"))
 
 
 def keep(dispatcher, folder: Path) -> None:
