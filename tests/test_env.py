@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from hfopt.bench import roofline
 from hfopt.machine import env, linux
 from tests import fresh
+from tests.decoders import made
+from tests.generation_cases import cache_of
 
 CPU_PATH = "from hfopt.machine import env; print(env.cpu_path())"
 
@@ -173,3 +175,12 @@ def test_bandwidth_is_the_size_of_the_buffer_over_the_time_of_a_pass() -> None:
     # three passes went by, the fastest of which counts
     assert rate >= 2 * roofline._MIN_BUFFER / seconds
     assert rate < 1e13
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "falcon-7b", "falcon-40b", "falcon, sequential", "gpt-bigcode", "gpt2"]
+)
+def test_heads_of_keys_are_those_that_are_cached(name: str) -> None:
+    model = made(name)
+    result = model.generate(torch.tensor([[3, 2]]), max_new_tokens=2, return_dict_in_generate=True)
+    assert cache_of(result).layers[0].keys.shape[1] == roofline.attention_shape(model)[2]

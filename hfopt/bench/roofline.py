@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hfopt.host.config import key_heads
 from hfopt.machine import env
 
 _MIN_BUFFER = 256 << 20
@@ -172,12 +173,7 @@ def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
     config: Any = model.config.get_text_config(decoder=True)
     n_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    return (
-        config.num_hidden_layers,
-        n_heads,
-        getattr(config, "num_key_value_heads", None) or n_heads,
-        head_dim,
-    )
+    return config.num_hidden_layers, n_heads, key_heads(config), head_dim
 
 
 def bytes_per_token_in_cache(model: PreTrainedModel, kv_cache: str | None = None) -> int:

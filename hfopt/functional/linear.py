@@ -101,10 +101,10 @@ class LinearWeights:
         sizes = [n for *_, n in entries]
         columns = [sum(sizes[:place]) for place in range(len(sizes))]
         tensors = (*weights, *biases)
+        table = [(*entry, column) for entry, column in zip(entries, columns, strict=True)]
         return cls(
-            table=np.array(
-                [(*entry, column) for entry, column in zip(entries, columns, strict=True)], np.int64
-            ),
+            # parts of one matrix in the order of memory: what is asked for in advance is what comes next there
+            table=np.array(sorted(table) if rows else table, np.int64),
             in_features=n_inputs,
             sizes=sizes,
             dtype=dtype,

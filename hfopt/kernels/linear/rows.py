@@ -8,7 +8,7 @@ from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.linear.blocks import Linear, columns_of, count_blocks, find_block, finish, weight_rows
 from hfopt.kernels.simd import tile
-from hfopt.kernels.simd.pointer import address_as, as_units, item_bytes, pointer, shifted
+from hfopt.kernels.simd.pointer import address_as, address_of, as_units, item_bytes, pointer, shifted
 from hfopt.kernels.simd.types import LANES
 
 ROW_LIMIT = 64  # most rows of `linear_rows`; a literal below, in the size of its stack
@@ -69,15 +69,15 @@ def _steps(n_rows):
 
 
 @body
-def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, near, sums, more):
+def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, near, turn, jump, sums, more):
     """Products of all packed rows of x with eight rows of w for 1 or 2 rows of x, with four for more."""
     x_step = n_rows * LANES
     if n_rows == 1:
-        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, sums, more, 1, 8, 8, 8)
+        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, sums, more, 1, 8, 8, 8)
     elif n_rows == 2:
-        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, sums, more, 2, 8, 8, 8)
+        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, sums, more, 2, 8, 8, 8)
     elif n_rows == 4:
-        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, sums, more, 4, 4, 4, 4)
+        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, sums, more, 4, 4, 4, 4)
     else:
         # the requests are spread over the tiles, since a core can only wait for so many lines at a time
         asked = 0
@@ -85,10 +85,14 @@ def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, near, sums, more):
             x_here, out = shifted(x, row * LANES), shifted(sums, row * LANES * LANES)
             there, soon = shifted(ahead, asked % 4 * size), shifted(near, asked % 4 * size)
             if n_rows == 8 or (n_rows == 12 and row == 0):
-                tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, soon, out, more, 4, 4, 2, 2)
+                tile.dot_tile(
+                    x_here, x_step, w, size, chunks, tail, there, soon, turn, jump, out, more, 4, 4, 2, 2
+                )
                 asked += 2
             else:
-                tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, soon, out, more, 4, 4, 1, 1)
+                tile.dot_tile(
+                    x_here, x_step, w, size, chunks, tail, there, soon, turn, jump, out, more, 4, 4, 1, 1
+                )
                 asked += 1
 
 
@@ -110,7 +114,9 @@ def _dot_in_order(x, size, w, n_columns, following, sums):
             x_here, w_here = shifted(x, first * LANES), shifted(w, place)
             behind = place + distance - end
             ahead = shifted(following, behind) if behind >= 0 else shifted(w_here, distance)
-            tile.dot_tile(x_here, LANES, w_here, size, chunks, tail, ahead, ahead, out, more, 1, 1, 1, 0)
+            tile.dot_tile(
+                x_here, LANES, w_here, size, chunks, tail, ahead, ahead, chunks, 0, out, more, 1, 1, 1, 0
+            )
             first = last
             if first == whole:
                 break
@@ -133,34 +139,33 @@ def _dot_block(x, n_rows, size, w, n_columns, following, sums):
     if n_rows <= 2:
         step *= _line_chunks(w)
     together = 8 if n_rows <= 2 else 4
+    distance = min(distance, whole)
+    jump = (address_of(following) - address_of(w)) // item_bytes(w) - whole * width
     first = 0
     while True:
         last = min(first + step, whole)
         tail = size - whole * width if last == whole else 0
         chunks, more = last - first, first > 0
         x_here = shifted(x, first * n_rows * LANES)
+        turn = whole - first - distance
         column = 0
         while column < n_columns:
             w_here, out = shifted(w, column * size + first * width), shifted(sums, column * LANES)
             if column + together <= n_columns:
-                if first + distance < whole:
-                    ahead = shifted(w_here, distance * width)
-                else:
-                    passed = max(first + distance - (whole + step - 1) // step * step, 0)
-                    ahead = shifted(following, column * size + passed * width)
+                ahead = shifted(w_here, distance * width)
                 if column + together < n_columns:
                     near = shifted(w_here, together * size)
                 elif last < whole:
                     near = shifted(w, last * width)
                 else:
                     near = following
-                _dot_columns(x_here, n_rows, w_here, size, chunks, tail, ahead, near, out, more)
+                _dot_columns(x_here, n_rows, w_here, size, chunks, tail, ahead, near, turn, jump, out, more)
                 column += together
             else:
                 for row in range(n_rows):
                     x_row, to = shifted(x_here, row * LANES), shifted(out, row * LANES * LANES)
                     x_step = n_rows * LANES
-                    tile.dot_tile(x_row, x_step, w_here, size, chunks, tail, w, w, to, more, 1, 1, 0, 0)
+                    tile.dot_tile(x_row, x_step, w_here, size, chunks, tail, w, w, 0, 0, to, more, 1, 1, 0, 0)
                 column += 1
         first = last
         if first == whole:

@@ -26,30 +26,33 @@ _SUM_DEPTH = 128
 
 @intrinsic(prefer_literal=True)
 def dot_tile(
-    typingctx, x, x_step, w, w_stride, chunks, tail, ahead, near, sums, accumulate, n_x, n_w, n_ahead, n_near
-):
+    typingctx, x, x_step, w, w_stride, chunks, tail, ahead, near, turn, jump, sums, accumulate, n_x, n_w, n_ahead, n_near
+):  # fmt: skip
     """sums[i, j] (+)= products of x row i and w row j, kept as 16 partial sums a pair, for literal n_x and n_w.
 
     A chunk is 16 units (16 float32 or float16, or 32 bfloat16). x is packed: chunk c of row i at x + c * x_step + 16 i
     units, padded with zeros. w is row-major, w_stride elements a row; of the chunk after the last whole one `tail` elements
     are read. sums is float32 [n_x, 16, 16]. Beside each chunk, that of n_ahead rows (literal) from `ahead` on is asked for,
     and of n_near from `near` on: a core drops requests when it waits for many lines, so what comes soon is asked for again.
+    From chunk `turn` on, those ahead are `jump` elements further on: the rows end there.
     """
     rows, columns, n_far, n_soon = literal_ints(n_x, n_w, n_ahead, n_near)
     index, literals = types.intp, (n_x, n_w, n_ahead, n_near)
-    signature = types.void(x, index, w, index, index, index, w, w, sums, types.boolean, *literals)
+    signature = types.void(
+        x, index, w, index, index, index, w, w, index, index, sums, types.boolean, *literals
+    )
     pairs, halves = is_pairs(w), is_halves(w)
     width = 2 * LANES if pairs else LANES
 
     def emit(builder, args):
-        x, x_step, w, w_stride, chunks, tail, ahead, near, sums, accumulate = args
+        x, x_step, w, w_stride, chunks, tail, ahead, near, turn, jump, sums, accumulate = args
         vector = I32X if pairs else F32X
         slots = accumulators(builder, rows * columns)
         places = [intp((i * LANES + j) * LANES) for i in range(rows) for j in range(columns)]
         strides = [builder.mul(w_stride, intp(j)) for j in range(max(columns, n_far, n_soon))]
         w_rows = [builder.gep(w, [stride]) for stride in strides[:columns]]
-        later_rows = [builder.gep(ahead, [stride]) for stride in strides[:n_far]]
-        later_rows += [builder.gep(near, [stride]) for stride in strides[:n_soon]]
+        far_rows = [builder.gep(ahead, [stride]) for stride in strides[:n_far]]
+        soon_rows = [builder.gep(near, [stride]) for stride in strides[:n_soon]]
 
         def add_chunk(chunk, load):
             start = builder.mul(chunk, intp(width))
@@ -76,10 +79,15 @@ def dot_tile(
 
         def add_chunks(first, count):
             places = [builder.add(first, intp(i)) for i in range(count)]
-            for row in later_rows:
-                # two chunks of float16 are one line
-                for chunk in places[: 1 if halves else count]:
-                    simd.emit_prefetch(builder, row, builder.mul(chunk, intp(width)))
+            # two chunks of float16 are one line
+            asked = [builder.mul(chunk, intp(width)) for chunk in places[: 1 if halves else count]]
+            beyond = builder.select(builder.icmp_signed(">=", first, turn), jump, intp(0))
+            for row in far_rows:
+                for start in asked:
+                    simd.emit_prefetch(builder, row, builder.add(start, beyond))
+            for row in soon_rows:
+                for start in asked:
+                    simd.emit_prefetch(builder, row, start)
             for chunk in places:
                 add_chunk(chunk, whole)
 
@@ -101,7 +109,7 @@ def dot_tile(
 
     def codegen(context, builder, sig, args):
         name = f"hfopt.dot_tile.{rows}.{columns}.{n_far}.{n_soon}.{w.dtype}"
-        outlined(builder, name, args[:10], emit)
+        outlined(builder, name, args[:12], emit)
         return context.get_dummy_value()
 
     return signature, codegen
