@@ -168,3 +168,29 @@ def test_a_turn_that_is_not_given_back_ends_with_its_process_or_patience(
     mine.give()
     with turn.Turn(tmp_path / "missing" / "lock") as nobody:
         assert nobody._file is None
+
+
+# An interrupt in the middle of compiling, and a fork there: neither may keep others waiting.
+_INTERRUPTED = """
+import os, pathlib, sys, torch
+from hfopt import functional
+from hfopt.kernels.jit import turn
+from hfopt.kernels.norm import norm
+def interrupt(*arguments):
+    assert len(turn._held) == 1
+    child = os.fork()
+    if child == 0:
+        os._exit(len(turn._held))
+    assert os.waitpid(child, 0)[1] == 0
+    raise KeyboardInterrupt
+norm.dispatcher._compiler.compile = interrupt
+try:
+    functional.rms_norm(torch.randn(2, 64), None, 1e-5)
+except KeyboardInterrupt:
+    print(len(turn._held))
+"""
+
+
+def test_an_interrupt_ends_the_turn(tmp_path: Path) -> None:
+    printed = fresh.run(_INTERRUPTED, HFOPT_CACHE_DIR=str(tmp_path / "base"))
+    assert printed.split() == ["0"]

@@ -103,8 +103,9 @@ class LinearWeights:
         tensors = (*weights, *biases)
         table = [(*entry, column) for entry, column in zip(entries, columns, strict=True)]
         return cls(
-            # parts of one matrix in the order of memory: what is asked for in advance is what comes next there
-            table=np.array(sorted(table) if rows else table, np.int64),
+            # parts of one matrix in the order of memory: what is asked for in advance is what comes next there; of two the
+            # first may be a gate
+            table=np.array(sorted(table) if len(rows) > 2 else table, np.int64),
             in_features=n_inputs,
             sizes=sizes,
             dtype=dtype,

@@ -32,7 +32,8 @@ from hfopt.patches.ops import Ops, X
 from hfopt.patches.rotation import Rotation, kind_of
 from hfopt.patches.slopes import is_bias_of, slopes_of
 
-SCALES = ("scaling", "softmax_scale", "inv_norm_factor")  # attributes with a factor of the scores
+_LIVE_SCALES = ("scaling", "softmax_scale")  # attributes with a factor of the scores
+SCALES = (*_LIVE_SCALES, "inv_norm_factor")  # which Falcon has, and does not always read
 _DIVISOR = "scale_attn"  # or with a divisor
 
 
@@ -124,7 +125,7 @@ class AttentionSpec:
 class Attention(Block):
     """What all kinds share; they differ in where the angles come from."""
 
-    live: ClassVar[tuple[str, ...]] = (*INDICES, *SCALES, _DIVISOR)
+    live: ClassVar[tuple[str, ...]] = (*INDICES, *_LIVE_SCALES, _DIVISOR)
     takes = ROLES
     max_keys = sys.maxsize
     slopes: Tensor | None = None  # as in `functional.Scoring`

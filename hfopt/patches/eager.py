@@ -164,8 +164,7 @@ class Eager:
             if not is_usable(block):
                 raise Declined
             self._check_vectors(block.norm)
-        if attention.sinks is not None and attention.sinks.dtype is not self._dtype:
-            raise Declined
+        self._check_sinks(attention.sinks, attention._hfopt.spec.n_heads)
         rotary = attention.rotary(given.get("position_embeddings"), given.get("position_ids"))
         if rotary is None:
             raise Declined
@@ -192,6 +191,14 @@ class Eager:
         if cos is not None and not are_angles(cos, n_rows, n_new):
             raise Declined
         return Past(cache, layer, x.shape, mask, cos, sin, appended)
+
+    def _check_sinks(self, sinks: Tensor | None, n_heads: int) -> None:
+        if sinks is None:
+            return
+        is_plain = type(sinks) is torch.nn.Parameter and sinks.is_cpu and sinks.dtype is self._dtype
+        is_read = is_plain and sinks.shape == (n_heads,) and sinks.is_contiguous()
+        if not is_read or not bool((sinks < torch.inf).all()):
+            raise Declined
 
     def _stored(self, attention: Any) -> Stored | None:
         """What another layer has stored for this one; None if that stores its own."""

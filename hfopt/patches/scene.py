@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from hfopt.cache import IndirectCache
 from hfopt.host import rotary as host_rotary
+from hfopt.patches.angles import is_pair
 from hfopt.patches.attention import Given
 from hfopt.patches.slopes import bias_of, ranked_bias_of, with_bias
 from hfopt.patches.stored import Stored
@@ -21,6 +22,7 @@ _STEP_POSITIONS = torch.tensor([[20], [9]])
 _FAR_POSITIONS = torch.arange(20) + torch.tensor([[3000], [1800]])
 _N_PADDED = 2
 _FAR = 1024  # keys and values of a long text, at least
+_STRETCH = 1.25
 TABLE = "embed_positions"  # a buffer that has the angles of as many positions as it has rows
 
 
@@ -85,7 +87,9 @@ class Scene:
         table = self.rotary_module._buffers.get(TABLE)
         if table is not None:
             position_ids = position_ids % len(table)
-        return host_rotary.angles(self.rotary_module, hidden_states, position_ids, layer_type)
+        angles = host_rotary.angles(self.rotary_module, hidden_states, position_ids, layer_type)
+        # larger ones, as some rotary modules give: they tell a norm before the rotation from one behind it
+        return tuple(each * _STRETCH for each in angles) if is_pair(angles) else angles
 
     def roles(self, inputs: Inputs, given: Given) -> dict[str, Any]:
         """What attention is given besides hidden states, by role."""

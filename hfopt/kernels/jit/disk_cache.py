@@ -180,6 +180,13 @@ def _turn(cache: _PrivateCache, name: str) -> Turn:
     return Turn(Path(cache._cache_path, f"{digest[:20]}.lock"))
 
 
+def give_turns(dispatcher) -> None:
+    """Let other processes compile what this one has begun and not ended."""
+    turns = getattr(dispatcher._cache, "turns", {})
+    while turns:
+        turns.popitem()[1].give()
+
+
 def keep(dispatcher, folder: Path) -> None:
     """From now on, what this dispatcher compiles is kept in the folder, and loaded from it."""
     dispatcher._cache = _PrivateCache(dispatcher.py_func, folder)

@@ -14,7 +14,7 @@ import numba
 
 from hfopt.errors import KernelError
 from hfopt.kernels.jit import compiler, fork, openmp
-from hfopt.kernels.jit.disk_cache import cache_folder, keep
+from hfopt.kernels.jit.disk_cache import cache_folder, give_turns, keep
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +95,12 @@ class Launch:
     def __call__(self, *args):
         try:
             return self.run(*args)
-        except numba.errors.NumbaError as error:
-            raise KernelError(
-                f"kernel {self._dispatcher.__name__} cannot be compiled here: {error}"
-            ) from error
+        except BaseException as error:  # an interrupt of the compiler, too
+            give_turns(self._dispatcher)
+            if isinstance(error, numba.errors.NumbaError):
+                name = self._dispatcher.__name__
+                raise KernelError(f"kernel {name} cannot be compiled here: {error}") from error
+            raise
 
     def run_first(self, *args):
         """The first call in a process; every call in one that is cut off from threads of its pool."""

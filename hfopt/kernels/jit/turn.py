@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+import weakref
 from pathlib import Path
 
 try:
@@ -38,6 +39,7 @@ class Turn:
                 self.give()
                 return
             time.sleep(_PAUSE)
+        _held.add(self)
 
     def _is_taken(self) -> bool:
         assert self._file is not None
@@ -54,6 +56,12 @@ class Turn:
         if self._file is not None:
             with contextlib.suppress(OSError):  # a child may have inherited the file
                 fcntl.flock(self._file, fcntl.LOCK_UN)
+            self.forget()
+
+    def forget(self) -> None:
+        """Close the file, which in a child that was forked is the parent's."""
+        _held.discard(self)
+        if self._file is not None:
             os.close(self._file)
             self._file = None
 
@@ -63,3 +71,15 @@ class Turn:
 
     def __exit__(self, *error: object) -> None:
         self.give()
+
+
+_held: "weakref.WeakSet[Turn]" = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for turn in list(_held):
+        turn.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
