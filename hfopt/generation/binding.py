@@ -25,7 +25,9 @@ class Bound:
     def _bound_to(self) -> PreTrainedModel:
         model = self._model()
         if model is None:
-            raise ReferenceError(f"the model that this `{self._name}` belongs to is gone")
+            raise ReferenceError(
+                f"the model that this `{self._name}` belongs to is gone: keep it in a variable before you call it"
+            )
         return model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
