@@ -22,7 +22,7 @@ _STEP_POSITIONS = torch.tensor([[20], [9]])
 _FAR_POSITIONS = torch.arange(20) + torch.tensor([[3000], [1800]])
 _N_PADDED = 2
 _FAR = 1024  # keys and values of a long text, at least
-_STRETCH = 1.25
+_LENGTH = 0.8  # of angles
 TABLE = "embed_positions"  # a buffer that has the angles of as many positions as it has rows
 
 
@@ -88,8 +88,8 @@ class Scene:
         if table is not None:
             position_ids = position_ids % len(table)
         angles = host_rotary.angles(self.rotary_module, hidden_states, position_ids, layer_type)
-        # larger ones, as some rotary modules give: they tell a norm before the rotation from one behind it
-        return tuple(each * _STRETCH for each in angles) if is_pair(angles) else angles
+        # of another length, as some rotary modules give: they tell a norm before the rotation from one behind it
+        return tuple(each * _LENGTH for each in angles) if is_pair(angles) else angles
 
     def roles(self, inputs: Inputs, given: Given) -> dict[str, Any]:
         """What attention is given besides hidden states, by role."""
