@@ -158,8 +158,9 @@ def _check_children(decoder: Any, record: Decoder) -> None:
     """Raises UnsupportedModel if the `forward` of the decoder uses a child that the record does not name."""
     around = {""} | {path.rpartition(".")[0] for path in record.children}
     for path in around:
-        module = decoder.get_submodule(path)
-        known = {name.removeprefix(f"{path}.").partition(".")[0] for name in record.children}
+        module, prefix = decoder.get_submodule(path), f"{path}." if path else ""
+        below = (name.removeprefix(prefix) for name in record.children if name.startswith(prefix))
+        known = {name.partition(".")[0] for name in below}
         read = names_read(module) - known
         for name, child in module._modules.items():
             if name in read and child is not None and type(child) not in DO_NOTHING:
