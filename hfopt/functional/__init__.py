@@ -10,6 +10,14 @@ from .choice import Kernels
 from .epilogue import Epilogue
 from .limit import clamp, softcap
 from .linear import LinearWeights, Weights, linear
+from .lora import (
+    bgmv_expand,
+    bgmv_expand_slice,
+    bgmv_shrink,
+    sgmv_expand,
+    sgmv_expand_slice,
+    sgmv_shrink,
+)
 from .mixed import MixedWeights
 from .norm import Norm, layer_norm, norm, norm_heads, rms_norm
 from .quantized import QuantizedWeights, quantized_linear
@@ -33,6 +41,9 @@ __all__ = [
     "Xielu",
     "argmax",
     "attend",
+    "bgmv_expand",
+    "bgmv_expand_slice",
+    "bgmv_shrink",
     "clamp",
     "layer_norm",
     "linear",
@@ -45,6 +56,9 @@ __all__ = [
     "rotate",
     "rotate_and_store",
     "scale",
+    "sgmv_expand",
+    "sgmv_expand_slice",
+    "sgmv_shrink",
     "softcap",
     "xielu",
 ]
