@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import hfopt
-from hfopt import functional, quantization
+from hfopt import functional, modules, quantization
 from hfopt.quantization import FORMATS
 
 
@@ -17,6 +17,7 @@ def is_exception(thing: object) -> bool:
 FORMAT_NAMES = ("Int8", "Int4", "NF4", "QuantizationConfig", "register")
 PUBLIC: dict[str, Any] = {name: getattr(hfopt, name) for name in hfopt.__all__ if name != "__version__"}
 PUBLIC |= {name: getattr(quantization, name) for name in FORMAT_NAMES}
+MAMBA_NAMES = ("causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update")
 LORA_NAMES = (
     "bgmv_shrink",
     "bgmv_expand",
@@ -25,7 +26,8 @@ LORA_NAMES = (
     "sgmv_expand",
     "sgmv_expand_slice",
 )
-PUBLIC |= {name: getattr(functional, name) for name in LORA_NAMES}
+PUBLIC |= {name: getattr(functional, name) for name in (*LORA_NAMES, *MAMBA_NAMES)}
+PUBLIC |= {name: getattr(modules, name) for name in modules.__all__}
 PUBLIC = {name: thing for name, thing in PUBLIC.items() if not is_exception(thing)}
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

@@ -6,6 +6,7 @@ Forward only: results carry no gradients. Tensors that a kernel cannot work on r
 
 from .activation import ACTIVATIONS
 from .attention import Mask, attend, prepare_mask
+from .causal_conv import causal_conv1d, causal_conv1d_update
 from .choice import Kernels
 from .epilogue import Epilogue
 from .limit import clamp, softcap
@@ -25,6 +26,7 @@ from .rotary import rotate, rotate_and_store
 from .sampling import argmax, log_softmax_top_k
 from .scale import scale
 from .scoring import Scoring
+from .selective_scan import selective_scan, selective_state_update
 from .xielu import Xielu, xielu
 
 __all__ = [
@@ -44,6 +46,8 @@ __all__ = [
     "bgmv_expand",
     "bgmv_expand_slice",
     "bgmv_shrink",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "clamp",
     "layer_norm",
     "linear",
@@ -56,6 +60,8 @@ __all__ = [
     "rotate",
     "rotate_and_store",
     "scale",
+    "selective_scan",
+    "selective_state_update",
     "sgmv_expand",
     "sgmv_expand_slice",
     "sgmv_shrink",

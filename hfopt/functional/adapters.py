@@ -10,9 +10,8 @@ from hfopt.errors import InvalidInput
 from hfopt.kernels import lora as kernels
 
 from .checks import ELEMENTS, address_of, check_floats, prepare_threads
+from .integers import integers
 from .output import apart, check_output, contiguous_output
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Names(NamedTuple):
@@ -24,19 +23,6 @@ class Names(NamedTuple):
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------------
-
-
-def integers(name: str, tensor: Tensor) -> np.ndarray:
-    """A copy, int64 [n], which nobody else can change any more."""
-    if not isinstance(tensor, Tensor):
-        raise InvalidInput(f"{name} is a {type(tensor).__name__}: a torch.Tensor is needed")
-    if tensor.dtype not in _INTEGERS or not tensor.is_cpu or tensor.layout is not torch.strided:
-        given = f"is {tensor.layout} of {tensor.dtype} on device {tensor.device}"
-        raise InvalidInput(f"{name} {given}: integers in CPU memory are needed")
-    if tensor.ndim != 1:
-        raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}: one dimension is needed")
-    address_of(name, tensor)
-    return tensor.numpy().astype(np.int64)
 
 
 def check_indices(name: str, indices: np.ndarray, n_adapters: int) -> None:
@@ -137,7 +123,7 @@ def shrink(
         return
     rows, weights = apart(_contiguous_rows(rows), output), apart(weights, output)
     prepare_threads()
-    with contiguous_output(names.output, output, 1) as out:
+    with contiguous_output(output, 1) as out:
         kernels.shrink_rows(
             ELEMENTS[weights.dtype],
             ELEMENTS[out.dtype],
@@ -169,7 +155,7 @@ def expand(
         return
     rows, weights = apart(rows.to(torch.float32).contiguous(), output), apart(weights, output)
     prepare_threads()
-    with contiguous_output(names.output, output, 1) as out:
+    with contiguous_output(output, 1) as out:
         kernels.expand_rows(
             ELEMENTS[weights.dtype],
             ELEMENTS[out.dtype],

@@ -6,8 +6,9 @@ of ipex.llm and of vLLM's operations (Punica, https://arxiv.org/abs/2310.18547).
 
 from torch import Tensor
 
-from .adapters import Names, check_indices, expand, integers, matrices, of_segments, shrink, slice_of
+from .adapters import Names, check_indices, expand, matrices, of_segments, shrink, slice_of
 from .checks import check_floats
+from .integers import integers
 
 _BGMV = Names("input", "lora_weights", "output")
 _SGMV_A = Names("inputs", "lora_a_weights", "output_tensor")

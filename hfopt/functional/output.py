@@ -34,13 +34,13 @@ def check_output(name: str, tensor: Tensor, dtype: torch.dtype | None = None) ->
 
 
 @contextmanager
-def contiguous_output(name: str, tensor: Tensor, dims: int | None = None) -> Iterator[Tensor]:
+def contiguous_output(tensor: Tensor, dims: int) -> Iterator[Tensor]:
     """A tensor that a kernel may write, its last `dims` dimensions contiguous, for one that `check_output` has passed.
 
     It is the tensor itself, or a copy that is written back in the end.
     """
-    sample = tensor if dims is None else tensor[(0,) * (tensor.ndim - dims)] if tensor.numel() else tensor
-    if sample.is_contiguous():
+    part = tensor[(0,) * (tensor.ndim - dims)] if tensor.numel() else tensor
+    if part.is_contiguous():
         yield tensor
         return
     copy = tensor.contiguous()

@@ -1,0 +1,175 @@
+"""Causal convolutions of each channel by itself, over a prompt or a few new tokens with a state. Sums are float32."""
+
+from typing import Any, NamedTuple
+
+from hfopt.kernels.jit.launch import launch
+from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
+from hfopt.kernels.linear.activation import activate
+from hfopt.kernels.simd.constants import ZERO
+from hfopt.kernels.simd.memory import load, load_part, load_scalar, store, store_part, store_scalar
+from hfopt.kernels.simd.pointer import address_as, floats_at, pointer, shifted
+from hfopt.kernels.simd.tile import stack_floats
+from hfopt.kernels.simd.types import LANES
+from hfopt.kernels.simd.vector import fma, lane, splat
+
+_PARALLEL_SIZE = 1 << 15  # multiply-adds; below, more threads cost more than they save
+
+
+class _Filter(NamedTuple):
+    """What becomes of `width` inputs in a row."""
+
+    weight: Any  # pointer to [channels, width]
+    bias: Any  # address, or 0
+    width: Any
+    code: Any  # from `activation`
+
+
+@body
+def _bias_of(filter, channel):
+    return load_scalar(address_as(filter.bias, filter.weight), channel) if filter.bias != 0 else ZERO
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------------
+
+
+@body
+def _conv_task(row, x, history, n_channels, size, filter, out):
+    """One channel of one sequence: 16 times together, but the first ones, which reach into the history."""
+    width, channel = filter.width, row % n_channels
+    before = width - 1
+    weight, bias = shifted(filter.weight, channel * width), _bias_of(filter, channel)
+    x, out = shifted(x, row * size), shifted(out, row * size)
+    head = min(before, size)
+    for t in range(head):
+        total = bias
+        for w in range(width):
+            place = t + w - before
+            if place >= 0:
+                total += load_scalar(weight, w) * load_scalar(x, place)
+            elif history != 0:
+                total += load_scalar(weight, w) * load_scalar(floats_at(history), row * before + t + w)
+        store_scalar(out, t, lane(activate(splat(total), filter.code), 0))
+    t = head
+    while t + LANES <= size:
+        total = splat(bias)
+        for w in range(width):
+            total = fma(splat(load_scalar(weight, w)), load(x, t + w - before), total)
+        store(out, t, activate(total, filter.code))
+        t += LANES
+    if t < size:
+        total = splat(bias)
+        for w in range(width):
+            total = fma(splat(load_scalar(weight, w)), load_part(x, t + w - before, size - t), total)
+        store_part(out, t, size - t, activate(total, filter.code))
+
+
+@launch
+def causal_conv(like, like_weight, x, history, n_rows, n_channels, size, weight, bias, width, code, out):
+    """out[t] = activation(bias + sum over w of weight[w] x[t + w - (width - 1)]) for each channel.
+
+    Addresses of x and out [n_rows, n_channels, size] of the type of `like`; of weight [n_channels, width] and bias
+    [n_channels], or 0, of that of `like_weight`; of history float32 [n_rows, n_channels, width - 1], what comes before x, or
+    0 where that is zeros. code: from `activation`.
+    """
+    filter = _Filter(address_as(weight, pointer(like_weight)), bias, width, code)
+    x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
+    n = n_rows * n_channels
+    threads = threads_for(n, n * size * width, _PARALLEL_SIZE)
+    parallel_for(_conv_task, threads, n, (x, history, n_channels, size, filter, out))
+
+
+# ---- new tokens --------------------------------------------------------------------------------------------------------
+
+
+class _Steps(NamedTuple):
+    """An array [rows, channels, times]: pointer, and elements from one to the next."""
+
+    first: Any
+    row: Any
+    channel: Any
+    time: Any
+
+
+@body
+def _update_state(x, state, x_time, state_time, n_new, size, start, circular):
+    """Lets the state [size] of a channel take its n_new new inputs."""
+    if circular:
+        for t in range(max(n_new - size, 0), n_new):
+            store_scalar(state, (start + t) % size * state_time, load_scalar(x, t * x_time))
+    else:
+        for place in range(size):
+            after = place + n_new
+            if after < size:
+                store_scalar(state, place * state_time, load_scalar(state, after * state_time))
+            else:
+                store_scalar(state, place * state_time, load_scalar(x, (after - size) * x_time))
+
+
+@body
+def _update_task(task, xs, states, n_channels, n_new, size, starts, circular, filter, out):
+    """16 channels of one row."""
+    n_blocks = (n_channels + LANES - 1) // LANES
+    row, first = task // n_blocks, task % n_blocks * LANES
+    count, width = min(n_channels - first, LANES), filter.width
+    start = starts[row] if circular else 0
+    x = shifted(xs.first, row * xs.row + first * xs.channel)
+    state = shifted(states.first, row * states.row + first * states.channel)
+    out = shifted(out, (row * n_channels + first) * n_new)
+    sums = stack_floats(16)
+    for t in range(n_new):
+        for j in range(count):
+            total, weight = _bias_of(filter, first + j), shifted(filter.weight, (first + j) * width)
+            for w in range(width):
+                k = t + w - (width - 1)
+                if k >= 0:
+                    value = load_scalar(x, j * xs.channel + k * xs.time)
+                else:
+                    value = load_scalar(state, j * states.channel + (start + k + size) % size * states.time)
+                total += load_scalar(weight, w) * value
+            sums[j] = total
+        store(sums, 0, activate(load_part(sums, 0, count), filter.code))
+        for j in range(count):
+            store_scalar(out, j * n_new + t, sums[j])
+    for j in range(count):
+        channel_x, channel_state = shifted(x, j * xs.channel), shifted(state, j * states.channel)
+        _update_state(channel_x, channel_state, xs.time, states.time, n_new, size, start, circular)
+
+
+@launch
+def causal_conv_update(
+    like,
+    like_state,
+    like_weight,
+    x,
+    x_steps,
+    n_rows,
+    n_channels,
+    n_new,
+    state,
+    state_steps,
+    size,
+    starts,
+    weight,
+    bias,
+    width,
+    code,
+    out,
+):
+    """`causal_conv` for n_new inputs, after those in a state, which takes them up.
+
+    Address of x [n_rows, n_channels, n_new] of the type of `like`; of the state [n_rows, n_channels, size], of that of
+    `like_state`, which has at least the last width - 1 inputs, and as many as it holds afterwards; steps are three, elements
+    from a row, a channel and a time to the next. starts: int64 [n_rows], where in the state the next input goes, below size,
+    if it is a circular buffer; empty if its last inputs are at its end. Weight, bias, code: as in `causal_conv`; address of
+    out [n_rows, n_channels, n_new] of the type of `like`.
+    """
+    filter = _Filter(address_as(weight, pointer(like_weight)), bias, width, code)
+    xs, states = (
+        _Steps(address_as(x, pointer(like)), *x_steps),
+        _Steps(address_as(state, pointer(like_state)), *state_steps),
+    )
+    circular = starts.shape[0] > 0 and size > 0
+    n_tasks = n_rows * ((n_channels + LANES - 1) // LANES)
+    threads = threads_for(n_tasks, n_rows * n_channels * n_new * width, _PARALLEL_SIZE)
+    arguments = xs, states, n_channels, n_new, size, pointer(starts), circular, filter
+    parallel_for(_update_task, threads, n_tasks, (*arguments, address_as(out, pointer(like))))
