@@ -37,6 +37,8 @@ from .kernel_case import (
     rounds_up,
     stream,
 )
+from .lora_cases import lora_cases
+from .mamba_cases import mamba_cases
 from .quantized_cases import quantized_cases
 
 _EPS = 1e-6
@@ -242,5 +244,7 @@ GROUPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "attention": attention_cases,
     "small": small_cases,
     "sampling": sampling_cases,
+    "mamba": mamba_cases,
+    "lora": lora_cases,
     "launch": launch_cases,
 }

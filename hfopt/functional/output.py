@@ -14,8 +14,8 @@ from .checks import address_of, check_floats
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Addresses of the first byte of a tensor and of the one behind its last, equal if it is empty."""
     first = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return first, first
+    if tensor.is_contiguous():
+        return first, first + tensor.nbytes
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     return first, first + (1 + sum((size - 1) * stride for size, stride in pairs)) * tensor.element_size()
 
@@ -24,6 +24,8 @@ def check_output(name: str, tensor: Tensor, dtype: torch.dtype | None = None) ->
     """Raise `InvalidInput` unless a kernel's floats may go there: each element has memory of its own."""
     check_floats(name, tensor, dtype)
     address_of(name, tensor)
+    if tensor.is_contiguous():
+        return
     extent = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -39,8 +41,7 @@ def contiguous_output(tensor: Tensor, dims: int) -> Iterator[Tensor]:
 
     It is the tensor itself, or a copy that is written back in the end.
     """
-    part = tensor[(0,) * (tensor.ndim - dims)] if tensor.numel() else tensor
-    if part.is_contiguous():
+    if tensor.is_contiguous() or tensor[(0,) * (tensor.ndim - dims)].is_contiguous():
         yield tensor
         return
     copy = tensor.contiguous()

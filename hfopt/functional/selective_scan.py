@@ -17,7 +17,7 @@ def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     check_floats(name, tensor)
     check_shape(name, tensor, shape)
     address_of(name, tensor)
-    return tensor.detach()
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _optional(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

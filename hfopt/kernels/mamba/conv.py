@@ -13,6 +13,7 @@ from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import fma, lane, splat
 
 _PARALLEL_SIZE = 1 << 15  # multiply-adds; below, more threads cost more than they save
+_PARALLEL_UPDATE = 1 << 13  # those of an update are one by one
 
 
 class _Filter(NamedTuple):
@@ -94,15 +95,17 @@ class _Steps(NamedTuple):
 def _update_state(x, state, x_time, state_time, n_new, size, start, circular):
     """Lets the state [size] of a channel take its n_new new inputs."""
     if circular:
-        for t in range(max(n_new - size, 0), n_new):
-            store_scalar(state, (start + t) % size * state_time, load_scalar(x, t * x_time))
+        first = max(n_new - size, 0)
+        place = (start + first) % size
+        for t in range(first, n_new):
+            store_scalar(state, place * state_time, load_scalar(x, t * x_time))
+            place = place + 1 if place + 1 < size else 0
     else:
-        for place in range(size):
-            after = place + n_new
-            if after < size:
-                store_scalar(state, place * state_time, load_scalar(state, after * state_time))
-            else:
-                store_scalar(state, place * state_time, load_scalar(x, (after - size) * x_time))
+        kept = max(size - n_new, 0)
+        for place in range(kept):
+            store_scalar(state, place * state_time, load_scalar(state, (place + n_new) * state_time))
+        for place in range(kept, size):
+            store_scalar(state, place * state_time, load_scalar(x, (place + n_new - size) * x_time))
 
 
 @body
@@ -117,19 +120,25 @@ def _update_task(task, xs, states, n_channels, n_new, size, starts, circular, fi
     out = shifted(out, (row * n_channels + first) * n_new)
     sums = stack_floats(16)
     for t in range(n_new):
+        held = max(width - 1 - t, 0)  # inputs that are in the state, the first of them here
+        oldest = start - held if start >= held else start - held + size
         for j in range(count):
-            total, weight = _bias_of(filter, first + j), shifted(filter.weight, (first + j) * width)
-            for w in range(width):
-                k = t + w - (width - 1)
-                if k >= 0:
-                    value = load_scalar(x, j * xs.channel + k * xs.time)
-                else:
-                    value = load_scalar(state, j * states.channel + (start + k + size) % size * states.time)
-                total += load_scalar(weight, w) * value
+            weight, values = shifted(filter.weight, (first + j) * width), shifted(state, j * states.channel)
+            total, place = _bias_of(filter, first + j), oldest
+            for w in range(held):
+                total += load_scalar(weight, w) * load_scalar(values, place * states.time)
+                place = place + 1 if place + 1 < size else 0
+            values = shifted(x, j * xs.channel + (t - width + 1) * xs.time)
+            for w in range(held, width):
+                total += load_scalar(weight, w) * load_scalar(values, w * xs.time)
             sums[j] = total
-        store(sums, 0, activate(load_part(sums, 0, count), filter.code))
-        for j in range(count):
-            store_scalar(out, j * n_new + t, sums[j])
+        value = activate(load_part(sums, 0, count), filter.code)
+        if n_new == 1:
+            store_part(out, 0, count, value)
+        else:
+            store(sums, 0, value)
+            for j in range(count):
+                store_scalar(out, j * n_new + t, sums[j])
     for j in range(count):
         channel_x, channel_state = shifted(x, j * xs.channel), shifted(state, j * states.channel)
         _update_state(channel_x, channel_state, xs.time, states.time, n_new, size, start, circular)
@@ -170,6 +179,6 @@ def causal_conv_update(
     )
     circular = starts.shape[0] > 0 and size > 0
     n_tasks = n_rows * ((n_channels + LANES - 1) // LANES)
-    threads = threads_for(n_tasks, n_rows * n_channels * n_new * width, _PARALLEL_SIZE)
+    threads = threads_for(n_tasks, n_rows * n_channels * n_new * width, _PARALLEL_UPDATE)
     arguments = xs, states, n_channels, n_new, size, pointer(starts), circular, filter
     parallel_for(_update_task, threads, n_tasks, (*arguments, address_as(out, pointer(like))))
