@@ -1,5 +1,6 @@
 """The LoRA operations against float64, in every form of their arguments, and what they refuse."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.reference import DTYPES, Guarded, assert_same_on_threads
 N_ADAPTERS = 4
 # (rows, size, rank): of one and two vectors and their rests, ranks of one piece of columns and of several
 SHAPES = ((5, 129, 1), (1, 64, 5), (8, 96, 16), (3, 31, 64), (2, 33, 300))
-_TOLERANCES: dict[torch.dtype, dict[str, float]] = {
+_TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-5},
     torch.float16: {"rtol": 1e-3, "atol": 1e-5},
@@ -50,7 +51,11 @@ def crossed(tensor: Tensor) -> Tensor:
     return tensor.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
 
 
-FORMS = {"contiguous": torch.clone, "strided": strided, "crossed": crossed}
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": torch.clone,
+    "strided": strided,
+    "crossed": crossed,
+}
 
 
 @pytest.mark.parametrize(

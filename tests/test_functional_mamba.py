@@ -14,7 +14,7 @@ from tests.mamba_reference import convolved, scanned, stepped
 from tests.pairs import pairs_of
 from tests.reference import DTYPES, assert_same_on_threads
 
-_TOLERANCES: dict[torch.dtype, dict[str, float]] = {
+_TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-5},
     torch.float16: {"rtol": 1e-3, "atol": 1e-5},
@@ -160,7 +160,7 @@ def test_a_state_in_another_dtype_than_its_inputs() -> None:
 # ---- scans -------------------------------------------------------------------------------------------------------------
 
 
-def scan_arguments(dtype: torch.dtype, shape: tuple[int, int, int, int], kind: str) -> dict[str, Tensor]:
+def scan_arguments(dtype: torch.dtype, shape: tuple[int, int, int, int], kind: str) -> dict[str, Any]:
     """shape: batch, dim, length, dstate."""
     n_rows, dim, length, dstate = shape
     inputs = {
@@ -205,7 +205,7 @@ def test_selective_scan(
     arguments = scan_arguments(dtype, shape, kind)
     more = options(dtype, arguments, has_more)
     exact, last = scanned(*arguments.values(), *more.values())
-    given = {name: FORMS[form](each) for name, each in arguments.items()}
+    given: dict[str, Any] = {name: FORMS[form](each) for name, each in arguments.items()}
     result = MambaMixer.selective_scan_fn(**given, **more, return_last_state=True)
     assert isinstance(result, tuple)
     out, state = result
@@ -255,7 +255,7 @@ def test_softplus_is_exact_far_below_zero_and_far_above() -> None:
 def test_infinite_steps_stay_in_their_channel() -> None:
     """Lanes behind the end of a state, which would make a NaN of them, do not count."""
     u, delta = torch.ones(1, 2, 2), torch.tensor([[[1.0, torch.inf], [1.0, 1.0]]])
-    arguments = [u, delta, -torch.ones(2, 5), torch.ones(2, 5), torch.ones(2, 5)]
+    arguments: list[Any] = [u, delta, -torch.ones(2, 5), torch.ones(2, 5), torch.ones(2, 5)]
     out = functional.selective_scan(*arguments)
     assert isinstance(out, Tensor) and out[0, 0, 1] == torch.inf
     assert_near(out[:, 1:], scanned(*arguments)[0][:, 1:])
@@ -321,7 +321,7 @@ def test_selective_state_update_with_heads(
         arguments["state"] = arguments["state"].to(dtype)
     more = step_options(arguments, has_more)
     exact, after = stepped(*arguments.values(), *more.values())
-    given = {name: FORMS[form](each) for name, each in arguments.items()}
+    given: dict[str, Any] = {name: FORMS[form](each) for name, each in arguments.items()}
     out = MambaMixer.selective_state_update(**given, **more)
     assert out.dtype == dtype
     assert_near(out, exact)
@@ -334,7 +334,9 @@ def test_selective_state_update_without_heads(form: str, has_more: bool) -> None
     arguments = step_arguments(torch.float32, 1, 1, 37, 16)
     more = step_options(arguments, has_more)
     exact, after = stepped(*arguments.values(), *more.values())
-    flat = {name: FORMS[form](each[0] if name == "A" else each[:, 0]) for name, each in arguments.items()}
+    flat: dict[str, Any] = {
+        name: FORMS[form](each[0] if name == "A" else each[:, 0]) for name, each in arguments.items()
+    }
     for name in ("D", "dt_bias"):
         more[name] = None if more[name] is None else more[name][0]
     more["z"] = None if more["z"] is None else FORMS[form](more["z"][:, 0])
@@ -348,7 +350,8 @@ def test_what_is_the_same_for_a_head() -> None:
     arguments, of_head = step_arguments(torch.float32, 4, 2, 20, 32), torch.randn(4, 1).expand(4, 20)
     arguments["A"] = -torch.rand(4, 1, 1).expand(4, 20, 32)
     arguments["dt"] = torch.randn(2, 4, 1).expand(2, 4, 20)
-    exact, after = stepped(*arguments.values(), of_head, None, of_head, True)
+    more: list[Any] = [of_head, None, of_head, True]
+    exact, after = stepped(*arguments.values(), *more)
     out = functional.selective_state_update(**arguments, D=of_head, dt_bias=of_head, dt_softplus=True)
     assert_near(out, exact)
     assert_near(arguments["state"], after)

@@ -8,12 +8,12 @@ from hfopt.kernels.linear.activation import activate
 from hfopt.kernels.simd.constants import ZERO
 from hfopt.kernels.simd.memory import load, load_part, load_scalar, store, store_part, store_scalar
 from hfopt.kernels.simd.pointer import address_as, floats_at, pointer, shifted
-from hfopt.kernels.simd.tile import stack_floats
+from hfopt.kernels.simd.tile import stack_floats, sum_rows
 from hfopt.kernels.simd.types import LANES
-from hfopt.kernels.simd.vector import fma, lane, splat
+from hfopt.kernels.simd.vector import fma, lane, splat, where_part
 
 _PARALLEL_SIZE = 1 << 15  # multiply-adds; below, more threads cost more than they save
-_PARALLEL_UPDATE = 1 << 13  # those of an update are one by one
+_PARALLEL_UPDATE = 1 << 14  # those of an update are one by one
 
 
 class _Filter(NamedTuple):
@@ -25,11 +25,6 @@ class _Filter(NamedTuple):
     code: Any  # from `activation`
 
 
-@body
-def _bias_of(filter, channel):
-    return load_scalar(address_as(filter.bias, filter.weight), channel) if filter.bias != 0 else ZERO
-
-
 # ---- prompts -----------------------------------------------------------------------------------------------------------
 
 
@@ -38,7 +33,9 @@ def _conv_task(row, x, history, n_channels, size, filter, out):
     """One channel of one sequence: 16 times together, but the first ones, which reach into the history."""
     width, channel = filter.width, row % n_channels
     before = width - 1
-    weight, bias = shifted(filter.weight, channel * width), _bias_of(filter, channel)
+    weight, bias = shifted(filter.weight, channel * width), ZERO
+    if filter.bias != 0:
+        bias = load_scalar(address_as(filter.bias, filter.weight), channel)
     x, out = shifted(x, row * size), shifted(out, row * size)
     head = min(before, size)
     for t in range(head):
@@ -109,39 +106,61 @@ def _update_state(x, state, x_time, state_time, n_new, size, start, circular):
 
 
 @body
+def _sum_of(x, x_step, t, state, state_step, size, oldest, held, weight, width):
+    """Products of input number t of a channel and those before it, `held` of which begin at `oldest` in a state."""
+    total, place = ZERO, oldest
+    for w in range(held):
+        total += load_scalar(weight, w) * load_scalar(state, place * state_step)
+        place = place + 1 if place + 1 < size else 0
+    x = shifted(x, (t - width + 1) * x_step)
+    for w in range(held, width):
+        total += load_scalar(weight, w) * load_scalar(x, w * x_step)
+    return total
+
+
+@body
+def _take_one(x, state, size, weight, width):
+    """Products of one new input of a channel and those before it, in lanes; the state, contiguous, takes it up."""
+    value = splat(load_scalar(x, 0))
+    seen = where_part(width, value, splat(ZERO))
+    seen = where_part(width - 1, load_part(state, size - width + 1, width - 1), seen)
+    store_part(state, 0, size, where_part(size - 1, load_part(state, 1, size - 1), value))
+    return seen * load_part(weight, 0, width)
+
+
+@body
 def _update_task(task, xs, states, n_channels, n_new, size, starts, circular, filter, out):
     """16 channels of one row."""
     n_blocks = (n_channels + LANES - 1) // LANES
     row, first = task // n_blocks, task % n_blocks * LANES
     count, width = min(n_channels - first, LANES), filter.width
-    start = starts[row] if circular else 0
     x = shifted(xs.first, row * xs.row + first * xs.channel)
     state = shifted(states.first, row * states.row + first * states.channel)
-    out = shifted(out, (row * n_channels + first) * n_new)
-    sums = stack_floats(16)
+    out, weight = shifted(out, (row * n_channels + first) * n_new), shifted(filter.weight, first * width)
+    bias = splat(ZERO)
+    if filter.bias != 0:
+        bias = load_part(address_as(filter.bias, filter.weight), first, count)
+    if n_new == 1 and not circular and states.time == 1 and 0 < size <= LANES:
+        products = stack_floats(16 * 16)
+        for j in range(count):
+            own_x, own_state = shifted(x, j * xs.channel), shifted(state, j * states.channel)
+            store(products, j * LANES, _take_one(own_x, own_state, size, shifted(weight, j * width), width))
+        store_part(out, 0, count, activate(sum_rows(products) + bias, filter.code))
+        return
+    start, sums = starts[row] if circular else 0, stack_floats(16)
     for t in range(n_new):
-        held = max(width - 1 - t, 0)  # inputs that are in the state, the first of them here
+        held = max(width - 1 - t, 0)
         oldest = start - held if start >= held else start - held + size
         for j in range(count):
-            weight, values = shifted(filter.weight, (first + j) * width), shifted(state, j * states.channel)
-            total, place = _bias_of(filter, first + j), oldest
-            for w in range(held):
-                total += load_scalar(weight, w) * load_scalar(values, place * states.time)
-                place = place + 1 if place + 1 < size else 0
-            values = shifted(x, j * xs.channel + (t - width + 1) * xs.time)
-            for w in range(held, width):
-                total += load_scalar(weight, w) * load_scalar(values, w * xs.time)
-            sums[j] = total
-        value = activate(load_part(sums, 0, count), filter.code)
-        if n_new == 1:
-            store_part(out, 0, count, value)
-        else:
-            store(sums, 0, value)
-            for j in range(count):
-                store_scalar(out, j * n_new + t, sums[j])
+            own_x, own_state = shifted(x, j * xs.channel), shifted(state, j * states.channel)
+            own = shifted(weight, j * width)
+            sums[j] = _sum_of(own_x, xs.time, t, own_state, states.time, size, oldest, held, own, width)
+        store(sums, 0, activate(load_part(sums, 0, count) + bias, filter.code))
+        for j in range(count):
+            store_scalar(out, j * n_new + t, sums[j])
     for j in range(count):
-        channel_x, channel_state = shifted(x, j * xs.channel), shifted(state, j * states.channel)
-        _update_state(channel_x, channel_state, xs.time, states.time, n_new, size, start, circular)
+        own_x, own_state = shifted(x, j * xs.channel), shifted(state, j * states.channel)
+        _update_state(own_x, own_state, xs.time, states.time, n_new, size, start, circular)
 
 
 @launch

@@ -20,7 +20,7 @@ from hfopt.kernels.simd.tile import stack_floats, sum_rows
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import absolute, fma, maximum, quotient, splat, where_part
 
-_PARALLEL_SIZE = 1 << 12  # numbers of states that change; below, more threads cost more than they save
+_PARALLEL_SIZE = 1 << 15  # numbers of states that change; below, more threads cost more than they save
 _TWO = np.float32(2.0)
 _ATANH = tuple(np.float32(2 / n) for n in range(15, 0, -2))
 
