@@ -121,7 +121,7 @@ def shrink(
         )
     if rows.shape[0] == 0 or rank == 0:
         return
-    rows, weights = apart(_contiguous_rows(rows), output), apart(weights, output)
+    rows, weights = apart(output, _contiguous_rows(rows), weights)
     prepare_threads()
     with contiguous_output(output, 1) as out:
         kernels.shrink_rows(
@@ -153,7 +153,7 @@ def expand(
     size = min(size, output.shape[1])
     if rows.shape[0] == 0 or size == 0:
         return
-    rows, weights = apart(rows.to(torch.float32).contiguous(), output), apart(weights, output)
+    rows, weights = apart(output, rows.to(torch.float32).contiguous(), weights)
     prepare_threads()
     with contiguous_output(output, 1) as out:
         kernels.expand_rows(

@@ -113,7 +113,8 @@ def causal_conv1d(
         final = torch.cat((earlier[..., size:], final), -1)
     if final_states_out is None:
         return out, final.clone(memory_format=torch.contiguous_format)
-    final_states_out.detach().copy_(apart(final, final_states_out))
+    (final,) = apart(final_states_out, final)
+    final_states_out.detach().copy_(final)
     return out, final_states_out
 
 
@@ -167,8 +168,7 @@ def causal_conv1d_update(
         starts %= max(size, 1)
     out = torch.empty(x.shape, dtype=x.dtype)
     if out.numel():
-        new, weight = apart(new, conv_state), apart(weight, conv_state)
-        bias = None if bias is None else apart(bias, conv_state)
+        new, weight, *biases = apart(conv_state, new, weight, *([] if bias is None else [bias]))
         prepare_threads()
         kernels.causal_conv_update(
             ELEMENTS[x.dtype],
@@ -182,7 +182,7 @@ def causal_conv1d_update(
             size,
             starts,
             weight.data_ptr(),
-            _address(bias),
+            biases[0].data_ptr() if biases else 0,
             width,
             code,
             out.data_ptr(),

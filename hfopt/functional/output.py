@@ -49,7 +49,11 @@ def contiguous_output(tensor: Tensor, dims: int) -> Iterator[Tensor]:
     tensor.detach().copy_(copy)
 
 
-def apart(tensor: Tensor, output: Tensor) -> Tensor:
-    """The tensor, copied if some of its memory may be the output's."""
-    (first, end), (out_first, out_end) = _span(tensor), _span(output)
-    return tensor.clone() if first < out_end and out_first < end else tensor
+def apart(output: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The tensors, copied where some of their memory may be the output's."""
+    first, end = _span(output)
+    spans = [_span(each) for each in tensors]
+    return [
+        each.clone() if start < end and first < stop else each
+        for each, (start, stop) in zip(tensors, spans, strict=True)
+    ]

@@ -134,16 +134,21 @@ def selective_scan(
 # ---- one token ---------------------------------------------------------------------------------------------------------
 
 
-def _row_of(tensor: Tensor | None, n_dims: int, has_rows: bool = True) -> tuple[int, ...]:
-    """A row of the table of `kernels.state_update`, for a tensor of n_dims dimensions of [rows, heads, channels].
+_FIXED = (kernels.A, kernels.D, kernels.BIAS)  # the same for all rows
 
-    Rows and heads are left out where it has fewer, rows unless `has_rows`.
-    """
-    if tensor is None:
-        return (0,) * kernels.FIELDS
-    steps = tensor.stride()[:n_dims]
-    row, rest = (steps[0], steps[1:]) if has_rows else (0, steps)
-    return (tensor.data_ptr(), row, *(0,) * (2 - len(rest)), *rest)
+
+def _table(tensors: dict[int, Tensor], n_dims: int) -> np.ndarray:
+    """What `kernels.state_update` is told of its arrays, whose channels have n_dims dimensions: 1, or 2 with heads."""
+    table = np.zeros((kernels.N_ARRAYS, kernels.FIELDS), np.int64)
+    for name, tensor in tensors.items():
+        steps = tensor.stride()
+        if name in (kernels.B, kernels.C):
+            table[name] = tensor.data_ptr(), steps[0], steps[1], 0
+        else:
+            row, of_channels = (0, steps) if name in _FIXED else (steps[0], steps[1:])
+            head = of_channels[0] if n_dims == 2 else 0
+            table[name] = tensor.data_ptr(), row, head, of_channels[n_dims - 1]
+    return table
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
@@ -211,21 +216,23 @@ def selective_state_update(
     if out.numel() == 0:
         return out.to(x.dtype)
     one_rate = dstate > 1 and rates.stride(-1) == 0
-    rates = apart(rates if one_rate else _contiguous(rates), state)
-    inputs = [None if each is None else apart(each.to(dtype), state) for each in (x, dt, z)]
-    b, c = (apart(_contiguous(each.to(dtype)), state) for each in (b, c))
-    skip, bias = (None if each is None else apart(each, state) for each in (skip, bias))
-    n_dims = len(heads)
+    given = {
+        kernels.X: x.to(dtype),
+        kernels.DT: dt.to(dtype),
+        kernels.A: rates if one_rate else _contiguous(rates),
+        kernels.B: _contiguous(b.to(dtype)),
+        kernels.C: _contiguous(c.to(dtype)),
+    }
+    options = {kernels.Z: None if z is None else z.to(dtype), kernels.D: skip, kernels.BIAS: bias}
+    given |= {name: each for name, each in options.items() if each is not None}
+    inputs = dict(zip(given, apart(state, *given.values()), strict=True))
     prepare_threads()
     with contiguous_output(state, 1) as kept:
-        table = [_row_of(each, n_dims + 1) for each in (kept, *inputs, out)]
-        table.append(_row_of(rates, n_dims, has_rows=False))
-        table += [(each.data_ptr(), *each.stride()[:2], 0) for each in (b, c)]
-        table += [_row_of(each, n_dims, has_rows=False) for each in (skip, bias)]
+        table = _table(inputs | {kernels.STATE: kept, kernels.OUT: out}, len(heads))
         kernels.state_update(
             ELEMENTS[dtype],
             ELEMENTS[kept.dtype],
-            np.array(table, np.int64),
+            table,
             n_rows,
             n_heads,
             n_heads // b.shape[1],

@@ -119,13 +119,20 @@ def _sum_of(x, x_step, t, state, state_step, size, oldest, held, weight, width):
 
 
 @body
-def _take_one(x, state, size, weight, width):
-    """Products of one new input of a channel and those before it, in lanes; the state, contiguous, takes it up."""
-    value = splat(load_scalar(x, 0))
-    seen = where_part(width, value, splat(ZERO))
-    seen = where_part(width - 1, load_part(state, size - width + 1, width - 1), seen)
-    store_part(state, 0, size, where_part(size - 1, load_part(state, 1, size - 1), value))
-    return seen * load_part(weight, 0, width)
+def _take_one(x, x_step, state, state_step, size, weight, width, count, products):
+    """Products of one new input of `count` channels and those before it, in lanes; their states, contiguous, take it up.
+
+    None is stored before all are read: what a store of a part of a vector may reach cannot be read until it is over.
+    """
+    after = stack_floats(16 * 16)
+    for j in range(count):
+        own, value = shifted(state, j * state_step), splat(load_scalar(x, j * x_step))
+        seen = where_part(width, value, splat(ZERO))
+        seen = where_part(width - 1, load_part(own, size - width + 1, width - 1), seen)
+        store(products, j * LANES, seen * load_part(weight, j * width, width))
+        store(after, j * LANES, where_part(size - 1, load_part(own, 1, size - 1), value))
+    for j in range(count):
+        store_part(state, j * state_step, size, load(after, j * LANES))
 
 
 @body
@@ -142,9 +149,7 @@ def _update_task(task, xs, states, n_channels, n_new, size, starts, circular, fi
         bias = load_part(address_as(filter.bias, filter.weight), first, count)
     if n_new == 1 and not circular and states.time == 1 and 0 < size <= LANES:
         products = stack_floats(16 * 16)
-        for j in range(count):
-            own_x, own_state = shifted(x, j * xs.channel), shifted(state, j * states.channel)
-            store(products, j * LANES, _take_one(own_x, own_state, size, shifted(weight, j * width), width))
+        _take_one(x, xs.channel, state, states.channel, size, weight, width, count, products)
         store_part(out, 0, count, activate(sum_rows(products) + bias, filter.code))
         return
     start, sums = starts[row] if circular else 0, stack_floats(16)

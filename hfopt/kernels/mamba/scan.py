@@ -132,8 +132,8 @@ def selective_scan(
 # ---- one token ---------------------------------------------------------------------------------------------------------
 
 # the arrays of `state_update`, each a row of its table: address, elements from a row, a head and a channel to the next
-STATE, X, DT, Z, OUT, A, B, C, D, BIAS = range(10)
-FIELDS = 4
+N_ARRAYS, FIELDS = 10, 4
+STATE, X, DT, Z, OUT, A, B, C, D, BIAS = range(N_ARRAYS)
 
 
 class _Update(NamedTuple):
