@@ -6,13 +6,23 @@ from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.linear.activation import activate
 from hfopt.kernels.simd.constants import ZERO
-from hfopt.kernels.simd.memory import load, load_part, load_scalar, store, store_part, store_scalar
+from hfopt.kernels.simd.memory import (
+    load,
+    load_part,
+    load_scalar,
+    load_two,
+    store,
+    store_part,
+    store_scalar,
+    store_two,
+)
 from hfopt.kernels.simd.pointer import address_as, floats_at, pointer, shifted
 from hfopt.kernels.simd.tile import stack_floats, sum_rows
 from hfopt.kernels.simd.types import LANES
-from hfopt.kernels.simd.vector import fma, lane, splat, where_part
+from hfopt.kernels.simd.vector import fma, splat, where_part
 
 _PARALLEL_SIZE = 1 << 15  # multiply-adds; below, more threads cost more than they save
+_FLOAT_BYTES = 4
 _PARALLEL_UPDATE = 1 << 14  # those of an update are one by one
 
 
@@ -29,36 +39,50 @@ class _Filter(NamedTuple):
 
 
 @body
+def _first_sums(first, count, x, history, weight, width, sums):
+    """Sums of `count` outputs, the first ones of a channel, from output `first` on, one by one: zeros if history is 0."""
+    before = width - 1
+    for j in range(count):
+        total, t = ZERO, first + j
+        for w in range(max(before - t, 0), width):
+            total += load_scalar(weight, w) * load_scalar(x, t + w - before)
+        if history != 0:
+            for w in range(before - t):
+                total += load_scalar(weight, w) * load_scalar(floats_at(history), t + w)
+        sums[j] = total
+
+
+@body
 def _conv_task(row, x, history, n_channels, size, filter, out):
-    """One channel of one sequence: 16 times together, but the first ones, which reach into the history."""
+    """One channel of one sequence: 32 outputs together, but the first ones, which reach into the history."""
     width, channel = filter.width, row % n_channels
     before = width - 1
-    weight, bias = shifted(filter.weight, channel * width), ZERO
+    weight, bias = shifted(filter.weight, channel * width), splat(ZERO)
     if filter.bias != 0:
-        bias = load_scalar(address_as(filter.bias, filter.weight), channel)
+        bias = splat(load_scalar(address_as(filter.bias, filter.weight), channel))
     x, out = shifted(x, row * size), shifted(out, row * size)
-    head = min(before, size)
-    for t in range(head):
-        total = bias
-        for w in range(width):
-            place = t + w - before
-            if place >= 0:
-                total += load_scalar(weight, w) * load_scalar(x, place)
-            elif history != 0:
-                total += load_scalar(weight, w) * load_scalar(floats_at(history), row * before + t + w)
-        store_scalar(out, t, lane(activate(splat(total), filter.code), 0))
+    if history != 0:
+        history += row * before * _FLOAT_BYTES
+    sums, head = stack_floats(16), min(before, size)
+    for t in range(0, head, LANES):
+        count = min(head - t, LANES)
+        _first_sums(t, count, x, history, weight, width, sums)
+        store_part(out, t, count, activate(load_part(sums, 0, count) + bias, filter.code))
     t = head
-    while t + LANES <= size:
-        total = splat(bias)
+    while t + 2 * LANES <= size:
+        low, high = bias, bias
         for w in range(width):
-            total = fma(splat(load_scalar(weight, w)), load(x, t + w - before), total)
-        store(out, t, activate(total, filter.code))
+            factor = splat(load_scalar(weight, w))
+            a, b = load_two(x, t + w - before)
+            low, high = fma(factor, a, low), fma(factor, b, high)
+        store_two(out, t, activate(low, filter.code), activate(high, filter.code))
+        t += 2 * LANES
+    while t < size:
+        count, total = min(size - t, LANES), bias
+        for w in range(width):
+            total = fma(splat(load_scalar(weight, w)), load_part(x, t + w - before, count), total)
+        store_part(out, t, count, activate(total, filter.code))
         t += LANES
-    if t < size:
-        total = splat(bias)
-        for w in range(width):
-            total = fma(splat(load_scalar(weight, w)), load_part(x, t + w - before, size - t), total)
-        store_part(out, t, size - t, activate(total, filter.code))
 
 
 @launch
