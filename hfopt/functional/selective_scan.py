@@ -133,22 +133,21 @@ def selective_scan(
 
 # ---- one token ---------------------------------------------------------------------------------------------------------
 
-
 _FIXED = (kernels.A, kernels.D, kernels.BIAS)  # the same for all rows
 
 
 def _table(tensors: dict[int, Tensor], n_dims: int) -> np.ndarray:
     """What `kernels.state_update` is told of its arrays, whose channels have n_dims dimensions: 1, or 2 with heads."""
-    table = np.zeros((kernels.N_ARRAYS, kernels.FIELDS), np.int64)
+    rows = [(0, 0, 0, 0)] * kernels.N_ARRAYS
     for name, tensor in tensors.items():
         steps = tensor.stride()
         if name in (kernels.B, kernels.C):
-            table[name] = tensor.data_ptr(), steps[0], steps[1], 0
+            rows[name] = tensor.data_ptr(), steps[0], steps[1], 0
         else:
             row, of_channels = (0, steps) if name in _FIXED else (steps[0], steps[1:])
             head = of_channels[0] if n_dims == 2 else 0
-            table[name] = tensor.data_ptr(), row, head, of_channels[n_dims - 1]
-    return table
+            rows[name] = tensor.data_ptr(), row, head, of_channels[n_dims - 1]
+    return np.array(rows, np.int64)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
