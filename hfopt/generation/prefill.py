@@ -74,21 +74,19 @@ class Prefill:
 
         Only for a cache of transformers, and an empty one: one of ours shares prompts by itself.
         """
-        model: Model = self._model
-        cache: Any = self.given
+        model, cache = self._model, self.given
         if self._copies == 1 or type(cache) is not DynamicCache or host.cached_length(cache) != 0:
             return None
-        if (
-            getattr(model, host.REORDER, None) is not None
-            or model.config.get_text_config() is not model.config
-        ):
+        is_text = model.config.get_text_config() is model.config
+        if not is_text or getattr(model, host.REORDER, None) is not None:
             return None
         thinned = None if model.training else one_row_per_prompt(inputs, self._copies)
         if thinned is None:
             return None
         outputs = model(**thinned)
         n_prompts = len(outputs.logits)
-        cache.reorder_cache(torch.arange(n_prompts).repeat_interleave(self._copies))
+        rows: Any = torch.arange(n_prompts).repeat_interleave(self._copies)
+        cache.reorder_cache(rows)
         return repeat_rows(outputs, n_prompts, self._copies)
 
     def _is_plain(self, inputs: dict[str, Any]) -> bool:
