@@ -1,0 +1,4 @@
+"""Building blocks for modelling code of one's own: modules that run in hfopt's kernels.
+
+Their names and signatures are those of `ipex.llm.modules`. `hfopt.optimize` needs none of them.
+"""
