@@ -21,7 +21,7 @@ def laid(tensor: Tensor, layout: str) -> Tensor:
     if layout == "steps":
         return torch.stack((tensor, torch.full_like(tensor, torch.nan)), -1)[..., 0]
     if layout == "turned":
-        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+        return tensor.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
     return tensor.clone()
 
 

@@ -162,7 +162,7 @@ def test_weights_are_shared_and_read_at_each_call() -> None:
     assert_near(found, _exact(block.linear, x.bfloat16()) + y.bfloat16().double())
 
 
-@pytest.mark.parametrize("copied", (copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))))  # noqa: S301
+@pytest.mark.parametrize("copied", (copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))))
 def test_copies_read_weights_of_their_own(copied: Callable[[Any], Any]) -> None:
     block, x = LinearSilu(_linear()), torch.randn(3, 24)
     block(x)
@@ -262,7 +262,11 @@ def test_other_dtypes_and_autocast() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     (
-        (lambda: LinearSilu(_linear())(torch.ones(3, 25)), InvalidInput, r"x has shape \(3, 25\): \[..., 24\]"),
+        (
+            lambda: LinearSilu(_linear())(torch.ones(3, 25)),
+            InvalidInput,
+            r"x has shape \(3, 25\): \[..., 24\]",
+        ),
         (lambda: LinearSilu(_linear())(torch.ones(())), InvalidInput, r"x has shape \(\)"),
         (lambda: LinearSilu(_linear())(torch.ones(3, 24).half()), InvalidInput, "x has dtype torch.float16"),
         (lambda: LinearSilu(_linear())([1.0]), TypeError, "x is a list"),
@@ -275,7 +279,11 @@ def test_other_dtypes_and_autocast() -> None:
         ),
         (lambda: LinearAdd(_linear())(torch.ones(3, 24), None), TypeError, "y is a NoneType"),
         (lambda: LinearSilu("linear"), TypeError, "linear is a str: a Linear is needed"),
-        (lambda: Linear2SiluMul(_linear(), nn.Linear(24, 41)), InvalidInput, "linear_s and linear_m have sizes"),
+        (
+            lambda: Linear2SiluMul(_linear(), nn.Linear(24, 41)),
+            InvalidInput,
+            "linear_s and linear_m have sizes",
+        ),
         (lambda: LinearAdd(_hooked())(torch.ones(3, 24), torch.ones(40)), InvalidInput, "y has shape"),
     ),
 )
