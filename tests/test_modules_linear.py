@@ -1,4 +1,4 @@
-"""Linears with what follows them: against float64, over all kinds of Linear, and where kernels must not pass over something."""
+"""Linears with what follows them: against float64, over all kinds of Linear, and where their modules have to be called."""
 
 import copy
 import pickle
@@ -251,7 +251,7 @@ def test_gradients() -> None:
 
 
 def test_other_dtypes_and_autocast() -> None:
-    linear, x = _linear(torch.float64), torch.randn(3, 24).double()  # type: ignore[arg-type]
+    linear, x = _linear(torch.float64), torch.randn(3, 24).double()
     torch.testing.assert_close(LinearSilu(linear)(x), F.silu(linear(x)))
     linear = _linear()
     with torch.autocast("cpu", torch.bfloat16):
@@ -278,7 +278,7 @@ def test_other_dtypes_and_autocast() -> None:
             "y has shape .* and dtype torch.float16",
         ),
         (lambda: LinearAdd(_linear())(torch.ones(3, 24), None), TypeError, "y is a NoneType"),
-        (lambda: LinearSilu("linear"), TypeError, "linear is a str: a Linear is needed"),
+        (lambda: LinearSilu("linear"), TypeError, "linear is a str: a Linear is needed"),  # type: ignore[arg-type]
         (
             lambda: Linear2SiluMul(_linear(), nn.Linear(24, 41)),
             InvalidInput,

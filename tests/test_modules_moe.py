@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from hfopt.errors import InvalidInput
 from hfopt.modules import GatedMLPMOE
@@ -115,24 +117,26 @@ def test_groups(scoring: str, bias: str, groups: int, kept: int, top_k: int, ren
 
 
 def test_routing_is_that_of_deepseek_v3() -> None:
-    from transformers import DeepseekV3Config
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
-
-    config = DeepseekV3Config(
-        **{"hidden_size": H, "moe_intermediate_size": INNER, "n_routed_experts": E, "n_group": 4},
-        **{"topk_group": 2, "num_experts_per_tok": 3, "n_shared_experts": 1, "routed_scaling_factor": 1.0},
-    )
-    if not hasattr(theirs.DeepseekV3MoE(config), "route_tokens_to_experts"):
-        pytest.skip("this release routes in the module of the gate")
-    block = theirs.DeepseekV3MoE(config)
-    bias, logits = torch.rand(E), torch.randn(7, E)
-    block.gate.e_score_correction_bias.copy_(bias)
-    experts, weights = block.route_tokens_to_experts(logits)
-    (w13, w2), x = _weights(), torch.randn(7, H)
+    sizes: dict[str, Any] = {"n_routed_experts": E, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
+    config = DeepseekV3Config(hidden_size=H, routed_scaling_factor=1.0, norm_topk_prob=True, **sizes)
+    router: Any = DeepseekV3TopkRouter(config)
+    bias, weight, x = torch.rand(E), torch.randn(E, H), torch.randn(7, H)
+    with torch.no_grad():
+        router.e_score_correction_bias.copy_(bias)
+        router.weight.copy_(weight)
+        # releases put them in another order
+        chosen = [each for each in router(x) if each.shape == (7, 3)]
+    weights, experts = sorted(chosen, key=lambda each: not each.is_floating_point())
+    w13, w2 = _weights()
     found = GatedMLPMOE(w13, w2)(
-        x, True, 3, logits, True, 2, 4, scoring_func="sigmoid", e_score_correction_bias=bias
+        *(x, True, 3, F.linear(x, weight), True, 2, 4), scoring_func="sigmoid", e_score_correction_bias=bias
     )
     assert_near(found, _exact(x, w13, w2, weights, experts))
+
+
+def test_scores_that_vanish() -> None:
+    moe, logits = GatedMLPMOE(*_weights()), torch.full((2, E), -200.0)
+    assert not moe(torch.randn(2, H), False, 2, logits, True, scoring_func="sigmoid").any()
 
 
 # ---- a function of one's own -------------------------------------------------------------------------------------------
@@ -255,7 +259,7 @@ def test_wrong_arguments(x: Tensor, change: dict[str, Any], message: str) -> Non
             InvalidInput,
             "W3 has shape",
         ),
-        (lambda: GatedMLPMOE([1.0], torch.ones(2, 4, 3)), TypeError, "W13 is a list"),
+        (lambda: GatedMLPMOE([1.0], torch.ones(2, 4, 3)), TypeError, "W13 is a list"),  # type: ignore[arg-type]
     ),
 )
 def test_wrong_weights(make: Callable[[], Any], error: type[Exception], message: str) -> None:

@@ -235,7 +235,9 @@ def test_queries_and_keys(
     positions = torch.randint(0, 50, around) if ids else None
     at = torch.arange(6) if positions is None else positions
     shape = (-1, 6, SIZE // 2)
-    exact_angles = [torch.cat((each, each), -1) for each in (cos[at].view(shape), sin[at].view(shape))]
+    exact_cos, exact_sin = (
+        torch.cat((each, each), -1) for each in (cos[at].view(shape), sin[at].view(shape))
+    )
     if whole:
         sin, cos = (
             torch.cat((each, each), -1) if half else each.repeat_interleave(2, -1) for each in (sin, cos)
@@ -247,7 +249,7 @@ def test_queries_and_keys(
     assert found[0] is given[0] and found[1] is given[1]
     for ours, before in zip(found, (query, key), strict=True):
         heads = before.view(-1, 6, *before.shape[-2:])
-        exact = _turned(heads, *exact_angles, "half" if half else "interleaved")
+        exact = _turned(heads, exact_cos, exact_sin, "half" if half else "interleaved")
         assert_near(ours, exact.view(before.shape))
     if layout == "fused":
         around_it = given[0]._base
