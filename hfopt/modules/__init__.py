@@ -1,0 +1,35 @@
+"""Building blocks for modelling code of one's own: modules that run in hfopt's kernels.
+
+Their names and signatures are those of `ipex.llm.modules`. `hfopt.optimize` needs none of them.
+"""
+
+from hfopt.modules.linear import (
+    Linear2SiluMul,
+    LinearAdd,
+    LinearAddAdd,
+    LinearGelu,
+    LinearMul,
+    LinearNewGelu,
+    LinearRelu,
+    LinearSilu,
+    LinearSiluMul,
+)
+from hfopt.modules.moe import GatedMLPMOE
+from hfopt.modules.norm import FastLayerNorm, RMSNorm
+from hfopt.modules.rotary import RotaryEmbedding
+
+__all__ = [
+    "FastLayerNorm",
+    "GatedMLPMOE",
+    "Linear2SiluMul",
+    "LinearAdd",
+    "LinearAddAdd",
+    "LinearGelu",
+    "LinearMul",
+    "LinearNewGelu",
+    "LinearRelu",
+    "LinearSilu",
+    "LinearSiluMul",
+    "RMSNorm",
+    "RotaryEmbedding",
+]
