@@ -22,11 +22,23 @@ PUBLIC |= {f"modules.{name}": getattr(modules, name) for name in modules.__all__
 OPERATIONS = (
     "add_layer_norm",
     "add_rms_norm",
+    "bgmv_expand",
+    "bgmv_expand_slice",
+    "bgmv_shrink",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "fast_layer_norm",
     "gelu_mul",
+    "indirect_access_kv_cache_attention",
     "rms_norm",
     "rotary_embedding",
+    "selective_scan",
+    "selective_state_update",
+    "sgmv_expand",
+    "sgmv_expand_slice",
+    "sgmv_shrink",
     "silu_mul",
+    "varlen_attention",
 )
 PUBLIC |= {f"functional.{name}": getattr(functional, name) for name in OPERATIONS}
 PUBLIC = {name: thing for name, thing in PUBLIC.items() if not is_exception(thing)}

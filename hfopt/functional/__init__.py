@@ -7,11 +7,20 @@ Forward only: results carry no gradients. Tensors that a kernel cannot work on r
 from .activation import ACTIVATIONS
 from .add_norm import add_layer_norm, add_rms_norm
 from .attention import Mask, attend, prepare_mask
+from .causal_conv import causal_conv1d, causal_conv1d_update
 from .choice import Kernels
 from .epilogue import Epilogue
 from .gated import activated_product, gelu_mul, silu_mul
 from .limit import clamp, softcap
 from .linear import LinearWeights, Weights, linear
+from .lora import (
+    bgmv_expand,
+    bgmv_expand_slice,
+    bgmv_shrink,
+    sgmv_expand,
+    sgmv_expand_slice,
+    sgmv_shrink,
+)
 from .mixed import MixedWeights
 from .norm import Norm, fast_layer_norm, layer_norm, norm, norm_heads, rms_norm
 from .quantized import QuantizedWeights, quantized_linear
@@ -20,6 +29,7 @@ from .rotary_embedding import rotary_embedding
 from .sampling import argmax, log_softmax_top_k
 from .scale import scale
 from .scoring import Scoring
+from .selective_scan import selective_scan, selective_state_update
 from .xielu import Xielu, xielu
 
 __all__ = [
@@ -39,6 +49,11 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "attend",
+    "bgmv_expand",
+    "bgmv_expand_slice",
+    "bgmv_shrink",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "clamp",
     "fast_layer_norm",
     "gelu_mul",
@@ -54,6 +69,11 @@ __all__ = [
     "rotate",
     "rotate_and_store",
     "scale",
+    "selective_scan",
+    "selective_state_update",
+    "sgmv_expand",
+    "sgmv_expand_slice",
+    "sgmv_shrink",
     "silu_mul",
     "softcap",
     "xielu",

@@ -14,6 +14,7 @@ from hfopt.modules.linear import (
     LinearSilu,
     LinearSiluMul,
 )
+from hfopt.modules.mamba_mixer import MambaMixer
 from hfopt.modules.moe import GatedMLPMOE
 from hfopt.modules.norm import FastLayerNorm, RMSNorm
 from hfopt.modules.rotary import RotaryEmbedding
@@ -30,6 +31,7 @@ __all__ = [
     "LinearRelu",
     "LinearSilu",
     "LinearSiluMul",
+    "MambaMixer",
     "RMSNorm",
     "RotaryEmbedding",
 ]
