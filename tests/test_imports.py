@@ -30,6 +30,7 @@ IMPORTS: dict[str, set[str]] = {
     "console": {"cache", "errors", "host", "quantization", "words"},
     "functional": {"cache", "errors", "kernels", "machine", "quantization", "words"},
     "generation": {"cache", "errors", "functional", "host", "machine", "progress", "words"},
+    "modules": {"errors", "functional"},
     "patches": {"cache", "errors", "functional", "host", "quantization", "words"},
     "program": {"cache", "errors", "functional", "host", "kernels", "patches", "words"},
     "cli": {"bench", "console", "errors", "functional", "generation", "host", "kernels", "machine"},
