@@ -30,6 +30,7 @@ from .sampling import argmax, log_softmax_top_k
 from .scale import scale
 from .scoring import Scoring
 from .selective_scan import selective_scan, selective_state_update
+from .varlen import varlen_attention
 from .xielu import Xielu, xielu
 
 __all__ = [
@@ -76,5 +77,6 @@ __all__ = [
     "sgmv_shrink",
     "silu_mul",
     "softcap",
+    "varlen_attention",
     "xielu",
 ]

@@ -17,7 +17,9 @@ from hfopt.modules.linear import (
 from hfopt.modules.mamba_mixer import MambaMixer
 from hfopt.modules.moe import GatedMLPMOE
 from hfopt.modules.norm import FastLayerNorm, RMSNorm
+from hfopt.modules.paged import PagedAttention
 from hfopt.modules.rotary import RotaryEmbedding
+from hfopt.modules.varlen import VarlenAttention
 
 __all__ = [
     "FastLayerNorm",
@@ -32,6 +34,8 @@ __all__ = [
     "LinearSilu",
     "LinearSiluMul",
     "MambaMixer",
+    "PagedAttention",
     "RMSNorm",
     "RotaryEmbedding",
+    "VarlenAttention",
 ]
