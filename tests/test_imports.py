@@ -29,6 +29,7 @@ IMPORTS: dict[str, set[str]] = {
     "checkpoints": {"errors", "host", "machine", "patches", "quantization", "words"},
     "console": {"cache", "errors", "host", "quantization", "words"},
     "functional": {"cache", "errors", "kernels", "machine", "quantization", "words"},
+    "modules": {"functional"},
     "generation": {"cache", "errors", "functional", "host", "machine", "progress", "words"},
     "patches": {"cache", "errors", "functional", "host", "quantization", "words"},
     "program": {"cache", "errors", "functional", "host", "kernels", "patches", "words"},

@@ -12,7 +12,7 @@ from hfopt.cache import Appended
 from hfopt.cache.storage import Layout, bits
 from hfopt.errors import InvalidInput
 
-from .attention import Mask, attend, prepare_mask, read_back
+from .attention import Mask, attend, prepare_mask
 from .beam_past import (
     LayerPast,
     appended_to,
@@ -21,6 +21,7 @@ from .beam_past import (
     check_memory,
     check_text_max_length,
     first_past,
+    gathered,
     joined,
     opened,
     reading_of,
@@ -107,8 +108,8 @@ def indirect_access_kv_cache_attention(
     length = _length_of(seq_info, layer_past)
     if length == _CROSS:
         appended, past = _crossed(query, layer_past)
-        scores = _scores_of(attention_mask, alibi, False, query, appended.prefix_len)
-        return _attended(query, appended, scores, scale), None, past
+        scores = _scores_of(attention_mask, alibi, scale, False, query, appended.prefix_len)
+        return _attended(query, appended, scores), None, past
 
     layout = _check_new(query, key, value)
     n_given, n_new = query.shape[:2]
@@ -117,29 +118,30 @@ def indirect_access_kv_cache_attention(
     else:
         now = first_past(_n_rows_of(layer_past, n_given), n_given, n_new, layout, text_max_length)
     reading = reading_of(now, n_given, n_new)
-    scores = _scores_of(attention_mask, alibi, add_casual_mask, query, length + n_new)
+    scores = _scores_of(attention_mask, alibi, scale, add_casual_mask, query, length + n_new)
     past, appended = appended_to(now, reading, key, value, text_max_length)
-    return _attended(query, appended, scores, scale), None, past
+    return _attended(query, appended, scores), None, past
 
 
 class _Scores(NamedTuple):
-    """What becomes of scores: keys that are hidden and slopes, or a bias."""
+    """What becomes of products: some keys are hidden, or all have a bias."""
 
+    scoring: Scoring
     mask: Mask
-    slopes: Tensor | None = None
     bias: Tensor | None = None  # float32, for [rows, n_heads, n_new, n_keys]
 
 
-def _attended(query: Tensor, appended: Appended, scores: _Scores, scale: float) -> Tensor:
-    n_rows, _, n_heads, head_dim = query.shape
+def _attended(query: Tensor, appended: Appended, scores: _Scores) -> Tensor:
+    n_heads, head_dim = query.shape[2:]
     n_kv_heads = appended.prefix.shape[2]
     if scores.bias is not None:
-        keys, values = read_back(appended, n_rows, query.dtype)
-        heads = query.transpose(1, 2), keys, values
-        out = F.scaled_dot_product_attention(*heads, attn_mask=scores.bias, scale=scale, enable_gqa=True)
+        heads = query.transpose(1, 2), *gathered(appended, query.dtype)
+        out = F.scaled_dot_product_attention(
+            *heads, attn_mask=scores.bias, scale=scores.scoring.scale, enable_gqa=True
+        )
         return out.masked_fill((scores.bias == -math.inf).all(-1, keepdim=True), 0)
     q = query.detach().contiguous().flatten(2)
-    out = attend(q, appended, scores.mask, Scoring(scale, slopes=scores.slopes), n_heads, n_kv_heads, head_dim)
+    out = attend(q, appended, scores.mask, scores.scoring, n_heads, n_kv_heads, head_dim)
     return out.unflatten(-1, (n_heads, head_dim)).transpose(1, 2)
 
 
@@ -160,17 +162,23 @@ def _length_of(seq_info: int | Tensor | None, layer_past: LayerPast | None) -> i
     """Tokens of the past, or `_CROSS`."""
     if layer_past is not None:
         if not isinstance(layer_past, tuple | list) or len(layer_past) != 4:
-            raise InvalidInput("layer_past is no (carrier, key_cache, value_cache, beam_idx): such is needed, or None")
+            raise InvalidInput(
+                "layer_past is no (carrier, key_cache, value_cache, beam_idx): such is needed, or None"
+            )
         if not isinstance(layer_past[0], Tensor) or layer_past[0].ndim < 2:
-            raise InvalidInput("layer_past[0] is no tensor whose size(-2) is a number of tokens: one is needed")
+            raise InvalidInput(
+                "layer_past[0] is no tensor whose size(-2) is a number of tokens: one is needed"
+            )
     length = 0 if layer_past is None else layer_past[0].size(-2)
     if seq_info is not None:
         try:
             length = int(seq_info)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidInput(f"seq_info is {seq_info!r}: a number of tokens or -1 is needed") from error
-    if length < (0 if layer_past is None else _CROSS) or (layer_past is None and length):
-        raise InvalidInput(f"seq_info is {length}: the tokens of layer_past are needed, or -1 for cross attention")
+    if length < _CROSS or (layer_past is None and length > 0):
+        raise InvalidInput(
+            f"seq_info is {length}: the tokens of layer_past are needed, or -1 for cross attention"
+        )
     return length
 
 
@@ -195,7 +203,9 @@ def _n_rows_of(layer_past: LayerPast | None, n_prompts: int) -> int:
     check_beam_idx(layer_past[3])
     n_rows = layer_past[3].shape[1]
     if n_rows % n_prompts:
-        raise InvalidInput(f"query has {n_prompts} rows: a divisor of the {n_rows} columns of beam_idx is needed")
+        raise InvalidInput(
+            f"query has {n_prompts} rows: a divisor of the {n_rows} columns of beam_idx is needed"
+        )
     return n_rows
 
 
@@ -205,11 +215,10 @@ def _crossed(query: Tensor, layer_past: LayerPast | None) -> tuple[Appended, Lay
         raise InvalidInput("layer_past is None: cross attention reads its caches")
     carrier, key_cache, value_cache, beam_idx = layer_past
     n_rows, n_new, n_heads, head_dim = query.shape
-    check_floats_4d("key_cache", key_cache, query.dtype)
-    shape = n_rows, *key_cache.shape[1:3], head_dim
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         check_floats_4d(name, cache, query.dtype)
-        check_shape(name, cache, shape)
+        check_shape(name, cache, (n_rows, *key_cache.shape[1:3], head_dim))
+    shape = key_cache.shape
     if n_heads % shape[2]:
         raise InvalidInput(f"key_cache has {shape[2]} heads: a divisor of the {n_heads} of query is needed")
     buffer = joined(key_cache.transpose(1, 2), value_cache.transpose(1, 2))
@@ -223,7 +232,12 @@ def _crossed(query: Tensor, layer_past: LayerPast | None) -> tuple[Appended, Lay
 
 
 def _scores_of(
-    attention_mask: Tensor | None, alibi: Tensor | None, causal: bool, query: Tensor, n_keys: int
+    attention_mask: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    causal: bool,
+    query: Tensor,
+    n_keys: int,
 ) -> _Scores:
     """What masks and alibi make of scores. Raises `InvalidInput`."""
     n_rows, n_new, n_heads, _ = query.shape
@@ -236,6 +250,7 @@ def _scores_of(
         slopes = alibi
     elif alibi is not None:
         bias = _fitting("alibi", _in_four(alibi, n_rows, n_heads), shape)
+    scoring = Scoring(scale, slopes=slopes)
     seen = None if mask is None else _seen_by(mask)
     order = None
     if causal and n_new > 1:
@@ -243,9 +258,10 @@ def _scores_of(
     # attention of ours is over the new tokens too
     if bias is None and (mask is None or seen is not None) and n_new <= n_keys:
         if seen is None:
-            return _Scores(Mask("none") if order is None else prepare_mask(None, n_rows, n_new, n_keys), slopes)
+            return _Scores(scoring, Mask("none" if order is None else "causal"))
         seen = seen.expand(-1, -1, n_new, n_keys)
-        return _Scores(prepare_mask(seen if order is None else seen & order, n_rows, n_new, n_keys), slopes)
+        seen = seen if order is None else seen & order
+        return _Scores(scoring, prepare_mask(seen, n_rows, n_new, n_keys))
 
     total = torch.zeros(1, 1, n_new, n_keys)
     for each in (mask, bias):
@@ -254,7 +270,7 @@ def _scores_of(
     if slopes is not None:
         away = torch.arange(n_keys) - torch.arange(n_keys - n_new, n_keys)[:, None]
         total = total + slopes[:, None, None] * away
-    return _Scores(Mask("none"), bias=total if order is None else total.masked_fill_(~order, -math.inf))
+    return _Scores(scoring, Mask("none"), total if order is None else total.masked_fill_(~order, -math.inf))
 
 
 def _fitting(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
