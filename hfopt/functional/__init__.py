@@ -11,6 +11,7 @@ from .causal_conv import causal_conv1d, causal_conv1d_update
 from .choice import Kernels
 from .epilogue import Epilogue
 from .gated import activated_product, gelu_mul, silu_mul
+from .indirect import indirect_access_kv_cache_attention
 from .limit import clamp, softcap
 from .linear import LinearWeights, Weights, linear
 from .lora import (
@@ -58,6 +59,7 @@ __all__ = [
     "clamp",
     "fast_layer_norm",
     "gelu_mul",
+    "indirect_access_kv_cache_attention",
     "layer_norm",
     "linear",
     "log_softmax_top_k",

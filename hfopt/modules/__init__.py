@@ -3,6 +3,7 @@
 Their names and signatures are those of `ipex.llm.modules`. `hfopt.optimize` needs none of them.
 """
 
+from hfopt.modules.indirect import IndirectAccessKVCacheAttention
 from hfopt.modules.linear import (
     Linear2SiluMul,
     LinearAdd,
@@ -24,6 +25,7 @@ from hfopt.modules.varlen import VarlenAttention
 __all__ = [
     "FastLayerNorm",
     "GatedMLPMOE",
+    "IndirectAccessKVCacheAttention",
     "Linear2SiluMul",
     "LinearAdd",
     "LinearAddAdd",
