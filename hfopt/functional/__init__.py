@@ -7,6 +7,7 @@ Forward only: results carry no gradients. Tensors that a kernel cannot work on r
 from .activation import ACTIVATIONS
 from .attention import Mask, attend, prepare_mask
 from .choice import Kernels
+from .deltas import Delta, DeltaTables, activate, add_deltas, check_deltas, pieces_of
 from .epilogue import Epilogue
 from .limit import clamp, softcap
 from .linear import LinearWeights, Weights, linear
@@ -21,6 +22,8 @@ from .xielu import Xielu, xielu
 
 __all__ = [
     "ACTIVATIONS",
+    "Delta",
+    "DeltaTables",
     "Epilogue",
     "Kernels",
     "LinearWeights",
@@ -31,14 +34,18 @@ __all__ = [
     "Scoring",
     "Weights",
     "Xielu",
+    "activate",
+    "add_deltas",
     "argmax",
     "attend",
+    "check_deltas",
     "clamp",
     "layer_norm",
     "linear",
     "log_softmax_top_k",
     "norm",
     "norm_heads",
+    "pieces_of",
     "prepare_mask",
     "quantized_linear",
     "rms_norm",

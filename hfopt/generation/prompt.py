@@ -31,7 +31,8 @@ def share_prompts(
         cache.copies = 1  # `forward` was called past the hooks: every row has keys of its own
         return None
     thinned = None
-    if not (args or module.training or torch.compiler.is_compiling()):
+    # rows with adapters of their own are counted by those
+    if not (args or module.training or torch.compiler.is_compiling() or host.have_own_adapters(module)):
         thinned = _one_row_per_prompt(kwargs, cache)
     if thinned is not None:
         return args, thinned

@@ -43,8 +43,13 @@ def _needs_grad(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 def is_bare(module: nn.Module) -> bool:
     """Whether a call is nothing but the class's `forward` in evaluation mode, so that it may be bypassed."""
+    return not module.__dict__["_forward_pre_hooks"] and is_bare_inside(module)
+
+
+def is_bare_inside(module: nn.Module) -> bool:
+    """The same, whatever may change the arguments of the call."""
     state = module.__dict__
-    if state["training"] or "_hf_hook" in state or state["_forward_pre_hooks"]:
+    if state["training"] or "_hf_hook" in state:
         return False
     if "forward" in state and has_own_forward(module):
         return False

@@ -8,7 +8,8 @@ from torch import nn
 from hfopt.errors import InvalidInput
 from hfopt.functional import LinearWeights, MixedWeights, QuantizedWeights, Weights
 from hfopt.functional.linear import Rows
-from hfopt.host import Conv1D, by_outputs, is_linear_class
+from hfopt.host import Conv1D, base_layer, by_outputs, is_linear_class
+from hfopt.patches.adapters import AdaptedWeights
 from hfopt.patches.guards import is_bare
 from hfopt.patches.quantized import QuantizedLinear, read_quantized
 from hfopt.patches.replacement import Record, Replacement, original_class
@@ -20,6 +21,11 @@ def is_linear(module: nn.Module | None) -> bool:
         return False
     kind: Any = original_class(module)
     return kind in (QuantizedLinear, Conv1D) or is_linear_class(kind)
+
+
+def is_read_as_linear(module: nn.Module | None) -> bool:
+    """Whether the module is such a Linear, or one with adapters around it."""
+    return module is not None and is_linear(base_layer(module))
 
 
 def lay_by_outputs(linear: Any) -> bool:
@@ -77,13 +83,16 @@ def _read_floats(record: Record, role: str, linears: Sequence[Any], rows: Rows) 
 
 
 def read_children(module: Replacement, role: str, names: Sequence[str], rows: Rows = ()) -> Weights | None:
-    """The weights of these children, or None if one has to be called itself (an adapter, a hook); without names those of
-    the module itself."""
+    """The weights of these children, or None if one has to be called itself (a hook, an adapter of an unknown kind); without
+    names those of the module itself."""
     if not names:
         return read_weights(module._hfopt, role, (module,), rows)
     children = module._modules
-    linears = [children[name] for name in names]
+    given: list[Any] = [children[name] for name in names]
+    linears = [each if each is None else base_layer(each) for each in given]
     for linear in linears:
-        if not is_linear(linear) or not is_bare(linear):  # type: ignore[arg-type]
+        if not is_linear(linear) or not is_bare(linear):
             return None
-    return read_weights(module._hfopt, role, linears, rows)
+    found = read_weights(module._hfopt, role, linears, rows)
+    layers = tuple(None if each is base else each for each, base in zip(given, linears, strict=True))
+    return found if found is None or layers == (None,) * len(layers) else AdaptedWeights(found, layers, rows)
