@@ -33,7 +33,17 @@ IMPORTS: dict[str, set[str]] = {
     "patches": {"cache", "errors", "functional", "host", "quantization", "words"},
     "program": {"cache", "errors", "functional", "host", "kernels", "patches", "words"},
     "cli": {"bench", "console", "errors", "functional", "generation", "host", "kernels", "machine"},
-    "report": {"errors", "functional", "generation", "machine", "model_proof", "patches", "program", "words"},
+    "report": {
+        "errors",
+        "functional",
+        "generation",
+        "host",
+        "machine",
+        "model_proof",
+        "patches",
+        "program",
+        "words",
+    },
     "load": {
         "cache",
         "calibration",

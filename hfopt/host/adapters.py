@@ -39,6 +39,19 @@ class AdapterState(NamedTuple):
     active: Names
 
 
+class Adapter(NamedTuple):
+    """One of a model's: the ranks of its matrices, and whether it is added where rows have none of their own."""
+
+    name: str
+    ranks: tuple[int, ...]
+    is_active: bool
+
+    def __str__(self) -> str:
+        least, most = min(self.ranks), max(self.ranks)
+        rank = f"rank {least}" if least == most else f"ranks {least} to {most}"
+        return f"{self.name} ({rank}{', active' if self.is_active else ''})"
+
+
 class AdapterModules(NamedTuple):
     """scaling B(A(dropout(x))), as modules."""
 
@@ -84,11 +97,15 @@ def _adds_products(module: Any) -> bool:
     def each_of(make: Callable[[], nn.Module]) -> nn.ModuleDict:
         return nn.ModuleDict({name: make() for name in ("one", "two")})
 
-    kind = type(module)
+    kind: Any = type(module)
     try:
-        twin: Any = kind.__new__(kind)
+        twin = kind.__new__(kind)
         vars(twin).update(vars(module))
-        made = {_BASE: linear(5, 3), _A: each_of(lambda: linear(5, 2)), _B: each_of(lambda: linear(2, 3))}
+        made: dict[str, Any] = {
+            _BASE: linear(5, 3),
+            _A: each_of(lambda: linear(5, 2)),
+            _B: each_of(lambda: linear(2, 3)),
+        }
         made[_DROPOUT] = each_of(nn.Identity)
         others = {name: type(child)() for name, child in module._modules.items() if name not in made}
         vars(twin).update(_modules={**others, **made}, training=False)
@@ -140,6 +157,20 @@ def adapter_parts(module: Any) -> Iterator[nn.Module]:
 def adapter_names(module: Any) -> Names:
     """Of an adapted layer, in its order."""
     return tuple(module._modules[_A]._modules)
+
+
+def adapters_in(model: Any) -> tuple[Adapter, ...]:
+    """Those of all adapted layers of a model."""
+    ranks: dict[str, set[int]] = {}
+    active: set[str] = set()
+    for layer in filter(is_adapted, model.modules()):
+        for name, a in layer._modules[_A]._modules.items():
+            ranks.setdefault(name, set()).add(a.out_features)
+        state = layer.__dict__
+        if not state[_DISABLED] and not state[_MERGED]:
+            names = state[_ACTIVE]
+            active |= {names} if isinstance(names, str) else set(names)
+    return tuple(Adapter(name, tuple(sorted(each)), name in active) for name, each in ranks.items())
 
 
 def named_rows(module: Any) -> Names | None:

@@ -89,7 +89,7 @@ def read_children(module: Replacement, role: str, names: Sequence[str], rows: Ro
         return read_weights(module._hfopt, role, (module,), rows)
     children = module._modules
     given: list[Any] = [children[name] for name in names]
-    linears = [each if each is None else base_layer(each) for each in given]
+    linears: list[Any] = [each if each is None else base_layer(each) for each in given]
     for linear in linears:
         if not is_linear(linear) or not is_bare(linear):
             return None

@@ -38,10 +38,11 @@ class Watch:
         self._model_then = _look(model)
         modules = list(model.modules())[1:]
         # what adapters add is read in each request
-        self._adapted = [_AdaptedLayer(each) for each in modules if is_adapted(each)]
-        left_out = {id(part) for each in self._adapted for part in (each.layer, *adapter_parts(each.layer))}
+        adapted = [_AdaptedLayer(each) for each in modules if is_adapted(each)]
+        left_out = {id(part) for each in adapted for part in (each.layer, *adapter_parts(each.layer))}
         modules = [each for each in modules if id(each) not in left_out]
-        self._moving = [_Moving(each, rewritten(each)) for each in modules if rewritten(each)]
+        moving = [_Moving(each, rewritten(each)) for each in modules if rewritten(each)]
+        self._alone: list[_Moving | _AdaptedLayer] = [*moving, *adapted]
         modules = [each for each in modules if not rewritten(each)]
         size = max(-(-len(modules) // _PARTS), 1)
         self._parts = [_Part(modules[first : first + size]) for first in range(0, len(modules), size)]
@@ -70,7 +71,7 @@ class Watch:
         model = self._model()  # None for the watch of a shallow copy, whose original is gone
         if model is None or _look(model) != self._model_then:
             return False
-        return next(self._turns).holds() and all(each.holds() for each in (*self._moving, *self._adapted))
+        return next(self._turns).holds() and all(each.holds() for each in self._alone)
 
     def holds(self) -> bool:
         """Whether nothing of this has changed since."""
@@ -79,7 +80,7 @@ class Watch:
             model is not None
             and _look(model) == self._model_then
             and self._all.holds()
-            and all(each.holds() for each in (*self._moving, *self._adapted))
+            and all(each.holds() for each in self._alone)
             and self._own_attributes.hold([vars(model)])
             and all(attributes.hold(states) for attributes, states in self._attributes)
             and self._contents.hold()
