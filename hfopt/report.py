@@ -38,8 +38,8 @@ class Report:
     that cannot run in kernels as they are now, and why. cores: that threads fit in. kernels: the argument of `optimize`.
     window: tokens of the shortest window of a layer, if texts may be longer. choices: what "auto" takes for this
     model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and values are cached as floats all the same,
-    or None. quantized: Linears with packed weights. left: those that
-    `quantization` left as they are, and why. adapters: of LoRA around Linears. advice: in words, which dtype would be faster, and at what cost; or None.
+    or None. quantized: Linears with packed weights. left: those that `quantization` left as they are, and why. adapters: of
+    LoRA, around Linears. advice: in words, which dtype would be faster, and at what cost; or None.
 
     Example:
         >>> import hfopt

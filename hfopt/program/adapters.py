@@ -20,6 +20,7 @@ from hfopt.program.run import Run, prefill
 
 if TYPE_CHECKING:
     from hfopt.cache import AppendedEverywhere, Layout
+    from hfopt.program.listing import Listing
     from hfopt.program.program import Program
 
 
@@ -79,6 +80,10 @@ class AdaptedProgram:
         except Unreadable:
             return False
         return now == self.choice.places[place]
+
+    @property
+    def listing(self) -> Listing:
+        return self.program.listing
 
     @property
     def layouts(self) -> Sequence[Layout]:
