@@ -78,12 +78,12 @@ def headline(figures: Figures) -> Iterator[str]:
             seconds(row_of(figures, name)["stock"]["seconds"]),
             f"**{seconds(row_of(figures, name)['optimized']['seconds'])}**",
             f"**{row_of(figures, name)['ratio']:.1f} ×**",
-            f"{run_of(figures, name)}",
+            versions(figures["runs"][run_of(figures, name) - 1])["transformers"],
         ]
         for name, words in _HEADLINE.items()
         if name in measured(figures)
     ]
-    head = ["Llama-3.2-1B shape, 512 prompt tokens", "stock transformers", "hfopt", "", "run"]
+    head = ["Llama-3.2-1B shape, 512 prompt tokens", "stock", "hfopt", "", "transformers"]
     yield from table(head, rows, right=(1, 2, 3, 4))
 
 
@@ -119,12 +119,29 @@ def runs(figures: Figures) -> Iterator[str]:
         yield f"{number}. {described(run)}"
 
 
+def machine(figures: Figures) -> Iterator[str]:
+    """The machine of the runs, in a sentence for the README."""
+    machines = {
+        f"{run['configuration']['cpu']} ({run['configuration']['cpu path']})" for run in figures["runs"]
+    }
+    cores = figures["runs"][0]["configuration"]["cores"]
+    days = sorted(run["date"] for run in figures["runs"])
+    yield (
+        f"Random weights on {' and '.join(sorted(machines))}, {cores}; stock and hfopt in turn in one process, "
+        f"{days[0]} to {days[-1]}."
+    )
+
+
+def versions(run: Figures) -> dict[str, str]:
+    """Versions of packages by name."""
+    words = run["configuration"]["versions"].split()
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
 def described(run: Figures) -> str:
     """Day, machine, versions and command of a run."""
-    machine = run["configuration"]
-    words = machine["versions"].split()
-    versions = dict(zip(words[::2], words[1::2], strict=True))
-    named = ", ".join(f"{name} {versions[name]}" for name in _VERSIONS if name in versions)
+    machine, known = run["configuration"], versions(run)
+    named = ", ".join(f"{name} {known[name]}" for name in _VERSIONS if name in known)
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     return (
         f"{run['date']}, {machine['cpu']} ({machine['cpu path']}), {machine['cores']}, {threads}, {named}: "
@@ -173,6 +190,7 @@ PLACES: dict[str, Callable[[Figures], Iterator[str]]] = {
     "headline": headline,
     "rows": everything,
     "runs": runs,
+    "machine": machine,
     "formats": formats,
     "growth": growth,
 }

@@ -1,4 +1,4 @@
-"""README and pages under docs/: their code runs, their figures are those of docs/figures.json, their links lead somewhere."""
+"""README and pages under docs/: their code runs, their figures are those of docs/figures.json, their links lead on."""
 
 import importlib.util
 import json
