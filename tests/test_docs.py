@@ -95,3 +95,22 @@ def test_the_site_builds(tmp_path: Path) -> None:
     )
     assert finished.returncode == 0, finished.stderr
     assert "Examples" in (tmp_path / "reference" / "hfopt" / "index.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("nbclient") is None, reason="needs the extra docs")
+def test_the_notebook_runs() -> None:
+    import nbformat
+
+    from scripts import notebook
+
+    before = nbformat.read(notebook.NOTEBOOK, as_version=4)
+    assert all(cell.outputs for cell in before.cells if cell.cell_type == "code"), "run scripts/notebook.py"
+    after = notebook.executed(before)
+    plots = [
+        output
+        for cell in after.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(plots) == 4
