@@ -14,13 +14,13 @@ import torch
 
 from hfopt.functional import Epilogue
 from hfopt.host import ROLES, Features
+from hfopt.modules.weights import is_linear
 from hfopt.patches.activation import match_activation
 from hfopt.patches.attention import Attention, Given
 from hfopt.patches.block import Block
 from hfopt.patches.families.family import InputParts, LayerParts, Topology
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern, has_children, owned, unknown_parts
-from hfopt.patches.weights import is_linear
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import torch
 from hfopt.functional import Epilogue
 from hfopt.functional.linear import Rows
 from hfopt.host import Features
+from hfopt.modules.guards import DO_NOTHING
+from hfopt.modules.weights import is_linear
 from hfopt.patches.activation import match_activation
 from hfopt.patches.block import Block
 from hfopt.patches.families.family import MlpParts
-from hfopt.patches.guards import DO_NOTHING
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern, has_children, owned, takes_only
-from hfopt.patches.weights import is_linear
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from hfopt.host import Features
+from hfopt.modules.weights import is_linear
 from hfopt.patches.activation import match_activation
 from hfopt.patches.block import Block
 from hfopt.patches.families.family import TransformParts
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern, has_children, owned, takes_only
-from hfopt.patches.weights import is_linear
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ from transformers import PreTrainedModel
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Kernels
 from hfopt.host import Conv1D
+from hfopt.modules.guards import is_bare
+from hfopt.modules.weights import is_linear, original_class
 from hfopt.patches.facts import INDICES
-from hfopt.patches.guards import is_bare
 from hfopt.patches.pattern import Pattern, Spec, obstacle
 from hfopt.patches.patterns import PATTERNS
 from hfopt.patches.probe import Proof, prove
-from hfopt.patches.replacement import Record, Replacement, is_swapped, original_class, swap, unswap
+from hfopt.patches.replacement import Record, Replacement, is_swapped, swap, unswap
 from hfopt.patches.scene import TABLE
-from hfopt.patches.weights import is_linear, lay_by_inputs, lay_by_outputs
+from hfopt.patches.weights import lay_by_inputs, lay_by_outputs
 
 logger = logging.getLogger(__name__)
 
