@@ -9,6 +9,7 @@ are those of LlamaForCausalLM.generate. Change what you like: each class below i
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,12 +20,14 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 import hfopt
 from hfopt.modules import IndirectAccessKVCacheAttention, Linear2SiluMul, LinearAdd, RMSNorm, RotaryEmbedding
 
+Weights = dict[str, Tensor]
+LayerPast = tuple[Tensor, Tensor, Tensor, Tensor]
 NEVER = -1e9  # the score of what is not to be chosen
 
 # ── Reading a checkpoint ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def read(folder: Path, dtype: torch.dtype) -> Weights:
     """All tensors of a checkpoint by their names; large ones lie in several files, which an index lists."""
     index = folder / "model.safetensors.index.json"
     files = {"model.safetensors"}
@@ -35,9 +38,10 @@ def read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def linear(weights: dict[str, Tensor], *names: str) -> nn.Linear:
+def linear(weights: Weights, *names: str) -> nn.Linear:
     """The projections `names` as one, whose outputs stand side by side."""
-    weight = torch.cat([weights[f"{name}.weight"] for name in names])
+    first, *others = (weights[f"{name}.weight"] for name in names)
+    weight = torch.cat([first, *others]) if others else first
     made = nn.Linear(weight.size(1), weight.size(0), bias=f"{names[0]}.bias" in weights, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
     if made.bias is not None:
@@ -56,11 +60,9 @@ class Past:
     """
 
     def __init__(self, n_layers: int, is_text: Tensor, n_beams: int, dtype: torch.dtype) -> None:
-        self.is_text, self.n_beams = is_text.bool(), n_beams
-        length, beams = (
-            torch.zeros(1, 0, 0, 1, dtype=torch.long),
-            torch.zeros(1, len(is_text) * n_beams, dtype=torch.long),
-        )
+        self.is_text = is_text.bool()
+        length = torch.zeros(1, 0, 0, 1, dtype=torch.long)
+        beams = torch.zeros(1, len(is_text) * n_beams, dtype=torch.long)
         self.layers = [(length, *torch.zeros(2, 1, 1, 1, 1, dtype=dtype), beams) for _ in range(n_layers)]
 
     def __len__(self) -> int:
@@ -80,27 +82,21 @@ class Past:
 class Layer(nn.Module):
     """x += attention(norm(x)); x += feed_forward(norm(x))."""
 
-    def __init__(
-        self, config: LlamaConfig, weights: dict[str, Tensor], name: str, rotary: RotaryEmbedding
-    ) -> None:
+    def __init__(self, config: LlamaConfig, weights: Weights, name: str, rotary: RotaryEmbedding) -> None:
         super().__init__()
         self.n_heads, self.head_dim, self.rotary = config.num_attention_heads, config.head_dim, rotary
-        norms = ("input_layernorm", "post_attention_layernorm")
-        self.norm, self.mlp_norm = (
-            RMSNorm(config.hidden_size, config.rms_norm_eps, weights[f"{name}.{norm}.weight"])
-            for norm in norms
-        )
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
+        self.norm = norm(weights[f"{name}.input_layernorm.weight"])
+        self.mlp_norm = norm(weights[f"{name}.post_attention_layernorm.weight"])
         self.qkv = linear(weights, *(f"{name}.self_attn.{part}_proj" for part in "qkv"))
         self.attention = IndirectAccessKVCacheAttention()
         self.output = LinearAdd(linear(weights, f"{name}.self_attn.o_proj"))
-        self.gated = Linear2SiluMul(
-            linear(weights, f"{name}.mlp.gate_proj"), linear(weights, f"{name}.mlp.up_proj")
-        )
+        self.gated = Linear2SiluMul(*(linear(weights, f"{name}.mlp.{part}_proj") for part in ("gate", "up")))
         self.down = LinearAdd(linear(weights, f"{name}.mlp.down_proj"))
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor, past: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple]:
+        self, x: Tensor, positions: Tensor, mask: Tensor, past: LayerPast
+    ) -> tuple[Tensor, LayerPast]:
         qkv, half = self.qkv(self.norm(x)), self.head_dim // 2
         length = past[0].size(-2) + x.size(1)
         query, key, value = self.rotary(
@@ -116,7 +112,7 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """Touvron et al., https://arxiv.org/abs/2302.13971: tokens [rows, new] → logits of the last one [rows, vocabulary]."""
 
-    def __init__(self, config: LlamaConfig, weights: dict[str, Tensor]) -> None:
+    def __init__(self, config: LlamaConfig, weights: Weights) -> None:
         super().__init__()
         if config.model_type != "llama" or config.hidden_act != "silu":
             raise ValueError(f"this is a Llama with silu, not {config.model_type} with {config.hidden_act}")
@@ -127,11 +123,9 @@ class Llama(nn.Module):
         rotary = RotaryEmbedding(
             config.max_position_embeddings, config.head_dim, rope["rope_theta"], extra_rope_config=rope
         )
-        n_layers = config.num_hidden_layers
+        names = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
         self.embedding = nn.Embedding.from_pretrained(weights["model.embed_tokens.weight"])
-        self.layers = nn.ModuleList(
-            Layer(config, weights, f"model.layers.{i}", rotary) for i in range(n_layers)
-        )
+        self.layers = nn.ModuleList(Layer(config, weights, name, rotary) for name in names)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, weights["model.norm.weight"])
         self.head = linear(weights, "model.embed_tokens" if config.tie_word_embeddings else "lm_head")
 
@@ -228,14 +222,10 @@ def beam_search(model: Llama, ids: Tensor, is_text: Tensor, n_new: int, eos: Ten
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Generate text with a Llama written in the blocks of hfopt.")
-    parser.add_argument(
-        "folder", nargs="?", default=hfopt.embedded_model(), help="checkpoint of LlamaForCausalLM"
-    )
+    parser.add_argument("folder", nargs="?", default=hfopt.embedded_model(), help="of a LlamaForCausalLM")
     parser.add_argument("--prompt", default="Read up to", help="text to go on from (default: %(default)r)")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--beams", type=int, default=1, metavar="N", help="beams of each prompt; 1 is greedy search"
-    )
+    parser.add_argument("--beams", type=int, default=1, metavar="N", help="1 is greedy search")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     arguments = parser.parse_args()
     model = load(arguments.folder, getattr(torch, arguments.dtype))

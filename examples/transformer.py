@@ -3,8 +3,8 @@
 Read it from top to bottom; `python examples/transformer.py` runs every pair and prints how far its two sides are apart.
 
 Sections are those of Vaswani et al., "Attention Is All You Need" (https://arxiv.org/abs/1706.03762), unless another paper is
-named. Tensors are [batch, tokens, heads, head_dim], or [batch, tokens, hidden] between the blocks. A mask is True where a query
-may look. What hfopt has is for inference: no gradients.
+named. Tensors are [batch, tokens, heads, head_dim], or [batch, tokens, hidden] between the blocks. A mask is True where a
+query may look. What hfopt has is for inference: no gradients.
 """
 
 import math
@@ -207,8 +207,8 @@ class Cache:
 def empty_past(n_rows: int, dtype: torch.dtype) -> list[Tensor]:
     """What IndirectAccessKVCacheAttention begins with; it returns what the next step is to bring.
 
-    [0] has the length of the text as its last size but one, [1] and [2] hold keys and values, and [3] says for every token and
-    row which row wrote it: to reorder beams is one line of [3], and nothing is copied.
+    [0] has the length of the text as its last size but one, [1] and [2] hold keys and values, and [3] says for every token
+    and row which row wrote it: to reorder beams is one line of [3], and nothing is copied.
     """
     return [torch.zeros(1, 0, 0, 1, dtype=torch.long), *torch.zeros(2, 1, 1, 1, 1, dtype=dtype),
             torch.zeros(1, n_rows, dtype=torch.long)]  # fmt: skip
