@@ -17,6 +17,7 @@ from .rotary import rotate, rotate_and_store
 from .sampling import argmax, log_softmax_top_k
 from .scale import scale
 from .scoring import Scoring
+from .varlen import varlen_attention
 from .xielu import Xielu, xielu
 
 __all__ = [
@@ -46,5 +47,6 @@ __all__ = [
     "rotate_and_store",
     "scale",
     "softcap",
+    "varlen_attention",
     "xielu",
 ]

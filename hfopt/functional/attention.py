@@ -125,7 +125,7 @@ def attend(
     else:
         kind = KINDS[mask.kind]
         sizes = (address, width, n_rows, n_new)
-        wrong = prefill.attend_prefill(*like, *sizes, *cache, kind, hidden, *numbers, n_heads, target)
+        wrong = prefill.attend_prefill(*like, *sizes, *cache, kind, 0, hidden, *numbers, n_heads, target)
     if wrong:
         raise InvalidInput(_WRONG_ROWS)
     return out

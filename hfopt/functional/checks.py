@@ -20,6 +20,11 @@ ELEMENTS: dict[torch.dtype, np.ndarray] = {
     torch.float16: np.empty(0, np.int16),
 }
 CODES = np.empty(0, np.int8)  # the same for a cache of 8-bit codes
+# and for one of float8, in bits that numpy has no names for
+FLOAT8: dict[torch.dtype, np.ndarray] = {
+    torch.float8_e5m2: np.empty(0, np.uint8),
+    torch.float8_e4m3fn: np.empty(0, np.bool_),
+}
 _STRIDED = torch.strided  # attributes of a module take time
 
 

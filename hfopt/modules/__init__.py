@@ -2,3 +2,8 @@
 
 Their names and signatures are those of `ipex.llm.modules`. `hfopt.optimize` needs none of them.
 """
+
+from .paged import PagedAttention
+from .varlen import VarlenAttention
+
+__all__ = ["PagedAttention", "VarlenAttention"]

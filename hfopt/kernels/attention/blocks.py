@@ -1,19 +1,19 @@
 """The blocks of keys and values of a chunk of decode attention, and which rows see the same ones.
 
-Blocks of 16 keys are read where they are, if they follow each other and all are seen. Others (those of the
-suffix, and those of which a mask hides some) are gathered first, without what is hidden, so that NaN or Inf
-there cannot reach a result. The scales of codes are gathered in any case, in the order of the keys.
+Blocks of 16 keys are read where they are, if they follow each other and all are seen. Others (those of the suffix of a
+layer, those of which a mask hides some, and those that are widened) are gathered first, without what is hidden, so that
+NaN or Inf there cannot reach a result. The scales of codes are gathered in any case, in the order of the keys.
 """
 
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from hfopt.kernels.attention.cache_view import key_of, scale_of
+from hfopt.kernels.attention.cache_view import key_of, names_keys, scale_of
 from hfopt.kernels.attention.elements import BLOCK
 from hfopt.kernels.attention.lanes import seen_keys, set_address
 from hfopt.kernels.attention.pack import copy_row
-from hfopt.kernels.attention.scoring import first_seen
+from hfopt.kernels.attention.scoring import RANKED, first_seen
 from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.simd.constants import ONE, ZERO
 from hfopt.kernels.simd.emit import stack_block
@@ -88,7 +88,19 @@ def _hold(source, scales, n, size, target, padded):
 def _distances_from(problem, first):
     """Of 16 keys that follow each other."""
     distances = lane_numbers() + splat(np.float32(first))
-    return bfloat16(distances) if problem.scoring.ranked != 0 else distances
+    return bfloat16(distances) if problem.scoring.ranked == RANKED else distances
+
+
+@body
+def _follow_each_other(problem, segment, place, token, count):
+    """Whether keys of the suffix from a token on do in memory, for the row at a place."""
+    if not names_keys(segment, problem.cache.size):
+        return False
+    rows = shifted(problem.cache.table, problem.order[place] * problem.cache.table_row + token)
+    wrong = 0
+    for i in range(1, count):
+        wrong |= rows[i] ^ rows[0]
+    return wrong == 0
 
 
 @inlined
@@ -106,15 +118,20 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
     held_distances = shifted(distances, MAX_KEYS)
     has_distances = problem.scoring.slopes != 0
     origin = cache.prefix.n_tokens + cache.suffix.n_tokens - 1
-    if problem.scoring.ranked != 0:
+    if problem.scoring.ranked == RANKED:
         origin = origin_of(problem, place)
     nearest = start - origin
     n_blocks = 0
     n_held = 0
+    is_held = item_bytes(segment.keys) == item_bytes(room)
     for t in range(0, n, BLOCK):
         count = min(n - t, BLOCK)
         seen = seen_of(problem, place, start + t, count)
-        if in_prefix and size == padded and seen == (1 << BLOCK) - 1:
+        follow = in_prefix
+        if not in_prefix and seen == (1 << count) - 1:
+            p = cache.table[problem.order[place] * cache.table_row + first + t]
+            follow = _follow_each_other(problem, segment, place, first + t, count)
+        if follow and is_held and size == padded and seen == (1 << BLOCK) - 1:
             key = key_of(segment, p, kv_head, first + t, size)
             set_address(keys, n_blocks, address_of(key))
             set_address(values, n_blocks, address_of(shifted(key, segment.to_values)))
@@ -127,7 +144,7 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
                 store(distances, n_blocks * BLOCK, _distances_from(problem, nearest + t))
             n_blocks += 1
         else:
-            together = count if in_prefix and seen == (1 << count) - 1 else 1
+            together = count if follow and seen == (1 << count) - 1 else 1
             for token in range(first + t, first + t + count, together):
                 if seen >> (token - first - t) & 1:
                     row = p if in_prefix else cache.table[problem.order[place] * cache.table_row + token]
@@ -170,7 +187,7 @@ def rows_alike(problem, begin, end, first, n):
     """Whether the rows at places begin ... end see the same ones of n keys, at the same ranks if scores depend on these."""
     alike = True
     if problem.mask != 0:
-        if problem.scoring.ranked != 0:
+        if problem.scoring.ranked == RANKED:
             for place in range(begin + 1, end):
                 alike &= origin_of(problem, place) == origin_of(problem, begin)
         for t in range(first, first + n, BLOCK):

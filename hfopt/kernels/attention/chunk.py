@@ -16,12 +16,20 @@ from hfopt.kernels.attention.lanes import (
 from hfopt.kernels.attention.pack import copy_row
 from hfopt.kernels.attention.partials import MAX, SEEN, SUM, merge_partial
 from hfopt.kernels.attention.scores import score_tile
-from hfopt.kernels.attention.scoring import bias_factor, slope_of
+from hfopt.kernels.attention.scoring import RANKED, bias_factor, slope_of
 from hfopt.kernels.attention.weights import Bent, round_query, round_weights, weigh_scores, weigh_values
 from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.simd.constants import ONE, ZERO
 from hfopt.kernels.simd.memory import store, store_part, store_scalar
-from hfopt.kernels.simd.pointer import address_of, as_units, floats_at, item_bytes, pointer_as, shifted
+from hfopt.kernels.simd.pointer import (
+    address_of,
+    as_gathered,
+    as_units,
+    floats_at,
+    item_bytes,
+    pointer_as,
+    shifted,
+)
 from hfopt.kernels.simd.tile import stack_addresses, stack_floats, units_ratio
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import lane, splat
@@ -48,7 +56,7 @@ class _Blocks(NamedTuple):
     """Keys and values of a key head, in blocks."""
 
     kv_head: Any
-    like: Any  # a pointer to their elements
+    like: Any  # a pointer to their elements, as tiles read them
     keys: Any  # addresses
     values: Any
     n_blocks: Any
@@ -85,7 +93,7 @@ def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, p
     n_blocks, n, like = blocks.n_blocks, blocks.n, blocks.like
     query_factors, weight_factors = stack_floats(2 * 16), stack_floats(2 * 16)
     slopes, has_slopes = stack_floats(2 * 16), problem.scoring.slopes != 0
-    ranks = problem.scoring.ranked != 0, bias_factor(problem.scoring)
+    ranks = problem.scoring.ranked == RANKED, bias_factor(problem.scoring)
     for i in range(n_queries):
         if has_slopes:
             head = blocks.kv_head * problem.group + (query + i) % problem.group
@@ -163,7 +171,7 @@ def attend_chunk(problem, item, chunk, next_key, room):
     fresh = floats_at(address_of(room))
     held = shifted(room, TOGETHER * partial_size * units_ratio(room))
     scratch = shifted(held, 2 * plan.chunk * problem.padded)
-    held = pointer_as(held, segment.keys)
+    held = as_gathered(held, segment.keys)
     factors, distances = stack_factors(segment.scales), stack_floats(2 * 256 + 16)
     here = address_of(key_of(segment, item.row, item.kv_head, first, size))
     to_values = address_of(shifted(segment.keys, segment.to_values)) - address_of(segment.keys)
@@ -176,7 +184,7 @@ def attend_chunk(problem, item, chunk, next_key, room):
         lists = keys, values, held, factors, distances
         n_seen = list_blocks(problem, item, segment.scales, place, first, n, *lists)
         n_blocks = (n_seen + BLOCK - 1) // BLOCK
-        kinds = item.kv_head, segment.keys
+        kinds = item.kv_head, held
         blocks = _Blocks(*kinds, keys, values, n_blocks, n_seen, to_values, to_next)
         query, last = place * problem.group, (place + together) * problem.group
         while query < last:
