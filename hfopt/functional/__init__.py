@@ -8,6 +8,7 @@ from .activation import ACTIVATIONS
 from .attention import Mask, attend, prepare_mask
 from .choice import Kernels
 from .epilogue import Epilogue
+from .indirect import indirect_access_kv_cache_attention
 from .limit import clamp, softcap
 from .linear import LinearWeights, Weights, linear
 from .mixed import MixedWeights
@@ -35,6 +36,7 @@ __all__ = [
     "argmax",
     "attend",
     "clamp",
+    "indirect_access_kv_cache_attention",
     "layer_norm",
     "linear",
     "log_softmax_top_k",

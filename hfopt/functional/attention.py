@@ -137,7 +137,7 @@ def _attend_in_torch(
 ) -> Tensor | None:
     """`attend` by `scaled_dot_product_attention`; None if a mask hides something that is not finite."""
     n_rows, n_new, _ = qkv.shape
-    keys, values = _gathered(appended, n_rows, qkv.dtype)
+    keys, values = read_back(appended, n_rows, qkv.dtype)
     n_keys = keys.shape[2]
     # 0 * NaN is NaN, and torch multiplies by the weights of hidden keys too
     if mask.kind != "none" and not all(
@@ -161,7 +161,7 @@ def _attend_in_torch(
     return heads.transpose(1, 2).flatten(2)
 
 
-def _gathered(appended: "Appended", n_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def read_back(appended: "Appended", n_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values as the rows read them, [n_rows, n_kv_heads, n_keys, head_dim]; views if they are in order."""
     in_prefix, starts = min(appended.skipped, appended.prefix_len), appended.starts
     in_suffix = appended.skipped - in_prefix
@@ -200,9 +200,10 @@ def checked_bytes(mask: Mask, n_keys: int, n_rows: int, n_new: int) -> np.ndarra
 def check_lengths(appended: "Appended", n_rows: int) -> None:
     """Raises `InvalidInput` unless lengths and rows are those of something stored."""
     starts = appended.starts
+    firsts = starts[0], max(starts[1], 0)
     lengths = appended.prefix_len, appended.suffix_len
     ends = starts[0] + appended.prefix.shape[3], starts[1] + appended.suffix.shape[3]
-    for name, first, length, end in zip(("prefix_len", "suffix_len"), starts, lengths, ends, strict=True):
+    for name, first, length, end in zip(("prefix_len", "suffix_len"), firsts, lengths, ends, strict=True):
         if not first <= length <= end:
             raise InvalidInput(f"appended.{name} is {length}: from {first} up to {end} is allowed")
     prefix_row, table, n_columns = appended.prefix_row, appended.table, appended.suffix_len

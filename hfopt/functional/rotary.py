@@ -185,8 +185,8 @@ def _checked_record(
     if bits != CODES.dtype and suffix_scales is not None:
         raise InvalidInput(f"appended.suffix_scales is given, and no prefix_scales: {bits} has none")
     starts = stored.starts
-    if min(starts) < 0:
-        raise InvalidInput(f"appended.starts is {starts}: from 0 on are allowed")
+    if starts[0] < 0 or starts[1] < -suffix.shape[3]:
+        raise InvalidInput(f"appended.starts is {starts}: from 0 and {-suffix.shape[3]} on are allowed")
     return record_of(prefix, suffix, prefix_scales, suffix_scales, starts=starts)
 
 

@@ -3,7 +3,8 @@
 Their names and signatures are those of `ipex.llm.modules`. `hfopt.optimize` needs none of them.
 """
 
+from .indirect import IndirectAccessKVCacheAttention
 from .paged import PagedAttention
 from .varlen import VarlenAttention
 
-__all__ = ["PagedAttention", "VarlenAttention"]
+__all__ = ["IndirectAccessKVCacheAttention", "PagedAttention", "VarlenAttention"]
