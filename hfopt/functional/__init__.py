@@ -5,16 +5,19 @@ Forward only: results carry no gradients. Tensors that a kernel cannot work on r
 """
 
 from .activation import ACTIVATIONS
+from .add_norm import add_layer_norm, add_rms_norm
 from .attention import Mask, attend, prepare_mask
 from .choice import Kernels
 from .epilogue import Epilogue
+from .gated import activated_product, gelu_mul, silu_mul
 from .indirect import indirect_access_kv_cache_attention
 from .limit import clamp, softcap
 from .linear import LinearWeights, Weights, linear
 from .mixed import MixedWeights
-from .norm import Norm, layer_norm, norm, norm_heads, rms_norm
+from .norm import Norm, fast_layer_norm, layer_norm, norm, norm_heads, rms_norm
 from .quantized import QuantizedWeights, quantized_linear
 from .rotary import rotate, rotate_and_store
+from .rotary_embedding import rotary_embedding
 from .sampling import argmax, log_softmax_top_k
 from .scale import scale
 from .scoring import Scoring
@@ -33,9 +36,14 @@ __all__ = [
     "Scoring",
     "Weights",
     "Xielu",
+    "activated_product",
+    "add_layer_norm",
+    "add_rms_norm",
     "argmax",
     "attend",
     "clamp",
+    "fast_layer_norm",
+    "gelu_mul",
     "indirect_access_kv_cache_attention",
     "layer_norm",
     "linear",
@@ -45,9 +53,11 @@ __all__ = [
     "prepare_mask",
     "quantized_linear",
     "rms_norm",
+    "rotary_embedding",
     "rotate",
     "rotate_and_store",
     "scale",
+    "silu_mul",
     "softcap",
     "varlen_attention",
     "xielu",

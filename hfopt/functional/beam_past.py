@@ -168,7 +168,11 @@ def appended_to(
     n_new, length = keys.shape[1], past.length + keys.shape[1]
     if length > past.buffer.shape[3]:
         past = _grown(past, length, text_max_length)
-    buffer, beam_idx, prompt_len = past.buffer, past.beam_idx, length if reading.in_prompt else past.prompt_len
+    buffer, beam_idx, prompt_len = (
+        past.buffer,
+        past.beam_idx,
+        length if reading.in_prompt else past.prompt_len,
+    )
     step = past.share if reading.in_prompt else 1
     for half, new in zip(buffer, (keys, values), strict=True):
         half[::step, :, past.length : length] = new.transpose(1, 2)

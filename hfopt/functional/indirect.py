@@ -139,7 +139,9 @@ def _attended(query: Tensor, appended: Appended, scores: _Scores, scale: float) 
         out = F.scaled_dot_product_attention(*heads, attn_mask=scores.bias, scale=scale, enable_gqa=True)
         return out.masked_fill((scores.bias == -math.inf).all(-1, keepdim=True), 0)
     q = query.detach().contiguous().flatten(2)
-    out = attend(q, appended, scores.mask, Scoring(scale, slopes=scores.slopes), n_heads, n_kv_heads, head_dim)
+    out = attend(
+        q, appended, scores.mask, Scoring(scale, slopes=scores.slopes), n_heads, n_kv_heads, head_dim
+    )
     return out.unflatten(-1, (n_heads, head_dim)).transpose(1, 2)
 
 
@@ -160,9 +162,13 @@ def _length_of(seq_info: int | Tensor | None, layer_past: LayerPast | None) -> i
     """Tokens of the past, or `_CROSS`."""
     if layer_past is not None:
         if not isinstance(layer_past, tuple | list) or len(layer_past) != 4:
-            raise InvalidInput("layer_past is no (carrier, key_cache, value_cache, beam_idx): such is needed, or None")
+            raise InvalidInput(
+                "layer_past is no (carrier, key_cache, value_cache, beam_idx): such is needed, or None"
+            )
         if not isinstance(layer_past[0], Tensor) or layer_past[0].ndim < 2:
-            raise InvalidInput("layer_past[0] is no tensor whose size(-2) is a number of tokens: one is needed")
+            raise InvalidInput(
+                "layer_past[0] is no tensor whose size(-2) is a number of tokens: one is needed"
+            )
     length = 0 if layer_past is None else layer_past[0].size(-2)
     if seq_info is not None:
         try:
@@ -170,7 +176,9 @@ def _length_of(seq_info: int | Tensor | None, layer_past: LayerPast | None) -> i
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidInput(f"seq_info is {seq_info!r}: a number of tokens or -1 is needed") from error
     if length < (0 if layer_past is None else _CROSS) or (layer_past is None and length):
-        raise InvalidInput(f"seq_info is {length}: the tokens of layer_past are needed, or -1 for cross attention")
+        raise InvalidInput(
+            f"seq_info is {length}: the tokens of layer_past are needed, or -1 for cross attention"
+        )
     return length
 
 
@@ -195,7 +203,9 @@ def _n_rows_of(layer_past: LayerPast | None, n_prompts: int) -> int:
     check_beam_idx(layer_past[3])
     n_rows = layer_past[3].shape[1]
     if n_rows % n_prompts:
-        raise InvalidInput(f"query has {n_prompts} rows: a divisor of the {n_rows} columns of beam_idx is needed")
+        raise InvalidInput(
+            f"query has {n_prompts} rows: a divisor of the {n_rows} columns of beam_idx is needed"
+        )
     return n_rows
 
 
@@ -243,7 +253,9 @@ def _scores_of(
     # attention of ours is over the new tokens too
     if bias is None and (mask is None or seen is not None) and n_new <= n_keys:
         if seen is None:
-            return _Scores(Mask("none") if order is None else prepare_mask(None, n_rows, n_new, n_keys), slopes)
+            return _Scores(
+                Mask("none") if order is None else prepare_mask(None, n_rows, n_new, n_keys), slopes
+            )
         seen = seen.expand(-1, -1, n_new, n_keys)
         return _Scores(prepare_mask(seen if order is None else seen & order, n_rows, n_new, n_keys), slopes)
 

@@ -20,7 +20,12 @@ DO_NOTHING = (nn.Dropout, nn.Identity)  # in evaluation mode
 
 def is_plain_inference(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether nothing around a call needs torch's operations (training, gradients, autocast, traces)."""
-    if module.training or "_hf_hook" in module.__dict__ or torch.is_autocast_enabled("cpu"):
+    return not module.training and is_plain_call(module, args, kwargs)
+
+
+def is_plain_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """The same of a module that does in training what it does in evaluation."""
+    if "_hf_hook" in module.__dict__ or torch.is_autocast_enabled("cpu"):
         return False
     if torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
         return False
@@ -41,8 +46,13 @@ def _needs_grad(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 def is_bare(module: nn.Module) -> bool:
     """Whether a call is nothing but the class's `forward` in evaluation mode, so that it may be bypassed."""
+    return not module.__dict__["training"] and is_unhooked(module)
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """The same of a module that does in training what it does in evaluation."""
     state = module.__dict__
-    if state["training"] or "_hf_hook" in state or state["_forward_pre_hooks"]:
+    if "_hf_hook" in state or state["_forward_pre_hooks"]:
         return False
     if "forward" in state and has_own_forward(module):
         return False

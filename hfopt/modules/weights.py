@@ -48,15 +48,17 @@ def read_weights(record: Records, role: str, linears: Sequence[Any], rows: Rows 
 
 
 def _read_floats(record: Records, role: str, linears: Sequence[Any], rows: Rows) -> LinearWeights | None:
-    weights: list[Any] = [by_outputs(linear, linear._parameters["weight"]) for linear in linears]
+    weights: list[Any] = [linear._parameters["weight"] for linear in linears]
+    if any(type(weight) is not nn.Parameter for weight in weights):
+        record.weights.pop(role, None)
+        return None
+    weights = [by_outputs(*each) for each in zip(linears, weights, strict=True)]
     biases = [linear._parameters["bias"] for linear in linears]
     known = record.weights.get(role)
     if isinstance(known, LinearWeights) and known.reads(weights, biases):
         return known
     # a stale record would keep the old weights in memory
     record.weights.pop(role, None)
-    if any(type(linear._parameters["weight"]) is not nn.Parameter for linear in linears):
-        return None
     try:
         known = record.weights[role] = LinearWeights.of(weights, biases, rows)
     except InvalidInput:
