@@ -18,10 +18,17 @@ TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1.6e-2, 1e-2), torch
 def first_layer_past(n_rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """What a user of ipex.llm begins with."""
     dummy = torch.zeros(1, 1, 1, 1, dtype=dtype)
-    return torch.zeros(1, 0, 0, 1, dtype=torch.long), dummy, dummy, torch.zeros(2048, n_rows, dtype=torch.long)
+    return (
+        torch.zeros(1, 0, 0, 1, dtype=torch.long),
+        dummy,
+        dummy,
+        torch.zeros(2048, n_rows, dtype=torch.long),
+    )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale_attn: float, bias: Tensor | None, causal: bool) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale_attn: float, bias: Tensor | None, causal: bool
+) -> Tensor:
     """q [rows, n_new, heads, size]; k, v [rows, n, kv heads, size], the last ones of the new tokens; in float64."""
     q, k, v = (each.double().transpose(1, 2) for each in (q, k, v))
     group, n_new, n_keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
@@ -39,7 +46,11 @@ class Twins:
     """A layer of ours and of the reference, which get the same tokens and reorders."""
 
     def __init__(
-        self, n_rows: int, heads: Heads, dtype: torch.dtype = torch.float32, function: Callable[..., Any] | None = None
+        self,
+        n_rows: int,
+        heads: Heads,
+        dtype: torch.dtype = torch.float32,
+        function: Callable[..., Any] | None = None,
     ) -> None:
         self.n_rows, self.heads, self.dtype = n_rows, heads, dtype
         self.function = function or indirect_access_kv_cache_attention

@@ -88,13 +88,12 @@ def expected(model: LlamaForCausalLM, ids: Tensor, is_text: Tensor, n_beams: int
 
 def assert_same_tokens(model: LlamaForCausalLM, folder: str | Path, eos: Tensor) -> None:
     own = custom_llama.load(folder, torch.float32)
-    for lengths in ((9,), (5, 12, 1)):
-        ids, is_text = prompts(lengths, model.config.vocab_size)
-        assert torch.equal(
-            custom_llama.greedy(own, ids, is_text, N_NEW, eos), expected(model, ids, is_text, 1, eos)
-        )
-        beams = custom_llama.beam_search(own, ids, is_text, N_NEW, eos, 4)
-        assert torch.equal(beams, expected(model, ids, is_text, 4, eos))
+    ids, is_text = prompts((5, 12, 1), model.config.vocab_size)
+    assert torch.equal(
+        custom_llama.greedy(own, ids, is_text, N_NEW, eos), expected(model, ids, is_text, 1, eos)
+    )
+    beams = custom_llama.beam_search(own, ids, is_text, N_NEW, eos, 4)
+    assert torch.equal(beams, expected(model, ids, is_text, 4, eos))
 
 
 @pytest.mark.parametrize("form", FORMS)
