@@ -104,12 +104,16 @@ def _follow_each_other(problem, segment, place, token, count):
 
 
 @inlined
-def list_blocks(problem, item, scales, place, first, n, keys, values, room, factors, distances):
+def list_blocks(
+    problem, item, scales, place, first, n, last, to_next, keys, values, aheads, room, factors, distances
+):
     """Addresses of blocks of those of n keys from token `first` of an item's segment on that the row at a place sees.
 
-    Returns how many keys these are, and writes hidden ones nowhere. room: for copies of n keys and values. scales: those
-    of the segment; factors: see `stack_factors`. distances: room for those of the keys from the last key of the row, and of
-    as many that were copied, or their ranks from its first key on; left alone where no score depends on them.
+    Returns how many keys these are, and writes hidden ones nowhere. last: token behind those of the item; to_next: bytes
+    from values to what is read next, if all blocks are in one row; aheads: of each block. room: for copies of n keys and
+    values. scales: those of the segment; factors: see `stack_factors`. distances: room for those of the keys from the last
+    key of the row, and of as many that were copied, or their ranks from its first key on; left alone where no score depends
+    on them.
     """
     cache, size, padded = problem.cache, problem.cache.size, problem.padded
     segment, in_prefix, p, kv_head = item.segment, item.in_prefix, item.row, item.kv_head
@@ -135,6 +139,13 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
             key = key_of(segment, p, kv_head, first + t, size)
             set_address(keys, n_blocks, address_of(key))
             set_address(values, n_blocks, address_of(shifted(key, segment.to_values)))
+            ahead = to_next
+            later = first + t + problem.plan.chunk
+            if not in_prefix and later < last:
+                row = cache.table[problem.order[place] * cache.table_row + later]
+                ahead = address_of(key_of(segment, row, kv_head, later, size))
+                ahead -= address_of(shifted(key, segment.to_values))
+            set_address(aheads, n_blocks, ahead)
             if scales is not None:
                 here = shifted(scales, scale_of(segment, p, kv_head, first + t))
                 _copy_factors(here, segment.to_value_scales, BLOCK, shifted(factors, n_blocks * BLOCK))
@@ -178,6 +189,7 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
             store(distances, n_blocks * BLOCK, load(held_distances, t))
         set_address(keys, n_blocks, address_of(shifted(room, t * padded)))
         set_address(values, n_blocks, address_of(shifted(held_values, t * padded)))
+        set_address(aheads, n_blocks, to_next)
         n_blocks += 1
     return n_seen
 

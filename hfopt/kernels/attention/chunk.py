@@ -62,7 +62,7 @@ class _Blocks(NamedTuple):
     n_blocks: Any
     n: Any  # keys
     to_values: Any  # bytes from keys to what is read next
-    to_next: Any  # and from values
+    to_next: Any  # and from values, of each block
 
 
 @body
@@ -140,7 +140,7 @@ def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, p
         is_rounded = False
         if factors is not None:
             is_rounded = takes_integers(room, like)
-        following = blocks.values[0] + blocks.to_next
+        following = blocks.values[0] + blocks.to_next[0]
         bent = Bent(problem.outer, has_slopes, shifted(slopes, tile * LANES), distances, *ranks)
         scoring = n_vectors, width, n, problem.scale, factors, like_weights, bent
         if is_rounded:
@@ -155,9 +155,9 @@ def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, p
     for tile in range(tiles):
         first = tile * _TILE
         w, here = shifted(weights, tile * span), shifted(partial, first * row)
-        n_left, ahead = n_queries - first, blocks.to_next
+        n_left, aheads = n_queries - first, blocks.to_next
         own_factors, kind = shifted(weight_factors, tile * LANES), (queries, like)
-        weigh_values(w, own_factors, *kind, blocks.values, n_blocks, units, ahead, here, row, n_left)
+        weigh_values(w, own_factors, *kind, blocks.values, n_blocks, units, aheads, here, row, n_left)
 
 
 @inlined
@@ -166,7 +166,7 @@ def attend_chunk(problem, item, chunk, next_key, room):
     plan, size, segment = problem.plan, problem.cache.size, item.segment
     first = chunk * plan.chunk
     n = min(segment.n_tokens - first, plan.chunk)
-    keys, values = stack_addresses(16), stack_addresses(16)
+    keys, values, aheads = stack_addresses(16), stack_addresses(16), stack_addresses(16)
     partial_size = problem.padded + LANES
     fresh = floats_at(address_of(room))
     held = shifted(room, TOGETHER * partial_size * units_ratio(room))
@@ -181,11 +181,12 @@ def attend_chunk(problem, item, chunk, next_key, room):
     n_slots = plan.prefix.n_spans + plan.suffix.n_spans
     row = n_slots * partial_size
     for place in range(begin, end, together):
-        lists = keys, values, held, factors, distances
-        n_seen = list_blocks(problem, item, segment.scales, place, first, n, *lists)
+        lists = keys, values, aheads, held, factors, distances
+        bound = min(item.last * plan.chunk, segment.n_tokens)
+        n_seen = list_blocks(problem, item, segment.scales, place, first, n, bound, to_next, *lists)
         n_blocks = (n_seen + BLOCK - 1) // BLOCK
         kinds = item.kv_head, held
-        blocks = _Blocks(*kinds, keys, values, n_blocks, n_seen, to_values, to_next)
+        blocks = _Blocks(*kinds, keys, values, n_blocks, n_seen, to_values, aheads)
         query, last = place * problem.group, (place + together) * problem.group
         while query < last:
             partial = (item.kv_head * problem.n_rows * problem.group + query) * row + item.slot * partial_size
