@@ -55,7 +55,9 @@ def route(
         ranks = members.masked_fill(~is_kept[..., None], -torch.inf).view_as(ranks)
     experts = ranks.topk(top_k, dim=-1).indices
     weights = scores.gather(1, experts)
-    return (weights / weights.sum(-1, keepdim=True) if renormalize else weights), experts
+    if renormalize:  # as DeepSeek-V3 does it where all of them vanish
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+    return weights, experts
 
 
 def _check(n_experts: int, top_k: int, scoring: str, bias: Tensor | None, groups: Groups | None) -> None:
