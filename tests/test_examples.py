@@ -26,6 +26,7 @@ OPERATIONS = (
     "rms_norm",
     "rotary_embedding",
     "silu_mul",
+    "varlen_attention",
 )
 PUBLIC |= {f"functional.{name}": getattr(functional, name) for name in OPERATIONS}
 PUBLIC = {name: thing for name, thing in PUBLIC.items() if not is_exception(thing)}

@@ -12,6 +12,7 @@ from .sequences import (
     KeyBlocks,
     Manner,
     attend_sequences,
+    check_queries,
     check_writable,
     integers,
     shares_memory,
@@ -100,6 +101,12 @@ def attend_blocks(
     if most > blocks.shape[1] * block_size:
         given = f"{blocks.shape[1]} blocks of {block_size} a sequence"
         raise InvalidInput(f"block_tables has room for {given}: its longest one has {most} tokens")
+    used = blocks[np.arange(blocks.shape[1]) * block_size < lengths[:, None]]
+    wrong = used[(used < 0) | (used >= n_blocks)]
+    if wrong.size:
+        raise InvalidInput(
+            f"block_tables names block {wrong[0]} for a token: {n_blocks} blocks, from 0 on, are there"
+        )
     if not query.numel():
         return
     keys, values = strided_alike(key_cache, value_cache)
@@ -131,7 +138,9 @@ def check_cache(
     allowed = _FLOAT8_NAMES.get(kv_cache_dtype, (dtype, *FLOAT8))
     if isinstance(key_cache, Tensor) and key_cache.dtype not in allowed:
         names = " or ".join(map(str, allowed))
-        raise InvalidInput(f"key_cache has dtype {key_cache.dtype}: {names} is needed for {kv_cache_dtype!r}")
+        raise InvalidInput(
+            f"key_cache has dtype {key_cache.dtype}: {names} is needed for kv_cache_dtype {kv_cache_dtype!r}"
+        )
     check_floats("key_cache", key_cache, getattr(key_cache, "dtype", dtype))
     check_floats("value_cache", value_cache, key_cache.dtype)
     shape = tuple(key_cache.shape)
@@ -139,6 +148,17 @@ def check_cache(
         heads = "n_kv_heads" if n_kv_heads is None else n_kv_heads
         raise InvalidInput(f"key_cache has shape {shape}: [n_blocks, {heads}, block_size, {size}] is needed")
     check_shape("value_cache", value_cache, shape)
+
+
+def check_attention(
+    query: Tensor, output: Tensor, key_cache: Tensor, value_cache: Tensor, kv_cache_dtype: str = "auto"
+) -> tuple[int, int]:
+    """Number of heads of keys, and channels of one; raises `InvalidInput` unless all fit."""
+    check_floats("query", query)
+    size = query.shape[-1] if query.ndim else 0
+    check_cache(key_cache, value_cache, None, size, query.dtype, kv_cache_dtype)
+    check_queries(query, output, key_cache.shape[1], size, "output")
+    return key_cache.shape[1], size
 
 
 def scales_of(cache: Tensor, k_scale: float | Tensor, v_scale: float | Tensor) -> tuple[float, float]:

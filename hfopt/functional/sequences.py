@@ -66,7 +66,7 @@ class KeyBlocks(NamedTuple):
 
     keys: Tensor
     values: Tensor  # strided alike
-    blocks: np.ndarray  # int64 [n_sequences, most blocks of one]
+    blocks: np.ndarray  # int64 [n_sequences, most blocks of one]; those of the tokens of a sequence exist
     lengths: np.ndarray  # int64 [n_sequences], of keys
     n_blocks: int
     block_size: int
@@ -91,18 +91,13 @@ class KeyBlocks(NamedTuple):
         self, first: int, end: int, seen_from: np.ndarray, columns: np.ndarray, n: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """(table, mask) of sequences from first to end, whose key `seen_from` is in column `columns`; without a mask if they
-        see what is in each of the n columns. Raises `InvalidInput` for a block that there is not."""
+        see what is in each of the n columns."""
         lengths = self.lengths[first:end]
         hides = bool((columns > 0).any() or (columns + lengths - seen_from < n).any())
         mask = np.empty((end - first, 1, n), np.uint8) if hides else _NO_MASK
         rows = np.empty((end - first, n), np.int32)
-        sizes = self.n_blocks, self.block_size, self.block_step, self.token_step
-        wrong = list_keys(self.blocks[first:end], *sizes, lengths, seen_from, columns, rows, mask)
-        if wrong:
-            raise InvalidInput(
-                f"block_tables names in row {first + wrong - 1} a block that there is not: from 0 to {self.n_blocks - 1} "
-                "are allowed for the tokens of a sequence"
-            )
+        sizes = self.block_size, self.block_step, self.token_step
+        list_keys(self.blocks[first:end], *sizes, lengths, seen_from, columns, rows, mask)
         return rows, mask
 
 
@@ -303,4 +298,8 @@ def manner_of(
             raise InvalidInput(f"alibi_slopes has shape {tuple(slopes.shape)}: {allowed} is needed")
         address_of("alibi_slopes", slopes)
         slopes = slopes.to(torch.float32).contiguous()
-    return Manner(scale, float(softcap) if softcap > 0 else None, slopes, band)
+        if not bool(slopes.isfinite().all()):
+            raise InvalidInput(f"alibi_slopes is {slopes.tolist()}: finite numbers are needed")
+    manner = Manner(scale, float(softcap) if softcap > 0 else None, slopes, band)
+    Scoring(manner.scale, manner.softcap)  # raises for a softcap that is none
+    return manner

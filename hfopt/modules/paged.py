@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
-from hfopt.functional.paged import attend_blocks, check_cache, scales_of, store_in_slots
-from hfopt.functional.sequences import Band, check_longest, check_queries, cumulative, integers, manner_of
+from hfopt.functional.paged import attend_blocks, check_attention, scales_of, store_in_slots
+from hfopt.functional.sequences import Band, check_longest, cumulative, integers, manner_of
 
 
 class PagedAttention:
@@ -91,9 +91,7 @@ class PagedAttention:
         at least the longest. alibi_slopes: [n_heads] or [n_sequences, n_heads]. window_size: the last keys that are seen, -1
         for all.
         """
-        check_cache(key_cache, value_cache, None, key_cache.shape[-1], query.dtype)
-        n_kv_heads, size = key_cache.shape[1], key_cache.shape[3]
-        check_queries(query, output, n_kv_heads, size, "output")
+        n_kv_heads, size = check_attention(query, output, key_cache, value_cache)
         if block_size != key_cache.shape[2]:
             raise InvalidInput(
                 f"block_size is {block_size}: that of key_cache, {key_cache.shape[2]}, is needed"
@@ -151,9 +149,7 @@ class PagedAttention:
         head_size]; cu_seqlens_q, cu_seqlens_kv: cumulative lengths [n_sequences + 1]; block_tables: [n_sequences, most
         blocks of one]; is_cusal: whether tokens see no later one (named so in ipex.llm).
         """
-        check_cache(key_cache, value_cache, None, key_cache.shape[-1], query.dtype, kv_cache_dtype)
-        size = key_cache.shape[3]
-        check_queries(query, output, key_cache.shape[1], size, "output")
+        _, size = check_attention(query, output, key_cache, value_cache, kv_cache_dtype)
         band = Band.of(window_size_left, window_size_right, is_cusal)
         q_ends = cumulative("cu_seqlens_q", cu_seqlens_q, len(query), max_seqlen_q, "max_seqlen_q")
         k_ends = cumulative("cu_seqlens_kv", cu_seqlens_kv, None, max_seqlen_kv, "max_seqlen_kv")

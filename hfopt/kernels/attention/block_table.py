@@ -9,21 +9,16 @@ _PARALLEL_SIZE = 1 << 16  # bytes to store; below, more threads cost more than t
 
 
 @launch
-def list_keys(blocks, n_blocks, block_size, block_step, token_step, lengths, first, columns, rows, mask):
+def list_keys(blocks, block_size, block_step, token_step, lengths, first, columns, rows, mask):
     """rows[r, columns[r] + t - first[r]]: where key t of row r lies, as `record_of_keys` counts it, for t from first[r] up
     to lengths[r]; of other columns that of a key of block 0.
 
-    blocks int64 [n_rows, most blocks of a row]: numbers below n_blocks of blocks of `block_size` keys; steps: keys of
+    blocks int64 [n_rows, most blocks of a row]: numbers of blocks of `block_size` keys that exist; steps: keys of
     memory from a block to the next and from a token to the next. rows int32 [n_rows, n]: the address of the record is n keys
-    before block 0. mask uint8 [n_rows, 1, n], 1 for those tokens, unless it has no rows. Returns 0, or the number of the
-    first row, from 1 on, that names a block that is not there.
+    before block 0. mask uint8 [n_rows, 1, n], 1 for those tokens, unless it has no rows.
     """
     n = rows.shape[1]
     for r in range(len(lengths)):
-        n_own = (lengths[r] + block_size - 1) // block_size
-        for b in range(n_own):
-            if blocks[r, b] < 0 or blocks[r, b] >= n_blocks:
-                return r + 1
         start, end = columns[r], columns[r] + lengths[r] - first[r]
         for c in range(n):
             rows[r, c] = n - c
@@ -34,7 +29,6 @@ def list_keys(blocks, n_blocks, block_size, block_step, token_step, lengths, fir
         if mask.shape[0] > 0:
             for c in range(n):
                 mask[r, 0, c] = c >= start and c < end
-    return 0
 
 
 @body
