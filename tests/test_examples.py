@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import hfopt
-from hfopt import functional, modules, quantization
+from hfopt import functional, generation, modules, quantization
 from hfopt.quantization import FORMATS
 
 
@@ -29,6 +29,7 @@ OPERATIONS = (
     "varlen_attention",
 )
 PUBLIC |= {f"functional.{name}": getattr(functional, name) for name in OPERATIONS}
+PUBLIC |= {name: getattr(generation, name) for name in generation.__all__ if name.startswith("hf_")}
 PUBLIC = {name: thing for name, thing in PUBLIC.items() if not is_exception(thing)}
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
