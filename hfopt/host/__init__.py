@@ -9,6 +9,22 @@ from hfopt.host.release import OLDEST, check_release, installed
 check_release()
 
 from hfopt.host.activation import xielu_numbers  # noqa: E402
+from hfopt.host.adapters import (  # noqa: E402
+    NO_ADAPTER,
+    Adapter,
+    AdapterState,
+    adapter_modules,
+    adapter_names,
+    adapter_parts,
+    adapter_state,
+    adapters_in,
+    base_layer,
+    casts_inputs,
+    have_own_adapters,
+    is_adapted,
+    named_rows,
+    switch_on,
+)
 from hfopt.host.attention import attention_kind, registered_attention  # noqa: E402
 from hfopt.host.cache_layer import DynamicLayer, WindowedLayer, holding, layer_kinds, window_of, windows_of  # noqa: E402
 from hfopt.host.cache_names import (  # noqa: E402  (an older release would fail here with less of a message)
@@ -53,12 +69,13 @@ from hfopt.host.loops import (  # noqa: E402
     unknown_option,
 )
 from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
-from hfopt.host.rotary import begin_anew, rewritten  # noqa: E402
+from hfopt.host.rotary import begin_anew, frequencies, rewritten  # noqa: E402
 
 __all__ = [
     "GENERATE_ORDER",
     "LINEARS",
     "MODES",
+    "NO_ADAPTER",
     "OLDEST",
     "PREFILL",
     "PREPARE_CACHE",
@@ -68,6 +85,8 @@ __all__ = [
     "REQUEST_CACHE",
     "ROLES",
     "UPDATE",
+    "Adapter",
+    "AdapterState",
     "Arguments",
     "Config",
     "Conv1D",
@@ -78,7 +97,13 @@ __all__ = [
     "MaxTimeCriteria",
     "PrefixConstrainedLogitsProcessor",
     "WindowedLayer",
+    "adapter_modules",
+    "adapter_names",
+    "adapter_parts",
+    "adapter_state",
+    "adapters_in",
     "attention_kind",
+    "base_layer",
     "beam_output",
     "begin_anew",
     "by_outputs",
@@ -88,12 +113,16 @@ __all__ = [
     "cache_in",
     "cached_length",
     "captured_outputs",
+    "casts_inputs",
     "causal_output",
     "check_release",
     "fingerprint",
+    "frequencies",
     "generate_arguments",
+    "have_own_adapters",
     "holding",
     "installed",
+    "is_adapted",
     "is_capture",
     "is_linear_class",
     "knows_causal_output",
@@ -101,6 +130,7 @@ __all__ = [
     "loop_of",
     "methods",
     "missing",
+    "named_rows",
     "names_read",
     "overridden",
     "registered_attention",
@@ -108,6 +138,7 @@ __all__ = [
     "sample_output",
     "settings_in",
     "sorts_samples",
+    "switch_on",
     "takes_positions",
     "unknown_option",
     "window_of",

@@ -8,11 +8,12 @@ from torch import nn
 
 from hfopt import host
 from hfopt.errors import HfoptError, InvalidInput, UnsupportedModel
+from hfopt.modules.guards import DO_NOTHING, has_own_forward, is_bare
 from hfopt.patches.attention import setting
 from hfopt.patches.facts import helper_names_read, is_off, names_read, own_names
 from hfopt.patches.families import decoders_for
 from hfopt.patches.families.family import Decoder
-from hfopt.patches.guards import DO_NOTHING, has_own_forward, is_bare, is_causal
+from hfopt.patches.guards import is_causal
 from hfopt.program.builder import Builder, Value
 from hfopt.program.embeddings import position_table, scale_of, token_table
 from hfopt.program.program import Program
@@ -56,7 +57,12 @@ def _built(model: nn.Module) -> Program | None:
     decoders = decoders_for(model)
     if not decoders:
         raise UnsupportedModel(f"{type(model).__name__} is no decoder whose parts hfopt knows")
+    adapted = [each for each in model.modules() if host.is_adapted(each)]
+    # what adapters add is read in each request
+    left_out = {id(part) for each in adapted for part in (each, *host.adapter_parts(each))}
     for path, module in model.named_modules():
+        if id(module) in left_out:
+            continue
         if has_own_forward(module) or vars(module).get("_compiled_call_impl") is not None:
             raise UnsupportedModel(f"{path or 'the model'} has a forward of its own")
         is_called = type(module).forward is not nn.Module.forward  # a ModuleList is not
