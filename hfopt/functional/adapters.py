@@ -78,7 +78,7 @@ def of_segments(
     """The adapter of each row: that of the segment where it is, or -1."""
     names = "b_seq_start_loc", "seq_len_tensor", "lora_indices_tensor"
     given = b_seq_start_loc, seq_len_tensor, lora_indices_tensor
-    found = [integers(name, each) for name, each in zip(names, given, strict=True)]
+    found = [integers(name, each, (None,)) for name, each in zip(names, given, strict=True)]
     shortest = min(map(len, found))
     if not 0 <= batches <= shortest:
         raise InvalidInput(f"batches is {batches}: 0 to {shortest} is allowed with these {', '.join(names)}")

@@ -160,7 +160,7 @@ def causal_conv1d_update(
     size = conv_state.shape[2]
     starts = np.empty(0, np.int64)
     if cache_seqlens is not None:
-        starts = integers("cache_seqlens", cache_seqlens)
+        starts = integers("cache_seqlens", cache_seqlens, (n_rows,))
         if len(starts) != n_rows or (n_rows and starts.min() < 0):
             raise InvalidInput(
                 f"cache_seqlens is {starts.tolist()}: {n_rows} numbers of at least 0 are needed"

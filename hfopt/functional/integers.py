@@ -8,17 +8,24 @@ from hfopt.errors import InvalidInput
 
 from .checks import address_of
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
+def integers(name: str, tensor: object, shape: tuple[int | None, ...]) -> np.ndarray:
+    """A tensor of int32 or int64 as C-contiguous int64, a copy that nobody else can change any more.
 
-def integers(name: str, tensor: Tensor) -> np.ndarray:
-    """A copy, int64 [n], which nobody else can change any more."""
+    Raises `InvalidInput` unless it is one, of this shape (None: any size).
+    """
     if not isinstance(tensor, Tensor):
         raise InvalidInput(f"{name} is a {type(tensor).__name__}: a torch.Tensor is needed")
-    if tensor.dtype not in _INTEGERS or not tensor.is_cpu or tensor.layout is not torch.strided:
-        given = f"is {tensor.layout} of {tensor.dtype} on device {tensor.device}"
-        raise InvalidInput(f"{name} {given}: integers in CPU memory are needed")
-    if tensor.ndim != 1:
-        raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}: one dimension is needed")
+    if (
+        tensor.dtype not in (torch.int32, torch.int64)
+        or not tensor.is_cpu
+        or tensor.layout is not torch.strided
+    ):
+        raise InvalidInput(
+            f"{name} has dtype {tensor.dtype} on {tensor.device}: int32 or int64 in CPU memory is needed"
+        )
+    if tensor.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
+        wanted = f"[{', '.join('any' if n is None else str(n) for n in shape)}]"
+        raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}: {wanted} is needed")
     address_of(name, tensor)
-    return tensor.numpy().astype(np.int64)
+    return np.array(tensor.numpy(), np.int64, order="C")

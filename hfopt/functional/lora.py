@@ -38,7 +38,7 @@ def bgmv_shrink(
             [0.0000]])
     """
     weights = matrices(_BGMV.weights, lora_weights)
-    indices = integers("token_lora_mapping", token_lora_mapping)
+    indices = integers("token_lora_mapping", token_lora_mapping, (None,))
     check_indices("token_lora_mapping", indices, len(weights))
     shrink(_BGMV, input, weights, output, indices, scaling)
 
@@ -61,7 +61,7 @@ def bgmv_expand(
             [1.0000, 1.0000, 1.0000]])
     """
     weights = matrices(_BGMV.weights, lora_weights)
-    indices = integers("token_lora_mapping", token_lora_mapping)
+    indices = integers("token_lora_mapping", token_lora_mapping, (None,))
     check_indices("token_lora_mapping", indices, len(weights))
     expand(_BGMV, input, weights, output, indices, add_inputs)
 

@@ -8,13 +8,13 @@ from hfopt.errors import InvalidInput
 from hfopt.kernels.attention.block_table import store_tokens
 
 from .checks import FLOAT8, address_of, check_floats, check_shape, prepare_threads
+from .integers import integers
 from .sequences import (
     KeyBlocks,
     Manner,
     attend_sequences,
     check_queries,
     check_writable,
-    integers,
     shares_memory,
     steps_of,
     strided_alike,

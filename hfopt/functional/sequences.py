@@ -18,6 +18,7 @@ from hfopt.kernels.attention.scoring import APART, SIGNED
 from hfopt.kernels.attention.seen import ALL, CAUSAL
 
 from .checks import ELEMENTS, FLOAT8, address_of, check_floats, check_shape, prepare_threads
+from .integers import integers
 from .scoring import Scoring
 
 _NO_MASK = np.zeros((0, 0, 0), np.uint8)
@@ -238,26 +239,6 @@ def check_writable(name: str, tensor: Tensor) -> None:
     if any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
         given = f"has strides {tensor.stride()} with shape {tuple(tensor.shape)}"
         raise InvalidInput(f"{name} {given}: expanded memory cannot be written")
-
-
-def integers(name: str, tensor: object, shape: tuple[int | None, ...]) -> np.ndarray:
-    """A tensor of int32 or int64 as C-contiguous int64; raises `InvalidInput` unless it is one, of this shape (None: any
-    size)."""
-    if not isinstance(tensor, Tensor):
-        raise InvalidInput(f"{name} is a {type(tensor).__name__}: a torch.Tensor is needed")
-    if (
-        tensor.dtype not in (torch.int32, torch.int64)
-        or not tensor.is_cpu
-        or tensor.layout is not torch.strided
-    ):
-        raise InvalidInput(
-            f"{name} has dtype {tensor.dtype} on {tensor.device}: int32 or int64 in CPU memory is needed"
-        )
-    if tensor.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
-        wanted = f"[{', '.join('any' if n is None else str(n) for n in shape)}]"
-        raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}: {wanted} is needed")
-    address_of(name, tensor)
-    return np.ascontiguousarray(tensor.numpy(), np.int64)
 
 
 def cumulative(name: str, tensor: object, most: int | None, longest: int, longest_name: str) -> np.ndarray:

@@ -101,12 +101,14 @@ def _collide(output: Tensor, read: Tensor) -> bool:
     """Whether writing an element of the output may change another one that is still to be read."""
     if output.data_ptr() == read.data_ptr() and output.stride() == read.stride():
         return False
-    (first, end), (other, other_end) = _range(output), _range(read)
+    (first, end), (other, other_end) = memory_range(output), memory_range(read)
     return first < other_end and other < end
 
 
-def _range(tensor: Tensor) -> tuple[int, int]:
-    if not tensor.numel():
-        return 0, 0
+def memory_range(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of its first byte and of the one behind its last; equal ones if it is empty."""
+    first = tensor.data_ptr()
+    if tensor.is_contiguous():  # an empty one is
+        return first, first + tensor.nbytes
     last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+    return first, first + (last + 1) * tensor.itemsize
