@@ -299,3 +299,13 @@ def test_wrong_arguments(call: Callable[[], Any], error: type[Exception], messag
 
 def test_no_rows() -> None:
     assert LinearAdd(_linear())(torch.ones(0, 24), torch.ones(0, 40)).shape == (0, 40)
+
+
+def test_memory_that_is_gone() -> None:
+    whole = torch.ones(3, 2 * 40)
+    x, y = whole[:, :24], whole[:, 24:64]
+    whole.untyped_storage().resize_(0)
+    with pytest.raises(InvalidInput, match=r"x of shape .* has no memory"):
+        LinearSilu(_linear())(x)
+    with pytest.raises(InvalidInput, match=r"y of shape .* has no memory"):
+        LinearAdd(_linear())(torch.ones(3, 24), y)

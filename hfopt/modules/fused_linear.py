@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hfopt import functional
 from hfopt.errors import InvalidInput
 from hfopt.functional import ACTIVATIONS, Epilogue, Weights
+from hfopt.functional.strided import dense
 from hfopt.host import Features
 from hfopt.modules.guards import are_readable, is_plain_call, is_unhooked
 from hfopt.modules.records import Records
@@ -60,9 +61,9 @@ class FusedLinear(nn.Module):
             raise InvalidInput(f"x has shape {tuple(shape)}: [..., {weights.in_features}] is needed")
         if others:
             _check_others(others, (*shape[:-1], weights.sizes[0]), x.dtype)
-        added = [each.contiguous() for each in residuals.values()]
+        added = [dense(name, each) for name, each in residuals.items()]
         epilogue = Epilogue(None if factor else self.activation, len(linears) == 2, added)
-        y = weights.multiply(x.contiguous(), epilogue, "auto")
+        y = weights.multiply(dense("x", x), epilogue, "auto")
         if factor:
             (by,) = factor.values()
             functional.activated_product(self.activation, y, by, out=y)
