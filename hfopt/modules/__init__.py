@@ -1,6 +1,7 @@
 """Building blocks for modelling code of one's own: modules that run in hfopt's kernels.
 
-Their names and signatures are those of `ipex.llm.modules`. `hfopt.optimize` needs none of them.
+Their names and signatures are those of `ipex.llm.modules`. A model of transformers needs none of them: `hfopt.optimize` puts
+its own modules over the same operations.
 """
 
 from hfopt.modules.indirect import IndirectAccessKVCacheAttention

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from hfopt import functional
 from hfopt.errors import InvalidInput
 from hfopt.functional import LinearWeights
+from hfopt.functional.checks import address_of
 from hfopt.functional.linear import Fingerprint, Rows
 from hfopt.modules.guards import are_readable, is_plain_call
 from hfopt.modules.records import Records
@@ -122,6 +123,8 @@ class GatedMLPMOE(nn.Module):
                 raise TypeError(f"{name} is a {type(each).__name__}: a torch.Tensor is needed")
             if each.ndim != 2 or each.shape[-1] != width or len(each) != len(hidden_states):
                 raise InvalidInput(f"{name} has shape {tuple(each.shape)}: [tokens, {width}] is needed")
+            if each.is_cpu:
+                address_of(name, each)
         if hidden_states.dtype is not self.W2.dtype and not torch.is_autocast_enabled("cpu"):
             raise InvalidInput(f"hidden_states has dtype {hidden_states.dtype}: {self.W2.dtype} is needed")
         if not router_logits.is_floating_point():
