@@ -38,6 +38,7 @@ from .kernel_case import (
     stream,
 )
 from .quantized_cases import quantized_cases
+from .sequence_cases import sequence_cases
 
 _EPS = 1e-6
 
@@ -240,6 +241,7 @@ GROUPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "linear": linear_cases,
     "quantized": quantized_cases,
     "attention": attention_cases,
+    "sequences": sequence_cases,
     "small": small_cases,
     "sampling": sampling_cases,
     "launch": launch_cases,
