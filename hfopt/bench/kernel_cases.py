@@ -41,6 +41,7 @@ from .kernel_case import (
 from .lora_cases import lora_cases
 from .mamba_cases import mamba_cases
 from .quantized_cases import quantized_cases
+from .sequence_cases import sequence_cases
 
 _EPS = 1e-6
 
@@ -243,6 +244,7 @@ GROUPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "linear": linear_cases,
     "quantized": quantized_cases,
     "attention": attention_cases,
+    "sequences": sequence_cases,
     "small": small_cases,
     "blocks": block_cases,
     "sampling": sampling_cases,
