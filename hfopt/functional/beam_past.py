@@ -4,6 +4,7 @@ Keys and values lie as all caches here do, [2, n_rows, n_kv_heads, capacity, hea
 [capacity, n_rows, n_kv_heads, head_dim], from whose addresses and strides the whole is found again.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -63,7 +64,7 @@ def first_past(n_rows: int, n_prompts: int, n_new: int, layout: Layout, text_max
     return Past(buffer, _first_beam_idx(buffer, n_prompts), 0, 0, n_prompts)
 
 
-def opened(layer_past: LayerPast, length: int, layout: Layout) -> Past:
+def opened(layer_past: Sequence[Tensor], length: int, layout: Layout) -> Past:
     """What is in a `layer_past` of `length` tokens; keys and values that are not of one buffer are copied into one.
 
     Raises `InvalidInput`.
