@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import hfopt
-from hfopt import quantization
+from hfopt import functional, modules, quantization
 from hfopt.quantization import FORMATS
 
 
@@ -17,6 +17,8 @@ def is_exception(thing: object) -> bool:
 FORMAT_NAMES = ("Int8", "Int4", "NF4", "QuantizationConfig", "register")
 PUBLIC: dict[str, Any] = {name: getattr(hfopt, name) for name in hfopt.__all__ if name != "__version__"}
 PUBLIC |= {name: getattr(quantization, name) for name in FORMAT_NAMES}
+PUBLIC |= {name: getattr(modules, name) for name in modules.__all__}
+PUBLIC |= {name: getattr(functional, name) for name in ("indirect_access_kv_cache_attention",)}
 PUBLIC = {name: thing for name, thing in PUBLIC.items() if not is_exception(thing)}
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

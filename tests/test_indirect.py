@@ -292,7 +292,7 @@ def test_the_state_takes_no_memory_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("text_max_length", "n_prompt", "capacities"),
-    ((0, 5, (64, 128)), (90, 5, (64, 90, 180)), (80, 70, (80, 160)), (50, 70, (192, 384))),
+    ((0, 5, (64, 128)), (90, 5, (64, 90, 180)), (80, 70, (80, 160)), (50, 70, (192,))),
 )
 def test_growth(text_max_length: int, n_prompt: int, capacities: tuple[int, ...]) -> None:
     attention = IndirectAccessKVCacheAttention(text_max_length)
