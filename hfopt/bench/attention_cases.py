@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import MistralConfig
 
 from hfopt.cache import Appended, IndirectCache
-from hfopt.functional import Scoring, attend, prepare_mask
+from hfopt.functional import Scoring, attend, indirect_access_kv_cache_attention, prepare_mask
 from hfopt.words import DTYPES, dtype_name
 
 from .kernel_case import (
@@ -141,6 +141,47 @@ def _prefill(dtype: torch.dtype, heads: Heads, n_tokens: int) -> dict[str, Call]
     } | peak(dtype)
 
 
+def _reordered(dtype: torch.dtype, heads: Heads, n_prompt: int, biased: bool) -> dict[str, Call]:
+    """A step of 4 beams that go on with each other: through a table of rows, and over caches that are copied."""
+    n_heads, n_kv_heads, head_dim = heads
+    rows, scale = torch.tensor([1, 0, 3, 3]), head_dim**0.5
+    dummy = torch.zeros(1, 1, 1, 1)
+    past = torch.zeros(1, 0, 0, 1), dummy, dummy, torch.zeros(1, len(rows), dtype=torch.long)
+    x = random(dtype, 1, n_prompt, n_heads + 2 * n_kv_heads, head_dim)
+    q, k, v = x.split((n_heads, n_kv_heads, n_kv_heads), 2)
+    _, _, past = indirect_access_kv_cache_attention(q, k, v, scale, past)
+    keys, values = (each.transpose(1, 2).repeat(len(rows), 1, 1, 1) for each in (k, v))
+    x = torch.randn(len(rows), 1, n_heads + 2 * n_kv_heads, head_dim).to(dtype)
+    q, k, v = x.split((n_heads, n_kv_heads, n_kv_heads), 2)
+    bias = torch.randn(1, n_heads, 1, n_prompt + _GENERATED + 1).to(dtype) if biased else None
+    for _ in range(_GENERATED):
+        past[3][past[0].size(-2) - 1] = rows
+        _, _, past = indirect_access_kv_cache_attention(q, k, v, scale, past)
+        new_keys, new_values = (each.transpose(1, 2) for each in (k, v))
+        keys = torch.cat((keys.index_select(0, rows), new_keys), 2)
+        values = torch.cat((values.index_select(0, rows), new_values), 2)
+    past[3][past[0].size(-2) - 1] = rows
+
+    def theirs() -> torch.Tensor:
+        # as `DynamicCache` and transformers' sdpa_attention_forward
+        all_keys, all_values = (
+            torch.cat((stored.index_select(0, rows), new.transpose(1, 2)), 2)
+            for stored, new in ((keys, k), (values, v))
+        )
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), all_keys, all_values, attn_mask=bias, enable_gqa=n_heads > n_kv_heads
+        )
+
+    def ours() -> torch.Tensor:
+        # the token is stored in the same place again
+        out, _, _ = indirect_access_kv_cache_attention(q, k, v, scale, past, attention_mask=bias)
+        return out.transpose(1, 2).flatten(2)
+
+    operations = 4 * len(rows) * n_heads * head_dim * keys.shape[2]
+    runs = {"torch": theirs, "hfopt": ours}
+    return {name: Call(run, n_operations=operations) for name, run in runs.items()} | peak(dtype)
+
+
 def _scorings(dtype: torch.dtype, heads: Heads, n_keys: int) -> dict[str, Scoring]:
     """Plain scores and what else they may go through; the window is an eighth of the keys."""
     n_heads, scale = heads[0], heads[2] ** -0.5
@@ -191,6 +232,12 @@ def attention_cases(sizes: Sizes) -> Iterator[Case]:
                     partial(_shared, sizes, dtype, heads),
                     (Target("decode attention, 4 beams", "4 beams", "slower", 1.25, "1 beam", limits),),
                 )
+                for title, biased in (("beams through a table", False), ("beams, biases of heads", True)):
+                    yield Case(
+                        f"{text}, {sizes.shared_keys} shared keys",
+                        partial(_reordered, dtype, heads, sizes.shared_keys, biased),
+                        (Target(title, "hfopt", "faster", 1.0, "torch", PEAK),),
+                    )
                 yield Case(
                     f"{text}, window of {sizes.keys // _WINDOWS} of {sizes.keys} keys",
                     partial(_window, sizes, dtype, heads),

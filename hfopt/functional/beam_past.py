@@ -4,6 +4,7 @@ Keys and values lie as all caches here do, [2, n_rows, n_kv_heads, capacity, hea
 [capacity, n_rows, n_kv_heads, head_dim], from whose addresses and strides the whole is found again.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -63,7 +64,7 @@ def first_past(n_rows: int, n_prompts: int, n_new: int, layout: Layout, text_max
     return Past(buffer, _first_beam_idx(buffer, n_prompts), 0, 0, n_prompts)
 
 
-def opened(layer_past: LayerPast, length: int, layout: Layout) -> Past:
+def opened(layer_past: Sequence[Tensor], length: int, layout: Layout) -> Past:
     """What is in a `layer_past` of `length` tokens; keys and values that are not of one buffer are copied into one.
 
     Raises `InvalidInput`.
@@ -197,19 +198,21 @@ def appended_to(
     )
 
 
-def gathered(appended: Appended, dtype: torch.dtype) -> Tensor:
-    """Keys and values as rows read them, [2, rows, n_kv_heads, n_keys, head_dim]; a view if all read their own prefix."""
+def gathered(appended: Appended, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values as rows read them, [rows, n_kv_heads, n_keys, head_dim]; views if all read their own prefix."""
     buffer = torch.from_numpy(appended.prefix).view(dtype)
     n_rows, n_kv_heads, columns, head_dim = buffer.shape[1:]
     prefix_row, n_keys = appended.prefix_row, appended.n_keys
     if not appended.suffix_len and np.array_equal(prefix_row, np.arange(n_rows)):
-        return buffer[:, :, :, :n_keys]
+        return buffer[0, :, :, :n_keys], buffer[1, :, :, :n_keys]
     # prefix and suffix are one array: vectors of channels are copied once, each from its place
     in_prefix = np.broadcast_to(prefix_row[:, None], (len(prefix_row), appended.prefix_len))
     rows = np.concatenate((in_prefix, appended.table), 1).astype(np.int64)
     places = (rows[:, None] * n_kv_heads + np.arange(n_kv_heads)[:, None]) * columns + np.arange(n_keys)
-    vectors = buffer.view(2, -1, head_dim).index_select(1, torch.from_numpy(places.ravel()))
-    return vectors.view(2, -1, n_kv_heads, n_keys, head_dim)
+    index, shape = torch.from_numpy(places.ravel()), (-1, n_kv_heads, n_keys, head_dim)
+    # one after the other: memory of half the size more often comes from what was freed before
+    keys, values = (half.view(-1, head_dim).index_select(0, index).view(shape) for half in buffer)
+    return keys, values
 
 
 def length_carrier(length: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Attention over a cache that beams share and that is never moved, in the form that users of ipex.llm know."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ def indirect_access_kv_cache_attention(
     key: Tensor | None,
     value: Tensor | None,
     scale_attn: float | Tensor,
-    layer_past: LayerPast | None = None,
+    layer_past: Sequence[Tensor] | None = None,
     head_mask: None = None,
     attention_mask: Tensor | None = None,
     alibi: Tensor | None = None,
@@ -111,7 +112,7 @@ def indirect_access_kv_cache_attention(
         scores = _scores_of(attention_mask, alibi, scale, False, query, appended.prefix_len)
         return _attended(query, appended, scores), None, past
 
-    layout = _check_new(query, key, value)
+    layout, keys, values = _checked_new(query, key, value)
     n_given, n_new = query.shape[:2]
     if length and layer_past is not None:
         now = opened(layer_past, length, layout)
@@ -119,7 +120,7 @@ def indirect_access_kv_cache_attention(
         now = first_past(_n_rows_of(layer_past, n_given), n_given, n_new, layout, text_max_length)
     reading = reading_of(now, n_given, n_new)
     scores = _scores_of(attention_mask, alibi, scale, add_casual_mask, query, length + n_new)
-    past, appended = appended_to(now, reading, key, value, text_max_length)
+    past, appended = appended_to(now, reading, keys, values, text_max_length)
     return _attended(query, appended, scores), None, past
 
 
@@ -135,9 +136,14 @@ def _attended(query: Tensor, appended: Appended, scores: _Scores) -> Tensor:
     n_heads, head_dim = query.shape[2:]
     n_kv_heads = appended.prefix.shape[2]
     if scores.bias is not None:
-        heads = query.transpose(1, 2), *gathered(appended, query.dtype)
+        keys, values = gathered(appended, query.dtype)
         out = F.scaled_dot_product_attention(
-            *heads, attn_mask=scores.bias, scale=scores.scoring.scale, enable_gqa=True
+            query.transpose(1, 2),
+            keys,
+            values,
+            attn_mask=scores.bias,
+            scale=scores.scoring.scale,
+            enable_gqa=True,
         )
         return out.masked_fill((scores.bias == -math.inf).all(-1, keepdim=True), 0)
     q = query.detach().contiguous().flatten(2)
@@ -158,7 +164,7 @@ def _scale_of(scale_attn: float | Tensor) -> float:
     return 1 / divisor
 
 
-def _length_of(seq_info: int | Tensor | None, layer_past: LayerPast | None) -> int:
+def _length_of(seq_info: int | Tensor | None, layer_past: Sequence[Tensor] | None) -> int:
     """Tokens of the past, or `_CROSS`."""
     if layer_past is not None:
         if not isinstance(layer_past, tuple | list) or len(layer_past) != 4:
@@ -182,21 +188,22 @@ def _length_of(seq_info: int | Tensor | None, layer_past: LayerPast | None) -> i
     return length
 
 
-def _check_new(query: Tensor, key: Tensor | None, value: Tensor | None) -> Layout:
-    """Raises `InvalidInput` unless these are new tokens; what is needed of their cache."""
+def _checked_new(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Layout, Tensor, Tensor]:
+    """What is needed of the cache of new tokens, and their keys and values. Raises `InvalidInput`."""
+    if key is None or value is None:
+        raise InvalidInput("key or value is None: both are needed, but for cross attention")
     for name, each in (("key", key), ("value", value)):
-        check_floats_4d(name, each, query.dtype)  # type: ignore[arg-type]  # None is none
-    assert key is not None and value is not None
+        check_floats_4d(name, each, query.dtype)
     n_rows, n_new, n_heads, head_dim = query.shape
     n_kv_heads = key.shape[2]
     if n_heads % n_kv_heads:
         raise InvalidInput(f"key has {n_kv_heads} heads: a divisor of the {n_heads} of query is needed")
     for name, each in (("key", key), ("value", value)):
         check_shape(name, each, (n_rows, n_new, n_kv_heads, head_dim))
-    return n_kv_heads, head_dim, query.dtype
+    return (n_kv_heads, head_dim, query.dtype), key, value
 
 
-def _n_rows_of(layer_past: LayerPast | None, n_prompts: int) -> int:
+def _n_rows_of(layer_past: Sequence[Tensor] | None, n_prompts: int) -> int:
     """Rows of a first call."""
     if layer_past is None:
         return n_prompts
@@ -209,7 +216,7 @@ def _n_rows_of(layer_past: LayerPast | None, n_prompts: int) -> int:
     return n_rows
 
 
-def _crossed(query: Tensor, layer_past: LayerPast | None) -> tuple[Appended, LayerPast]:
+def _crossed(query: Tensor, layer_past: Sequence[Tensor] | None) -> tuple[Appended, LayerPast]:
     """What cross attention is over. Raises `InvalidInput`."""
     if layer_past is None:
         raise InvalidInput("layer_past is None: cross attention reads its caches")
