@@ -69,6 +69,7 @@ IMPORTS: dict[str, set[str]] = {
         "host",
         "kernels",
         "machine",
+        "modules",
         "program",
         "quantization",
         "words",

@@ -22,6 +22,7 @@ from hfopt.functional import (
 from hfopt.words import DTYPES, dtype_name
 
 from .attention_cases import attention_cases, filled
+from .block_cases import block_cases
 from .kernel_case import (
     PEAK,
     STREAM,
@@ -241,6 +242,7 @@ GROUPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "quantized": quantized_cases,
     "attention": attention_cases,
     "small": small_cases,
+    "blocks": block_cases,
     "sampling": sampling_cases,
     "launch": launch_cases,
 }

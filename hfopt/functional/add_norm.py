@@ -100,8 +100,10 @@ def _add_norm(
             total, total_step = others, other_step
         else:
             others, other_step = read_rows("residual", residual, dtype)
-            check_shape("residual", residual, tuple(x.shape))
-    if out.numel():
+            if residual.shape != x.shape:
+                check_shape("residual", residual, tuple(x.shape))
+    n = out.numel()
+    if n:
         prepare_threads()
         kernels.add_norm(
             ELEMENTS[dtype],
@@ -112,7 +114,7 @@ def _add_norm(
             other_step,
             total.data_ptr(),
             total_step,
-            len(rows),
+            n // size,
             size,
             weight_at,
             bias_at,

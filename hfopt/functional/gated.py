@@ -71,18 +71,19 @@ def activated_product(activation: str | None, x: Tensor, y: Tensor, out: Tensor 
     """`activation(x) * y` for None or a key of `ACTIVATIONS`; see `silu_mul`."""
     rows, step = read_rows("x", x)
     others, other_step = read_rows("y", y, x.dtype)
-    check_shape("y", y, tuple(x.shape))
+    if y.shape != x.shape:
+        check_shape("y", y, tuple(x.shape))
     output = None
+    size, n = x.shape[-1], x.numel()
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype)
-        target, target_step = out, x.shape[-1]
+        target, target_step = out, size
     else:
         output = Output("out", out, x.shape, x.dtype, x, y)
         target, target_step = output.rows, output.step
-    n_rows, size = rows.shape
-    if step == other_step == target_step == size:
-        n_rows, size = 1, n_rows * size
-    if n_rows * size:
+    if n:
+        if step == other_step == target_step == size:
+            size = n
         prepare_threads()
         kernels.gated_product(
             ELEMENTS[x.dtype],
@@ -93,7 +94,7 @@ def activated_product(activation: str | None, x: Tensor, y: Tensor, out: Tensor 
             other_step,
             target.data_ptr(),
             target_step,
-            n_rows,
+            n // size,
             size,
         )
     if output is not None:

@@ -176,6 +176,8 @@ def fast_layer_norm(
     x = dense("hidden_states", hidden_states)
     if not shape or tuple(x.shape[-len(shape) :]) != shape:
         raise InvalidInput(f"normalized_shape is {shape}: it must be the last of the sizes {tuple(x.shape)}")
+    if len(shape) == 1:
+        return layer_norm(x, weight, bias, eps)
     vectors = Norm("layer", weight, bias, eps).vectors
     for name, each in vectors.items():
         check_array(name, each, shape, x.dtype)

@@ -53,22 +53,20 @@ def rotary_embedding(
     """
     for name, each in (("query", query), ("key", key)):
         check_floats(name, each)
-        if each.ndim not in (3, 4) or each.ndim != query.ndim or each.shape[:-2] != query.shape[:-2]:
+        shape = each.shape
+        if len(shape) not in (3, 4) or shape[:-2] != query.shape[:-2]:
             allowed = "[tokens, heads, head_dim] or [batch, tokens, heads, head_dim], as of query,"
-            raise InvalidInput(f"{name} has shape {tuple(each.shape)}: {allowed} is needed")
-        address_of(name, each)
-        if not (rotary_dim % 2 == 0 and 0 < rotary_dim <= each.shape[-1]):
+            raise InvalidInput(f"{name} has shape {tuple(shape)}: {allowed} is needed")
+        if rotary_dim % 2 or not 0 < rotary_dim <= shape[-1]:
             raise InvalidInput(
-                f"rotary_dim is {rotary_dim}: an even number up to head_dim, {each.shape[-1]}, is needed"
+                f"rotary_dim is {rotary_dim}: an even number up to head_dim, {shape[-1]}, is needed"
             )
     rotation = "half" if rotary_half else "interleaved"
-    sines, cosines = (
-        _angles(name, each, query, position_ids, rotary_dim, rotary_half)
-        for name, each in (("sin", sin), ("cos", cos))
-    )
+    sines = _angles("sin", sin, query, position_ids, rotary_dim, rotary_half)
+    cosines = _angles("cos", cos, query, position_ids, rotary_dim, rotary_half)
     for name, each in (("query", query), ("key", key)):
         output = Output(name, each, each.shape, each.dtype, sines, cosines, trailing=2)
-        n_tokens, (n_heads, head_dim) = each.shape[-3], each.shape[-2:]
+        *_, n_tokens, n_heads, head_dim = each.shape
         if each.numel():
             tokens = output.rows.view(-1, n_tokens, n_heads * head_dim)
             rotate(tokens, cosines, sines, n_heads, head_dim, rotation)
@@ -109,15 +107,16 @@ def _angles(
 
 def _of_tokens(name: str, table: Tensor, query: Tensor) -> Tensor:
     n_rows, n_tokens = (1, *query.shape[:-2])[-2:]
-    shape = table.shape[:-1]
+    *shape, size = table.shape
     if table.ndim == query.ndim and shape[-1] == 1:
-        shape = shape[:-1]  # that of the heads
-    allowed = {(n_tokens,), (1, n_tokens), (n_rows, n_tokens)}
-    if tuple(shape) not in allowed:
+        shape = shape[:-1]  # without that of the heads
+    if len(shape) == 1:
+        shape = [1, *shape]
+    if len(shape) != 2 or shape[1] != n_tokens or shape[0] not in (1, n_rows):
         raise InvalidInput(
             f"{name} has shape {tuple(table.shape)}: angles of {n_tokens} tokens in 1 or {n_rows} rows are needed"
         )
-    return table.reshape(shape[0] if len(shape) == 2 else 1, n_tokens, -1)
+    return table.reshape(*shape, size)
 
 
 def _at_positions(name: str, table: Tensor, query: Tensor, position_ids: Tensor) -> Tensor:

@@ -11,12 +11,16 @@ from .checks import address_of, check_floats, check_shape, is_plain_array
 def read_rows(
     name: str, tensor: Tensor, dtype: torch.dtype | None = None, trailing: int = 1
 ) -> tuple[Tensor, int]:
-    """([rows, size], elements from a row to the next) of a tensor [..., size]: a view, or a copy where there is none.
+    """(tensor whose rows are contiguous, elements from a row to the next): itself, a view of it, or a copy.
 
     trailing: dimensions that make up the elements of a row.
 
     Raises `InvalidInput` unless it is of one of `DTYPES` (or just `dtype`), with memory, and that many dimensions.
     """
+    if is_plain_array(tensor, dtype) and tensor.ndim >= trailing:
+        address_of(name, tensor)
+        shape = tensor.shape
+        return tensor, shape[-1] if trailing == 1 else shape[-2] * shape[-1]
     check_floats(name, tensor, dtype)
     if tensor.ndim < trailing:
         raise InvalidInput(
@@ -26,9 +30,6 @@ def read_rows(
     rows = tensor.detach()
     if trailing > 1:
         rows = rows.flatten(-trailing)
-    if rows.is_contiguous():
-        size = rows.shape[-1]
-        return rows.view(rows.numel() // size if size else 0, size), size
     if rows.shape[-1] > 1 and rows.stride(-1) != 1:
         rows = rows.contiguous()
     rows = rows.flatten(0, -2) if rows.ndim > 1 else rows[None]
@@ -49,7 +50,7 @@ def dense(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor
 class Output:
     """A tensor that a kernel writes rows to; `finish` brings them to where they belong, if the kernel could not.
 
-    rows: [rows, size], filled with what the tensor holds if it is `read` too. step: elements from a row to the next.
+    rows: what it holds, in rows that are contiguous. step: elements from a row to the next.
     """
 
     def __init__(
@@ -64,19 +65,20 @@ class Output:
         """inputs: what the kernel reads, in the same places or others. Raises `InvalidInput` for another shape or dtype, or
         one that holds an element in several places.
         """
-        check_floats(name, tensor, dtype)
-        check_shape(name, tensor, tuple(shape))
+        if not (is_plain_array(tensor, dtype) and tensor.shape == shape):
+            check_floats(name, tensor, dtype)
+            check_shape(name, tensor, tuple(shape))
+            if repeats(tensor):
+                raise InvalidInput(
+                    f"{name} has strides {tensor.stride()} with shape {tuple(tensor.shape)}: "
+                    "memory of its own is needed for each element"
+                )
         address_of(name, tensor)
-        if repeats(tensor):
-            raise InvalidInput(
-                f"{name} has strides {tensor.stride()} with shape {tuple(tensor.shape)}: "
-                "memory of its own is needed for each element"
-            )
         self._target: Tensor | None = None
         if any(_collide(tensor, each) for each in inputs):
-            self._target, tensor = tensor, tensor.clone(memory_format=torch.contiguous_format)
+            self._target, tensor = tensor, tensor.detach().clone(memory_format=torch.contiguous_format)
         self.rows, self.step = read_rows(name, tensor, dtype, trailing)
-        if self.rows.numel() and self.rows.data_ptr() != tensor.data_ptr():
+        if self.rows is not tensor and self.rows.numel() and self.rows.data_ptr() != tensor.data_ptr():
             self._target = tensor
 
     def finish(self) -> None:
@@ -99,13 +101,15 @@ def repeats(tensor: Tensor) -> bool:
 
 def _collide(output: Tensor, read: Tensor) -> bool:
     """Whether writing an element of the output may change another one that is still to be read."""
-    if output.data_ptr() == read.data_ptr() and output.stride() == read.stride():
+    if output is read or (output.data_ptr() == read.data_ptr() and output.stride() == read.stride()):
         return False
     (first, end), (other, other_end) = _range(output), _range(read)
     return first < other_end and other < end
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     if not tensor.numel():
         return 0, 0
     last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

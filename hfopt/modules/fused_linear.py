@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hfopt import functional
 from hfopt.errors import InvalidInput
-from hfopt.functional import ACTIVATIONS, Weights
+from hfopt.functional import ACTIVATIONS, Epilogue, Weights
 from hfopt.host import Features
 from hfopt.modules.guards import are_readable, is_plain_call, is_unhooked
 from hfopt.modules.records import Records
@@ -50,18 +50,19 @@ class FusedLinear(nn.Module):
     ) -> Tensor:
         """activation(y) times the factor plus residuals, for the y of the only Linear; activation(y0) * y1 of two."""
         linears: list[Any] = [self._modules[name] for name in self._names]
-        others = {**(factor or {}), **residuals}
-        _check_inputs(x, others, linears)
+        others = residuals if factor is None else {**factor, **residuals}
         weights = self._read(linears, x, others)
         if weights is None:
-            return self._compute_in_torch(linears, x, residuals, factor)
-        shape = (*x.shape[:-1], weights.sizes[0])
-        _check_others(others, shape, x.dtype)
+            _check_inputs(x, others, linears)
+            return self._compute_in_torch(linears, x, others, factor is not None)
+        shape = x.shape
+        if not shape or shape[-1] != weights.in_features:
+            raise InvalidInput(f"x has shape {tuple(shape)}: [..., {weights.in_features}] is needed")
+        if others:
+            _check_others(others, (*shape[:-1], weights.sizes[0]), x.dtype)
         added = [each.contiguous() for each in residuals.values()]
-        activation, is_gated = (None if factor else self.activation), len(linears) == 2
-        y = functional.linear(
-            x.contiguous(), weights, activation=activation, gated=is_gated, residuals=added, by="auto"
-        )
+        epilogue = Epilogue(None if factor else self.activation, len(linears) == 2, added)
+        y = weights.multiply(x.contiguous(), epilogue, "auto")
         if factor:
             (by,) = factor.values()
             functional.activated_product(self.activation, y, by, out=y)
@@ -72,10 +73,11 @@ class FusedLinear(nn.Module):
         given = (x, *others.values())
         if torch.compiler.is_compiling() or not is_plain_call(self, given, {}):
             return None
-        if not all(is_linear(linear) and is_unhooked(linear) for linear in linears):
-            return None
+        for linear in linears:
+            if not (is_linear(linear) and is_unhooked(linear)):
+                return None
         weights = read_weights(self._records, "own", linears)
-        if weights is None or not are_readable(given, weights.dtype or x.dtype):
+        if weights is None or not isinstance(x, Tensor) or not are_readable(given, weights.dtype or x.dtype):
             return None
         return weights
 
@@ -83,16 +85,16 @@ class FusedLinear(nn.Module):
         self,
         linears: Sequence[Any],
         x: Tensor,
-        residuals: Mapping[str, Tensor],
-        factor: Mapping[str, Tensor] | None,
+        others: Mapping[str, Tensor],
+        is_product: bool,
     ) -> Tensor:
         first, *rest = [linear(x) for linear in linears]
-        _check_others({**(factor or {}), **residuals}, first.shape, first.dtype)
+        _check_others(others, first.shape, first.dtype)
         y: Tensor = first if self.activation is None else ACTIVATIONS[self.activation](first)
-        for each in (*rest, *(factor or {}).values()):
+        for each in rest:
             y = y * each
-        for each in residuals.values():
-            y = y + each
+        for each in others.values():
+            y = y * each if is_product else y + each
         return y
 
 
@@ -113,7 +115,7 @@ def _check_inputs(x: Any, others: Mapping[str, Any], linears: Sequence[Any]) -> 
 
 def _check_others(others: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
     for name, each in others.items():
-        if each.shape != tuple(shape) or each.dtype is not dtype:
+        if each.shape != shape or each.dtype is not dtype:
             raise InvalidInput(
                 f"{name} has shape {tuple(each.shape)} and dtype {each.dtype}: "
                 f"{tuple(shape)} and {dtype} are needed"
