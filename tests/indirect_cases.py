@@ -97,6 +97,11 @@ class Twins:
         torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
         return out
 
+    def forget(self, length: int) -> None:
+        """Take back the tokens from there on."""
+        self.past = (torch.empty(1, length, length, 1, device="meta"), *self.past[1:])
+        self.keys, self.values = self.keys[:, :length], self.values[:, :length]
+
     def reorder(self, rows: Tensor) -> None:
         """What the loop of a user does after a step."""
         self.past[3][self.past[0].size(-2) - 1] = rows

@@ -29,6 +29,7 @@ IMPORTS: dict[str, set[str]] = {
     "checkpoints": {"errors", "host", "machine", "modules", "quantization", "words"},
     "console": {"cache", "errors", "host", "quantization", "words"},
     "functional": {"cache", "errors", "kernels", "machine", "quantization", "words"},
+    "modules": {"functional"},
     "generation": {"cache", "errors", "functional", "host", "machine", "progress", "words"},
     "modules": {"errors", "functional", "host", "quantization", "words"},
     "patches": {"cache", "errors", "functional", "host", "modules", "quantization", "words"},

@@ -137,7 +137,7 @@ def _attend_in_torch(
 ) -> Tensor | None:
     """`attend` by `scaled_dot_product_attention`; None if a mask hides something that is not finite."""
     n_rows, n_new, _ = qkv.shape
-    keys, values = read_back(appended, n_rows, qkv.dtype)
+    keys, values = _gathered(appended, n_rows, qkv.dtype)
     n_keys = keys.shape[2]
     # 0 * NaN is NaN, and torch multiplies by the weights of hidden keys too
     if mask.kind != "none" and not all(
@@ -161,7 +161,7 @@ def _attend_in_torch(
     return heads.transpose(1, 2).flatten(2)
 
 
-def read_back(appended: "Appended", n_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _gathered(appended: "Appended", n_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values as the rows read them, [n_rows, n_kv_heads, n_keys, head_dim]; views if they are in order."""
     in_prefix, starts = min(appended.skipped, appended.prefix_len), appended.starts
     in_suffix = appended.skipped - in_prefix

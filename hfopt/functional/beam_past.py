@@ -4,6 +4,7 @@ Keys and values lie as all caches here do, [2, n_rows, n_kv_heads, capacity, hea
 [capacity, n_rows, n_kv_heads, head_dim], from whose addresses and strides the whole is found again.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,10 +17,11 @@ from hfopt.cache.storage import Layout, bits, moved, no_columns
 from hfopt.errors import InvalidInput
 from hfopt.kernels.attention.history import trace_rows
 
-from .checks import address_of, check_floats, check_shape
+from .checks import address_of, array_of, check_floats, check_shape
 
 LayerPast: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
+_ZERO = torch.zeros((), dtype=torch.int64)
 _TRAILER = 2  # rows of beam_idx behind those of tokens: tokens of the prompt, and rows that it has
 
 
@@ -62,7 +64,7 @@ def first_past(n_rows: int, n_prompts: int, n_new: int, layout: Layout, text_max
     return Past(buffer, _first_beam_idx(buffer, n_prompts), 0, 0, n_prompts)
 
 
-def opened(layer_past: LayerPast, length: int, layout: Layout) -> Past:
+def opened(layer_past: Sequence[Tensor], length: int, layout: Layout) -> Past:
     """What is in a `layer_past` of `length` tokens; keys and values that are not of one buffer are copied into one.
 
     Raises `InvalidInput`.
@@ -72,9 +74,9 @@ def opened(layer_past: LayerPast, length: int, layout: Layout) -> Past:
     check_floats_4d("key_cache", key_cache, dtype)
     capacity, n_rows = key_cache.shape[:2]
     shape = capacity, n_rows, n_kv_heads, head_dim
-    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        check_floats_4d(name, cache, dtype)
-        check_shape(name, cache, shape)
+    check_floats_4d("value_cache", value_cache, dtype)
+    check_shape("key_cache", key_cache, shape)
+    check_shape("value_cache", value_cache, shape)
     check_beam_idx(beam_idx)
     if beam_idx.shape != (capacity + _TRAILER, n_rows):
         raise InvalidInput(
@@ -121,16 +123,17 @@ def check_floats_4d(name: str, tensor: Tensor, dtype: torch.dtype | None = None)
 def check_memory(name: str, tensor: Tensor) -> None:
     """Raises `InvalidInput` unless a strided tensor has all of its memory."""
     address_of(name, tensor)
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    held = tensor.untyped_storage().nbytes() // tensor.itemsize
-    if tensor.numel() and tensor.storage_offset() + last >= held:
+    n = tensor.numel()
+    if n and not tensor.is_contiguous():
+        n = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if (tensor.storage_offset() + n) * tensor.itemsize > tensor.untyped_storage().nbytes():
         raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}: its storage has been made smaller")
 
 
 def joined(keys: Tensor, values: Tensor) -> Tensor:
     """[2, rows, n_kv_heads, columns, head_dim] of two such halves: where they lie, if they do so one behind the other."""
     keys, values = keys.detach(), values.detach()
-    n_rows, n_kv_heads, columns, head_dim = keys.shape
+    n_kv_heads, columns, head_dim = keys.shape[1:]
     strides = n_kv_heads * columns * head_dim, columns * head_dim, head_dim, 1
     if (
         keys.stride() == values.stride() == strides
@@ -174,17 +177,17 @@ def appended_to(
         length if reading.in_prompt else past.prompt_len,
     )
     step = past.share if reading.in_prompt else 1
-    for half, new in zip(buffer, (keys, values), strict=True):
-        half[::step, :, past.length : length] = new.transpose(1, 2)
-    numbers = beam_idx.numpy()  # which may be written to wherever the tensor was made
+    # by numpy, which is faster at few tokens, and may write to tensors of `torch.inference_mode` wherever it is called
+    stored, numbers = bits(buffer), beam_idx.numpy()
+    for half, new in enumerate((keys, values)):
+        stored[half, ::step, :, past.length : length] = array_of(new).transpose(0, 2, 1, 3)
     numbers[past.length : length] = np.arange(past.n_rows)
     numbers[-_TRAILER] = prompt_len
     numbers[-_TRAILER + 1] = past.n_prompts
-    array = bits(buffer)
-    key_cache, value_cache = (half.permute(2, 0, 1, 3) for half in buffer)
+    key_cache, value_cache = buffer.permute(0, 3, 1, 2, 4).unbind()
     return (length_carrier(length), key_cache, value_cache, beam_idx), Appended(
-        array,
-        array,
+        stored,
+        stored,
         prompt_len,
         length - prompt_len,
         not reading.in_prompt,
@@ -195,9 +198,26 @@ def appended_to(
     )
 
 
+def gathered(appended: Appended, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values as rows read them, [rows, n_kv_heads, n_keys, head_dim]; views if all read their own prefix."""
+    buffer = torch.from_numpy(appended.prefix).view(dtype)
+    n_rows, n_kv_heads, columns, head_dim = buffer.shape[1:]
+    prefix_row, n_keys = appended.prefix_row, appended.n_keys
+    if not appended.suffix_len and np.array_equal(prefix_row, np.arange(n_rows)):
+        return buffer[0, :, :, :n_keys], buffer[1, :, :, :n_keys]
+    # prefix and suffix are one array: vectors of channels are copied once, each from its place
+    in_prefix = np.broadcast_to(prefix_row[:, None], (len(prefix_row), appended.prefix_len))
+    rows = np.concatenate((in_prefix, appended.table), 1).astype(np.int64)
+    places = (rows[:, None] * n_kv_heads + np.arange(n_kv_heads)[:, None]) * columns + np.arange(n_keys)
+    index, shape = torch.from_numpy(places.ravel()), (-1, n_kv_heads, n_keys, head_dim)
+    # one after the other: memory of half the size more often comes from what was freed before
+    keys, values = (half.view(-1, head_dim).index_select(0, index).view(shape) for half in buffer)
+    return keys, values
+
+
 def length_carrier(length: int) -> Tensor:
     """[1, length, length, 1] of zeros, in the memory of one number."""
-    return torch.zeros((), dtype=torch.int64).expand(1, length, length, 1)
+    return _ZERO.expand(1, length, length, 1)
 
 
 def _capacity(needed: int, before: int, text_max_length: int) -> int:

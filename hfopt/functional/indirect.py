@@ -1,6 +1,7 @@
 """Attention over a cache that beams share and that is never moved, in the form that users of ipex.llm know."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from hfopt.cache import Appended
 from hfopt.cache.storage import Layout, bits
 from hfopt.errors import InvalidInput
 
-from .attention import Mask, attend, prepare_mask, read_back
+from .attention import Mask, attend, prepare_mask
 from .beam_past import (
     LayerPast,
     appended_to,
@@ -21,6 +22,7 @@ from .beam_past import (
     check_memory,
     check_text_max_length,
     first_past,
+    gathered,
     joined,
     opened,
     reading_of,
@@ -38,7 +40,7 @@ def indirect_access_kv_cache_attention(
     key: Tensor | None,
     value: Tensor | None,
     scale_attn: float | Tensor,
-    layer_past: LayerPast | None = None,
+    layer_past: Sequence[Tensor] | None = None,
     head_mask: None = None,
     attention_mask: Tensor | None = None,
     alibi: Tensor | None = None,
@@ -107,41 +109,45 @@ def indirect_access_kv_cache_attention(
     length = _length_of(seq_info, layer_past)
     if length == _CROSS:
         appended, past = _crossed(query, layer_past)
-        scores = _scores_of(attention_mask, alibi, False, query, appended.prefix_len)
-        return _attended(query, appended, scores, scale), None, past
+        scores = _scores_of(attention_mask, alibi, scale, False, query, appended.prefix_len)
+        return _attended(query, appended, scores), None, past
 
-    layout = _check_new(query, key, value)
+    layout, keys, values = _checked_new(query, key, value)
     n_given, n_new = query.shape[:2]
     if length and layer_past is not None:
         now = opened(layer_past, length, layout)
     else:
         now = first_past(_n_rows_of(layer_past, n_given), n_given, n_new, layout, text_max_length)
     reading = reading_of(now, n_given, n_new)
-    scores = _scores_of(attention_mask, alibi, add_casual_mask, query, length + n_new)
-    past, appended = appended_to(now, reading, key, value, text_max_length)
-    return _attended(query, appended, scores, scale), None, past
+    scores = _scores_of(attention_mask, alibi, scale, add_casual_mask, query, length + n_new)
+    past, appended = appended_to(now, reading, keys, values, text_max_length)
+    return _attended(query, appended, scores), None, past
 
 
 class _Scores(NamedTuple):
-    """What becomes of scores: keys that are hidden and slopes, or a bias."""
+    """What becomes of products: some keys are hidden, or all have a bias."""
 
+    scoring: Scoring
     mask: Mask
-    slopes: Tensor | None = None
     bias: Tensor | None = None  # float32, for [rows, n_heads, n_new, n_keys]
 
 
-def _attended(query: Tensor, appended: Appended, scores: _Scores, scale: float) -> Tensor:
-    n_rows, _, n_heads, head_dim = query.shape
+def _attended(query: Tensor, appended: Appended, scores: _Scores) -> Tensor:
+    n_heads, head_dim = query.shape[2:]
     n_kv_heads = appended.prefix.shape[2]
     if scores.bias is not None:
-        keys, values = read_back(appended, n_rows, query.dtype)
-        heads = query.transpose(1, 2), keys, values
-        out = F.scaled_dot_product_attention(*heads, attn_mask=scores.bias, scale=scale, enable_gqa=True)
+        keys, values = gathered(appended, query.dtype)
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            keys,
+            values,
+            attn_mask=scores.bias,
+            scale=scores.scoring.scale,
+            enable_gqa=True,
+        )
         return out.masked_fill((scores.bias == -math.inf).all(-1, keepdim=True), 0)
     q = query.detach().contiguous().flatten(2)
-    out = attend(
-        q, appended, scores.mask, Scoring(scale, slopes=scores.slopes), n_heads, n_kv_heads, head_dim
-    )
+    out = attend(q, appended, scores.mask, scores.scoring, n_heads, n_kv_heads, head_dim)
     return out.unflatten(-1, (n_heads, head_dim)).transpose(1, 2)
 
 
@@ -158,7 +164,7 @@ def _scale_of(scale_attn: float | Tensor) -> float:
     return 1 / divisor
 
 
-def _length_of(seq_info: int | Tensor | None, layer_past: LayerPast | None) -> int:
+def _length_of(seq_info: int | Tensor | None, layer_past: Sequence[Tensor] | None) -> int:
     """Tokens of the past, or `_CROSS`."""
     if layer_past is not None:
         if not isinstance(layer_past, tuple | list) or len(layer_past) != 4:
@@ -175,28 +181,29 @@ def _length_of(seq_info: int | Tensor | None, layer_past: LayerPast | None) -> i
             length = int(seq_info)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidInput(f"seq_info is {seq_info!r}: a number of tokens or -1 is needed") from error
-    if length < (0 if layer_past is None else _CROSS) or (layer_past is None and length):
+    if length < _CROSS or (layer_past is None and length > 0):
         raise InvalidInput(
             f"seq_info is {length}: the tokens of layer_past are needed, or -1 for cross attention"
         )
     return length
 
 
-def _check_new(query: Tensor, key: Tensor | None, value: Tensor | None) -> Layout:
-    """Raises `InvalidInput` unless these are new tokens; what is needed of their cache."""
+def _checked_new(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Layout, Tensor, Tensor]:
+    """What is needed of the cache of new tokens, and their keys and values. Raises `InvalidInput`."""
+    if key is None or value is None:
+        raise InvalidInput("key or value is None: both are needed, but for cross attention")
     for name, each in (("key", key), ("value", value)):
-        check_floats_4d(name, each, query.dtype)  # type: ignore[arg-type]  # None is none
-    assert key is not None and value is not None
+        check_floats_4d(name, each, query.dtype)
     n_rows, n_new, n_heads, head_dim = query.shape
     n_kv_heads = key.shape[2]
     if n_heads % n_kv_heads:
         raise InvalidInput(f"key has {n_kv_heads} heads: a divisor of the {n_heads} of query is needed")
     for name, each in (("key", key), ("value", value)):
         check_shape(name, each, (n_rows, n_new, n_kv_heads, head_dim))
-    return n_kv_heads, head_dim, query.dtype
+    return (n_kv_heads, head_dim, query.dtype), key, value
 
 
-def _n_rows_of(layer_past: LayerPast | None, n_prompts: int) -> int:
+def _n_rows_of(layer_past: Sequence[Tensor] | None, n_prompts: int) -> int:
     """Rows of a first call."""
     if layer_past is None:
         return n_prompts
@@ -209,17 +216,16 @@ def _n_rows_of(layer_past: LayerPast | None, n_prompts: int) -> int:
     return n_rows
 
 
-def _crossed(query: Tensor, layer_past: LayerPast | None) -> tuple[Appended, LayerPast]:
+def _crossed(query: Tensor, layer_past: Sequence[Tensor] | None) -> tuple[Appended, LayerPast]:
     """What cross attention is over. Raises `InvalidInput`."""
     if layer_past is None:
         raise InvalidInput("layer_past is None: cross attention reads its caches")
     carrier, key_cache, value_cache, beam_idx = layer_past
     n_rows, n_new, n_heads, head_dim = query.shape
-    check_floats_4d("key_cache", key_cache, query.dtype)
-    shape = n_rows, *key_cache.shape[1:3], head_dim
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         check_floats_4d(name, cache, query.dtype)
-        check_shape(name, cache, shape)
+        check_shape(name, cache, (n_rows, *key_cache.shape[1:3], head_dim))
+    shape = key_cache.shape
     if n_heads % shape[2]:
         raise InvalidInput(f"key_cache has {shape[2]} heads: a divisor of the {n_heads} of query is needed")
     buffer = joined(key_cache.transpose(1, 2), value_cache.transpose(1, 2))
@@ -233,7 +239,12 @@ def _crossed(query: Tensor, layer_past: LayerPast | None) -> tuple[Appended, Lay
 
 
 def _scores_of(
-    attention_mask: Tensor | None, alibi: Tensor | None, causal: bool, query: Tensor, n_keys: int
+    attention_mask: Tensor | None,
+    alibi: Tensor | None,
+    scale: float,
+    causal: bool,
+    query: Tensor,
+    n_keys: int,
 ) -> _Scores:
     """What masks and alibi make of scores. Raises `InvalidInput`."""
     n_rows, n_new, n_heads, _ = query.shape
@@ -246,6 +257,7 @@ def _scores_of(
         slopes = alibi
     elif alibi is not None:
         bias = _fitting("alibi", _in_four(alibi, n_rows, n_heads), shape)
+    scoring = Scoring(scale, slopes=slopes)
     seen = None if mask is None else _seen_by(mask)
     order = None
     if causal and n_new > 1:
@@ -253,11 +265,10 @@ def _scores_of(
     # attention of ours is over the new tokens too
     if bias is None and (mask is None or seen is not None) and n_new <= n_keys:
         if seen is None:
-            return _Scores(
-                Mask("none") if order is None else prepare_mask(None, n_rows, n_new, n_keys), slopes
-            )
+            return _Scores(scoring, Mask("none" if order is None else "causal"))
         seen = seen.expand(-1, -1, n_new, n_keys)
-        return _Scores(prepare_mask(seen if order is None else seen & order, n_rows, n_new, n_keys), slopes)
+        seen = seen if order is None else seen & order
+        return _Scores(scoring, prepare_mask(seen, n_rows, n_new, n_keys))
 
     total = torch.zeros(1, 1, n_new, n_keys)
     for each in (mask, bias):
@@ -266,7 +277,7 @@ def _scores_of(
     if slopes is not None:
         away = torch.arange(n_keys) - torch.arange(n_keys - n_new, n_keys)[:, None]
         total = total + slopes[:, None, None] * away
-    return _Scores(Mask("none"), bias=total if order is None else total.masked_fill_(~order, -math.inf))
+    return _Scores(scoring, Mask("none"), total if order is None else total.masked_fill_(~order, -math.inf))
 
 
 def _fitting(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,5 +1,7 @@
 """IndirectAccessKVCacheAttention: attention of beams over a cache in which nothing is moved."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from hfopt.functional import indirect_access_kv_cache_attention
@@ -43,7 +45,7 @@ class IndirectAccessKVCacheAttention(nn.Module):
         key: Tensor | None,
         value: Tensor | None,
         scale_attn: float | Tensor,
-        layer_past: LayerPast | None = None,
+        layer_past: Sequence[Tensor] | None = None,
         head_mask: None = None,
         attention_mask: Tensor | None = None,
         alibi: Tensor | None = None,

@@ -8,8 +8,8 @@ def trace_rows(history, prefix_len, length, share, prefix_row, table):
     """table[r, b]: the row that holds token prefix_len + b of row r; prefix_row[r]: the one that holds those before.
 
     history: int64 [>= length, n_rows]: once token t was stored, row r went on with what row history[t, r] had read. Rows
-    share the prefix with the next `share` - 1 ones. prefix_row int32 [n_rows]; table int32 [n_rows, length - prefix_len + n],
-    of whose last n tokens each row holds its own. Returns 1 if the history names a row that is not there.
+    share the prefix with the next `share` - 1 ones. prefix_row int32 [n_rows]; table int32 [n_rows, length - prefix_len + n]
+    also names n tokens of each row behind those. Returns 1 if the history names a row that is not there.
     """
     n_rows, n_later = history.shape[1], length - prefix_len
     for row in range(n_rows):
