@@ -38,6 +38,8 @@ from .kernel_case import (
     rounds_up,
     stream,
 )
+from .lora_cases import lora_cases
+from .mamba_cases import mamba_cases
 from .quantized_cases import quantized_cases
 
 _EPS = 1e-6
@@ -244,5 +246,7 @@ GROUPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "small": small_cases,
     "blocks": block_cases,
     "sampling": sampling_cases,
+    "mamba": mamba_cases,
+    "lora": lora_cases,
     "launch": launch_cases,
 }

@@ -3,6 +3,7 @@
 Their names and signatures are those of `ipex.llm.modules`. `hfopt.optimize` needs none of them.
 """
 
+from hfopt.modules.indirect import IndirectAccessKVCacheAttention
 from hfopt.modules.linear import (
     Linear2SiluMul,
     LinearAdd,
@@ -14,13 +15,12 @@ from hfopt.modules.linear import (
     LinearSilu,
     LinearSiluMul,
 )
+from hfopt.modules.mamba_mixer import MambaMixer
 from hfopt.modules.moe import GatedMLPMOE
 from hfopt.modules.norm import FastLayerNorm, RMSNorm
+from hfopt.modules.paged import PagedAttention
 from hfopt.modules.rotary import RotaryEmbedding
-
-from .indirect import IndirectAccessKVCacheAttention
-from .paged import PagedAttention
-from .varlen import VarlenAttention
+from hfopt.modules.varlen import VarlenAttention
 
 __all__ = [
     "FastLayerNorm",
@@ -35,6 +35,7 @@ __all__ = [
     "LinearRelu",
     "LinearSilu",
     "LinearSiluMul",
+    "MambaMixer",
     "PagedAttention",
     "RMSNorm",
     "RotaryEmbedding",
