@@ -79,12 +79,16 @@ class Past:
             past[3][len(self) - 1] = beam_idx
 
 
+def head_dim_of(config: LlamaConfig) -> int:
+    return config.head_dim or config.hidden_size // config.num_attention_heads
+
+
 class Layer(nn.Module):
     """x += attention(norm(x)); x += feed_forward(norm(x))."""
 
     def __init__(self, config: LlamaConfig, weights: Weights, name: str, rotary: RotaryEmbedding) -> None:
         super().__init__()
-        self.n_heads, self.head_dim, self.rotary = config.num_attention_heads, config.head_dim, rotary
+        self.n_heads, self.head_dim, self.rotary = config.num_attention_heads, head_dim_of(config), rotary
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
         self.norm = norm(weights[f"{name}.input_layernorm.weight"])
         self.mlp_norm = norm(weights[f"{name}.post_attention_layernorm.weight"])
@@ -120,8 +124,9 @@ class Llama(nn.Module):
         rope = getattr(config, "rope_parameters", None)
         if rope is None:  # transformers 4
             rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})}
+        size = head_dim_of(config)
         rotary = RotaryEmbedding(
-            config.max_position_embeddings, config.head_dim, rope["rope_theta"], extra_rope_config=rope
+            config.max_position_embeddings, size, rope["rope_theta"], extra_rope_config=rope
         )
         names = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
         self.embedding = nn.Embedding.from_pretrained(weights["model.embed_tokens.weight"])

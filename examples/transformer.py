@@ -408,22 +408,26 @@ HIDDEN, N_HEADS, HEAD_DIM, INNER = 64, 8, 8, 256
 N_TOKENS, LENGTHS = 12, torch.tensor([12, 7, 1])
 
 
-def paged_step(query: Tensor, key: Tensor, value: Tensor, block_size: int = 16) -> Tensor:
+def paged_step(query: Tensor, key: Tensor, value: Tensor, block_size: int = 8) -> Tensor:
     """The last token of each row over a cache of blocks, as servers keep it (Kwon et al., https://arxiv.org/abs/2309.06180).
 
-    Row i may use blocks 2i and 2i + 1: the table says which, and a token's slot is its block and its place in that block.
+    A table says which blocks each row has, in any order. The slot of a token is the number of its block, times the size of
+    blocks, and its place in that block.
     """
     n_rows, n_tokens, n_kv_heads, head_dim = key.shape
-    caches = torch.zeros(2, 2 * n_rows, n_kv_heads, block_size, head_dim, dtype=key.dtype)
-    tables = torch.arange(2 * n_rows, dtype=torch.int32).view(n_rows, 2)
-    slots = (tables[:, :1] * block_size + torch.arange(n_tokens)).flatten().int()
-    PagedAttention.reshape_and_cache(key.flatten(0, 1), value.flatten(0, 1), *caches, slots)
-    n_heads = query.size(2)
-    head_of = torch.arange(n_heads, dtype=torch.int32) // (n_heads // n_kv_heads)
+    n_heads, n_blocks = query.size(2), -(-n_tokens // block_size)
+    tables = torch.randperm(n_rows * n_blocks).view(n_rows, n_blocks)
+    key_cache, value_cache = key.new_zeros(2, n_rows * n_blocks, n_kv_heads, block_size, head_dim)
+    token = torch.arange(n_tokens)
+    slots = tables[:, token // block_size] * block_size + token % block_size
+    PagedAttention.reshape_and_cache(
+        key.flatten(0, 1), value.flatten(0, 1), key_cache, value_cache, slots.flatten()
+    )
     out = torch.empty_like(query[:, -1])
-    lengths = torch.full((n_rows,), n_tokens, dtype=torch.int32)
+    head_of_keys = torch.arange(n_heads) // (n_heads // n_kv_heads)
     PagedAttention.single_query_cached_kv_attention(
-        out, query[:, -1], *caches, head_of, head_dim**-0.5, tables, lengths, block_size, n_tokens, None
+        *(out, query[:, -1], key_cache, value_cache, head_of_keys, head_dim**-0.5),
+        *(tables, torch.full((n_rows,), n_tokens), block_size, n_tokens, None),
     )
     return out
 

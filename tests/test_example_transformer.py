@@ -38,8 +38,8 @@ def test_the_plain_side_is_what_pytorch_has() -> None:
     """Attention, norms and both stacks of the original transformer against torch.nn's own."""
     query, key, value = torch.randn(3, 2, 7, 4, 16)
     seen = transformer.causal_mask(7, 7)
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    own = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    own = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     torch.testing.assert_close(transformer.attention(query, key, value, seen), own)
     x, weight, bias = torch.randn(5, 64), torch.randn(64), torch.randn(64)
     own = torch.nn.functional.layer_norm(x, (64,), weight, bias, 1e-5)
@@ -66,6 +66,7 @@ def test_the_plain_stacks_are_what_pytorch_has() -> None:
     is_padding = ~transformer.padding_mask(transformer.LENGTHS, 12)[:, 0, 0]
     memory = encoder(text, transformer.LENGTHS)
     expected = text + transformer.sinusoidal(12, transformer.HIDDEN)
+    layer: Any
     for layer in encoder.layers:
         own = nn.TransformerEncoderLayer(transformer.HIDDEN, 8, transformer.INNER, **settings).eval()
         copy_attention(own.self_attn, layer.attention)
