@@ -57,7 +57,11 @@ def load_tokenizer(model_id: str, trust_remote_code: bool = False) -> PreTrained
     """The tokenizer of a checkpoint; raises as `load` does."""
     with _named_errors(model_id):
         _find(model_id, trust_remote_code)
-        return AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust_remote_code)
+    # without files, transformers makes some classes with nothing in them
+    if len(tokenizer) == 0:
+        raise CorruptCheckpoint(f"{model_id} has no tokenizer: files such as tokenizer.json are missing")
+    return tokenizer
 
 
 @contextlib.contextmanager
