@@ -13,6 +13,7 @@ from torch import nn
 
 from hfopt import generation
 from hfopt.errors import InvalidInput
+from hfopt.host import Adapter, adapters_in
 from hfopt.machine import env
 from hfopt.machine.cores import Cores, cores_of_process
 from hfopt.words import counted, dtype_name
@@ -37,8 +38,8 @@ class Report:
     that cannot run in kernels as they are now, and why. cores: that threads fit in. kernels: the argument of `optimize`.
     window: tokens of the shortest window of a layer, if texts may be longer. choices: what "auto" takes for this
     model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and values are cached as floats all the same,
-    or None. quantized: Linears with packed weights. left: those that
-    `quantization` left as they are, and why. advice: in words, which dtype would be faster, and at what cost; or None.
+    or None. quantized: Linears with packed weights. left: those that `quantization` left as they are, and why. adapters: of
+    LoRA, around Linears. advice: in words, which dtype would be faster, and at what cost; or None.
 
     Example:
         >>> import hfopt
@@ -69,6 +70,7 @@ class Report:
     window: int | None
     quantized: tuple[Quantized, ...]
     left: dict[str, str]
+    adapters: tuple[Adapter, ...]
     advice: str | None
     memory_before: int
     memory_after: int
@@ -105,6 +107,7 @@ class Report:
             window=None if generator is None else generation.window_of(generator),
             quantized=quantized(walk.model),
             left=dict(left),
+            adapters=adapters_in(walk.model),
             advice=_advice(dtypes),
             choices=tuple(each for each in choice.choices() if each.dtype in dtypes),
             memory_before=memory_before,
@@ -131,9 +134,9 @@ class Report:
             f" kernels {self.kernels or 'unused'};"
             f" memory {self.memory_before / 2**20:,.0f} MiB before, {grown:+,.1f} MiB after",
         ]
-        lines.append(
-            f"a decode step {'is one call' if self.by_module is None else f'goes module by module: {self.by_module}'}"
-        )
+        step = "is one call" if self.by_module is None else f"goes module by module: {self.by_module}"
+        adapters = f"; LoRA adapters: {', '.join(map(str, self.adapters))}" if self.adapters else ""
+        lines.append(f"a decode step {step}{adapters}")
         if self.advice is not None:
             lines.append(self.advice)
         if self.loops:

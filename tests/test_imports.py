@@ -34,7 +34,17 @@ IMPORTS: dict[str, set[str]] = {
     "patches": {"cache", "errors", "functional", "host", "modules", "quantization", "words"},
     "program": {"cache", "errors", "functional", "host", "kernels", "modules", "patches", "words"},
     "cli": {"bench", "console", "errors", "functional", "generation", "host", "kernels", "machine", "words"},
-    "report": {"errors", "functional", "generation", "machine", "model_proof", "patches", "program", "words"},
+    "report": {
+        "errors",
+        "functional",
+        "generation",
+        "host",
+        "machine",
+        "model_proof",
+        "patches",
+        "program",
+        "words",
+    },
     "load": {
         "cache",
         "calibration",

@@ -49,6 +49,7 @@ def run(
             np.zeros(N_ROWS, np.bool_),
             0,
             np.empty(0, np.int64),
+            np.zeros(4, np.int64),
         ),
     )
     assert outcome == 1

@@ -25,6 +25,7 @@ from hfopt.console.output import progress, say, show_table, write_json
 from hfopt.errors import InvalidInput
 from hfopt.kernels.jit import launch as jit
 from hfopt.machine import env
+from hfopt.program.adapters import AdaptedProgram
 from hfopt.program.listing import Line
 from hfopt.program.program import Program
 
@@ -97,7 +98,7 @@ class ReadyStep:
         cache: Any = filled_cache(model, workload, optimized=True)
         programs = generation.installed(model).programs
         program = None if programs is None else programs.of(model, n_rows)
-        if not isinstance(program, Program):
+        if not isinstance(program, Program | AdaptedProgram):
             reason = hfopt.explain(model).by_module or f"a step of {n_rows} rows has other kernels"
             raise InvalidInput(f"--profile: decode steps of this model go module by module: {reason}")
         appended = cache.append_everywhere(n_rows, 1, program.layouts)

@@ -9,6 +9,7 @@ from .add_norm import add_layer_norm, add_rms_norm
 from .attention import Mask, attend, prepare_mask
 from .causal_conv import causal_conv1d, causal_conv1d_update
 from .choice import Kernels
+from .deltas import Delta, DeltaTables, activate, add_deltas, check_deltas, pieces_of
 from .epilogue import Epilogue
 from .gated import activated_product, gelu_mul, silu_mul
 from .indirect import indirect_access_kv_cache_attention
@@ -36,6 +37,8 @@ from .xielu import Xielu, xielu
 
 __all__ = [
     "ACTIVATIONS",
+    "Delta",
+    "DeltaTables",
     "Epilogue",
     "Kernels",
     "LinearWeights",
@@ -46,7 +49,9 @@ __all__ = [
     "Scoring",
     "Weights",
     "Xielu",
+    "activate",
     "activated_product",
+    "add_deltas",
     "add_layer_norm",
     "add_rms_norm",
     "argmax",
@@ -56,6 +61,7 @@ __all__ = [
     "bgmv_shrink",
     "causal_conv1d",
     "causal_conv1d_update",
+    "check_deltas",
     "clamp",
     "fast_layer_norm",
     "gelu_mul",
@@ -65,6 +71,7 @@ __all__ = [
     "log_softmax_top_k",
     "norm",
     "norm_heads",
+    "pieces_of",
     "prepare_mask",
     "quantized_linear",
     "rms_norm",

@@ -32,8 +32,9 @@ def share_prompts(
         return None
     thinned = None
     is_step = tokens is not None and tokens.shape[1] == 1 and cache.get_seq_length() > 0
-    # rows of a decode step are beams now, equal or not
-    if not (args or is_step or module.training or torch.compiler.is_compiling()):
+    # rows of a decode step are beams now, equal or not, and those with adapters of their own are counted by these
+    is_whole = is_step or host.have_own_adapters(module)
+    if not (args or is_whole or module.training or torch.compiler.is_compiling()):
         thinned = one_row_per_prompt(kwargs, cache.copies)
     if thinned is not None:
         return args, thinned

@@ -99,6 +99,7 @@ class Step(NamedTuple):
     mask_row: Any  # bytes from a row to the next
     scratch: Any  # address
     threads: Any  # that it is made for
+    deltas: Any  # pointer to `deltas.Deltas`, of the adapters of the request
 
 
 class Sizes(NamedTuple):

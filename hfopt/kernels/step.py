@@ -8,7 +8,8 @@ import numpy as np
 
 from hfopt.kernels.attention.attend import ATTEND
 from hfopt.kernels.attention.cache_record import PREFIX, SUFFIX
-from hfopt.kernels.elementwise import LIMIT, MULTIPLY, SCALE
+from hfopt.kernels.deltas import ADD_DELTAS
+from hfopt.kernels.elementwise import ACTIVATE, LIMIT, MULTIPLY, SCALE
 from hfopt.kernels.embedding import ADD_LOOKED_UP, LOOK_UP, POSITIONS, TOKENS
 from hfopt.kernels.instruction import (
     IN,
@@ -55,6 +56,8 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     LIMIT,
     ROTATE,
     XIELU,
+    ADD_DELTAS,
+    ACTIVATE,
 )
 COLUMNS = OWN + max(len(each.columns) for each in INSTRUCTIONS)
 
@@ -164,6 +167,7 @@ def run_step(
     finished,
     pad,
     ends,
+    deltas,
 ):
     """Runs a program for n_new tokens in each of n_rows rows; or for one, and again for the tokens that it chooses itself.
 
@@ -179,7 +183,7 @@ def run_step(
     alone hides keys; of one new token with the keys of the last time, or more; address of logits [n_rows, n_logits], of the
     element type, those of the last tokens. chosen int64 [n_steps, n_rows]: their `sampling.argmax` each time, or no rows if
     the logits are wanted; behind it `pad` in rows that are finished, bool [n_rows]. The last time is one that chooses any of
-    `ends`, int64 [n], for another row.
+    `ends`, int64 [n], for another row. deltas int64 [4]: `deltas.Deltas`, all 0 if no row has an adapter.
     """
     elements, cached = pointer(like), pointer(held)
     rows = pointer(prefix_row), pointer(table), table.shape[1]
@@ -191,7 +195,9 @@ def run_step(
         lengths = prefix_len + in_prefix, suffix_len + k - in_prefix
         part, last = (SUFFIX, lengths[1]) if in_suffix else (PREFIX, lengths[0])
         cache = Cached(pointer(records), *lengths, *rows, part, last - n_new)
-        step = Step(*sizes, arena, pointer(tables), pointer(ids), cache, *masked, scratch, threads)
+        step = Step(
+            *sizes, arena, pointer(tables), pointer(ids), cache, *masked, scratch, threads, pointer(deltas)
+        )
         wrong = _check_all(cached, code, formats, step)
         if wrong != 0:
             return k if k > 0 else -wrong

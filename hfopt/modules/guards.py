@@ -49,12 +49,19 @@ def is_bare(module: nn.Module) -> bool:
     return not module.__dict__["training"] and is_unhooked(module)
 
 
+def is_bare_inside(module: nn.Module) -> bool:
+    """The same, whatever may change the arguments of the call."""
+    return not module.__dict__["training"] and _is_unhooked_inside(module)
+
+
 def is_unhooked(module: nn.Module) -> bool:
     """The same of a module that does in training what it does in evaluation."""
+    return not module.__dict__["_forward_pre_hooks"] and _is_unhooked_inside(module)
+
+
+def _is_unhooked_inside(module: nn.Module) -> bool:
     state = module.__dict__
-    if "_hf_hook" in state or state["_forward_pre_hooks"]:
-        return False
-    if "forward" in state and has_own_forward(module):
+    if "_hf_hook" in state or ("forward" in state and has_own_forward(module)):
         return False
     return not state["_forward_hooks"] or not has_live_hooks(state["_forward_hooks"])
 

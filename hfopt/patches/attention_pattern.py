@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hfopt.functional.linear import Rows
-from hfopt.host import Arguments, Features
-from hfopt.modules.weights import is_linear, original_class
+from hfopt.host import Arguments, Features, base_layer
+from hfopt.modules.weights import original_class
 from hfopt.patches.attention import (
     SCALES,
     AlibiAttention,
@@ -31,6 +31,7 @@ from hfopt.patches.guards import attention_kind, attention_obstacle, is_causal
 from hfopt.patches.norm import NormBlock
 from hfopt.patches.pattern import Pattern, has_children, unknown_parts
 from hfopt.patches.ranked import RankedAttention
+from hfopt.patches.weights import is_read_as_linear
 
 
 @dataclass(frozen=True)
@@ -201,10 +202,10 @@ def _flaw(module: Any, parts: AttentionParts) -> str | None:
 def _sizes(module: Any, parts: AttentionParts) -> tuple[int, int, int, int] | str:
     """(hidden size, query heads, key and value heads, channels of a head), or what is wrong with the projections."""
     names = (*parts.inputs, parts.output)
-    wrapped = next((name for name in names if not is_linear(module._modules[name])), None)
+    wrapped = next((name for name in names if not is_read_as_linear(module._modules[name])), None)
     if wrapped is not None:
         return f"{wrapped} is a {type(module._modules[wrapped]).__name__}, not a plain Linear"
-    *inputs, output = (Features.of(module._modules[name]) for name in names)
+    *inputs, output = (Features.of(base_layer(module._modules[name])) for name in names)
     head_dim = next(vars(module)[name] for name in _HEAD_DIMS if name in vars(module))
     hidden_size = output.outputs
     n_heads, n_all = output.inputs // head_dim, sum(each.outputs for each in inputs)

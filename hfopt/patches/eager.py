@@ -15,6 +15,7 @@ from hfopt.host import Arguments
 from hfopt.modules.guards import are_readable, is_bare
 from hfopt.modules.weights import original_class
 from hfopt.patches.activation import XIELU, fused_activation, xielu_of
+from hfopt.patches.adapters import AdaptedWeights, Unreadable
 from hfopt.patches.angles import are_angles, remembered
 from hfopt.patches.guards import attention_kind, is_causal, wants_attentions
 from hfopt.patches.ops import Declined
@@ -46,6 +47,7 @@ class Eager:
         if not isinstance(x, Tensor) or not are_readable((x,), x.dtype):
             raise Declined
         self._dtype, self._roles, self._by = x.dtype, roles, module._hfopt.kernels
+        self._n_rows = len(x) if x.dim() else 1
 
     def check(self, x: Tensor, residual: Any) -> None:
         """Raises Declined for a residual that kernels do not add to what the module makes of x."""
@@ -95,6 +97,11 @@ class Eager:
         found = read_children(module, role, names, rows)
         if found is None or found.dtype not in (None, self._dtype):
             raise Declined
+        if isinstance(found, AdaptedWeights):
+            try:
+                return found.for_rows(self._n_rows, self._dtype)
+            except Unreadable:
+                raise Declined from None
         return found
 
     def linear(self, x: Tensor, weights: Weights, epilogue: Epilogue[Tensor] = PLAIN) -> Tensor:

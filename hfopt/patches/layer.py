@@ -1,6 +1,6 @@
 """Decoder layers: norms, attention, feed-forward block, and how their results are added up.
 
-A part that kernels cannot do as it is now (hooks on it, an adapter in it) is called as a module; without attention in
+A part that kernels cannot do as it is now (hooks on it, a foreign module in it) is called as a module; without attention in
 kernels there is no layer in kernels.
 """
 
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from hfopt.functional import Epilogue
-from hfopt.host import ROLES, Features
-from hfopt.modules.weights import is_linear
+from hfopt.host import ROLES, Features, base_layer
 from hfopt.patches.activation import match_activation
 from hfopt.patches.attention import Attention, Given
 from hfopt.patches.block import Block
 from hfopt.patches.families.family import InputParts, LayerParts, Topology
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern, has_children, owned, unknown_parts
+from hfopt.patches.weights import is_read_as_linear
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,13 @@ class SequentialLayer(Layer):
     """Llama's: `h = x + attention(norm(x))`, `h + mlp(norm(h))`; some have norms, or a factor, of what is added."""
 
     def run(self, ops: Ops[X], x: X) -> X:
-        spec = self._hfopt.spec
+        spec, parts = self._hfopt.spec, self._hfopt.spec.input
+        # read first: what cannot be read is declined before attention stores anything
+        gated = (
+            None
+            if parts is None
+            else [ops.weights(self, role, (role,)) for role in (parts.gate, parts.output)]
+        )
         for index, attends in enumerate((True, False)):
             normed = ops.part(self, spec.norms[index], x) if spec.norms else x
             if spec.normed is not None and self.__dict__[spec.normed]:
@@ -89,14 +95,10 @@ class SequentialLayer(Layer):
             if spec.post_norms:
                 y = ops.part(self, spec.post_norms[index], y, () if spec.multiplier else (x,))
             x = y if spec.multiplier is None else ops.scale(y, self.__dict__[spec.multiplier], x)
-        if spec.input is not None:
-            x = self._with_input(ops, x, spec.input)
+        if gated is not None:
+            inner = ops.times_input(self, ops.activate(self, parts.activation, x, gated[0]))
+            x = ops.part(self, parts.norm, ops.linear(inner, gated[1]), (x,))
         return x if spec.scalar is None else ops.scale(x, float(self._buffers[spec.scalar]))  # type: ignore[arg-type]
-
-    def _with_input(self, ops: Ops[X], x: X, parts: InputParts) -> X:
-        gate, output = (ops.weights(self, role, (role,)) for role in (parts.gate, parts.output))
-        inner = ops.times_input(self, ops.activate(self, parts.activation, x, gate))
-        return ops.part(self, parts.norm, ops.linear(inner, output), (x,))
 
 
 class ParallelLayer(Layer):
@@ -191,7 +193,7 @@ def _recognise(parts: LayerParts, topology: Topology, module: Any) -> LayerSpec 
         made = LayerSpec(*names, *of_attention, **more)
         return made if parts.input is None else _with_input(module, parts.input, made)
     first, activation, second = inner
-    if not is_linear(module._modules[first]) or not is_linear(module._modules[second]):
+    if not all(map(is_read_as_linear, (module._modules[first], module._modules[second]))):
         return f"{first} or {second} is not a plain Linear"
     matched = match_activation(module._modules[activation])
     return LayerSpec(parts.attention, parts.norms, (), None, *of_attention, inner, matched, idle=idle)
@@ -203,10 +205,10 @@ def _is_number(buffer: torch.Tensor | None) -> bool:
 
 def _with_input(module: Any, parts: InputParts, spec: LayerSpec) -> LayerSpec | str:
     gate, output = module._modules[parts.gate], module._modules[parts.output]
-    if not is_linear(gate) or not is_linear(output):
+    if not is_read_as_linear(gate) or not is_read_as_linear(output):
         return f"{parts.gate} or {parts.output} is not a plain Linear"
     matched = match_activation(module._modules[parts.activation])
-    size = Features.of(gate).outputs
+    size = Features.of(base_layer(gate)).outputs
     return dataclasses.replace(spec, input=parts, input_size=size, activation_name=matched)
 
 

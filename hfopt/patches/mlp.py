@@ -9,14 +9,14 @@ import torch
 
 from hfopt.functional import Epilogue
 from hfopt.functional.linear import Rows
-from hfopt.host import Features
+from hfopt.host import Features, base_layer
 from hfopt.modules.guards import DO_NOTHING
-from hfopt.modules.weights import is_linear
 from hfopt.patches.activation import match_activation
 from hfopt.patches.block import Block
 from hfopt.patches.families.family import MlpParts
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern, has_children, owned, takes_only
+from hfopt.patches.weights import is_read_as_linear
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,12 @@ def _recognise(parts: MlpParts, module: Any) -> MlpSpec | str | None:
         return None
     if owned(module) or not takes_only(module, Mlp.takes):
         return None
-    wrapped = next((name for name in linears if not is_linear(module._modules[name])), None)
+    wrapped = next((name for name in linears if not is_read_as_linear(module._modules[name])), None)
     if wrapped is not None:
         return f"{wrapped} is a {type(module._modules[wrapped]).__name__}, not a plain Linear"
-    first, output = (Features.of(module._modules[name]) for name in (parts.inputs[0], parts.output))
+    first, output = (
+        Features.of(base_layer(module._modules[name])) for name in (parts.inputs[0], parts.output)
+    )
     n = output.inputs
     rows = ((0, n), (n, n)) if parts.is_fused else ()
     if first.outputs != n * max(len(rows), 1):

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hfopt.host import Arguments, Conv1D
+from hfopt.host import Arguments, Conv1D, base_layer
 from hfopt.modules.guards import DO_NOTHING, is_bare
 from hfopt.modules.weights import original_class
 from hfopt.patches.facts import HARMLESS, helper_names_read, is_off, names_read
@@ -104,7 +104,7 @@ def obstacle(module: nn.Module, spec: Spec) -> str | None:
     tensors: list[torch.Tensor] = []
     is_laid_out = True
     for name in spec.reads:
-        child = module.get_submodule(name)
+        child = base_layer(module.get_submodule(name))
         if name and not _is_bare_apart_from_training(child):
             return f"{name} has hooks or a forward of its own"
         own = [tensor for tensor in child._parameters.values() if tensor is not None]

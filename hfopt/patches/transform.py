@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from hfopt.host import Features
-from hfopt.modules.weights import is_linear
+from hfopt.host import Features, base_layer
 from hfopt.patches.activation import match_activation
 from hfopt.patches.block import Block
 from hfopt.patches.families.family import TransformParts
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern, has_children, owned, takes_only
+from hfopt.patches.weights import is_read_as_linear
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def _recognise(parts: TransformParts, module: Any) -> TransformSpec | str | None
     if not has_children(module, names) or owned(module) or not takes_only(module, Transform.takes):
         return None
     dense, activation = module._modules[parts.dense], module._modules[parts.activation]
-    if not is_linear(dense):
+    if not is_read_as_linear(dense):
         return f"{parts.dense} is a {type(dense).__name__}, not a plain Linear"
-    return TransformSpec(*names, Features.of(dense).inputs, match_activation(activation))
+    return TransformSpec(*names, Features.of(base_layer(dense)).inputs, match_activation(activation))
 
 
 def _trial(call: Any, spec: TransformSpec, scene: Any) -> list[torch.Tensor]:

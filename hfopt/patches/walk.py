@@ -11,16 +11,17 @@ from transformers import PreTrainedModel
 
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Kernels
-from hfopt.host import Conv1D
+from hfopt.host import Conv1D, base_layer
 from hfopt.modules.guards import is_bare
-from hfopt.modules.weights import is_linear, original_class
+from hfopt.modules.weights import original_class
+from hfopt.patches.adapters import Unreadable, applied
 from hfopt.patches.facts import INDICES
 from hfopt.patches.pattern import Pattern, Spec, obstacle
 from hfopt.patches.patterns import PATTERNS
 from hfopt.patches.probe import Proof, prove
 from hfopt.patches.replacement import Record, Replacement, is_swapped, swap, unswap
 from hfopt.patches.scene import TABLE
-from hfopt.patches.weights import lay_by_inputs, lay_by_outputs
+from hfopt.patches.weights import is_read_as_linear, lay_by_inputs, lay_by_outputs
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ class Walk:
     def idle(self) -> dict[str, str]:
         """Swapped modules that cannot run in kernels as they are now, and why."""
         reasons = {
-            path: _idle_reason(module)
+            path: _idle_reason(module, self._dtype)
             for path, module in self._modules.items()
             if isinstance(module, Replacement)
         }
@@ -252,7 +253,7 @@ def restore_classes(model: nn.Module) -> None:
             lay_by_inputs(each)
 
 
-def _idle_reason(module: Replacement) -> str | None:
+def _idle_reason(module: Replacement, dtype: torch.dtype) -> str | None:
     """In words, why a swapped module cannot run in kernels as it is now; None if it can."""
     reason = module.idle_reason()
     if reason is not None:
@@ -261,8 +262,14 @@ def _idle_reason(module: Replacement) -> str | None:
         if not name:
             continue
         child = module._modules[name]
-        if child is None or not is_linear(child):
+        if child is None or not is_read_as_linear(child):
             return f"{name} is a {type(child).__name__} now"
-        if not is_bare(child) and not child.training:
+        base = base_layer(child)
+        if not is_bare(base) and not base.training:
             return f"{name} has hooks or a forward of its own"
+        if base is not child and not child.training:
+            try:
+                applied(child, 0, dtype)
+            except Unreadable as reason:
+                return f"{name} is called itself: {reason}"
     return None

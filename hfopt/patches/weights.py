@@ -7,9 +7,16 @@ from torch import nn
 
 from hfopt.functional import Weights
 from hfopt.functional.linear import Rows
+from hfopt.host import base_layer
 from hfopt.modules.guards import is_bare
 from hfopt.modules.weights import is_linear, read_weights
+from hfopt.patches.adapters import AdaptedWeights
 from hfopt.patches.replacement import Replacement
+
+
+def is_read_as_linear(module: nn.Module | None) -> bool:
+    """Whether the module is such a Linear, or one with adapters around it."""
+    return module is not None and is_linear(base_layer(module))
 
 
 def lay_by_outputs(linear: Any) -> bool:
@@ -30,13 +37,16 @@ def lay_by_inputs(linear: Any) -> None:
 
 
 def read_children(module: Replacement, role: str, names: Sequence[str], rows: Rows = ()) -> Weights | None:
-    """The weights of these children, or None if one has to be called itself (an adapter, a hook); without names those of
-    the module itself."""
+    """The weights of these children, or None if one has to be called itself (a hook, an adapter of an unknown kind); without
+    names those of the module itself."""
     if not names:
         return read_weights(module._hfopt, role, (module,), rows)
     children = module._modules
-    linears = [children[name] for name in names]
+    given: list[Any] = [children[name] for name in names]
+    linears: list[Any] = [each if each is None else base_layer(each) for each in given]
     for linear in linears:
-        if not is_linear(linear) or not is_bare(linear):  # type: ignore[arg-type]
+        if not is_linear(linear) or not is_bare(linear):
             return None
-    return read_weights(module._hfopt, role, linears, rows)
+    found = read_weights(module._hfopt, role, linears, rows)
+    layers = tuple(None if each is base else each for each, base in zip(given, linears, strict=True))
+    return found if found is None or layers == (None,) * len(layers) else AdaptedWeights(found, layers, rows)

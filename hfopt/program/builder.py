@@ -24,6 +24,7 @@ from hfopt.functional.rotary import ROTATIONS
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import NONE
 from hfopt.kernels.linear.blocks import RESIDUALS
+from hfopt.patches.adapters import AdaptedWeights
 from hfopt.program.layout import (
     Value,
     format_of,
@@ -163,7 +164,9 @@ class Builder(Pointwise):
         self._per_row = True
 
     def linear(self, x: Value, weights: Weights, epilogue: Epilogue[Value] = PLAIN) -> Value:
-        """`functional.linear`, over matrices of floats, of one format, or of several."""
+        """`functional.linear`, over matrices of floats, of one format, or of several, or with adapters around them."""
+        if isinstance(weights, AdaptedWeights):
+            return self._adapted(x, weights, epilogue)
         if weights.dtype not in (None, self.dtype) or weights.in_features != x.size:
             given = f"{weights.dtype} with {weights.in_features} features"
             raise InvalidInput(f"weights are {given}: {self.dtype} with {x.size} are needed")
@@ -181,6 +184,18 @@ class Builder(Pointwise):
             self._linear(x, weights, epilogue, out)
         elif isinstance(weights, MixedWeights):
             self._linears(x, weights, epilogue, out)
+        return out
+
+    def _adapted(self, x: Value, weights: AdaptedWeights, epilogue: Epilogue[Value]) -> Value:
+        """`AdaptedWeights.multiply`."""
+        out, residuals = self.linear(x, weights.base), epilogue.residuals
+        if epilogue.activation is None and not epilogue.gated:
+            self.add_deltas(x, out, weights, residuals)
+            return out
+        self.add_deltas(x, out, weights)
+        out = self.activate(out, epilogue.activation, gated=epilogue.gated)
+        for each in residuals:
+            out = self.scale(out, 1.0, each)
         return out
 
     def _linears(self, x: Value, weights: MixedWeights, epilogue: Epilogue[Value], out: Value) -> None:
@@ -276,5 +291,6 @@ class Builder(Pointwise):
             reads_positions=any(each.columns.get("by") == kernels.POSITIONS for each in self._written),
             has_slopes=self._has_slopes,
             has_ranks=self._has_ranks,
+            adapted=tuple(self._adapted_layers),
             is_exact=not any(each.columns.get("smooth") for each in self._written),
         )

@@ -57,7 +57,12 @@ def _built(model: nn.Module) -> Program | None:
     decoders = decoders_for(model)
     if not decoders:
         raise UnsupportedModel(f"{type(model).__name__} is no decoder whose parts hfopt knows")
+    adapted = [each for each in model.modules() if host.is_adapted(each)]
+    # what adapters add is read in each request
+    left_out = {id(part) for each in adapted for part in (each, *host.adapter_parts(each))}
     for path, module in model.named_modules():
+        if id(module) in left_out:
+            continue
         if has_own_forward(module) or vars(module).get("_compiled_call_impl") is not None:
             raise UnsupportedModel(f"{path or 'the model'} has a forward of its own")
         is_called = type(module).forward is not nn.Module.forward  # a ModuleList is not

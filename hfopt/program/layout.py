@@ -81,7 +81,7 @@ def line_of(written: Written, places: dict[Value, int]) -> Line:
     """The instruction as a line of the listing."""
     out = places[written.out]
     reads = [places[value] for name, value in written.operands.items() if name != "OUT"]
-    if written.instruction in (kernels.ADD_LOOKED_UP, kernels.MULTIPLY):
+    if written.instruction in (kernels.ADD_LOOKED_UP, kernels.MULTIPLY, kernels.ADD_DELTAS):
         reads.append(out)
     return Line(
         name=written.instruction.name,

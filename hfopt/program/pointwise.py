@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
 from hfopt.functional import Norm, Weights, Xielu
+from hfopt.functional.activation import CODES
 from hfopt.functional.limit import check_limit
+from hfopt.functional.linear import width_of
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import NONE, Instruction
+from hfopt.kernels.linear.blocks import RESIDUALS
+from hfopt.patches.adapters import AdaptedWeights
 from hfopt.program.layout import Value, Written
 from hfopt.program.program import Table
 
@@ -33,6 +38,7 @@ class Pointwise:
         self._per_row = False
         self._tables: list[Table] = []
         self._kept: list[Weights | Tensor] = []
+        self._adapted_layers: list[tuple[Any, ...]] = []
         self._cached: dict[int, tuple[int, int]] = {}  # layer -> heads of keys, channels of one
 
     def _add(
@@ -75,6 +81,52 @@ class Pointwise:
         columns = {"SIZE": size, "table": self._table(table), "by": _INDICES[by]}
         n_bytes = {"row_bytes": size * dtype.itemsize}
         self._add(kernels.ADD_LOOKED_UP, f"[{size}]", {"OUT": x}, columns, n_bytes=n_bytes)
+
+    # ---- adapters -------------------------------------------------------------------------------------------------------
+
+    def add_deltas(
+        self, x: Value, out: Value, weights: AdaptedWeights, residuals: Sequence[Value] = ()
+    ) -> None:
+        """`functional.add_deltas` of what the request brings for these layers, in place."""
+        for each in (x, out, *residuals):
+            self._check(each)
+        pieces = torch.from_numpy(weights.pieces)
+        width = sum(weights.sizes)
+        if (x.size, out.size) != (weights.in_features, width) or any(
+            each.size != width for each in residuals
+        ):
+            given = f"{x.size} and {[each.size for each in (out, *residuals)]} values"
+            raise InvalidInput(f"operands have {given}: {weights.in_features} and {width} are needed")
+        if len(residuals) > len(RESIDUALS):
+            raise InvalidInput(f"there are {len(residuals)} residuals: up to {len(RESIDUALS)} are allowed")
+        self._kept.append(pieces)
+        given_too = dict(zip(RESIDUALS, residuals, strict=False))
+        columns = {
+            "SIZE": x.size,
+            "place": len(self._adapted_layers),
+            "pieces": pieces.data_ptr(),
+            "n_pieces": len(pieces),
+            "width": width,
+            **{name: NONE for name in RESIDUALS if name not in given_too},
+        }
+        self._adapted_layers.append(weights.layers)
+        n = len(residuals)
+        then = f"+ {n} residual{'s' * (n > 1)}" if n else ""
+        shapes = f"{x.size} → {' + '.join(map(str, weights.sizes))}"
+        self._add(kernels.ADD_DELTAS, shapes, {"IN": x, "OUT": out, **given_too}, columns, then=then)
+
+    def activate(self, x: Value, activation: str | None, *, gated: bool = False) -> Value:
+        """`functional.activate`."""
+        self._check(x)
+        if activation not in CODES:
+            raise InvalidInput(f"activation is {activation!r}: the kernels have none of this name")
+        out = Value(width_of([x.size // 2, x.size - x.size // 2], gated), self.dtype)
+        columns = {"SIZE": out.size, "code": CODES[activation], "gated": int(gated)}
+        then = ", ".join([*([activation] if activation else []), *(["gate × up"] if gated else [])])
+        self._add(
+            kernels.ACTIVATE, f"[{x.size}]", {"IN": x, "OUT": out}, columns, then=then, in_place=not gated
+        )
+        return out
 
     # ---- norms and scales -------------------------------------------------------------------------------------------
 

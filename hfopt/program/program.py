@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -134,6 +134,9 @@ class Program(NamedTuple):
     reads_positions: bool
     has_slopes: bool  # whether scores depend on how many keys are between
     has_ranks: bool  # whether models count them, in the dtype of their masks
+    adapted: tuple[
+        tuple[Any, ...], ...
+    ]  # of each place where adapters add something: of each matrix, its layer or None
     is_exact: bool  # whether logits have the bits of the model's own, which takes torch's tanh to limit them
 
     @property

@@ -13,6 +13,8 @@ from hfopt.functional import Kernels
 from hfopt.functional.choice import is_known_for_torch, takes_torch
 from hfopt.host import captured_outputs
 from hfopt.modules.guards import is_plain_inference
+from hfopt.patches.adapters import Unreadable
+from hfopt.program.adapters import AdaptedProgram, Choice
 from hfopt.program.decoder import build
 from hfopt.program.listing import Listing
 from hfopt.program.program import Program
@@ -24,12 +26,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Made:
-    """What was made of a model while `watch` holds. rehearsed: kinds of cache with which the program was tried."""
+    """What was made of a model while `watch` holds. rehearsed: kinds of cache with which the program was tried.
+
+    adapted: with the adapters of the last request.
+    """
 
     watch: Watch
     program: Program | None
     reason: str | None
     rehearsed: set[str | None] = field(default_factory=set)
+    adapted: AdaptedProgram | None = None
+
+    def with_adapters(self) -> Program | AdaptedProgram | None:
+        """The program with what adapters add now; raises Unreadable."""
+        program = self.program
+        if program is None or not program.adapted:
+            return program
+        choice, known = Choice.of(program), self.adapted
+        if known is None or known.choice != choice:
+            known = self.adapted = AdaptedProgram(program, choice)
+        return known
 
 
 class Programs:
@@ -49,17 +65,22 @@ class Programs:
 
     def of(
         self, model: nn.Module, n_rows: int, n_new: int = 1, kv_cache: str | None = None
-    ) -> Program | None:
+    ) -> Program | AdaptedProgram | None:
         """The program for n_new tokens in each of n_rows rows; None if they have to go module by module.
 
         It has given the bits of the modules, with this kind of cache.
         """
         if not is_plain_inference(model, (), {}) or captured_outputs() is not None:
             return None
-        program = self._rehearsed(model, kv_cache).program
-        if program is None:
+        made = self._rehearsed(model, kv_cache)
+        if made.program is None or self._leaves_to_torch(made.program, n_rows, n_new):
             return None
-        return None if self._leaves_to_torch(program, n_rows, n_new) else program
+        try:
+            program = made.with_adapters()
+        except Unreadable:
+            return None
+        # for another number of rows, peft's own layers say what is wrong
+        return None if isinstance(program, AdaptedProgram) and not program.choice.fits(n_rows) else program
 
     def _leaves_to_torch(self, program: Program, n_rows: int, n_new: int) -> bool:
         """Whether modules would compute something in torch's kernels: there may be one answer for all tokens and another
@@ -83,7 +104,12 @@ class Programs:
         What can be different then is what another thread has changed, and it is enough to find that some steps later.
         """
         made = self._made
-        if made is None or made.program is not program or _global_forward_hooks or _global_forward_pre_hooks:
+        if made is None or _global_forward_hooks or _global_forward_pre_hooks:
+            return False
+        if isinstance(program, AdaptedProgram):
+            if made.program is not program.program or not program.holds_in_part():
+                return False
+        elif made.program is not program:
             return False
         return made.watch.holds_in_part()
 
@@ -122,7 +148,12 @@ class Programs:
         """In words, why there is no program, or what it gives otherwise than the modules; None if nothing."""
         with torch.no_grad():
             is_plain = is_plain_inference(model, (), {})
-        return (self._rehearsed(model, self._kv_cache) if is_plain else self._current(model)).reason
+        made = self._rehearsed(model, self._kv_cache) if is_plain else self._current(model)
+        try:
+            made.with_adapters()
+        except Unreadable as error:
+            return str(error)
+        return made.reason
 
     def shown(self, model: nn.Module) -> tuple[str | None, Listing | None]:
         """(in words, why steps of this model go module by module, or None; the program for people to read)."""
@@ -130,6 +161,11 @@ class Programs:
             is_plain = is_plain_inference(model, (), {})
         made = self._rehearsed(model, self._kv_cache) if is_plain else self._current(model)
         reason, program = made.reason, made.program
+        if reason is None:
+            try:
+                made.with_adapters()
+            except Unreadable as error:
+                reason = str(error)
         if program is not None and program.has_floats:
             if self._kernels == "torch":
                 reason = "its Linears run in torch's kernels"

@@ -10,6 +10,7 @@ from hfopt.errors import UnsupportedModel
 from hfopt.functional import Epilogue, Norm, Weights
 from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
+from hfopt.host import is_adapted
 from hfopt.modules.guards import DO_NOTHING
 from hfopt.patches.activation import XIELU, fused_activation, xielu_of
 from hfopt.patches.ops import Ops
@@ -150,6 +151,8 @@ class Recorder:
 def swapped(module: Any, name: str) -> Any:
     """A child that runs in kernels; raises UnsupportedModel if it is something else."""
     child = module._modules[name]
+    if is_adapted(child):
+        raise UnsupportedModel(f"{name} has adapters, which programs know around Linears of layers alone")
     if not isinstance(child, Replacement) or not is_swapped(child):
         raise UnsupportedModel(f"{name} is a {type(child).__name__} that does not run in kernels")
     reason = child.idle_reason()

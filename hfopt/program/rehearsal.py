@@ -19,7 +19,9 @@ from hfopt import host
 from hfopt.cache import IndirectCache
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.functional import Mask
+from hfopt.patches.adapters import readable_names
 from hfopt.patches.shadow import shadow
+from hfopt.program.adapters import AdaptedProgram, Choice
 from hfopt.program.decoder import build
 from hfopt.program.program import Program
 
@@ -43,9 +45,12 @@ def difference(model: nn.Module, program: Program, kv_cache: str | None = None) 
     generator = torch.Generator().manual_seed(1)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            short = shadow(model, is_short=True)
+            short, long = shadow(model, is_short=True), shadow(model)
+            for each in (*short.modules(), *long.modules()):
+                if host.is_adapted(each):  # all of them at once, whatever is switched on
+                    host.switch_on(each, readable_names(each, program.dtype))
             first = _Stage(short, build(short), kv_cache, generator)
-            whole = _Stage(shadow(model), program, kv_cache, generator)
+            whole = _Stage(long, program, kv_cache, generator)
             n_past = max(1, min(whole.farthest, program.max_keys, _MAX_BYTES // whole.token_bytes) - 1)
             longest = _longest_window(model, program)
             tried = [first.near(), whole.far(n_past)]
@@ -109,7 +114,7 @@ class _Stage(NamedTuple):
         appended = ours.append_everywhere(2, n_prompt, self.program.layouts)
         assert appended is not None, "an empty cache takes a prompt"
         given = tokens.numpy(), positions[:, :n_prompt].numpy(), appended, hidden
-        yield "logits of a prompt", expected, self.program.prefill(*given)
+        yield "logits of a prompt", expected, self._adapted.prefill(*given)
         yield from self._step(theirs, ours, positions[:, n_prompt:], seen, "of a step")
         for their, our in zip(theirs.layers, ours.layers, strict=True):
             for one, other in ((their.keys, our.keys), (their.values, our.values)):
@@ -146,9 +151,14 @@ class _Stage(NamedTuple):
         appended = ours.append_everywhere(n_rows, 1, self.program.layouts)
         assert appended is not None, "an even cache takes a step"
         given = tokens[:, 0].numpy(), positions[:, 0].numpy(), appended, seen.numpy().astype(np.uint8)
-        yield f"logits {where}", expected, self.program.steps(n_rows).logits(*given)
+        yield f"logits {where}", expected, self._adapted.steps(n_rows).logits(*given)
         for one, other in zip(written, ours.newest(), strict=True):
             yield f"keys and values {where}", one, other
+
+    @property
+    def _adapted(self) -> AdaptedProgram:
+        """The program with the adapters of the modules."""
+        return AdaptedProgram(self.program, Choice.of(self.program, everything=True))
 
     @property
     def token_bytes(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 from hfopt.functional.attention import KINDS, Mask, check_lengths, checked_bytes
 from hfopt.functional.checks import ELEMENTS, prepare_threads
+from hfopt.functional.deltas import NO_DELTAS, DeltaTables
 from hfopt.functional.rotary import held_by, record_of_buffers
 from hfopt.kernels import step as kernels
 from hfopt.kernels.attention import cache_record as records
@@ -34,12 +35,14 @@ class Run:
     """A program and what it needs for the rows of one request: the arena, scratch of the kernels, and what they are told of
     tables and cache. It makes one step after the other.
 
-    n_new: tokens of a row in each call.
+    n_new: tokens of a row in each call. deltas: what adapters add in each place that the program has for them, or None.
 
     The memory that the program reads stays alive with it, even if a thread gives a parameter other memory in the meantime.
     """
 
-    def __init__(self, program: Program, n_rows: int, n_new: int = 1) -> None:
+    def __init__(
+        self, program: Program, n_rows: int, n_new: int = 1, deltas: DeltaTables | None = None
+    ) -> None:
         """Raises `InvalidInput` if there are no rows or no tokens."""
         if n_rows < 1 or n_new < 1:
             raise InvalidInput(f"n_rows is {n_rows} and n_new {n_new}: at least 1 is needed")
@@ -66,6 +69,14 @@ class Run:
         self._rows: list[Tensor] = []
         self._buffers: list[Buffers] = []
         self._storages = [tensor.untyped_storage() for tensor in program.tensors()]
+        self._deltas, self._given = deltas, NO_DELTAS
+        if deltas is not None:
+            expected = len(program.adapted), n_rows, 2
+            if deltas.ranges.shape != expected:
+                raise InvalidInput(f"deltas are {deltas.ranges.shape}: {expected} is needed")
+            self._room = np.empty((n_rows * n_new, deltas.room_row), np.float32)
+            addresses = (each.ctypes.data for each in (deltas.ranges, deltas.terms, self._room))
+            self._given = np.array([*addresses, deltas.room_row], np.int64)
 
     @functools.cached_property
     def _scratch_logits(self) -> Tensor:
@@ -241,6 +252,7 @@ class Run:
             self.none_finished if finished is None else finished,
             pad,
             eos,
+            self._given,
         )
         if outcome <= -kernels.UNKNOWN_OPERATION:
             number = -kernels.UNKNOWN_OPERATION - outcome
@@ -263,11 +275,12 @@ def prefill(
     positions: np.ndarray,
     appended: AppendedEverywhere,
     mask: Mask,
+    deltas: DeltaTables | None = None,
 ) -> Tensor:
     """Logits [n_rows, 1, n_logits] of the last of n_new tokens a row; the keys and values of all are written to the cache.
 
     tokens: int64 [n_rows, n_new]; positions: int64 [1 or n_rows, n_new]; appended: all layers after they made room for the
-    tokens. Raises `InvalidInput`.
+    tokens; deltas: as in `Run`. Raises `InvalidInput`.
     """
     n_new = appended.first.n_new
     if tokens.dtype != np.int64 or tokens.ndim != 2 or tokens.shape[1] != n_new:
@@ -276,7 +289,7 @@ def prefill(
     if positions.dtype != np.int64 or positions.shape not in ((1, n_new), (n_rows, n_new)):
         given = f"{positions.dtype} {positions.shape}"
         raise InvalidInput(f"positions is {given}: int64 [1 or {n_rows}, {n_new}] is needed")
-    run = Run(program, n_rows, n_new)
+    run = Run(program, n_rows, n_new, deltas)
     run.read(appended)
     n_keys = appended.first.prefix_len + appended.first.suffix_len
     hidden = checked_bytes(mask, n_keys, n_rows, n_new)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfopt.host import Config, registered_attention, rewritten
+from hfopt.host import Config, adapter_parts, base_layer, is_adapted, registered_attention, rewritten
 from hfopt.patches.facts import PLAIN, getter, is_same, own_names
 
 _TRAINING = itemgetter("training")
@@ -37,7 +37,12 @@ class Watch:
         self._model = weakref.ref(model)
         self._model_then = _look(model)
         modules = list(model.modules())[1:]
-        self._moving = [_Moving(each, rewritten(each)) for each in modules if rewritten(each)]
+        # what adapters add is read in each request
+        adapted = [_AdaptedLayer(each) for each in modules if is_adapted(each)]
+        left_out = {id(part) for each in adapted for part in (each.layer, *adapter_parts(each.layer))}
+        modules = [each for each in modules if id(each) not in left_out]
+        moving = [_Moving(each, rewritten(each)) for each in modules if rewritten(each)]
+        self._alone: list[_Moving | _AdaptedLayer] = [*moving, *adapted]
         modules = [each for each in modules if not rewritten(each)]
         size = max(-(-len(modules) // _PARTS), 1)
         self._parts = [_Part(modules[first : first + size]) for first in range(0, len(modules), size)]
@@ -66,7 +71,7 @@ class Watch:
         model = self._model()  # None for the watch of a shallow copy, whose original is gone
         if model is None or _look(model) != self._model_then:
             return False
-        return next(self._turns).holds() and all(each.holds() for each in self._moving)
+        return next(self._turns).holds() and all(each.holds() for each in self._alone)
 
     def holds(self) -> bool:
         """Whether nothing of this has changed since."""
@@ -75,7 +80,7 @@ class Watch:
             model is not None
             and _look(model) == self._model_then
             and self._all.holds()
-            and all(each.holds() for each in self._moving)
+            and all(each.holds() for each in self._alone)
             and self._own_attributes.hold([vars(model)])
             and all(attributes.hold(states) for attributes, states in self._attributes)
             and self._contents.hold()
@@ -171,6 +176,18 @@ class _Moving:
 
     def holds(self) -> bool:
         return self._now() == self._then
+
+
+class _AdaptedLayer:
+    """A layer that is adapters around another one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self._then = type(layer), base_layer(layer)
+
+    def holds(self) -> bool:
+        kind, base = self._then
+        return type(self.layer) is kind and base_layer(self.layer) is base
 
 
 class _Attributes:
