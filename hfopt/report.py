@@ -16,7 +16,7 @@ from hfopt.errors import InvalidInput
 from hfopt.host import Adapter, adapters_in
 from hfopt.machine import env
 from hfopt.machine.cores import Cores, cores_of_process
-from hfopt.words import dtype_name
+from hfopt.words import counted, dtype_name
 
 if TYPE_CHECKING:
     from hfopt.functional.choice import Choice
@@ -129,7 +129,7 @@ class Report:
         grown = (self.memory_after - self.memory_before) / 2**20
         lines = [
             f"{self.model_class}: {verb} {counts}",
-            f"{self.dtype}; {self.cpu_path}; {self.threads} threads, {self.threading_layer};"
+            f"{self.dtype}; {self.cpu_path}; {counted(self.threads, 'thread')}, {self.threading_layer};"
             f" {self.cores};"
             f" kernels {self.kernels or 'unused'};"
             f" memory {self.memory_before / 2**20:,.0f} MiB before, {grown:+,.1f} MiB after",
@@ -180,7 +180,7 @@ class Report:
             rows = _grouped((module.path, (_short(module.old_class), module.reason)) for module in self.kept)
             lines += ["", *_table(("kept", "class", "reason"), rows)]
         if "auto" in self.kernels:
-            head = (f"auto with {self.threads} threads", "kernels", "torch's time / hfopt's")
+            head = (f"auto with {counted(self.threads, 'thread')}", "kernels", "torch's time / hfopt's")
             lines += ["", *_table(head, self._choice_rows())]
         return "\n".join(lines)
 

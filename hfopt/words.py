@@ -19,6 +19,11 @@ def in_words(error: Exception) -> str:
     return f"{kind}: {first_line(error)}" if str(error).strip() else kind
 
 
+def counted(number: int, what: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")

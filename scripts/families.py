@@ -1,7 +1,7 @@
 """Families of decoders that hfopt knows whole: what of each is a program, and how it compares to stock on a small shape.
 
     python scripts/families.py                                a line for each
-    python scripts/families.py --names gemma3,gpt2            these only
+    python scripts/families.py --names gemma3 gpt2            these only
     python scripts/families.py --markdown docs/families.md    a page of them
 
 Models are those of `tests/decoders.py`; for the ratio they are wider (hidden size 512, 8 layers). The ratio is stock's time
@@ -108,21 +108,22 @@ Decoders that hfopt knows whole, with transformers {version}: written by `python
 docs/families.md` from the models of `tests/decoders.py`, which `tests/test_decoders.py` holds against transformers in all
 modes of `generate`. The ratio is that of a small random model in float32 (hidden size 512, 8 layers, {threads} threads),
 medians of {repeats} turns in one process: it shows that a family is fast, not how fast yours will be. A window of 8 is that
-of the tiny model. Other types that are programs without a record of their own are in [models.md](models.md).
+of the tiny model. Gemma 4, Apertus and others that have tests of their own, and types that are programs without a record,
+are in [models.md](models.md).
 
 """
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--names", help="comma-separated, instead of all")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="these instead of all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a page")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     rows = []
-    for name in arguments.names.split(",") if arguments.names else DECODERS:
+    for name in arguments.names or DECODERS:
         rows.append(_row(name, arguments.repeats))
         print("  ".join(rows[-1]), flush=True)
     if arguments.markdown:

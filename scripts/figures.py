@@ -170,6 +170,8 @@ def growth(figures: Figures) -> Iterator[str]:
     """The cost of a step, or of a prompt, as one thing grows; how it was measured."""
     if "growth" not in figures:
         return
+    yield f"![A roofline, and the latency of a token against the length of the context]({GROWTH_PLOT.name})"
+    yield ""
     rows = [
         [
             line["title"],

@@ -136,6 +136,7 @@ def test_compare_prints_both_summaries(config_file: str, capsys: pytest.CaptureF
     for line in SUMMARY:
         assert output.count(f"{line}:") == 2
     assert re.search(r"2\.\.\. tokens: \d+\.\d+ times as fast", output)
+    assert "time of the stock model over that of the optimised one" in output
 
 
 def test_a_format_is_run_beside_the_stock_model(
@@ -366,6 +367,18 @@ def test_wrong_arguments_get_one_line(
     assert words in fails(capsys, *chosen)
 
 
+def test_a_folder_without_a_tokenizer_is_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "weights alone"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert f"{folder} has no tokenizer" in fails(capsys, "run", "-m", str(folder))
+
+
+def test_a_folder_is_no_file_of_figures(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "name the model first" in fails(capsys, "explain", "--json", str(checkpoint))
+
+
 def test_an_empty_prompt_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--prompt" in fails(capsys, "run", "-m", str(checkpoint), "--prompt", "")
 
@@ -475,6 +488,15 @@ def test_explain_prints_the_report(config_file: str, capsys: pytest.CaptureFixtu
         assert main(["explain", "--random-weights", config_file, "--json", *options]) == 0
         report = json.loads(capsys.readouterr().out)
         assert report["dtype"] == dtype and report["counts"]["linear"] == 1
+
+
+def test_explain_counts_one_thread_in_the_singular(
+    config_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hfopt.machine.env.threads", lambda: 1)
+    assert main(["explain", "--random-weights", config_file]) == 0
+    output = capsys.readouterr().out
+    assert "; 1 thread, " in output and "1 threads" not in output
 
 
 def test_explain_needs_no_tokenizer(

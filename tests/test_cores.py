@@ -94,7 +94,7 @@ def test_usable_are_whole_cores(
 ) -> None:
     found = Cores(online, allowed, quota)
     assert found.usable == usable and words in found.reason
-    assert str(found).startswith(f"{usable} cores (")
+    assert str(found).startswith(f"{usable} core{'' if usable == 1 else 's'} (")
 
 
 def test_the_affinity_mask_is_that_of_the_process() -> None:

@@ -75,6 +75,19 @@ def test_a_new_run_takes_the_place_of_older_rows() -> None:
     assert "2030-01-02" in "".join(figures.runs(known))
 
 
+def test_growth_is_shown_once_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = json.loads(figures.FIGURES.read_text())
+    known.pop("growth", None)
+    place = "<!-- figures:growth -->\n<!-- /figures -->"
+    assert "|" not in figures.filled(place, known)
+    model = {"seconds": 0.1, "limit": 0.5}
+    line = {"title": "context 128", "ratio": 2.0, "stock": model, "optimized": model}
+    report = {"configuration": known["runs"][0]["configuration"], "growth": {"lines": [line]}}
+    figures.add(known, report, "2030-01-02", "python scripts/bench.py --growth")
+    page = figures.filled(place, known)
+    assert "(growth.svg)" in page and "| context 128 | 100.0 ms | 100.0 ms | 2.00 × | 50% / 50% |" in page
+
+
 def test_links_lead_somewhere() -> None:
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]:
         for target in _LINK.findall(page.read_text()):

@@ -52,7 +52,7 @@ def test_no_old_name_is_missing(name: str) -> None:
 
 
 def test_every_new_name_exists() -> None:
-    names = set(re.findall(r"\bhfopt(?:\.\w+)+", PAGE))
+    names = set(re.findall(r"\bhfopt(?:\.\w+)+", PAGE)) - {"hfopt.md"}
     assert len(names) > 40
     missing = [name for name in sorted(names) if not _exists(name)]
     assert not missing

@@ -33,7 +33,7 @@ IMPORTS: dict[str, set[str]] = {
     "modules": {"errors", "functional", "host", "quantization", "words"},
     "patches": {"cache", "errors", "functional", "host", "modules", "quantization", "words"},
     "program": {"cache", "errors", "functional", "host", "kernels", "modules", "patches", "words"},
-    "cli": {"bench", "console", "errors", "functional", "generation", "host", "kernels", "machine"},
+    "cli": {"bench", "console", "errors", "functional", "generation", "host", "kernels", "machine", "words"},
     "report": {
         "errors",
         "functional",

@@ -11,6 +11,7 @@ from hfopt.bench import roofline
 from hfopt.console.output import progress, say, show_table
 from hfopt.machine import env
 from hfopt.machine.cores import cores_of_process, fit_threads
+from hfopt.words import counted
 
 _OLDEST = {"transformers": host.OLDEST}
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     )
     say("")
     show_table(
-        [f'kernels="auto" with {env.threads()} threads', "takes", "torch's time / hfopt's"],
+        [f'kernels="auto" with {counted(env.threads(), "thread")}', "takes", "torch's time / hfopt's"],
         [[each.label, *each.outcome] for each in choice.choices()],
     )
     with progress("Holding the loops of generate against transformers' own"):

@@ -1,6 +1,7 @@
 """`hfopt explain`: what optimize() does with a model, module by module; or the program of its decode steps."""
 
 import argparse
+from pathlib import Path
 
 import hfopt
 from hfopt.console.arguments import add_model_arguments, add_quantization, load_model
@@ -36,6 +37,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code."""
     if args.all_layers and not args.program:
         raise InvalidInput("--all-layers needs --program")
+    if args.json is not None and Path(args.json).is_dir():
+        raise InvalidInput(
+            f"--json={args.json} is a folder: name the model first, as in explain {args.json} --json"
+        )
     model = load_model(args)
     with progress("Optimizing"):
         hfopt.optimize(model, quantization=args.quantization)

@@ -198,6 +198,7 @@ def _print_summaries(
     if args.compare:
         ratios = _ratios(samples)
         say("\n ---------- stock / optimized ----------")
+        say("(each run's time of the stock model over that of the optimised one right after it; medians)")
         say(f"First token: {ratios['first']:.2f} times as fast")
         if "next" in ratios:
             say(f"2... tokens: {ratios['next']:.2f} times as fast")

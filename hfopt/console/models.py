@@ -26,6 +26,7 @@ from hfopt.words import first_line, in_words
 # A prime: rows of a matrix that is filled with repetitions of the block then begin at different places in it.
 _BLOCK = 1_048_573
 _SCALE = 0.02
+_TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
 
 def load(model_id: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -55,6 +56,12 @@ def load(model_id: str, dtype: torch.dtype, trust_remote_code: bool = False) -> 
 
 def load_tokenizer(model_id: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint; raises as `load` does."""
+    folder = Path(model_id)
+    # without files, transformers makes an empty tokenizer of some classes
+    if (folder / "config.json").is_file() and not any(
+        each for name in _TOKENIZERS for each in folder.glob(name)
+    ):
+        raise CorruptCheckpoint(f"{model_id} has no tokenizer: files such as tokenizer.json are missing")
     with _named_errors(model_id):
         _find(model_id, trust_remote_code)
         return AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust_remote_code)

@@ -48,7 +48,7 @@ class Cores:
         return f"{' and '.join(limits)} of {self.online} online cores" if limits else "all online cores"
 
     def __str__(self) -> str:
-        return f"{self.usable} cores ({self.reason})"
+        return f"{self.usable} core{'' if self.usable == 1 else 's'} ({self.reason})"
 
 
 def cores_of_process(root: Path = linux.ROOT) -> Cores:
