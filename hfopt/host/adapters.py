@@ -21,8 +21,8 @@ _DISABLED, _MERGED, _ACTIVE = "_disable_adapters", "merged_adapters", "_active_a
 _SCALING, _VARIANT, _DORA, _CASTS = "scaling", "lora_variant", "use_dora", "cast_input_dtype_enabled"
 _KNOWN = {
     _DISABLED, _MERGED, _ACTIVE, _SCALING, _VARIANT, _DORA, _CASTS, _BASE, _A, _B, _DROPOUT, "_caches",
-    "ephemeral_gpu_offload", "fan_in_fan_out", "in_features", "is_target_conv_1d_layer", "kwargs", "lora_alpha", "lora_bias",
-    "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "out_features", "r", "use_rslora", *vars(nn.Module()),
+    "adapter_layer_names", "ephemeral_gpu_offload", "fan_in_fan_out", "in_features", "is_target_conv_1d_layer", "kwargs", "lora_alpha",
+    "lora_bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "out_features", "r", "use_rslora", *vars(nn.Module()),
 }  # fmt: skip
 _TOLERANCE = 1e-5
 
