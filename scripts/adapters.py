@@ -50,9 +50,7 @@ def main() -> int:
     arguments = parser.parse_args()
     model = models.random_model(models.named_config(arguments.shape, arguments.layers), torch.bfloat16)
     hfopt.optimize(model, kernels="hfopt")
-    print("optimized", time.process_time(), flush=True)
     plain = {n_rows: _step(model, n_rows) for n_rows in (1, 8)}
-    print("plain", time.process_time(), flush=True)
     config = peft.LoraConfig(r=arguments.rank, target_modules=_PROJECTIONS, init_lora_weights=False)
     options = {"autocast_adapter_dtype": not arguments.same_dtype}
     adapted: Any = peft.get_peft_model(model, config, _NAMES[0], **options)
