@@ -15,13 +15,14 @@ HOST_TESTS := tests/test_host.py tests/test_generation_proof.py tests/test_gener
 ASKING := tests/test_tomorrow.py tests/test_other_machines.py
 BESIDE := --numprocesses=2 $(ASKING:%=--ignore=%)
 
-.PHONY: help setup demo test slow hosts lint bench clean
+.PHONY: help setup demo test slow hosts lint package bench clean
 
 help:
 	@echo "make demo   the embedded model, stock and optimised in one run"
 	@echo "make test   the tests (make slow: the long ones too)"
 	@echo "make hosts  the host suite on other releases of transformers (HOSTS='5.23.0 4.57.6')"
 	@echo "make lint   ruff and mypy"
+	@echo "make package  wheel and sdist, checked, installed into a bare environment and used"
 	@echo "make bench  the table of the README, measured on this machine"
 
 setup: $(STAMP)
@@ -66,6 +67,16 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Without git, make and a compiler in reach, and outside of this folder: what a user has.
+package: $(STAMP)
+	rm -rf dist build $(VENV)/bare
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(PYTHON) -m venv $(VENV)/bare
+	$(VENV)/bare/bin/python -m pip install --quiet torch==2.13.0 dist/*.whl
+	cd $(VENV)/bare && PATH=$$PWD/bin HF_HUB_OFFLINE=1 python -P $(CURDIR)/tests/installed.py
 
 bench: $(STAMP)
 	$(BIN)/python scripts/bench.py --json bench.json

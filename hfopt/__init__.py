@@ -1,5 +1,8 @@
 """Faster generation on CPUs for the models of transformers: `hfopt.optimize(model)`."""
 
+import importlib
+from types import ModuleType
+
 import hfopt.host  # noqa: F401  (first: it says so if the installed transformers is too old)  # isort: split
 from hfopt.cache import IndirectCache
 from hfopt.checkpoints.hf_config import HfoptConfig
@@ -47,3 +50,10 @@ __all__ = [
     "save",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # they load Numba, which an import of hfopt alone is not to wait for
+    if name in ("functional", "modules"):
+        return importlib.import_module(f"hfopt.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

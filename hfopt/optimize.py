@@ -211,7 +211,7 @@ def _is_offloaded(model: nn.Module, name: str) -> bool:
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
     """Parameters and saved buffers; tables that modules compute for themselves keep their precision."""
-    from hfopt.patches.quantized import QuantizedLinear
+    from hfopt.modules.quantized import QuantizedLinear
 
     for module in model.modules():
         if isinstance(module, QuantizedLinear):

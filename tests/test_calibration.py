@@ -14,7 +14,7 @@ from hfopt import calibration as calibration_module
 from hfopt.bench.accuracy_sums import Sums
 from hfopt.calibration import Calibrator
 from hfopt.errors import InvalidInput
-from hfopt.patches.quantized import QuantizedLinear
+from hfopt.modules.quantized import QuantizedLinear
 from hfopt.quantization import InputStatistics, Int4, Int8, QuantizationConfig, block_inputs
 from tests.generation_cases import FAMILIES, Model, llama, one_thread
 

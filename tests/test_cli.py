@@ -28,7 +28,7 @@ from hfopt.cli import doctor, main, run
 from hfopt.console import models
 from hfopt.console.shapes import SHAPES
 from hfopt.machine.cores import cores_of_process
-from hfopt.patches.quantized import QuantizedLinear
+from hfopt.modules.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int8
 from hfopt.words import DTYPES
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import hfopt
-from hfopt.patches.quantized import QuantizedLinear
+from hfopt.modules.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Format, InputStatistics, Int4, Int8
 from tests.generation_cases import Model, assert_same
 from tests.model_types import prompts, tiny

@@ -458,7 +458,7 @@ def test_nothing_is_written_outside(
     if n_new == 1:
         attention.attend_decode(*given, *parts, no_mask, *numbers, n_heads, out.array.ctypes.data)
     else:
-        mask = CAUSAL, no_mask
+        mask = CAUSAL, 0, no_mask
         attention_prefill.attend_prefill(
             *given, n_new, *parts, *mask, *numbers, n_heads, out.array.ctypes.data
         )

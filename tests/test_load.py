@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 import hfopt
 import hfopt.checkpoints.hf_quantizer
 from hfopt.errors import CorruptCheckpoint, HfoptError, InvalidInput, UnsupportedModel
-from hfopt.patches.quantized import QuantizedLinear
+from hfopt.modules.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
 from tests import fresh
 from tests.checkpoint_cases import Known, awq, compressed, gptq

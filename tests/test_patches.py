@@ -15,9 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 import hfopt
 from hfopt import functional
+from hfopt.modules.weights import original_class
 from hfopt.patches.activation import match_activation
 from hfopt.patches.probe import undisturbed
-from hfopt.patches.replacement import Replacement, original_class
+from hfopt.patches.replacement import Replacement
 from tests.generation_cases import CACHE, FAMILIES, Doubled, gptj, llama, one_thread, opt, prompts
 from tests.reference import DTYPES, assert_as_exact_as_torch
 

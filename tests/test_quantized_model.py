@@ -17,7 +17,7 @@ import hfopt
 from hfopt.bench import roofline
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import Epilogue
-from hfopt.patches.quantized import BUFFERS, QuantizedLinear, empty_linear, quantize_linear, read_matrices
+from hfopt.modules.quantized import BUFFERS, QuantizedLinear, empty_linear, quantize_linear, read_matrices
 from hfopt.patches.replacement import Record
 from hfopt.program.decoder import build
 from hfopt.quantization import NF4, Format, InputStatistics, Int4, Int8, Packed, QuantizationConfig

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hfopt
 from hfopt import HfoptConfig
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedDevice
-from hfopt.patches.quantized import QuantizedLinear
+from hfopt.modules.quantized import QuantizedLinear
 from hfopt.quantization import NF4, Int4, Int8, QuantizationConfig
 from tests.generation_cases import FAMILIES, Model, llama
 from tests.pairs import pairs_of

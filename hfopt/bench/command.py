@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="all",
         metavar="NAMES",
-        help="measure single kernels instead: linear, quantized, attention, small, sampling, launch, separated by commas "
-        "(default: all)",
+        help="measure single kernels instead: linear, quantized, attention, small, sampling, mamba, lora, launch, "
+        "separated by commas (default: all)",
     )
     parser.add_argument(
         "--profile",

@@ -102,12 +102,14 @@ def rounds_up(total: int, one: int) -> int:
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 
-def each(function: Callable[[Any], object], arguments: Sequence[Any]) -> Callable[[], None]:
-    """The function on every argument in turn."""
+def each(function: Callable[[Any], object], arguments: Sequence[Any]) -> Callable[[], object]:
+    """The function on every argument in turn; the last result."""
 
-    def run() -> None:
+    def run() -> object:
+        result = None
         for argument in arguments:
-            function(argument)
+            result = function(argument)
+        return result
 
     return run
 

@@ -22,6 +22,7 @@ from hfopt.functional import (
 from hfopt.words import DTYPES, dtype_name
 
 from .attention_cases import attention_cases, filled
+from .block_cases import block_cases
 from .kernel_case import (
     PEAK,
     STREAM,
@@ -37,6 +38,8 @@ from .kernel_case import (
     rounds_up,
     stream,
 )
+from .lora_cases import lora_cases
+from .mamba_cases import mamba_cases
 from .quantized_cases import quantized_cases
 
 _EPS = 1e-6
@@ -241,6 +244,9 @@ GROUPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "quantized": quantized_cases,
     "attention": attention_cases,
     "small": small_cases,
+    "blocks": block_cases,
     "sampling": sampling_cases,
+    "mamba": mamba_cases,
+    "lora": lora_cases,
     "launch": launch_cases,
 }

@@ -42,7 +42,8 @@ class Appended(NamedTuple):
     are int8 codes, to be multiplied by the scale of their token and head.
 
     In a layer of a window, the buffers begin with later tokens: all columns are less by what `starts` says. No new token
-    sees any of the first `skipped` ones, some of which may still be there.
+    sees any of the first `skipped` ones, some of which may still be there. A suffix that begins behind so many columns of
+    something else (the prefix, where both are one array) has minus that as its start.
     """
 
     prefix: np.ndarray  # [2, n_prompts, n_kv_heads, columns, head_dim], keys then values

@@ -20,7 +20,7 @@ from hfopt.checkpoints.packed_files import check_packed
 from hfopt.checkpoints.reader import FLOATS, Checkpoint, check_finite, check_header
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.host import Conv1D, Features
-from hfopt.patches.quantized import PREFIX, quantize_linear
+from hfopt.modules.quantized import PREFIX, quantize_linear
 from hfopt.quantization import Format, InputStatistics, Packed, layout_of, packed_from
 from hfopt.quantization.layout import BLOCK, aligned
 

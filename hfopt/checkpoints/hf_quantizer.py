@@ -56,7 +56,7 @@ def declare(model: PreTrainedModel) -> None:
 
 def describe(model: PreTrainedModel) -> HfoptConfig | None:
     """The config that says what is quantised in a model; None where nothing is."""
-    from hfopt.patches.quantized import QuantizedLinear
+    from hfopt.modules.quantized import QuantizedLinear
 
     head = model.get_output_embeddings()
     formats = {
@@ -111,7 +111,7 @@ class HfoptQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        from hfopt.patches.quantized import empty_linear
+        from hfopt.modules.quantized import empty_linear
 
         fit_threads()
         config = self.quantization_config
@@ -163,7 +163,7 @@ class HfoptQuantizer(HfQuantizer):
         return Quantize(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        from hfopt.patches.quantized import QuantizedLinear
+        from hfopt.modules.quantized import QuantizedLinear
 
         if self.damaged:
             more = f"; {len(self.damaged) - 1} more are damaged" if len(self.damaged) > 1 else ""
@@ -203,7 +203,7 @@ class Quantize(ConversionOps):
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         """Pack a weight; returns what is left for transformers to place, a weight that is an embedding too."""
-        from hfopt.patches.quantized import quantize_linear
+        from hfopt.modules.quantized import quantize_linear
 
         ((name, values),) = input_dict.items()
         weight = values[0] if isinstance(values, list) else values

@@ -35,7 +35,7 @@ def check_packed(
     source: str, path: str, linear: nn.Module, format: Format, headers: Mapping[str, Stored]
 ) -> None:
     """Raises CorruptCheckpoint unless these tensors, by their names in a layer, are its matrix in this format."""
-    from hfopt.patches.quantized import PREFIX
+    from hfopt.modules.quantized import PREFIX
 
     n_inputs, n_outputs = Features.of(linear)
     if (reason := misfit(format, n_inputs)) is not None:

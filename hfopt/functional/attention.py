@@ -125,7 +125,7 @@ def attend(
     else:
         kind = KINDS[mask.kind]
         sizes = (address, width, n_rows, n_new)
-        wrong = prefill.attend_prefill(*like, *sizes, *cache, kind, hidden, *numbers, n_heads, target)
+        wrong = prefill.attend_prefill(*like, *sizes, *cache, kind, 0, hidden, *numbers, n_heads, target)
     if wrong:
         raise InvalidInput(_WRONG_ROWS)
     return out
@@ -200,9 +200,10 @@ def checked_bytes(mask: Mask, n_keys: int, n_rows: int, n_new: int) -> np.ndarra
 def check_lengths(appended: "Appended", n_rows: int) -> None:
     """Raises `InvalidInput` unless lengths and rows are those of something stored."""
     starts = appended.starts
+    firsts = starts[0], max(starts[1], 0)
     lengths = appended.prefix_len, appended.suffix_len
     ends = starts[0] + appended.prefix.shape[3], starts[1] + appended.suffix.shape[3]
-    for name, first, length, end in zip(("prefix_len", "suffix_len"), starts, lengths, ends, strict=True):
+    for name, first, length, end in zip(("prefix_len", "suffix_len"), firsts, lengths, ends, strict=True):
         if not first <= length <= end:
             raise InvalidInput(f"appended.{name} is {length}: from {first} up to {end} is allowed")
     prefix_row, table, n_columns = appended.prefix_row, appended.table, appended.suffix_len

@@ -20,6 +20,11 @@ ELEMENTS: dict[torch.dtype, np.ndarray] = {
     torch.float16: np.empty(0, np.int16),
 }
 CODES = np.empty(0, np.int8)  # the same for a cache of 8-bit codes
+# and for one of float8, in bits that numpy has no names for
+FLOAT8: dict[torch.dtype, np.ndarray] = {
+    torch.float8_e5m2: np.empty(0, np.uint8),
+    torch.float8_e4m3fn: np.empty(0, np.bool_),
+}
 _STRIDED = torch.strided  # attributes of a module take time
 
 
@@ -42,7 +47,7 @@ def check_floats(name: str, tensor: Tensor, dtype: torch.dtype | None = None) ->
         raise _fail(name, "has its negative bit set", "call resolve_neg() first")
 
 
-def _is_contiguous(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+def is_plain_array(tensor: Tensor, dtype: torch.dtype | None) -> bool:
     """Whether `check_floats` and `check_contiguous` find nothing wrong."""
     return (
         isinstance(tensor, Tensor)
@@ -70,7 +75,7 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
 
 def check_rows(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor, copied if it is not contiguous; raises `InvalidInput` unless its last dimension is."""
-    if _is_contiguous(tensor, dtype) and tensor.ndim > 0:
+    if is_plain_array(tensor, dtype) and tensor.ndim > 0:
         return tensor
     check_floats(name, tensor, dtype)
     if tensor.ndim == 0 or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
@@ -82,7 +87,7 @@ def check_rows(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> T
 def check_array(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> int:
     """Address of a contiguous tensor of this shape, of one of `DTYPES` (or just `dtype`); raises `InvalidInput` for anything
     else."""
-    if not (_is_contiguous(tensor, dtype) and tensor.shape == shape):
+    if not (is_plain_array(tensor, dtype) and tensor.shape == shape):
         check_floats(name, tensor, dtype)
         check_shape(name, tensor, shape)
         check_contiguous(name, tensor)
@@ -92,7 +97,8 @@ def check_array(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
 def address_of(name: str, tensor: Tensor) -> int:
     """Address of a tensor that has passed the checks; raises `InvalidInput` if its memory is not there."""
     address = tensor.data_ptr()
-    if address == 0 and tensor.numel() > 0:
+    # of a part of a freed storage it is how far the part is from the beginning
+    if address == tensor.storage_offset() * tensor.itemsize and tensor.numel() > 0:
         raise _fail(name, f"of shape {tuple(tensor.shape)} has no memory", "its storage has been freed")
     return address
 

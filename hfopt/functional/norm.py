@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm, over the last dimension or over heads."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,9 +15,9 @@ from .checks import (
     check_array,
     check_contiguous,
     check_floats,
-    check_rows,
     prepare_threads,
 )
+from .strided import dense
 
 
 class Norm(NamedTuple):
@@ -62,10 +63,10 @@ class Norm(NamedTuple):
 def norm(hidden_states: Tensor, norm: Norm) -> Tensor:
     """The norm over the last dimension.
 
-    hidden_states [..., size], its last dimension contiguous, of the dtype of weight and bias; or
+    hidden_states [..., size], of the dtype of weight and bias; or
     [..., n_heads, size] where heads have their own. Raises `InvalidInput`.
     """
-    x = check_rows("hidden_states", hidden_states)
+    x = dense("hidden_states", hidden_states)
     size, dtype = x.shape[-1], x.dtype
     shape = next((each.shape for each in norm.vectors.values()), torch.Size((size,)))
     if len(shape) == 2 and x.shape[-2:] == shape:
@@ -126,7 +127,16 @@ def norm_heads(qkv: Tensor, norm: Norm, first: int, count: int, size: int) -> No
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension (https://arxiv.org/abs/1910.07467); see `norm`."""
+    """Compute `weight * x / sqrt(mean(x^2) + eps)` over the last dimension (https://arxiv.org/abs/1910.07467).
+
+    hidden_states [..., size]: float32, bfloat16 or float16, of any strides; weight [size] of that dtype, contiguous, or
+    None. In float32, rounded once; no gradient. Raises `InvalidInput` for anything else.
+
+    >>> import torch
+    >>> from hfopt.functional import rms_norm
+    >>> rms_norm(torch.full((2, 64), 3.0), torch.ones(64), 0.0).unique()
+    tensor([1.])
+    """
     return norm(hidden_states, Norm("rms", weight, None, eps))
 
 
@@ -134,3 +144,41 @@ def layer_norm(hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None
     """weight * (x - mean(x)) / sqrt(var(x) + eps) + bias over the last dimension
     (https://arxiv.org/abs/1607.06450); see `norm`."""
     return norm(hidden_states, Norm("layer", weight, bias, eps))
+
+
+def fast_layer_norm(
+    hidden_states: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Compute `weight * (x - mean(x)) / sqrt(var(x) + eps) + bias` over the last dimensions.
+
+    A layer norm (https://arxiv.org/abs/1607.06450) in float32, rounded once; no gradient.
+
+    Args:
+        hidden_states: [..., *normalized_shape], float32, bfloat16 or float16, of any strides.
+        normalized_shape: the last dimensions, or the size of the last one.
+        weight: [*normalized_shape], of the same dtype, contiguous; or None.
+        bias: the same.
+        eps: what is added to the variance.
+
+    Raises:
+        InvalidInput: for any other dtype, shape, layout or device.
+
+    >>> import torch
+    >>> from hfopt.functional import fast_layer_norm
+    >>> fast_layer_norm(torch.randn(2, 8, 4), (8, 4), None, None, 1e-5).shape
+    torch.Size([2, 8, 4])
+    """
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    x = dense("hidden_states", hidden_states)
+    if not shape or tuple(x.shape[-len(shape) :]) != shape:
+        raise InvalidInput(f"normalized_shape is {shape}: it must be the last of the sizes {tuple(x.shape)}")
+    vectors = Norm("layer", weight, bias, eps).vectors
+    for name, each in vectors.items():
+        check_array(name, each, shape, x.dtype)
+    flat = {name: each.view(-1) for name, each in vectors.items()}
+    rows = x.flatten(-len(shape))
+    return norm(rows, Norm("layer", flat.get("weight"), flat.get("bias"), eps)).view(x.shape)

@@ -90,6 +90,8 @@ def rotate(
 ) -> None:
     """Turn the first n_heads heads of x [n_rows, n_new, width] in place; arguments as in `rotate_and_store`.
 
+    x may be part of a wider tensor, such as queries beside keys and values: each token contiguous, all as far apart.
+
     Raises `InvalidInput`.
     """
     if x.ndim != 3 or n_heads < 1 or head_dim < 1 or n_heads * head_dim > x.shape[-1]:
@@ -97,17 +99,33 @@ def rotate(
         raise InvalidInput(f"x has shape {given}: [rows, tokens, width], a width that holds them, is needed")
     if rotation not in ROTATIONS or rotation == "none":
         raise InvalidInput(f"rotation is {rotation!r}: half and interleaved are allowed")
-    n_rows, n_new, width = x.shape
-    address = check_array("x", x, (n_rows, n_new, width))
+    n_rows, n_new, _ = x.shape
+    check_floats("x", x)
+    address, step = address_of("x", x), _token_step(x)
     cos, n_rotary = _angles("cos", cos, n_rows, n_new, head_dim, rotation)
     sin, _ = _angles("sin", sin, n_rows, n_new, head_dim, rotation)
     if cos.shape != sin.shape:
         raise InvalidInput(f"sin has shape {tuple(sin.shape)}: that of cos, {tuple(cos.shape)}, is needed")
     if x.numel():
         prepare_threads()
-        sizes = n_rows, n_new, width, n_heads, head_dim
+        sizes = n_rows, n_new, step, n_heads, head_dim
         angles = address_of("cos", cos), address_of("sin", sin), cos.shape[0], n_rotary, ROTATIONS[rotation]
         kernels.rotate(ELEMENTS[x.dtype], address, *sizes, *angles)
+
+
+def _token_step(x: Tensor) -> int:
+    """Elements from a token of x [n_rows, n_new, width] to the next; raises `InvalidInput` if they are not as far apart."""
+    n_rows, n_new, width = x.shape
+    of_row, step, of_channel = x.stride()
+    if n_new == 1:
+        step = of_row if n_rows > 1 else width
+    is_even = n_rows == 1 or of_row == n_new * step
+    if x.numel() and not (is_even and step >= width and (of_channel == 1 or width == 1)):
+        raise InvalidInput(
+            f"x has strides {x.stride()} with shape {tuple(x.shape)}: "
+            "tokens that are contiguous, and all as far apart, are needed"
+        )
+    return step
 
 
 def check_qkv(
@@ -185,8 +203,8 @@ def _checked_record(
     if bits != CODES.dtype and suffix_scales is not None:
         raise InvalidInput(f"appended.suffix_scales is given, and no prefix_scales: {bits} has none")
     starts = stored.starts
-    if min(starts) < 0:
-        raise InvalidInput(f"appended.starts is {starts}: from 0 on are allowed")
+    if starts[0] < 0 or starts[1] < -suffix.shape[3]:
+        raise InvalidInput(f"appended.starts is {starts}: from 0 and {-suffix.shape[3]} on are allowed")
     return record_of(prefix, suffix, prefix_scales, suffix_scales, starts=starts)
 
 

@@ -12,6 +12,7 @@ from .generate import (
     window_of,
 )
 from .latency import Latency, record_latency
+from .loops import hf_beam_sample, hf_beam_search, hf_greedy_search, hf_sample
 from .prompt import share_prompts, unshare_prompts
 from .proof import MODES, in_words, prove, refusals
 from .protocols import StepProgram, StepPrograms, StepRun
@@ -29,6 +30,10 @@ __all__ = [
     "cache_obstacle",
     "generate",
     "generator_of",
+    "hf_beam_sample",
+    "hf_beam_search",
+    "hf_greedy_search",
+    "hf_sample",
     "in_words",
     "install",
     "installed",

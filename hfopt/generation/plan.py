@@ -47,9 +47,7 @@ def plan_of(model: Model, arguments: Mapping[str, Any]) -> Plan:
     synced_gpus, assistant_model, streamer, generation_config = (arguments.get(name) for name in names)
     if synced_gpus or assistant_model is not None or arguments.get("assistant_tokenizer") is not None:
         return their_plan(model)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return their_plan(model)
-    if host.missing() or model.config.is_encoder_decoder or model.device.type not in ("cpu", "meta"):
+    if _is_elsewhere(model):
         return their_plan(model)
     others = {name: value for name, value in arguments.items() if name not in host.GENERATE_ORDER}
     prepared = host.settings_in(getattr(model, host.PREPARE_CONFIG)(generation_config, **others))
@@ -57,18 +55,33 @@ def plan_of(model: Model, arguments: Mapping[str, Any]) -> Plan:
         return Plan(None, False)
     counts = prepared.num_beams, prepared.num_return_sequences
     check_counts(*(1 if each is None else each for each in counts))
-    mode = prepared.get_generation_mode(assistant_model)
-    if mode not in host.MODES:
+    plan = prepared_plan(model, prepared)
+    if streamer is not None and plan.loop not in (None, sample):
+        return their_plan(model)  # which refuses a streamer of beams
+    return plan
+
+
+def prepared_plan(model: Model, settings: GenerationConfig) -> Plan:
+    """The plan for a request with these settings, as `generate` has prepared them."""
+    if installed(model).verdict.refusal is not None:
+        return Plan(None, False)
+    mode = settings.get_generation_mode()
+    if _is_elsewhere(model) or mode not in host.MODES:
         return their_plan(model)
     if host.MODES[mode] in refusals():
         return Plan(None, False)
     # of these, `generate` keeps what the last two need for its own loops
-    if any(getattr(prepared, name, None) for name in _THEIRS):
+    if any(getattr(settings, name, None) for name in _THEIRS):
         return their_plan(model)
-    loop = our_loop(model, mode, prepared)
-    if loop is None or (streamer is not None and loop is not sample):
-        return their_plan(model)  # which refuses a streamer of beams
-    return Plan(loop, True)
+    loop = our_loop(model, mode, settings)
+    return their_plan(model) if loop is None else Plan(loop, True)
+
+
+def _is_elsewhere(model: Model) -> bool:
+    """Whether this model, or this release, or what runs beside this process, is nothing that our loops are made for."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return True
+    return bool(host.missing() or model.config.is_encoder_decoder or model.device.type not in ("cpu", "meta"))
 
 
 def our_loop(model: Model, mode: Any, settings: GenerationConfig | None = None) -> Callable[..., Any] | None:

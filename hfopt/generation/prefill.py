@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
 
 from hfopt import host
 from hfopt.cache import IndirectCache
 
 from ._types import Model, Outputs
 from .decoding import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
-from .prompt import share_prompts, unshare_prompts
+from .prompt import one_row_per_prompt, repeat_rows, share_prompts, unshare_prompts
 from .protocols import StepProgram
 from .state import installed
 
@@ -39,6 +39,7 @@ class Prefill:
 
     def __init__(self, model: Model, cache: Any) -> None:
         self._model, self._cache = model, cache
+        self._copies = 1  # of each prompt, of which one may be read
         self.given = cache
 
     def read(
@@ -47,6 +48,8 @@ class Prefill:
         """The outputs for these tokens, of which only the logits of the last one are promised."""
         model = self._model
         is_first = not generation_config.is_assistant
+        if generation_config.prefill_chunk_size is None:
+            self._copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         arguments = input_ids, generation_config, model_kwargs
         theirs = getattr(GenerationMixin, host.PREFILL)
         if host.PREFILL in vars(model) or getattr(type(model), host.PREFILL) is not theirs:
@@ -63,8 +66,28 @@ class Prefill:
     def __call__(self, **inputs: Any) -> Outputs:
         inputs = with_cache(self._model, inputs, self._cache)
         self.given = host.cache_in(inputs.values())
-        outputs = self._run(inputs) if self._is_plain(inputs) else None
+        outputs = self._run(inputs) if self._is_plain(inputs) else self._run_shared(inputs)
         return self._model(**inputs) if outputs is None else outputs
+
+    def _run_shared(self, inputs: dict[str, Any]) -> Outputs | None:
+        """The outputs of the model for one row of each prompt, repeated as its cache is; None where that cannot be.
+
+        Only for a cache of transformers, and an empty one: one of ours shares prompts by itself.
+        """
+        model, cache = self._model, self.given
+        if self._copies == 1 or type(cache) is not DynamicCache or host.cached_length(cache) != 0:
+            return None
+        is_text = model.config.get_text_config() is model.config
+        if not is_text or getattr(model, host.REORDER, None) is not None:
+            return None
+        thinned = None if model.training else one_row_per_prompt(inputs, self._copies)
+        if thinned is None:
+            return None
+        outputs = model(**thinned)
+        n_prompts = len(outputs.logits)
+        rows: Any = torch.arange(n_prompts).repeat_interleave(self._copies)
+        cache.reorder_cache(rows)
+        return repeat_rows(outputs, n_prompts, self._copies)
 
     def _is_plain(self, inputs: dict[str, Any]) -> bool:
         """Whether a call asks for no more than the logits of the last token of a text, from a model that just reads it."""

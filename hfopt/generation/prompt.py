@@ -31,9 +31,11 @@ def share_prompts(
         cache.copies = 1  # `forward` was called past the hooks: every row has keys of its own
         return None
     thinned = None
-    # rows with adapters of their own are counted by those
-    if not (args or module.training or torch.compiler.is_compiling() or host.have_own_adapters(module)):
-        thinned = _one_row_per_prompt(kwargs, cache)
+    is_step = tokens is not None and tokens.shape[1] == 1 and cache.get_seq_length() > 0
+    # rows of a decode step are beams now, equal or not, and those with adapters of their own are counted by these
+    is_whole = is_step or host.have_own_adapters(module)
+    if not (args or is_whole or module.training or torch.compiler.is_compiling()):
+        thinned = one_row_per_prompt(kwargs, cache.copies)
     if thinned is not None:
         return args, thinned
     if cache.n_rows:
@@ -49,11 +51,7 @@ def unshare_prompts(module: nn.Module, args: tuple, kwargs: dict[str, Any], outp
     if not isinstance(cache, IndirectCache) or cache.copies == 1:
         return None
     n_prompts = len(_tokens(kwargs))
-    if not isinstance(output, dict):
-        return _repeat(output, n_prompts, cache.copies)
-    for name, value in output.items():
-        output[name] = _repeat(value, n_prompts, cache.copies)
-    return output
+    return repeat_rows(output, n_prompts, cache.copies)
 
 
 def _tokens(kwargs: dict[str, Any]) -> Any:
@@ -61,12 +59,11 @@ def _tokens(kwargs: dict[str, Any]) -> Any:
     return tokens if tokens is not None else kwargs.get("inputs_embeds")
 
 
-def _one_row_per_prompt(kwargs: dict[str, Any], cache: IndirectCache) -> dict[str, Any] | None:
+def one_row_per_prompt(kwargs: dict[str, Any], copies: int) -> dict[str, Any] | None:
+    """The arguments of a call with one row in place of each `copies`; None if some of these differ."""
     tokens = _tokens(kwargs)
-    if tokens is None or len(tokens) % cache.copies:
+    if tokens is None or len(tokens) % copies:
         return None
-    if tokens.shape[1] == 1 and cache.get_seq_length() > 0:
-        return None  # a decode step: its rows are beams now, equal or not
     n_rows = len(tokens)
     thinned = dict(kwargs)
     for name, value in kwargs.items():
@@ -76,11 +73,20 @@ def _one_row_per_prompt(kwargs: dict[str, Any], cache: IndirectCache) -> dict[st
             return None
         if len(value) == 1:
             continue
-        groups = value.unflatten(0, (-1, cache.copies))
+        groups = value.unflatten(0, (-1, copies))
         if not torch.equal(groups, groups[:, :1].expand_as(groups)):
             return None
         thinned[name] = groups[:, 0].contiguous()
     return thinned
+
+
+def repeat_rows(output: Any, n_prompts: int, copies: int) -> Any:
+    """Outputs of n_prompts rows, of which what has a row for each prompt gets `copies`."""
+    if not isinstance(output, dict):
+        return _repeat(output, n_prompts, copies)
+    for name, value in output.items():
+        output[name] = _repeat(value, n_prompts, copies)
+    return output
 
 
 def _repeat(value: Any, n_prompts: int, copies: int) -> Any:

@@ -69,7 +69,7 @@ from hfopt.host.loops import (  # noqa: E402
     unknown_option,
 )
 from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
-from hfopt.host.rotary import begin_anew, rewritten  # noqa: E402
+from hfopt.host.rotary import begin_anew, frequencies, rewritten  # noqa: E402
 
 __all__ = [
     "GENERATE_ORDER",
@@ -117,6 +117,7 @@ __all__ = [
     "causal_output",
     "check_release",
     "fingerprint",
+    "frequencies",
     "generate_arguments",
     "have_own_adapters",
     "holding",

@@ -2,10 +2,13 @@
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # kinds (`rope_type`) whose angles follow from the position alone
 _STATIC = frozenset({"default", "linear", "llama3", "yarn", "ntk_alpha", "proportional"})
@@ -48,6 +51,36 @@ def kind_of(rotary: Any, layer_type: str | None = None) -> Kind | None:
     if name == _DYNAMIC and not isinstance(rotary.rope_type, dict) and isinstance(length, int):
         return Kind(last=length)
     return None
+
+
+def frequencies(
+    kind: str, settings: Mapping[str, Any], size: int, base: float, max_length: int, length: int | None = None
+) -> tuple[Tensor, float]:
+    """(angles of position 1, float32 [size / 2]; factor of all cosines and sines) of RoPE, as transformers computes it.
+
+    kind: "default", or a key of its `ROPE_INIT_FUNCTIONS` with what that reads in `settings`. max_length:
+    `max_position_embeddings`. length: of the text, for kinds whose angles depend on it.
+    """
+    if kind == "default":
+        return 1.0 / base ** (torch.arange(0, size, 2).float() / size), 1.0
+    given = {**settings, "rope_type": kind, "rope_theta": base}
+    first_length = given.get("original_max_position_embeddings")
+    if kind == _LONG and given.get("factor") is not None:
+        max_length = given["factor"] * first_length  # releases of 4.x take the quotient in any case
+    config = SimpleNamespace(
+        rope_theta=base,
+        rope_scaling=given,
+        rope_parameters=given,
+        standardize_rope_params=lambda: None,  # releases of 5.x call it
+        max_position_embeddings=max_length,
+        original_max_position_embeddings=first_length,
+        head_dim=size,
+        hidden_size=size,
+        num_attention_heads=1,
+        partial_rotary_factor=1.0,
+    )
+    found, factor = ROPE_INIT_FUNCTIONS[kind](config, None, seq_len=length)
+    return found, float(factor)
 
 
 def takes_types(rotary: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import fma, lane, product, quotient, splat, sum_lanes, where_part
 
 _STEP = 2 * LANES
-_PARALLEL_SIZE = 1 << 16  # elements; below, more threads cost more than they save
+PARALLEL_SIZE = 1 << 16  # elements; below, more threads cost more than they save
 
 
 @body
@@ -66,10 +66,16 @@ def sum_squares(x, mean, size):
 
 
 @body
+def inverse_rms(x, mean, eps, size):
+    """1 / sqrt(mean((x - mean)^2) + eps), in every lane."""
+    return splat(inverse_root(mean_of(sum_squares(x, mean, size), size) + eps))
+
+
+@body
 def rms_norm_row(x, weight, offset, eps, size, out):
     """out = (weight + offset) * x / sqrt(mean(x^2) + eps); weight is an address, or 0 for none."""
     # products as they are written: LLVM would take them in another order in another kernel
-    scale = splat(inverse_root(mean_of(sum_squares(x, splat(ZERO), size), size) + eps))
+    scale = inverse_rms(x, splat(ZERO), eps, size)
     w, more = address_as(weight, x), splat(offset)
     k = 0
     while k + _STEP <= size:
@@ -94,7 +100,12 @@ def rms_norm_row(x, weight, offset, eps, size, out):
 def layer_norm_row(x, weight, bias, offset, eps, size, out):
     """out = (weight + offset) * (x - mean(x)) / sqrt(var(x) + eps) + bias; weight and bias are addresses or 0."""
     mean = splat(mean_of(sum_row(x, size), size))
-    scale = splat(inverse_root(mean_of(sum_squares(x, mean, size), size) + eps))
+    affine_row(x, mean, inverse_rms(x, mean, eps, size), weight, bias, offset, size, out)
+
+
+@body
+def affine_row(x, mean, scale, weight, bias, offset, size, out):
+    """out = (weight + offset) * (x - mean) * scale + bias; weight and bias are addresses or 0."""
     w, b, more = address_as(weight, x), address_as(bias, x), splat(offset)
     k = 0
     while k + _STEP <= size:
@@ -166,13 +177,13 @@ def _heads_task(row, is_layer, x, width, first, count, size, step, vectors):
 @body
 def _norm_rows(is_layer, x, n_rows, size, vectors, out):
     arguments = (is_layer, x, size, vectors, out)
-    parallel_for(_norm_task, threads_for(n_rows, n_rows * size, _PARALLEL_SIZE), n_rows, arguments)
+    parallel_for(_norm_task, threads_for(n_rows, n_rows * size, PARALLEL_SIZE), n_rows, arguments)
 
 
 @body
 def _norm_heads(is_layer, x, n_rows, width, first, count, size, step, vectors):
     arguments = (is_layer, x, width, first, count, size, step, vectors)
-    parallel_for(_heads_task, threads_for(n_rows, n_rows * count * size, _PARALLEL_SIZE), n_rows, arguments)
+    parallel_for(_heads_task, threads_for(n_rows, n_rows * count * size, PARALLEL_SIZE), n_rows, arguments)
 
 
 @launch

@@ -237,7 +237,7 @@ def _attend_prefill(dtype: type, is_coded: bool, is_bent: bool) -> float:
     out: Array = np.zeros((70, 24), dtype)
     record = cache_record.record_of(*buffers, *scales)
     cache = (record, 75, 0, np.zeros(1, np.int32), np.zeros((1, 0), np.int32), 0)
-    mask = (CAUSAL, _NO_MASK)
+    mask = (CAUSAL, 0, _NO_MASK)
     scoring, kept = _scoring(dtype, 1, is_bent)
     likes: tuple[Array, Array] = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
     attention_prefill.attend_prefill(

@@ -19,7 +19,7 @@ from hfopt.errors import InvalidInput
 from hfopt.functional import Delta, Epilogue, Kernels, Weights, activate, add_deltas, check_deltas, pieces_of
 from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
-from hfopt.patches.guards import DO_NOTHING, is_bare, is_bare_inside
+from hfopt.modules.guards import DO_NOTHING, is_bare, is_bare_inside
 from hfopt.patches.replacement import original_class
 
 

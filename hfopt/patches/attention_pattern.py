@@ -10,6 +10,7 @@ import torch
 
 from hfopt.functional.linear import Rows
 from hfopt.host import Arguments, Features, base_layer
+from hfopt.modules.weights import original_class
 from hfopt.patches.attention import (
     SCALES,
     AlibiAttention,
@@ -30,7 +31,6 @@ from hfopt.patches.guards import attention_kind, attention_obstacle, is_causal
 from hfopt.patches.norm import NormBlock
 from hfopt.patches.pattern import Pattern, has_children, unknown_parts
 from hfopt.patches.ranked import RankedAttention
-from hfopt.patches.replacement import original_class
 from hfopt.patches.weights import is_read_as_linear
 
 

@@ -12,12 +12,14 @@ from hfopt.functional import Epilogue, Mask, Norm, Weights
 from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
 from hfopt.host import Arguments
+from hfopt.modules.guards import are_readable, is_bare
+from hfopt.modules.weights import original_class
 from hfopt.patches.activation import XIELU, fused_activation, xielu_of
 from hfopt.patches.adapters import AdaptedWeights, Unreadable
 from hfopt.patches.angles import are_angles, remembered
-from hfopt.patches.guards import are_readable, attention_kind, is_bare, is_causal, wants_attentions
+from hfopt.patches.guards import attention_kind, is_causal, wants_attentions
 from hfopt.patches.ops import Declined
-from hfopt.patches.replacement import Replacement, are_others_bare, is_usable, original_class
+from hfopt.patches.replacement import Replacement, are_others_bare, is_usable
 from hfopt.patches.stored import Stored
 from hfopt.patches.weights import read_children
 

@@ -8,10 +8,10 @@ import torch
 
 from hfopt.functional import Epilogue
 from hfopt.host import Features
+from hfopt.modules.weights import is_linear
 from hfopt.patches.block import Block
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern
-from hfopt.patches.weights import is_linear
 
 
 @dataclass(frozen=True)

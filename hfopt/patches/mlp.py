@@ -10,10 +10,10 @@ import torch
 from hfopt.functional import Epilogue
 from hfopt.functional.linear import Rows
 from hfopt.host import Features, base_layer
+from hfopt.modules.guards import DO_NOTHING
 from hfopt.patches.activation import match_activation
 from hfopt.patches.block import Block
 from hfopt.patches.families.family import MlpParts
-from hfopt.patches.guards import DO_NOTHING
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern, has_children, owned, takes_only
 from hfopt.patches.weights import is_read_as_linear

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.host import LINEARS, Conv1D, Features, by_outputs
-from hfopt.patches.guards import has_own_forward
+from hfopt.modules.guards import has_own_forward
+from hfopt.modules.quantized import QuantizedLinear, quantize_linear, unquantize_linear
+from hfopt.modules.weights import original_class
 from hfopt.patches.linear import Linear
-from hfopt.patches.quantized import QuantizedLinear, quantize_linear, unquantize_linear
-from hfopt.patches.replacement import Replacement, original_class, swap, unswap
+from hfopt.patches.replacement import Replacement, swap, unswap
 from hfopt.patches.weights import lay_by_inputs
 from hfopt.quantization import Format, InputStatistics, QuantizationConfig
 from hfopt.quantization.plan import Layer, plan

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from hfopt.host import Arguments, Conv1D, base_layer
+from hfopt.modules.guards import DO_NOTHING, is_bare
+from hfopt.modules.weights import original_class
 from hfopt.patches.facts import HARMLESS, helper_names_read, is_off, names_read
-from hfopt.patches.guards import DO_NOTHING, is_bare
-from hfopt.patches.replacement import Replacement, original_class
+from hfopt.patches.replacement import Replacement
 from hfopt.words import DTYPES, dtype_name
 
 _OF_DROPOUT = ("dropout", "pdrop")  # in names of probabilities, which mean nothing in evaluation mode

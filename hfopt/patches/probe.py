@@ -14,11 +14,12 @@ from transformers import DynamicCache
 from hfopt.cache import IndirectCache
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.host import Arguments
+from hfopt.modules.quantized import QuantizedLinear
+from hfopt.modules.weights import original_class
 from hfopt.patches.facts import layer_index
 from hfopt.patches.guards import is_sdpa
 from hfopt.patches.pattern import Pattern
-from hfopt.patches.quantized import QuantizedLinear
-from hfopt.patches.replacement import Form, Record, Replacement, original_class, replacement_class
+from hfopt.patches.replacement import Form, Record, Replacement, replacement_class
 from hfopt.patches.scene import Scene, shaken
 
 # Largest difference allowed, as a share of the largest value.

@@ -9,10 +9,12 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import nn
 
-from hfopt.functional import Kernels, Weights
+from hfopt.functional import Kernels
 from hfopt.host import Arguments
+from hfopt.modules.guards import DO_NOTHING, is_bare, is_plain_inference
+from hfopt.modules.records import Records
+from hfopt.modules.weights import original_class
 from hfopt.patches.facts import Facts
-from hfopt.patches.guards import DO_NOTHING, is_bare, is_plain_inference
 
 # of an output: None for a tensor, else the length of a tuple that begins with it, and where the rest is None
 Form: TypeAlias = int | None
@@ -20,7 +22,7 @@ Form: TypeAlias = int | None
 _CLASSES: dict[Any, Any] = {}
 
 
-class Record:
+class Record(Records):
     """What a swapped module carries: what was recognised, the proof's figure, whose kernels it takes where
     torch has one too, what form its output has (see `Form`), the facts that the proof is about, what follows from
     its weights.
@@ -28,7 +30,7 @@ class Record:
     Only the first five are pickled or copied; the rest follows from the module itself.
     """
 
-    __slots__ = ("activation", "facts", "form", "kernels", "proof", "spec", "table", "weights")
+    __slots__ = ("activation", "facts", "form", "kernels", "proof", "spec", "table")
 
     def __init__(
         self,
@@ -38,12 +40,12 @@ class Record:
         form: Form = None,
         facts: Facts | None = None,
     ) -> None:
+        super().__init__()
         self.spec = spec
         self.proof = proof
         self.kernels = kernels
         self.form = form
         self.facts = facts or Facts()
-        self.weights: dict[str, Weights] = {}
         self.activation: tuple[nn.Module, Facts, str | None] | None = None
         self.table: tuple[torch.Tensor, tuple[int, int], int | None] | None = None
 
@@ -174,9 +176,3 @@ def unswap(module: nn.Module) -> None:
     for name, value in module.__dict__.items():
         if inspect.ismethod(value) and value.__self__ is module and value.__func__ is ours.forward:
             module.__dict__[name] = MethodType(type(module).forward, module)
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module has without us."""
-    original: type[nn.Module] = type(module).__dict__.get("_hfopt_original", type(module))
-    return original

@@ -6,10 +6,11 @@ from typing import Any
 from torch import nn
 
 from hfopt import host
+from hfopt.modules.guards import has_own_forward
+from hfopt.modules.quantized import QuantizedLinear
+from hfopt.modules.weights import original_class
 from hfopt.patches.facts import Facts, layer_index
-from hfopt.patches.guards import has_own_forward
-from hfopt.patches.quantized import QuantizedLinear
-from hfopt.patches.replacement import Record, Replacement, original_class
+from hfopt.patches.replacement import Record, Replacement
 
 _ENOUGH = 3  # layers, of which the others of their kind differ in numbers alone
 _HOOKS = (

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 from hfopt.errors import UnsupportedModel
 from hfopt.functional import Kernels
 from hfopt.host import Conv1D, base_layer
+from hfopt.modules.guards import is_bare
+from hfopt.modules.weights import original_class
 from hfopt.patches.adapters import Unreadable, applied
 from hfopt.patches.facts import INDICES
-from hfopt.patches.guards import is_bare
 from hfopt.patches.pattern import Pattern, Spec, obstacle
 from hfopt.patches.patterns import PATTERNS
 from hfopt.patches.probe import Proof, prove
-from hfopt.patches.replacement import Record, Replacement, is_swapped, original_class, swap, unswap
+from hfopt.patches.replacement import Record, Replacement, is_swapped, swap, unswap
 from hfopt.patches.scene import TABLE
 from hfopt.patches.weights import is_read_as_linear, lay_by_inputs, lay_by_outputs
 

@@ -8,11 +8,12 @@ from torch import nn
 
 from hfopt import host
 from hfopt.errors import HfoptError, InvalidInput, UnsupportedModel
+from hfopt.modules.guards import DO_NOTHING, has_own_forward, is_bare
 from hfopt.patches.attention import setting
 from hfopt.patches.facts import helper_names_read, is_off, names_read, own_names
 from hfopt.patches.families import decoders_for
 from hfopt.patches.families.family import Decoder
-from hfopt.patches.guards import DO_NOTHING, has_own_forward, is_bare, is_causal
+from hfopt.patches.guards import is_causal
 from hfopt.program.builder import Builder, Value
 from hfopt.program.embeddings import position_table, scale_of, token_table
 from hfopt.program.program import Program

@@ -12,8 +12,8 @@ from hfopt.errors import UnsupportedModel
 from hfopt.functional import Kernels
 from hfopt.functional.choice import is_known_for_torch, takes_torch
 from hfopt.host import captured_outputs
+from hfopt.modules.guards import is_plain_inference
 from hfopt.patches.adapters import Unreadable
-from hfopt.patches.guards import is_plain_inference
 from hfopt.program.adapters import AdaptedProgram, Choice
 from hfopt.program.decoder import build
 from hfopt.program.listing import Listing

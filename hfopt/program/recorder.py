@@ -11,8 +11,8 @@ from hfopt.functional import Epilogue, Norm, Weights
 from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
 from hfopt.host import is_adapted
+from hfopt.modules.guards import DO_NOTHING
 from hfopt.patches.activation import XIELU, fused_activation, xielu_of
-from hfopt.patches.guards import DO_NOTHING
 from hfopt.patches.ops import Ops
 from hfopt.patches.replacement import Replacement, is_swapped
 from hfopt.patches.weights import read_children

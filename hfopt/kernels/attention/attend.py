@@ -74,7 +74,7 @@ def _run(like, held, operands, step):
         seen, scratch = (mask, step.mask_row), (step.scratch, step.threads)
         attend_rows(opened, q, q_row, n_rows, n_heads, *seen, scoring, *scratch, out)
     else:
-        shown = Seen(step.kind, bytes_at(mask), n_keys, n_new, n_keys - skipped, own.window)
+        shown = Seen(step.kind, bytes_at(mask), n_keys, n_new, n_keys - skipped, own.window, 0)
         plan = plan_tokens(q, opened, n_rows, n_new, n_heads, step.threads)
         attend_tokens(plan, opened, q, q_row, n_rows, n_heads, shown, scoring, step.scratch, out)
 

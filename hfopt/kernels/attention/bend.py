@@ -4,14 +4,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfopt.kernels.attention.scoring import bias_factor
+from hfopt.kernels.attention.scoring import APART, RANKED, bias_factor
 from hfopt.kernels.attention.softmax import LIMIT, SLOPE, TILE
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd.constants import LOG2_E, ONE, ZERO
 from hfopt.kernels.simd.functions import quick_tanh
 from hfopt.kernels.simd.memory import bfloat16, load, store
 from hfopt.kernels.simd.types import LANES
-from hfopt.kernels.simd.vector import fma, splat
+from hfopt.kernels.simd.vector import absolute, fma, splat
 
 
 class Powers(NamedTuple):
@@ -45,14 +45,17 @@ def _cap(scores, width, n, inner, outer):
 
 
 @body
-def _add_bias(scores, width, n, scale, offset, stats):
-    """scores = scale * scores + slope * (j + offset - limit) of n keys."""
+def _add_bias(scores, width, n, scale, offset, apart, stats):
+    """scores = scale * scores + slope * (j + offset - limit) of n keys; or - slope * |...|."""
     for column in range(0, width, LANES):
         slope = load(stats, SLOPE * TILE + column)
         limit = load(stats, LIMIT * TILE + column)
         for j in range(n):
             place = j * width + column
-            bias = (splat(np.float32(j + offset)) - limit) * slope
+            distance = splat(np.float32(j + offset)) - limit
+            if apart:
+                distance = splat(ZERO) - absolute(distance)
+            bias = distance * slope
             store(scores, place, fma(load(scores, place), splat(scale), bias))
 
 
@@ -74,7 +77,7 @@ def bend_scores(scores, width, n, powers, scoring, offset, rank, stats):
     """
     if powers.outer > ZERO:
         _cap(scores, width, n, powers.inner, powers.outer)
-    if scoring.ranked != 0:
+    if scoring.ranked == RANKED:
         _add_ranked_bias(scores, width, n, powers.scale, powers.bias, rank, stats)
     elif scoring.slopes != 0:
-        _add_bias(scores, width, n, powers.scale, offset, stats)
+        _add_bias(scores, width, n, powers.scale, offset, scoring.ranked == APART, stats)

@@ -1,19 +1,19 @@
 """The blocks of keys and values of a chunk of decode attention, and which rows see the same ones.
 
-Blocks of 16 keys are read where they are, if they follow each other and all are seen. Others (those of the
-suffix, and those of which a mask hides some) are gathered first, without what is hidden, so that NaN or Inf
-there cannot reach a result. The scales of codes are gathered in any case, in the order of the keys.
+Blocks of 16 keys are read where they are, if they follow each other and all are seen. Others (those of the suffix of a
+layer, those of which a mask hides some, and those that are widened) are gathered first, without what is hidden, so that
+NaN or Inf there cannot reach a result. The scales of codes are gathered in any case, in the order of the keys.
 """
 
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from hfopt.kernels.attention.cache_view import key_of, scale_of
+from hfopt.kernels.attention.cache_view import key_of, names_keys, scale_of
 from hfopt.kernels.attention.elements import BLOCK
 from hfopt.kernels.attention.lanes import seen_keys, set_address
 from hfopt.kernels.attention.pack import copy_row
-from hfopt.kernels.attention.scoring import first_seen
+from hfopt.kernels.attention.scoring import RANKED, first_seen
 from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.simd.constants import ONE, ZERO
 from hfopt.kernels.simd.emit import stack_block
@@ -88,16 +88,32 @@ def _hold(source, scales, n, size, target, padded):
 def _distances_from(problem, first):
     """Of 16 keys that follow each other."""
     distances = lane_numbers() + splat(np.float32(first))
-    return bfloat16(distances) if problem.scoring.ranked != 0 else distances
+    return bfloat16(distances) if problem.scoring.ranked == RANKED else distances
+
+
+@body
+def _follow_each_other(problem, segment, place, token, count):
+    """Whether keys of the suffix from a token on do in memory, for the row at a place."""
+    if not names_keys(segment, problem.cache.size):
+        return False
+    rows = shifted(problem.cache.table, problem.order[place] * problem.cache.table_row + token)
+    wrong = 0
+    for i in range(1, count):
+        wrong |= rows[i] ^ rows[0]
+    return wrong == 0
 
 
 @inlined
-def list_blocks(problem, item, scales, place, first, n, keys, values, room, factors, distances):
+def list_blocks(
+    problem, item, scales, place, first, n, last, to_next, keys, values, aheads, room, factors, distances
+):
     """Addresses of blocks of those of n keys from token `first` of an item's segment on that the row at a place sees.
 
-    Returns how many keys these are, and writes hidden ones nowhere. room: for copies of n keys and values. scales: those
-    of the segment; factors: see `stack_factors`. distances: room for those of the keys from the last key of the row, and of
-    as many that were copied, or their ranks from its first key on; left alone where no score depends on them.
+    Returns how many keys these are, and writes hidden ones nowhere. last: token behind those of the item; to_next: bytes
+    from values to what is read next, if all blocks are in one row; aheads: of each block. room: for copies of n keys and
+    values. scales: those of the segment; factors: see `stack_factors`. distances: room for those of the keys from the last
+    key of the row, and of as many that were copied, or their ranks from its first key on; left alone where no score depends
+    on them.
     """
     cache, size, padded = problem.cache, problem.cache.size, problem.padded
     segment, in_prefix, p, kv_head = item.segment, item.in_prefix, item.row, item.kv_head
@@ -106,18 +122,30 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
     held_distances = shifted(distances, MAX_KEYS)
     has_distances = problem.scoring.slopes != 0
     origin = cache.prefix.n_tokens + cache.suffix.n_tokens - 1
-    if problem.scoring.ranked != 0:
+    if problem.scoring.ranked == RANKED:
         origin = origin_of(problem, place)
     nearest = start - origin
     n_blocks = 0
     n_held = 0
+    is_held = item_bytes(segment.keys) == item_bytes(room)
     for t in range(0, n, BLOCK):
         count = min(n - t, BLOCK)
         seen = seen_of(problem, place, start + t, count)
-        if in_prefix and size == padded and seen == (1 << BLOCK) - 1:
+        follow = in_prefix
+        if not in_prefix and seen == (1 << count) - 1:
+            p = cache.table[problem.order[place] * cache.table_row + first + t]
+            follow = _follow_each_other(problem, segment, place, first + t, count)
+        if follow and is_held and size == padded and seen == (1 << BLOCK) - 1:
             key = key_of(segment, p, kv_head, first + t, size)
             set_address(keys, n_blocks, address_of(key))
             set_address(values, n_blocks, address_of(shifted(key, segment.to_values)))
+            ahead = to_next
+            later = first + t + problem.plan.chunk
+            if not in_prefix and later < last:
+                row = cache.table[problem.order[place] * cache.table_row + later]
+                ahead = address_of(key_of(segment, row, kv_head, later, size))
+                ahead -= address_of(shifted(key, segment.to_values))
+            set_address(aheads, n_blocks, ahead)
             if scales is not None:
                 here = shifted(scales, scale_of(segment, p, kv_head, first + t))
                 _copy_factors(here, segment.to_value_scales, BLOCK, shifted(factors, n_blocks * BLOCK))
@@ -127,7 +155,7 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
                 store(distances, n_blocks * BLOCK, _distances_from(problem, nearest + t))
             n_blocks += 1
         else:
-            together = count if in_prefix and seen == (1 << count) - 1 else 1
+            together = count if follow and seen == (1 << count) - 1 else 1
             for token in range(first + t, first + t + count, together):
                 if seen >> (token - first - t) & 1:
                     row = p if in_prefix else cache.table[problem.order[place] * cache.table_row + token]
@@ -161,6 +189,7 @@ def list_blocks(problem, item, scales, place, first, n, keys, values, room, fact
             store(distances, n_blocks * BLOCK, load(held_distances, t))
         set_address(keys, n_blocks, address_of(shifted(room, t * padded)))
         set_address(values, n_blocks, address_of(shifted(held_values, t * padded)))
+        set_address(aheads, n_blocks, to_next)
         n_blocks += 1
     return n_seen
 
@@ -170,7 +199,7 @@ def rows_alike(problem, begin, end, first, n):
     """Whether the rows at places begin ... end see the same ones of n keys, at the same ranks if scores depend on these."""
     alike = True
     if problem.mask != 0:
-        if problem.scoring.ranked != 0:
+        if problem.scoring.ranked == RANKED:
             for place in range(begin + 1, end):
                 alike &= origin_of(problem, place) == origin_of(problem, begin)
         for t in range(first, first + n, BLOCK):

@@ -5,13 +5,16 @@ from typing import Any, NamedTuple
 from hfopt.kernels.attention.cache_record import (
     ADDRESS,
     COLUMNS,
+    HEAD,
     HEAD_DIM,
     KV_HEADS,
     PREFIX,
+    ROW,
     ROWS,
     SCALES,
     START,
     SUFFIX,
+    TO_VALUES,
 )
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd.pointer import address_as, scales_at, shifted
@@ -48,12 +51,11 @@ class Cache(NamedTuple):
 @body
 def _segment(like, record, part, first, n_tokens):
     n_rows, n_kv_heads, columns = record[part + ROWS], record[KV_HEADS], record[part + COLUMNS]
-    head, column = columns * record[HEAD_DIM], first - record[part + START]
+    column = first - record[part + START]
     keys = shifted(address_as(record[part + ADDRESS], like), column * record[HEAD_DIM])
     scales = scales_at(record[part + SCALES] + 4 * column, like)
-    to_values = n_rows * n_kv_heads * head
     to_value_scales = n_rows * n_kv_heads * columns
-    sizes = to_values, n_kv_heads * head, head, n_rows, n_tokens
+    sizes = record[part + TO_VALUES], record[part + ROW], record[part + HEAD], n_rows, n_tokens
     return Segment(keys, *sizes, scales, to_value_scales, n_kv_heads, columns, columns - column)
 
 
@@ -95,6 +97,12 @@ def valid_rows(cache, n_rows):
             wrong |= p < 0
             wrong |= p >= cache.suffix.n_rows
     return wrong == 0
+
+
+@body
+def names_keys(segment, size):
+    """Whether rows are keys, as in `record_of_keys`: tokens that follow each other in one row do so in memory."""
+    return segment.row == size
 
 
 @body

@@ -16,12 +16,20 @@ from hfopt.kernels.attention.lanes import (
 from hfopt.kernels.attention.pack import copy_row
 from hfopt.kernels.attention.partials import MAX, SEEN, SUM, merge_partial
 from hfopt.kernels.attention.scores import score_tile
-from hfopt.kernels.attention.scoring import bias_factor, slope_of
+from hfopt.kernels.attention.scoring import RANKED, bias_factor, slope_of
 from hfopt.kernels.attention.weights import Bent, round_query, round_weights, weigh_scores, weigh_values
 from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.simd.constants import ONE, ZERO
 from hfopt.kernels.simd.memory import store, store_part, store_scalar
-from hfopt.kernels.simd.pointer import address_of, as_units, floats_at, item_bytes, pointer_as, shifted
+from hfopt.kernels.simd.pointer import (
+    address_of,
+    as_gathered,
+    as_units,
+    floats_at,
+    item_bytes,
+    pointer_as,
+    shifted,
+)
 from hfopt.kernels.simd.tile import stack_addresses, stack_floats, units_ratio
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import lane, splat
@@ -48,13 +56,13 @@ class _Blocks(NamedTuple):
     """Keys and values of a key head, in blocks."""
 
     kv_head: Any
-    like: Any  # a pointer to their elements
+    like: Any  # a pointer to their elements, as tiles read them
     keys: Any  # addresses
     values: Any
     n_blocks: Any
     n: Any  # keys
     to_values: Any  # bytes from keys to what is read next
-    to_next: Any  # and from values
+    to_next: Any  # and from values, of each block
 
 
 @body
@@ -85,7 +93,7 @@ def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, p
     n_blocks, n, like = blocks.n_blocks, blocks.n, blocks.like
     query_factors, weight_factors = stack_floats(2 * 16), stack_floats(2 * 16)
     slopes, has_slopes = stack_floats(2 * 16), problem.scoring.slopes != 0
-    ranks = problem.scoring.ranked != 0, bias_factor(problem.scoring)
+    ranks = problem.scoring.ranked == RANKED, bias_factor(problem.scoring)
     for i in range(n_queries):
         if has_slopes:
             head = blocks.kv_head * problem.group + (query + i) % problem.group
@@ -132,7 +140,7 @@ def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, p
         is_rounded = False
         if factors is not None:
             is_rounded = takes_integers(room, like)
-        following = blocks.values[0] + blocks.to_next
+        following = blocks.values[0] + blocks.to_next[0]
         bent = Bent(problem.outer, has_slopes, shifted(slopes, tile * LANES), distances, *ranks)
         scoring = n_vectors, width, n, problem.scale, factors, like_weights, bent
         if is_rounded:
@@ -147,9 +155,9 @@ def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, p
     for tile in range(tiles):
         first = tile * _TILE
         w, here = shifted(weights, tile * span), shifted(partial, first * row)
-        n_left, ahead = n_queries - first, blocks.to_next
+        n_left, aheads = n_queries - first, blocks.to_next
         own_factors, kind = shifted(weight_factors, tile * LANES), (queries, like)
-        weigh_values(w, own_factors, *kind, blocks.values, n_blocks, units, ahead, here, row, n_left)
+        weigh_values(w, own_factors, *kind, blocks.values, n_blocks, units, aheads, here, row, n_left)
 
 
 @inlined
@@ -158,12 +166,12 @@ def attend_chunk(problem, item, chunk, next_key, room):
     plan, size, segment = problem.plan, problem.cache.size, item.segment
     first = chunk * plan.chunk
     n = min(segment.n_tokens - first, plan.chunk)
-    keys, values = stack_addresses(16), stack_addresses(16)
+    keys, values, aheads = stack_addresses(16), stack_addresses(16), stack_addresses(16)
     partial_size = problem.padded + LANES
     fresh = floats_at(address_of(room))
     held = shifted(room, TOGETHER * partial_size * units_ratio(room))
     scratch = shifted(held, 2 * plan.chunk * problem.padded)
-    held = pointer_as(held, segment.keys)
+    held = as_gathered(held, segment.keys)
     factors, distances = stack_factors(segment.scales), stack_floats(2 * 256 + 16)
     here = address_of(key_of(segment, item.row, item.kv_head, first, size))
     to_values = address_of(shifted(segment.keys, segment.to_values)) - address_of(segment.keys)
@@ -173,11 +181,12 @@ def attend_chunk(problem, item, chunk, next_key, room):
     n_slots = plan.prefix.n_spans + plan.suffix.n_spans
     row = n_slots * partial_size
     for place in range(begin, end, together):
-        lists = keys, values, held, factors, distances
-        n_seen = list_blocks(problem, item, segment.scales, place, first, n, *lists)
+        lists = keys, values, aheads, held, factors, distances
+        bound = min(item.last * plan.chunk, segment.n_tokens)
+        n_seen = list_blocks(problem, item, segment.scales, place, first, n, bound, to_next, *lists)
         n_blocks = (n_seen + BLOCK - 1) // BLOCK
-        kinds = item.kv_head, segment.keys
-        blocks = _Blocks(*kinds, keys, values, n_blocks, n_seen, to_values, to_next)
+        kinds = item.kv_head, held
+        blocks = _Blocks(*kinds, keys, values, n_blocks, n_seen, to_values, aheads)
         query, last = place * problem.group, (place + together) * problem.group
         while query < last:
             partial = (item.kv_head * problem.n_rows * problem.group + query) * row + item.slot * partial_size

@@ -8,6 +8,7 @@ number is bounded, and no cut depends on the number of threads.
 from typing import Any, NamedTuple
 
 from hfopt.kernels.attention.blocks import MAX_KEYS
+from hfopt.kernels.attention.cache_view import names_keys
 from hfopt.kernels.attention.chunk import TOGETHER
 from hfopt.kernels.jit.parallel import body, threads_for
 from hfopt.kernels.simd.constants import LINE
@@ -113,8 +114,11 @@ def plan_rows(cache, n_rows, n_groups, n_heads, chunk, threads):
     threads."""
     prefix, suffix = cache.prefix, cache.suffix
     n_streams = cache.n_kv_heads * n_groups
+    n_long, n_tokens = n_streams, prefix.n_tokens
+    if prefix.n_tokens == 0 and names_keys(suffix, cache.size):
+        n_long, n_tokens = cache.n_kv_heads * n_rows, suffix.n_tokens
     # many keys, but so few that there are chunks for many threads
-    while chunk > _MIN_KEYS and n_streams * ((prefix.n_tokens + chunk - 1) // chunk) < _ITEMS:
+    while chunk > _MIN_KEYS and n_long * ((n_tokens + chunk - 1) // chunk) < _ITEMS:
         chunk //= 2
     of_prefix = _cut(prefix.n_tokens, chunk, n_streams)
     of_suffix = _cut(suffix.n_tokens, chunk, cache.n_kv_heads * n_rows)

@@ -19,7 +19,7 @@ import numpy as np
 from hfopt.kernels.attention.bend import bend_scores, powers_of
 from hfopt.kernels.attention.cache_view import holds, open_cache, valid_rows
 from hfopt.kernels.attention.pack import BLOCK, find_keys, pack_queries, pack_values, rounded
-from hfopt.kernels.attention.scoring import Scoring, sink_of, slope_of
+from hfopt.kernels.attention.scoring import RANKED, Scoring, sink_of, slope_of
 from hfopt.kernels.attention.seen import Seen, first_key, hide, last_key, origin_of, sees_any, visible_part
 from hfopt.kernels.attention.softmax import (
     LIMIT,
@@ -145,7 +145,7 @@ def attend_item(qkv, qkv_row, cache, seen, scoring, n_heads, row, kv_head, begin
     key_rows, query_rows = as_packed(key_room, qkv), as_packed(rows, qkv)
 
     powers = powers_of(scoring)
-    origin = origin_of(seen, row) if scoring.ranked != 0 else 0
+    origin = origin_of(seen, row) if scoring.ranked == RANKED else 0
     for tile in range(begin, end):
         q_begin, q_end, width = tile_place(tile, n_queries)
         place = (tile - begin) * TILE
@@ -301,6 +301,7 @@ def attend_prefill(
     table,
     skipped,
     kind,
+    ahead,
     mask,
     scale,
     softcap,
@@ -313,7 +314,7 @@ def attend_prefill(
 ):
     """As `decode.attend_decode` for n_new tokens a row, the last ones of the row's keys.
 
-    qkv [n_rows n_new, qkv_row], queries first; kind: as in `Seen`, of mask, uint8 [n_rows, n_new, keys behind the
+    qkv [n_rows n_new, qkv_row], queries first; kind and ahead: as in `Seen`, of mask, uint8 [n_rows, n_new, keys behind the
     skipped ones]; out [n_rows n_new, n_heads size].
     """
     qkv, out = address_as(qkv, pointer(like)), address_as(out, pointer(like))
@@ -322,7 +323,7 @@ def attend_prefill(
     if not holds(pointer(record), prefix_len, skipped) or not valid_rows(cache, n_rows):
         return 1
     plan = plan_tokens(qkv, cache, n_rows, n_new, n_heads, usable_threads())
-    seen = Seen(kind, pointer(mask), mask.shape[2], n_new, prefix_len + suffix_len - skipped, window)
+    seen = Seen(kind, pointer(mask), mask.shape[2], n_new, prefix_len + suffix_len - skipped, window, ahead)
     scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window, ranked)
     room = np.empty(_scratch_of(plan) // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + LINE - 1) // LINE * LINE

@@ -9,7 +9,8 @@ model gets it that counts keys in bfloat16:
 
     scale * bfloat16(slope * bfloat16(j - first))
 
-first is the first key that the last new token of the row sees. A sink takes weight as a key of that score would, and has no
+first is the first key that the last new token of the row sees. Where they are of what is *apart*, it is -slope * |j - p|, as
+in encoders. A sink takes weight as a key of that score would, and has no
 value. A window hides keys in front of it from a token, whatever its mask lets through.
 """
 
@@ -24,6 +25,8 @@ from hfopt.kernels.simd.memory import load_scalar
 from hfopt.kernels.simd.pointer import address_as, floats_at
 from hfopt.kernels.simd.types import LANES
 
+SIGNED, RANKED, APART = range(3)  # what slopes are of
+
 
 class Scoring(NamedTuple):
     """Scores are of powers of 2 instead of e, once a `slope_of` or `sink_of` is in them."""
@@ -33,7 +36,7 @@ class Scoring(NamedTuple):
     slopes: Any  # address of float32 [n_heads], or 0
     sinks: Any  # address of [n_heads], of the type of queries, or 0
     window: Any  # keys up to its own that a token may see; 0: all
-    ranked: Any  # whether slopes are; 0: they are not
+    ranked: Any  # SIGNED, RANKED or APART; rows of one new token take no APART, as they see no key behind it
 
 
 @body
@@ -42,7 +45,7 @@ def slope_of(scoring, head):
     if scoring.slopes == 0:
         return ZERO
     slope = load_scalar(floats_at(scoring.slopes), head)
-    return slope if scoring.ranked != 0 else slope * np.float32(LOG2_E)
+    return slope if scoring.ranked == RANKED else slope * np.float32(LOG2_E)
 
 
 @body

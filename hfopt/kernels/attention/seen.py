@@ -24,7 +24,8 @@ class Seen(NamedTuple):
     mask_row: Any  # bytes from a token to the next
     n_new: Any
     n_keys: Any
-    window: Any  # of these, keys up to its own that a token sees at most; 0: all
+    window: Any  # of these, keys up to the last one by order that a token sees at most; 0: all
+    ahead: Any  # keys behind its own that a token sees at most, of kind CAUSAL
 
 
 class Part(NamedTuple):
@@ -48,17 +49,24 @@ def count_seen(seen, row, begin, end, first, n):
 
 
 @body
+def end_by_order(seen, position):
+    """The one behind the last key that a position sees of kind CAUSAL, if there are as many; not positive if there are more
+    new tokens than keys and it is one of the first."""
+    return seen.n_keys - seen.n_new + seen.ahead + position + 1
+
+
+@body
 def first_key(seen, position):
     """The first key that a position may see."""
     if seen.window == 0:
         return 0
-    return max(seen.n_keys - seen.n_new + position + 1 - seen.window, 0)
+    return max(end_by_order(seen, position) - seen.window, 0)
 
 
 @body
 def last_key(seen, position):
     """The one behind the last key that a position may see."""
-    return seen.n_keys - seen.n_new + position + 1 if seen.kind == CAUSAL else seen.n_keys
+    return min(end_by_order(seen, position), seen.n_keys) if seen.kind == CAUSAL else seen.n_keys
 
 
 @body
@@ -83,9 +91,9 @@ def visible_part(seen, row, begin, end, first, n):
 def sees_any(seen, row, position):
     """Whether a position sees a key."""
     first = first_key(seen, position)
-    return (
-        seen.kind != BYTES or count_seen(seen, row, position, position + 1, first, seen.n_keys - first) > ZERO
-    )
+    if seen.kind != BYTES:
+        return first < last_key(seen, position)
+    return count_seen(seen, row, position, position + 1, first, seen.n_keys - first) > ZERO
 
 
 @body
@@ -140,6 +148,7 @@ def hide(scores, width, part, seen, row, group, q_begin, q_end, first, offset, l
 
     limits: of each query, the position; offset: what added to the place of a key in the block makes it comparable.
     """
+    offset -= seen.ahead
     if part.masked:
         _hide_masked(scores, width, part.end, seen, row, group, q_begin, q_end, first)
     if part.late < part.end:

@@ -64,7 +64,7 @@ class _Arguments(NamedTuple):
     n_blocks: Any
     stride: Any
     column: Any
-    ahead: Any
+    aheads: Any
     out: Any
     out_stride: Any
     n_valid: Any
@@ -114,6 +114,7 @@ class _Tile:
         width, ratio = self.shape.width, self.shape.ratio
         with compiler.for_range(builder, a.n_blocks) as blocks:
             block = emit_block(builder, a.values, blocks.index, self.shape.narrow or self.unit)
+            self.ahead = builder.load(builder.gep(a.aheads, [blocks.index]))
             with compiler.for_range(builder, intp(BLOCK // 4)) as fours:
                 first = builder.mul(fours.index, intp(4))
                 # 4 keys of the group of `width` to which they belong
@@ -130,7 +131,7 @@ class _Tile:
 
     def _load(self, block, first, key):
         """Vectors of one row of values."""
-        builder, a, (_, vectors, pairs, narrow) = self.builder, self.a, self.shape
+        builder, (_, vectors, pairs, narrow) = self.builder, self.shape
         place = builder.mul(self.stride, builder.add(first, intp(key)))
         row = builder.gep(block, [builder.add(place, self.column)])
         if narrow:
@@ -138,12 +139,12 @@ class _Tile:
             of_line = line_elements(narrow)
             n = of_line // LANES
             for line in range(vectors // n) if vectors >= n else range(key % (n // vectors) == 0):
-                emit_ahead(builder, row, intp(line * of_line), a.ahead)
+                emit_ahead(builder, row, intp(line * of_line), self.ahead)
         for c in range(vectors // self.shape.ratio):
             if narrow:
                 yield emit_narrow(builder, row, intp(c * LANES * self.shape.ratio), pairs)
             else:
-                emit_ahead(builder, row, intp(c * LANES), a.ahead)
+                emit_ahead(builder, row, intp(c * LANES), self.ahead)
                 yield simd.emit_load(builder, row, intp(c * LANES), self.vector, 4)
 
     def _add_keys(self, block, weights, first, key):
@@ -197,7 +198,7 @@ def weigh_tile(
     n_blocks,
     stride,
     column,
-    ahead,
+    aheads,
     out,
     out_stride,
     n_valid,
@@ -208,7 +209,8 @@ def weigh_tile(
     """out[g * out_stride + c] (+)= sum over 16 n_blocks keys of p[key, g] value[key, c], g < n_valid.
 
     p: units of weights in the order of `score_tile`; like: as there, of values; factors: where `takes_integers`, of the
-    weights, in the order of lanes; c: channels from unit `column` on, as many as `tile_columns` says for the literal `wide`.
+    weights, in the order of lanes; aheads: bytes from each block to memory that is asked for; c: channels from unit `column`
+    on, as many as `tile_columns` says for the literal `wide`.
     """
     queries, breadth = literal_ints(n_queries, wide)
     index = types.intp
@@ -220,7 +222,7 @@ def weigh_tile(
         index,
         index,
         index,
-        index,
+        address_list,
         out,
         index,
         index,

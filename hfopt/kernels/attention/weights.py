@@ -157,10 +157,10 @@ def round_weights(weights, largest, n_vectors, width, out):
 
 
 @inlined
-def weigh_values(weights, factors, queries, like, values, n_blocks, units, ahead, out, out_row, n_valid):
+def weigh_values(weights, factors, queries, like, values, n_blocks, units, aheads, out, out_row, n_valid):
     """out[i, :] = sum over keys of weights[key, i] values[key, :] for the first n_valid queries of a tile.
 
-    like: a pointer to elements of the values; factors: see `weigh_tile`.
+    like: a pointer to elements of the values; factors, aheads: see `weigh_tile`.
     """
     p = as_units(weights, weights)
     ratio = units_ratio(weights)
@@ -168,7 +168,7 @@ def weigh_values(weights, factors, queries, like, values, n_blocks, units, ahead
     step = n_blocks if units * ratio <= columns else _BLOCKS
     for block in range(0, n_blocks, step):
         n = min(n_blocks - block, step)
-        here = shifted(values, block)
+        here, later = shifted(values, block), shifted(aheads, block)
         w = as_units(shifted(weights, block * queries * LANES), weights)
         more = block > 0
         at = 0
@@ -176,17 +176,17 @@ def weigh_values(weights, factors, queries, like, values, n_blocks, units, ahead
             left = (units - at) * ratio
             to = shifted(out, at * ratio)
             if queries == 1 and left >= columns:
-                weigh_tile(w, factors, like, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 2)
+                weigh_tile(w, factors, like, here, n, units, at, later, to, out_row, n_valid, more, 1, 2)
                 at += columns // ratio
             elif queries == 1 and left >= tile_columns(p, 1):
-                weigh_tile(w, factors, like, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 1)
+                weigh_tile(w, factors, like, here, n, units, at, later, to, out_row, n_valid, more, 1, 1)
                 at += tile_columns(p, 1) // ratio
             elif queries == 1:
-                weigh_tile(w, factors, like, here, n, units, at, ahead, to, out_row, n_valid, more, 1, 0)
+                weigh_tile(w, factors, like, here, n, units, at, later, to, out_row, n_valid, more, 1, 0)
                 at += LANES
             elif left >= columns:
-                weigh_tile(w, factors, like, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 1)
+                weigh_tile(w, factors, like, here, n, units, at, later, to, out_row, n_valid, more, 4, 1)
                 at += columns // ratio
             else:
-                weigh_tile(w, factors, like, here, n, units, at, ahead, to, out_row, n_valid, more, 4, 0)
+                weigh_tile(w, factors, like, here, n, units, at, later, to, out_row, n_valid, more, 4, 0)
                 at += LANES

@@ -7,7 +7,7 @@ from numba.extending import intrinsic
 from hfopt.kernels.jit import cpu
 from hfopt.kernels.jit.compiler import emit_call
 from hfopt.kernels.simd.constants import INTEGERS
-from hfopt.kernels.simd.pointer import is_bits, is_codes, is_halves
+from hfopt.kernels.simd.pointer import is_bits, is_codes, is_e4m3, is_float8, is_halves
 from hfopt.kernels.simd.types import (
     BF16X,
     F16X,
@@ -100,6 +100,22 @@ def _emit_round_to_half(builder, value):
     return builder.trunc(builder.or_(chosen, sign), I16X)
 
 
+def _emit_float8(builder, p, codes):
+    """float8 bits -> float32; exact, and a NaN becomes quiet. Those of e5m2 are the upper byte of a float16; those of e4m3
+    are its upper bits but for an exponent that is 8 more, and have no infinities (https://arxiv.org/abs/2209.05433)."""
+    vector = I16X
+    bits = builder.zext(codes, vector)
+    eight = ir.Constant(vector, [8] * LANES)
+    if not is_e4m3(p):
+        return emit_halves(builder, builder.shl(bits, eight))
+    size = builder.and_(bits, ir.Constant(vector, [0x7F] * LANES))
+    sign = builder.shl(builder.and_(bits, ir.Constant(vector, [0x80] * LANES)), eight)
+    half = builder.or_(sign, builder.shl(size, ir.Constant(vector, [7] * LANES)))
+    value = builder.fmul(emit_halves(builder, half), splat_float(256.0))
+    is_nan = builder.icmp_unsigned("==", size, ir.Constant(vector, [0x7F] * LANES))
+    return builder.select(is_nan, splat_float(float("nan")), value)
+
+
 def emit_integers(builder, codes):
     """16 int8 as float32."""
     return builder.sitofp(builder.sext(codes, I32X), F32X)
@@ -109,7 +125,7 @@ def _elements(p):
     """(vector of 16 elements of p as they are in memory, bytes of an element)."""
     if is_bits(p) or is_halves(p):
         return I16X, 2
-    return (I8X, 1) if is_codes(p) else (F32X, 4)
+    return (I8X, 1) if is_codes(p) or is_float8(p) else (F32X, 4)
 
 
 def _emit_float(builder, p, elements):
@@ -118,6 +134,8 @@ def _emit_float(builder, p, elements):
         return _emit_widen(builder, elements)
     if is_halves(p):
         return emit_halves(builder, elements)
+    if is_float8(p):
+        return _emit_float8(builder, p, elements)
     return emit_integers(builder, elements) if is_codes(p) else elements
 
 
@@ -268,6 +286,9 @@ def load_scalar(typingctx, p, index):
             return builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), F32)
         if is_halves(sig.args[0]):
             return emit_half(builder, value)
+        if is_float8(sig.args[0]):
+            wide = _emit_float8(builder, sig.args[0], emit_splat(builder, value, I8X))
+            return builder.extract_element(wide, ir.Constant(I32, 0))
         return builder.sitofp(value, F32) if is_codes(sig.args[0]) else value
 
     return types.float32(p, types.intp), codegen

@@ -3,7 +3,8 @@
 They are made from arrays by `pointer` and from integer addresses by `address_as`: `CPointer(float32)`,
 `CPointer(uint16)` for the bits of bfloat16, or `CPointer(int16)` for those of float16. The element type decides how `load`
 widens and how `store` rounds, so a body is written once and specialised by the types of its arguments. `CPointer(int8)` is
-for codes of the cache: `load` gives the integers, and what is stored is told its scale.
+for codes of the cache: `load` gives the integers, and what is stored is told its scale. `CPointer(uint8)` is for bytes, and
+for float8_e5m2 where a cache is of it, `CPointer(E4M3)` for float8_e4m3fn: `load` widens both.
 
 *Units* are the 32 bits that products are made of: a float32, or a pair of bfloat16. float16 has none of its own, as there is
 no instruction for its products: it is packed as float32, and where it is read in place, widened as it is read.
@@ -35,10 +36,27 @@ def is_codes(p: types.CPointer) -> bool:
     return p.dtype is types.int8
 
 
+E4M3 = types.Integer(
+    "float8_e4m3fn", 8, False
+)  # arrays that stand for it are of bool: numpy has no other type of a byte
+
+
+def is_e5m2(p: types.CPointer) -> bool:
+    return p.dtype is types.uint8
+
+
+def is_e4m3(p: types.CPointer) -> bool:
+    return p.dtype is E4M3
+
+
+def is_float8(p: types.CPointer) -> bool:
+    return is_e5m2(p) or is_e4m3(p)
+
+
 @intrinsic
 def pointer(typingctx, array):
     """Pointer to the first element of an array."""
-    result = types.CPointer(array.dtype)
+    result = types.CPointer(E4M3 if array.dtype is types.boolean else array.dtype)
 
     def codegen(context, builder, sig, args):
         return compiler.array_data(context, builder, sig.args[0], args[0])
@@ -123,6 +141,18 @@ def as_packed(typingctx, p, like):
         return builder.bitcast(args[0], context.get_value_type(sig.return_type))
 
     return result(p, like), codegen
+
+
+@intrinsic
+def as_gathered(typingctx, packed, like):
+    """The same address as a pointer to what elements of `like` are where decode attention has copied them: packed for
+    float8, else as they are."""
+    result = packed if is_float8(like) else like
+
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(args[0], context.get_value_type(sig.return_type))
+
+    return result(packed, like), codegen
 
 
 @intrinsic

@@ -12,8 +12,8 @@ from hfopt.errors import InvalidInput
 from hfopt.functional import QuantizedWeights
 from hfopt.functional.linear import Rows
 from hfopt.host import Conv1D, Features
-from hfopt.patches.guards import is_plain_inference, is_readable
-from hfopt.patches.replacement import Record
+from hfopt.modules.guards import is_plain_inference, is_readable
+from hfopt.modules.records import Records
 from hfopt.quantization import Format, Packed, layout_of
 from hfopt.quantization.layout import PARTS, QuantizedMatrix, aligned
 
@@ -34,7 +34,7 @@ class QuantizedLinear(nn.Linear):
     weight_dtype: torch.dtype  # of the attribute `weight`
     original: nn.Parameter | None  # the float weight, if it was kept
     float_class: type[nn.Module]  # what it was made of
-    _own: Record
+    _own: Records
 
     @property
     def packed(self) -> Packed:
@@ -137,7 +137,7 @@ def _change(linear: nn.Module, format: Format, tensors: dict[str, torch.Tensor],
         format=format,
         weight_dtype=weight.dtype,
         original=weight if keep_original else None,
-        _own=Record(None),
+        _own=Records(),
     )
     linear.__class__ = QuantizedLinear
     for name, tensor in tensors.items():
@@ -165,7 +165,7 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 def read_quantized(
-    record: Record, role: str, linears: Sequence[QuantizedLinear], rows: Rows = ()
+    record: Records, role: str, linears: Sequence[QuantizedLinear], rows: Rows = ()
 ) -> QuantizedWeights | None:
     """The packed matrices of these Linears as one record, or None where kernels cannot read them together.
 
@@ -192,7 +192,7 @@ def _split(linear: QuantizedLinear, rows: Rows) -> list[tuple[QuantizedMatrix, t
 
 
 def read_matrices(
-    record: Record,
+    record: Records,
     role: str,
     format: Format,
     in_features: int,

@@ -1,0 +1,124 @@
+"""A residual connection and the norm behind it in one kernel, each of its inputs read once."""
+
+import torch
+from torch import Tensor
+
+from hfopt.errors import InvalidInput
+from hfopt.kernels import add_norm as kernels
+
+from .checks import ELEMENTS, check_array, check_shape, prepare_threads
+from .strided import Output, read_rows
+
+
+def add_rms_norm(
+    residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    add_back: bool = False,
+) -> Tensor:
+    """Compute `weight * h / sqrt(mean(h^2) + eps) + bias` for `h = x + residual` (RMSNorm, https://arxiv.org/abs/1910.07467).
+
+    The sum is rounded to its dtype before the norm sees it, as in the models of transformers; the norm is float32, rounded
+    once. It carries no gradient.
+
+    Args:
+        residual: of the shape and dtype of x; or None, and h is x.
+        x: [..., size], float32, bfloat16 or float16, of any strides.
+        weight: [size] of that dtype, contiguous, or None.
+        bias: the same; most models have none.
+        eps: what is added to the mean.
+        add_back: write the sum to `residual`, in place. Without one, nothing.
+
+    Returns:
+        A new tensor of the shape of x.
+
+    Raises:
+        InvalidInput: for any other dtype, shape, layout or device, and a residual to write to that is expanded.
+
+    >>> import torch
+    >>> from hfopt.functional import add_rms_norm
+    >>> residual, x = torch.zeros(2, 5, 64), torch.ones(2, 5, 64)
+    >>> add_rms_norm(residual, x, torch.ones(64), None, 1e-6, add_back=True).shape
+    torch.Size([2, 5, 64])
+    >>> residual.unique()
+    tensor([1.])
+    """
+    return _add_norm(False, residual, x, weight, bias, eps, add_back)
+
+
+def add_layer_norm(
+    residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    add_back: bool = False,
+) -> Tensor:
+    """Compute `weight * (h - mean(h)) / sqrt(var(h) + eps) + bias` for `h = x + residual`.
+
+    A layer norm (https://arxiv.org/abs/1607.06450); arguments, rounding and errors are those of `add_rms_norm`.
+
+    >>> import torch
+    >>> from hfopt.functional import add_layer_norm
+    >>> x, weight, bias = torch.randn(2, 5, 64), torch.ones(64), torch.zeros(64)
+    >>> torch.allclose(
+    ...     add_layer_norm(None, x, weight, bias, 1e-5),
+    ...     torch.nn.functional.layer_norm(x, (64,), weight, bias, 1e-5),
+    ...     atol=1e-5,
+    ... )
+    True
+    """
+    return _add_norm(True, residual, x, weight, bias, eps, add_back)
+
+
+def _add_norm(
+    is_layer: bool,
+    residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    add_back: bool,
+) -> Tensor:
+    rows, step = read_rows("x", x)
+    size, dtype = x.shape[-1], x.dtype
+    weight_at = 0 if weight is None else check_array("weight", weight, (size,), dtype)
+    bias_at = 0 if bias is None else check_array("bias", bias, (size,), dtype)
+    if not isinstance(eps, int | float):
+        raise InvalidInput(f"eps is {eps!r}: a number is needed")
+    out = torch.empty(x.shape, dtype=dtype)
+    others: Tensor | None = None
+    total, total_step, other_step, output = out, size, 0, None
+    if residual is not None:
+        if add_back:
+            output = Output(
+                "residual", residual, x.shape, dtype, x, *(v for v in (weight, bias) if v is not None)
+            )
+            others, other_step = output.rows, output.step
+            total, total_step = others, other_step
+        else:
+            others, other_step = read_rows("residual", residual, dtype)
+            check_shape("residual", residual, tuple(x.shape))
+    if out.numel():
+        prepare_threads()
+        kernels.add_norm(
+            ELEMENTS[dtype],
+            is_layer,
+            rows.data_ptr(),
+            step,
+            0 if others is None else others.data_ptr(),
+            other_step,
+            total.data_ptr(),
+            total_step,
+            len(rows),
+            size,
+            weight_at,
+            bias_at,
+            float(eps),
+            out.data_ptr(),
+        )
+    if output is not None:
+        output.finish()
+    return out

@@ -1,0 +1,112 @@
+"""Tensors as rows that kernels read or write: in place where their strides allow it, else through one copy."""
+
+import torch
+from torch import Tensor
+
+from hfopt.errors import InvalidInput
+
+from .checks import address_of, check_floats, check_shape, is_plain_array
+
+
+def read_rows(
+    name: str, tensor: Tensor, dtype: torch.dtype | None = None, trailing: int = 1
+) -> tuple[Tensor, int]:
+    """([rows, size], elements from a row to the next) of a tensor [..., size]: a view, or a copy where there is none.
+
+    trailing: dimensions that make up the elements of a row.
+
+    Raises `InvalidInput` unless it is of one of `DTYPES` (or just `dtype`), with memory, and that many dimensions.
+    """
+    check_floats(name, tensor, dtype)
+    if tensor.ndim < trailing:
+        raise InvalidInput(
+            f"{name} has shape {tuple(tensor.shape)}: at least {trailing} dimensions are needed"
+        )
+    address_of(name, tensor)
+    rows = tensor.detach()
+    if trailing > 1:
+        rows = rows.flatten(-trailing)
+    if rows.is_contiguous():
+        size = rows.shape[-1]
+        return rows.view(rows.numel() // size if size else 0, size), size
+    if rows.shape[-1] > 1 and rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    rows = rows.flatten(0, -2) if rows.ndim > 1 else rows[None]
+    return rows, rows.stride(0)
+
+
+def dense(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor, copied if it is not contiguous; raises `InvalidInput` as `read_rows`."""
+    if is_plain_array(tensor, dtype) and tensor.ndim > 0:
+        return tensor
+    check_floats(name, tensor, dtype)
+    if tensor.ndim == 0:
+        raise InvalidInput(f"{name} has shape (): [..., size] is needed")
+    address_of(name, tensor)
+    return tensor.contiguous()
+
+
+class Output:
+    """A tensor that a kernel writes rows to; `finish` brings them to where they belong, if the kernel could not.
+
+    rows: [rows, size], filled with what the tensor holds if it is `read` too. step: elements from a row to the next.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensor: Tensor,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        *inputs: Tensor,
+        trailing: int = 1,
+    ) -> None:
+        """inputs: what the kernel reads, in the same places or others. Raises `InvalidInput` for another shape or dtype, or
+        one that holds an element in several places.
+        """
+        check_floats(name, tensor, dtype)
+        check_shape(name, tensor, tuple(shape))
+        address_of(name, tensor)
+        if repeats(tensor):
+            raise InvalidInput(
+                f"{name} has strides {tensor.stride()} with shape {tuple(tensor.shape)}: "
+                "memory of its own is needed for each element"
+            )
+        self._target: Tensor | None = None
+        if any(_collide(tensor, each) for each in inputs):
+            self._target, tensor = tensor, tensor.clone(memory_format=torch.contiguous_format)
+        self.rows, self.step = read_rows(name, tensor, dtype, trailing)
+        if self.rows.numel() and self.rows.data_ptr() != tensor.data_ptr():
+            self._target = tensor
+
+    def finish(self) -> None:
+        """Call it behind the kernel."""
+        if self._target is not None:
+            with torch.no_grad():
+                self._target.copy_(self.rows.view(self._target.shape))
+
+
+def repeats(tensor: Tensor) -> bool:
+    """Whether elements may share memory, as those of an expanded tensor do."""
+    end = 0  # of the elements along the dimensions so far
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= end:
+                return True
+            end += stride * (size - 1)
+    return False
+
+
+def _collide(output: Tensor, read: Tensor) -> bool:
+    """Whether writing an element of the output may change another one that is still to be read."""
+    if output.data_ptr() == read.data_ptr() and output.stride() == read.stride():
+        return False
+    (first, end), (other, other_end) = _range(output), _range(read)
+    return first < other_end and other < end
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    if not tensor.numel():
+        return 0, 0
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
