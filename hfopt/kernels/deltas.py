@@ -19,7 +19,7 @@ from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.linear.blocks import gather_residuals
 from hfopt.kernels.lora import RANKS, shrink
 from hfopt.kernels.simd.constants import ZERO
-from hfopt.kernels.simd.memory import load, load_part, load_scalar, store, store_part
+from hfopt.kernels.simd.memory import load, load_part, load_scalar, prefetch, store, store_part
 from hfopt.kernels.simd.pointer import (
     address_as,
     address_of,
@@ -57,8 +57,9 @@ class Piece(NamedTuple):
     first: int  # row of B
 
 
+_AHEAD = 2  # blocks of rows of B that are asked for in advance
 TERM_FIELDS, PIECE_FIELDS = len(Term._fields), len(Piece._fields)
-_SCALE = Term._fields.index("scale")
+_SCALE, _PART = Term._fields.index("scale"), Term._fields.index("part")
 
 
 class Deltas(NamedTuple):
@@ -159,6 +160,7 @@ def _dot_rows(b, rank, count, v, tile):
         part = load_part(v, k, n)
         for j in range(LANES):
             row = shifted(b, min(j, count - 1) * rank + k)
+            prefetch(row, _AHEAD * LANES * rank)
             store(tile, j * LANES, (load(row, 0) if n == LANES else load_part(row, 0, n)) * part)
         value = value + sum_rows(tile)
     return value
@@ -182,24 +184,25 @@ def _expand_task(block, rows, out):
     tile = stack_floats(16 * 16)
     piece, begin = _piece_of(out, block)
     count, row_of_b = min(piece.width - begin, LANES), piece.first + begin
-    for token in range(rows.n):
-        first, end = _range(rows, token // rows.per_row)
+    for row in range(rows.n // rows.per_row):
+        first, end = _range(rows, row)
         if first == end and out.n_residuals == 0:
             continue
-        place = token * out.width + piece.column + begin
-        value = load_part(out.out, place, count)
-        for i in range(first, end):
-            term = _term(rows, i)
-            if term.part == piece.part:
-                v, at = shifted(rows.room, token * rows.room_row + term.place), row_of_b * term.rank
-                if term.wide != 0:
-                    value = value + _dot_rows(shifted(floats_at(term.b), at), term.rank, count, v, tile)
-                else:
-                    b = shifted(address_as(term.b, rows.x), at)
-                    value = value + _dot_rows(b, term.rank, count, v, tile)
-        for r in range(out.n_residuals):
-            value = value + load_part(address_as(out.residuals[r], out.out), place, count)
-        store_part(out.out, place, count, value)
+        for token in range(row * rows.per_row, (row + 1) * rows.per_row):
+            place = token * out.width + piece.column + begin
+            value = load_part(out.out, place, count)
+            for i in range(first, end):
+                if rows.terms[i * TERM_FIELDS + _PART] == piece.part:
+                    term = _term(rows, i)
+                    v, at = shifted(rows.room, token * rows.room_row + term.place), row_of_b * term.rank
+                    if term.wide != 0:
+                        value = value + _dot_rows(shifted(floats_at(term.b), at), term.rank, count, v, tile)
+                    else:
+                        b = shifted(address_as(term.b, rows.x), at)
+                        value = value + _dot_rows(b, term.rank, count, v, tile)
+            for r in range(out.n_residuals):
+                value = value + load_part(address_as(out.residuals[r], out.out), place, count)
+            store_part(out.out, place, count, value)
 
 
 @body
