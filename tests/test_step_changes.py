@@ -587,7 +587,7 @@ def test_lora(family: str, passes: list[int]) -> None:
         adapted = peft.get_peft_model(each, config).eval()
         passes.clear()
         results.append(generated(adapted, given))
-        assert len(passes) == 8
+        assert len(passes) == (0 if each is model else 8)
         merged = adapted.merge_and_unload()
         results.append(generated(merged, given))
     assert torch.equal(results[0].sequences, results[2].sequences)

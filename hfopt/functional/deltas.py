@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hfopt.errors import InvalidInput
 from hfopt.kernels import deltas as kernels
-from hfopt.kernels import elementwise
+from hfopt.kernels import gated as gated_kernels
 from hfopt.kernels.simd.types import LANES
 
 from .activation import CODES
@@ -180,13 +180,11 @@ def activate(x: Tensor, activation: str | None, *, gated: bool = False) -> Tenso
     out = x.new_empty(*x.shape[:-1], size)
     if out.numel():
         prepare_threads()
-        elementwise.activate(
-            ELEMENTS[x.dtype],
-            address_of("x", x),
-            out.numel() // size,
-            size,
-            CODES[activation],
-            gated,
-            out.data_ptr(),
-        )
+        address, code = address_of("x", x), CODES[activation]
+        if gated:
+            second = address + size * x.element_size()
+            steps = address, 2 * size, second, 2 * size, out.data_ptr(), size
+            gated_kernels.gated_product(ELEMENTS[x.dtype], code, *steps, out.numel() // size, size)
+        else:
+            gated_kernels.activated(ELEMENTS[x.dtype], code, address, out.numel(), out.data_ptr())
     return out

@@ -20,9 +20,10 @@ _HOOK, _NAMES = "_adapter_names_pre_forward_hook", "adapter_names"
 _DISABLED, _MERGED, _ACTIVE = "_disable_adapters", "merged_adapters", "_active_adapter"
 _SCALING, _VARIANT, _DORA, _CASTS = "scaling", "lora_variant", "use_dora", "cast_input_dtype_enabled"
 _KNOWN = {
-    _DISABLED, _MERGED, _ACTIVE, _SCALING, _VARIANT, _DORA, _CASTS, _BASE, _A, _B, _DROPOUT, "_caches",
-    "ephemeral_gpu_offload", "fan_in_fan_out", "in_features", "is_target_conv_1d_layer", "kwargs", "lora_alpha", "lora_bias",
-    "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "out_features", "r", "use_rslora", *vars(nn.Module()),
+    _DISABLED, _MERGED, _ACTIVE, _SCALING, _VARIANT, _DORA, _CASTS, _BASE, _A, _B, _DROPOUT, *vars(nn.Module()),
+    "_caches", "adapter_layer_names", "ephemeral_gpu_offload", "fan_in_fan_out", "in_features", "is_target_conv_1d_layer",
+    "kwargs", "lora_alpha", "lora_bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "out_features",
+    "r", "use_rslora",
 }  # fmt: skip
 _TOLERANCE = 1e-5
 

@@ -1,7 +1,8 @@
 """What low-rank adapters add to a linear layer: out += B (scale A x), with other matrices in each row, or several, or none.
 
-The bodies of `lora` do the work; here are the tables that say which matrices. Which of them a row has may be another in each
-request, so the instruction of a program has no more than a number, by which it finds its rows in tables of the request:
+A x is made by `lora.shrink`. B v is made of whole rows of B: most adapters meet few tokens here, for which turning columns,
+as `lora.expand_rows` does for many, takes longer. The tables say which matrices: they may be others in each request, so the
+instruction of a program has no more than a number, by which it finds its rows in the tables of the request:
 
     ranges  int64 [places, n_rows, 2]: the first term of a row, and how many there are
     terms   int64 [n, TERM_FIELDS], see `Term`
@@ -16,8 +17,9 @@ from hfopt.kernels.instruction import Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.linear.blocks import gather_residuals
-from hfopt.kernels.lora import RANKS, expand, shrink, turn
-from hfopt.kernels.simd.memory import load_part, load_scalar, store_part
+from hfopt.kernels.lora import RANKS, shrink
+from hfopt.kernels.simd.constants import ZERO
+from hfopt.kernels.simd.memory import load, load_part, load_scalar, prefetch, store, store_part
 from hfopt.kernels.simd.pointer import (
     address_as,
     address_of,
@@ -27,11 +29,11 @@ from hfopt.kernels.simd.pointer import (
     pointer,
     shifted,
 )
-from hfopt.kernels.simd.tile import stack_addresses, stack_floats
+from hfopt.kernels.simd.tile import stack_addresses, stack_floats, sum_rows
 from hfopt.kernels.simd.types import LANES
+from hfopt.kernels.simd.vector import splat
 
 _PARALLEL_SIZE = 1 << 15  # multiply-adds, or values to widen; below, more threads cost more than they save
-_KEPT = 256  # ranks of which columns are kept for all tokens; a literal in the size of a stack
 
 
 class Term(NamedTuple):
@@ -55,8 +57,9 @@ class Piece(NamedTuple):
     first: int  # row of B
 
 
+_AHEAD = 2  # blocks of rows of B that are asked for in advance
 TERM_FIELDS, PIECE_FIELDS = len(Term._fields), len(Piece._fields)
-_SCALE = Term._fields.index("scale")
+_SCALE, _PART = Term._fields.index("scale"), Term._fields.index("part")
 
 
 class Deltas(NamedTuple):
@@ -149,29 +152,18 @@ def _shrink_task(task, rows, n_groups):
 
 
 @body
-def _turn(term, like, row, first, rank, count, columns):
-    """`turn` for 16 rows of B from `row` on, and ranks from `first` on."""
-    place = row * term.rank + first
-    if term.wide != 0:
-        turn(shifted(floats_at(term.b), place), term.rank, rank, count, columns)
-    else:
-        turn(shifted(address_as(term.b, like), place), term.rank, rank, count, columns)
-
-
-@body
-def _whole_lanes(rank):
-    return (rank + LANES - 1) // LANES * LANES
-
-
-@body
-def _ranks(rows, first, end, part):
-    """Of the terms of a matrix, in whole vectors."""
-    total = 0
-    for i in range(first, end):
-        term = _term(rows, i)
-        if term.part == part:
-            total += _whole_lanes(term.rank)
-    return total
+def _dot_rows(b, rank, count, v, tile):
+    """16 products of rows of B with v, float32; those behind the first `count`, 1 to 16, are of no use."""
+    value = splat(ZERO)
+    for k in range(0, rank, LANES):
+        n = min(rank - k, LANES)
+        part = load_part(v, k, n)
+        for j in range(LANES):
+            row = shifted(b, min(j, count - 1) * rank + k)
+            prefetch(row, _AHEAD * LANES * rank)
+            store(tile, j * LANES, (load(row, 0) if n == LANES else load_part(row, 0, n)) * part)
+        value = value + sum_rows(tile)
+    return value
 
 
 @body
@@ -188,39 +180,29 @@ def _piece_of(out, block):
 
 @body
 def _expand_task(block, rows, out):
-    """16 outputs of all tokens: the columns of adapters are turned once for rows in a row that share them."""
-    columns = stack_floats(256 * 16)
+    """16 outputs of all tokens."""
+    tile = stack_floats(16 * 16)
     piece, begin = _piece_of(out, block)
     count, row_of_b = min(piece.width - begin, LANES), piece.first + begin
-    known = -1
-    for token in range(rows.n):
-        first, end = _range(rows, token // rows.per_row)
+    for row in range(rows.n // rows.per_row):
+        first, end = _range(rows, row)
         if first == end and out.n_residuals == 0:
             continue
-        is_kept = _ranks(rows, first, end, piece.part) <= _KEPT
-        place = token * out.width + piece.column + begin
-        value = load_part(out.out, place, count)
-        held = 0
-        for i in range(first, end):
-            term = _term(rows, i)
-            if term.part == piece.part:
-                v = shifted(rows.room, token * rows.room_row + term.place)
-                if is_kept:
-                    here = shifted(columns, held * LANES)
-                    if first != known:
-                        _turn(term, rows.x, row_of_b, 0, term.rank, count, here)
-                    value = expand(v, here, LANES, term.rank, count, value)
-                    held += _whole_lanes(term.rank)
-                else:
-                    for rank in range(0, term.rank, _KEPT):
-                        n = min(term.rank - rank, _KEPT)
-                        _turn(term, rows.x, row_of_b, rank, n, count, columns)
-                        value = expand(shifted(v, rank), columns, LANES, n, count, value)
-        if end > first:
-            known = first
-        for r in range(out.n_residuals):
-            value = value + load_part(address_as(out.residuals[r], out.out), place, count)
-        store_part(out.out, place, count, value)
+        for token in range(row * rows.per_row, (row + 1) * rows.per_row):
+            place = token * out.width + piece.column + begin
+            value = load_part(out.out, place, count)
+            for i in range(first, end):
+                if rows.terms[i * TERM_FIELDS + _PART] == piece.part:
+                    term = _term(rows, i)
+                    v, at = shifted(rows.room, token * rows.room_row + term.place), row_of_b * term.rank
+                    if term.wide != 0:
+                        value = value + _dot_rows(shifted(floats_at(term.b), at), term.rank, count, v, tile)
+                    else:
+                        b = shifted(address_as(term.b, rows.x), at)
+                        value = value + _dot_rows(b, term.rank, count, v, tile)
+            for r in range(out.n_residuals):
+                value = value + load_part(address_as(out.residuals[r], out.out), place, count)
+            store_part(out.out, place, count, value)
 
 
 @body

@@ -7,7 +7,6 @@ import numpy as np
 from hfopt.kernels.instruction import NONE, Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
-from hfopt.kernels.linear.activation import activate as activated
 from hfopt.kernels.simd.constants import ZERO
 from hfopt.kernels.simd.functions import tanh
 from hfopt.kernels.simd.memory import load_part, load_two, store_part, store_two
@@ -159,53 +158,3 @@ def _run_limit(like, held, operands, step):
 
 # OUT = IN, limited by the scalar; IN and OUT may be the same, or LOGITS
 LIMIT = Instruction("limit", _Limit._fields, _run_limit)
-
-
-# ---- activations ------------------------------------------------------------------------------------------------------
-
-_ACTIVATED = 1 << 11  # values of a row that a thread takes at a time
-
-
-@body
-def _activate_block(index, x, size, n_blocks, code, gated, out):
-    row, first = index // n_blocks, index % n_blocks * _ACTIVATED
-    source, target = shifted(x, row * (2 * size if gated else size)), shifted(out, row * size)
-    for k in range(first, min(first + _ACTIVATED, size), LANES):
-        n = min(size - k, LANES)
-        value = activated(load_part(source, k, n), code)
-        if gated:
-            value = value * load_part(source, size + k, n)
-        store_part(target, k, n, value)
-
-
-@body
-def _activate(x, n_rows, size, code, gated, out):
-    n_blocks = (size + _ACTIVATED - 1) // _ACTIVATED
-    n_tasks = n_rows * n_blocks
-    arguments = x, size, n_blocks, code, gated, out
-    parallel_for(_activate_block, threads_for(n_tasks, 2 * n_rows * size, _PARALLEL_SIZE), n_tasks, arguments)
-
-
-@launch
-def activate(like, x, n_rows, size, code, gated, out):
-    """out = act(x), in place too; or, gated, act(first half of a row) * second half. code: from `linear.activation`.
-
-    Addresses of out [n_rows, size], and of x, the same or [n_rows, 2 size], of the type of `like`.
-    """
-    _activate(address_as(x, pointer(like)), n_rows, size, code, gated, address_as(out, pointer(like)))
-
-
-class _Activate(NamedTuple):
-    code: int
-    gated: int
-
-
-@body
-def _run_activate(like, held, operands, step):
-    own = read_fields(operands.own, _Activate)
-    x, out = address_as(operands.x, like), address_as(operands.out, like)
-    _activate(x, operands.n, operands.size, own.code, own.gated != 0, out)
-
-
-# OUT, SIZE values a token, = act(IN), which may be the same, or act(first half of IN) * second half
-ACTIVATE = Instruction("activation", _Activate._fields, _run_activate)

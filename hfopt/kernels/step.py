@@ -9,8 +9,9 @@ import numpy as np
 from hfopt.kernels.attention.attend import ATTEND
 from hfopt.kernels.attention.cache_record import PREFIX, SUFFIX
 from hfopt.kernels.deltas import ADD_DELTAS
-from hfopt.kernels.elementwise import ACTIVATE, LIMIT, MULTIPLY, SCALE
+from hfopt.kernels.elementwise import LIMIT, MULTIPLY, SCALE
 from hfopt.kernels.embedding import ADD_LOOKED_UP, LOOK_UP, POSITIONS, TOKENS
+from hfopt.kernels.gated import ACTIVATE
 from hfopt.kernels.instruction import (
     IN,
     LOGITS,
