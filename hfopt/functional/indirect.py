@@ -68,7 +68,8 @@ def indirect_access_kv_cache_attention(
             with how many tokens belong to the prompt (tokens count as such until rows part), and with n_prompts.
             The first call allocates: its carrier has size 0, of its beam_idx only size(1), which is n_rows, is read,
             and nothing of its caches. None: one row for each prompt. A carrier with fewer tokens than there were takes back
-            those behind it. Calls write to the caches and to beam_idx in place, as long as they fit.
+            those behind it, and what was reordered behind them. Calls write to the caches and to beam_idx in place, as
+            long as they fit.
         head_mask: None.
         attention_mask: bool (True: seen), or floating point and added to scores; broadcast to
             [rows, n_heads, n_new, tokens with the new ones]. Keys with -inf, or of weight 0 beside others because of the
