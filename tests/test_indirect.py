@@ -1,6 +1,7 @@
 """Attention of beams over a cache that is not moved, against caches that are copied."""
 
 import copy
+import math
 import pickle
 import threading
 from typing import Any
@@ -344,6 +345,16 @@ def test_inference_mode_and_gradients() -> None:
     assert not out.requires_grad
 
 
+def test_a_compiled_caller() -> None:
+    x = torch.randn(2, 6, 2, 64)
+
+    def attended(x: Tensor) -> Tensor:
+        return 2 * attend(x, x, x, 4.0)[0]
+
+    with torch.no_grad():
+        assert torch.equal(torch.compile(attended, backend="eager")(x), attended(x))
+
+
 def test_requests_of_threads_on_one_module() -> None:
     attention = IndirectAccessKVCacheAttention()
     failures: list[Exception] = []
@@ -432,12 +443,14 @@ WRONG: dict[str, dict[str, Any]] = {
     "scale_attn is 0": {"scale_attn": 0},
     "scale_attn is nan": {"scale_attn": torch.nan},
     "scale_attn is 'x'": {"scale_attn": "x"},
-    "scale_attn is tensor": {"scale_attn": torch.ones(2)},
+    "scale_attn is a Tensor": {"scale_attn": torch.ones(2)},
     "head_mask is a Tensor": {"head_mask": torch.ones(4)},
     "text_max_length is -1": {"text_max_length": -1},
     "text_max_length is 2.0": {"text_max_length": 2.0},
     "seq_info is -2": {"seq_info": -2},
     "seq_info is 'x'": {"seq_info": "x"},
+    "seq_info is inf": {"seq_info": math.inf},
+    "add_casual_mask is a Tensor": {"add_casual_mask": torch.zeros(2)},
     "layer_past has 129 tokens": {"seq_info": 129},
     "attention_mask is": {"attention_mask": "mask"},
     "attention_mask has dtype": {"attention_mask": torch.zeros(4, 1, 1, 9, dtype=torch.long)},

@@ -196,6 +196,15 @@ _BAD: list[tuple[str, Any]] = [
     ("window_size_left", -2),
     ("window_size_right", -5),
     ("softcap", 1e38),
+    ("seqlen_q", torch.tensor([0, 2**63 - 1, -(2**63)])),
+    ("max_seqlen_q", "x"),
+    ("pdropout", torch.zeros(2)),
+    ("softmax_scale", 1e300),
+    ("softmax_scale", "x"),
+    ("is_causal", torch.zeros(2)),
+    ("return_softmax", None),
+    ("window_size_left", 1.5),
+    ("softcap", None),
 ]
 
 

@@ -28,6 +28,7 @@ from .beam_past import (
     reading_of,
 )
 from .checks import check_array, check_shape
+from .numbers import finite, switch, whole
 from .scoring import Scoring
 
 _CROSS = -1  # as seq_info
@@ -102,9 +103,14 @@ def indirect_access_kv_cache_attention(
         >>> out.shape, past[0].size(-2)
         (torch.Size([4, 2, 1, 16]), 6)
     """
+    if torch.compiler.is_compiling():  # traced memory has no address
+        mask, more = (head_mask, attention_mask, alibi), (add_casual_mask, seq_info, text_max_length)
+        plain = torch.compiler.disable(indirect_access_kv_cache_attention)
+        return plain(query, key, value, scale_attn, layer_past, *mask, *more)
     if head_mask is not None:
         raise InvalidInput(f"head_mask is a {type(head_mask).__name__}: only None is allowed")
     check_text_max_length(text_max_length)
+    add_casual_mask = switch("add_casual_mask", add_casual_mask)
     check_floats_4d("query", query)
     scale = _scale_of(scale_attn)
     length = _length_of(seq_info, layer_past)
@@ -156,11 +162,8 @@ def _attended(query: Tensor, appended: Appended, scores: _Scores) -> Tensor:
 
 
 def _scale_of(scale_attn: float | Tensor) -> float:
-    try:
-        divisor = float(scale_attn)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInput(f"scale_attn is {scale_attn!r}: a number is needed") from error
-    if not math.isfinite(divisor) or divisor == 0 or not math.isfinite(1 / divisor):
+    divisor = finite("scale_attn", scale_attn)
+    if divisor == 0 or not math.isfinite(1 / divisor):
         raise InvalidInput(f"scale_attn is {divisor}: a finite number other than 0 is needed")
     return 1 / divisor
 
@@ -178,10 +181,7 @@ def _length_of(seq_info: int | Tensor | None, layer_past: Sequence[Tensor] | Non
             )
     length = 0 if layer_past is None else layer_past[0].size(-2)
     if seq_info is not None:
-        try:
-            length = int(seq_info)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidInput(f"seq_info is {seq_info!r}: a number of tokens or -1 is needed") from error
+        length = whole("seq_info", seq_info)
     if length < _CROSS or (layer_past is None and length > 0):
         raise InvalidInput(
             f"seq_info is {length}: the tokens of layer_past are needed, or -1 for cross attention"
@@ -254,8 +254,8 @@ def _scores_of(
     if attention_mask is not None:
         mask = _fitting("attention_mask", attention_mask, shape)
     if alibi is not None and isinstance(alibi, Tensor) and alibi.ndim == 1:
-        check_array("alibi", alibi, (n_heads,), torch.float32)
-        slopes = alibi
+        slopes = alibi.contiguous() if alibi.is_cpu else alibi
+        check_array("alibi", slopes, (n_heads,), torch.float32)
     elif alibi is not None:
         bias = _fitting("alibi", _in_four(alibi, n_rows, n_heads), shape)
     scoring = Scoring(scale, slopes=slopes)

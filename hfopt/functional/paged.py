@@ -9,6 +9,7 @@ from hfopt.kernels.attention.block_table import store_tokens
 
 from .checks import FLOAT8, address_of, check_floats, check_shape, prepare_threads
 from .integers import integers
+from .numbers import finite
 from .sequences import (
     KeyBlocks,
     Manner,
@@ -166,11 +167,9 @@ def scales_of(cache: Tensor, k_scale: float | Tensor, v_scale: float | Tensor) -
     dtypes than float8."""
     found = []
     for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if isinstance(given, Tensor) and given.numel() != 1:
-            raise InvalidInput(f"{name} has shape {tuple(given.shape)}: one number is needed")
-        scale = float(given)
-        if not 0 < scale < float("inf"):
-            raise InvalidInput(f"{name} is {scale}: a finite number above 0 is needed")
+        scale = finite(name, given)
+        if scale <= 0:
+            raise InvalidInput(f"{name} is {scale}: a number above 0 is needed")
         if scale != 1.0 and cache.dtype not in FLOAT8:
             raise InvalidInput(f"{name} is {scale}: 1.0 is needed for a cache of {cache.dtype}")
         found.append(scale)

@@ -1,7 +1,5 @@
 """Attention of sequences that lie one behind the other, over keys that lie anywhere: packed, or in blocks of a cache."""
 
-import math
-import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,6 +17,7 @@ from hfopt.kernels.attention.seen import ALL, CAUSAL
 
 from .checks import ELEMENTS, FLOAT8, address_of, check_floats, check_shape, prepare_threads
 from .integers import integers
+from .numbers import finite, whole
 from .scoring import Scoring
 
 _NO_MASK = np.zeros((0, 0, 0), np.uint8)
@@ -37,9 +36,10 @@ class Band(NamedTuple):
 
     @classmethod
     def of(cls, left: int, right: int, is_causal: bool) -> "Band":
-        """Raises `InvalidInput` for less than -1, and TypeError for what is no integer."""
+        """Raises `InvalidInput` for less than -1, and for what is no integer."""
+        left, right = whole("window_size_left", left), whole("window_size_right", right)
         for name, size in (("window_size_left", left), ("window_size_right", right)):
-            if operator.index(size) < -1:
+            if size < -1:
                 raise InvalidInput(f"{name} is {size}: -1, for no window, or more is allowed")
         return cls(min(left, _FAR), 0 if is_causal else min(right, _FAR))
 
@@ -245,17 +245,18 @@ def cumulative(name: str, tensor: object, most: int | None, longest: int, longes
     """Cumulative lengths [n + 1] as int64; raises `InvalidInput` unless they grow from 0 or more, up to `most` if there is
     such, by no more than `longest`."""
     ends = integers(name, tensor, (None,))
-    lengths = np.diff(ends)
-    if len(ends) < 1 or ends[0] < 0 or (lengths < 0).any() or (most is not None and ends[-1] > most):
+    # differences of large numbers may be none
+    falls = bool((ends[1:] < ends[:-1]).any())
+    if len(ends) < 1 or ends[0] < 0 or falls or (most is not None and ends[-1] > most):
         limit = "" if most is None else f" up to the {most} tokens"
         raise InvalidInput(f"{name} is {ends.tolist()}: cumulative lengths from 0{limit} are needed")
-    check_longest(longest_name, longest, lengths)
+    check_longest(longest_name, longest, np.diff(ends))
     return ends
 
 
 def check_longest(name: str, longest: int, lengths: np.ndarray) -> None:
     """Raises `InvalidInput` for less than the largest of the lengths."""
-    if operator.index(longest) < lengths.max(initial=0):
+    if whole(name, longest) < lengths.max(initial=0):
         raise InvalidInput(f"{name} is {longest}: at least the longest sequence, {lengths.max()}, is needed")
 
 
@@ -269,9 +270,10 @@ def manner_of(
     size: int,
 ) -> Manner:
     """How to attend; raises `InvalidInput`. scale: None for 1 / sqrt(size); softcap: none if it is not positive."""
-    scale = size**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise InvalidInput(f"softmax_scale is {scale}: a finite number is needed")
+    scale, softcap = (
+        size**-0.5 if scale is None else finite("softmax_scale", scale),
+        finite("softcap", softcap),
+    )
     if slopes is not None:
         check_floats("alibi_slopes", slopes)
         if tuple(slopes.shape) not in ((n_heads,), (n_sequences, n_heads)):
@@ -281,6 +283,6 @@ def manner_of(
         slopes = slopes.to(torch.float32).contiguous()
         if not bool(slopes.isfinite().all()):
             raise InvalidInput(f"alibi_slopes is {slopes.tolist()}: finite numbers are needed")
-    manner = Manner(scale, float(softcap) if softcap > 0 else None, slopes, band)
+    manner = Manner(scale, softcap if softcap > 0 else None, slopes, band)
     Scoring(manner.scale, manner.softcap)  # raises for a softcap that is none
     return manner

@@ -7,6 +7,7 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 
 from .checks import check_floats, check_shape
+from .numbers import finite, switch
 from .sequences import (
     Band,
     KeyBlocks,
@@ -69,13 +70,11 @@ def varlen_attention(
     >>> torch.allclose(out[0], v[0])  # a first token sees itself
     True
     """
-    for name, given, wanted in (
-        ("pdropout", pdropout, 0.0),
-        ("zero_tensors", zero_tensors, False),
-        ("return_softmax", return_softmax, False),
-    ):
-        if given != wanted:
-            raise InvalidInput(f"{name} is {given}: {wanted} is needed")
+    if finite("pdropout", pdropout) != 0:
+        raise InvalidInput(f"pdropout is {pdropout}: 0 is needed")
+    for name, given in (("zero_tensors", zero_tensors), ("return_softmax", return_softmax)):
+        if switch(name, given):
+            raise InvalidInput(f"{name} is {given}: False is needed")
     if gen_ is not None:
         raise InvalidInput(f"gen_ is a {type(gen_).__name__}: None is needed")
     check_floats("key", key)
@@ -86,7 +85,7 @@ def varlen_attention(
     check_floats("key", key, query.dtype)
     check_floats("value", value, query.dtype)
     check_shape("value", value, tuple(key.shape))
-    band = Band.of(window_size_left, window_size_right, is_causal)
+    band = Band.of(window_size_left, window_size_right, switch("is_causal", is_causal))
     q_ends = cumulative("seqlen_q", seqlen_q, len(query), max_seqlen_q, "max_seqlen_q")
     k_ends = cumulative("seqlen_k", seqlen_k, n_k, max_seqlen_k, "max_seqlen_k")
     n = len(q_ends) - 1
