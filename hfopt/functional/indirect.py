@@ -19,7 +19,6 @@ from .beam_past import (
     appended_to,
     check_beam_idx,
     check_floats_4d,
-    check_memory,
     check_text_max_length,
     first_past,
     gathered,
@@ -27,7 +26,7 @@ from .beam_past import (
     opened,
     reading_of,
 )
-from .checks import check_array, check_shape
+from .checks import address_of, check_array, check_shape
 from .scoring import Scoring
 
 _CROSS = -1  # as seq_info
@@ -291,7 +290,7 @@ def _fitting(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
     if not fits or not (tensor.shape[3] == 1 or tensor.shape[3] >= shape[3]):
         raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}: what broadcasts to {shape} is needed")
-    check_memory(name, tensor)
+    address_of(name, tensor)
     return tensor.detach()[..., : shape[3]]
 
 

@@ -232,6 +232,8 @@ def check_queries(query: Tensor, out: Tensor, n_kv_heads: int, size: int, out_na
     check_floats(out_name, out, query.dtype)
     check_shape(out_name, out, tuple(query.shape))
     check_writable(out_name, out)
+    address_of("query", query)
+    address_of(out_name, out)
 
 
 def check_writable(name: str, tensor: Tensor) -> None:

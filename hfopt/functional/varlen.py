@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hfopt.errors import InvalidInput
 
-from .checks import check_floats, check_shape
+from .checks import address_of, check_floats, check_shape
 from .sequences import (
     Band,
     KeyBlocks,
@@ -86,6 +86,8 @@ def varlen_attention(
     check_floats("key", key, query.dtype)
     check_floats("value", value, query.dtype)
     check_shape("value", value, tuple(key.shape))
+    address_of("key", key)
+    address_of("value", value)
     band = Band.of(window_size_left, window_size_right, is_causal)
     q_ends = cumulative("seqlen_q", seqlen_q, len(query), max_seqlen_q, "max_seqlen_q")
     k_ends = cumulative("seqlen_k", seqlen_k, n_k, max_seqlen_k, "max_seqlen_k")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
+from hfopt.functional.checks import check_beside
 
 # (hidden_states, gating_output, topk, renormalize) -> (weights, experts), [tokens, topk] each, called by these names
 Custom: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
@@ -42,6 +43,8 @@ def route(
     Raises `InvalidInput`.
     """
     n_experts = router_logits.shape[-1]
+    if bias is not None:
+        check_beside("e_score_correction_bias", bias, router_logits)
     _check(n_experts, top_k, scoring, bias, groups)
     wide = router_logits if router_logits.dtype is torch.float64 else router_logits.float()
     scores = _SCORES[scoring](wide)
@@ -61,10 +64,13 @@ def route(
 
 
 def _check(n_experts: int, top_k: int, scoring: str, bias: Tensor | None, groups: Groups | None) -> None:
-    if scoring not in _SCORES:
+    if not isinstance(scoring, str) or scoring not in _SCORES:
         raise InvalidInput(f"scoring_func is {scoring!r}: one of {sorted(_SCORES)} is allowed")
-    if bias is not None and tuple(bias.shape) != (n_experts,):
-        raise InvalidInput(f"e_score_correction_bias has shape {tuple(bias.shape)}: {(n_experts,)} is needed")
+    if bias is not None and (tuple(bias.shape) != (n_experts,) or not bias.is_floating_point()):
+        raise InvalidInput(
+            f"e_score_correction_bias has shape {tuple(bias.shape)} and dtype {bias.dtype}: "
+            f"{(n_experts,)} of floats is needed"
+        )
     n_allowed = n_experts
     if groups is not None:
         number, kept = groups
@@ -86,10 +92,10 @@ def route_by(
     )
     n_tokens, n_experts = router_logits.shape
     for name, each in (("weights", weights), ("experts", experts)):
-        if not isinstance(each, Tensor) or each.ndim != 2 or len(each) != n_tokens:
-            given = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
+        check_beside(f"custom_routing_function's {name}", each, router_logits)
+        if each.ndim != 2 or len(each) != n_tokens:
             raise InvalidInput(
-                f"custom_routing_function gives {name} {given}: [{n_tokens}, {top_k}] are needed"
+                f"custom_routing_function gives {name} {tuple(each.shape)}: [{n_tokens}, {top_k}] are needed"
             )
     if weights.shape != experts.shape or not weights.is_floating_point() or experts.is_floating_point():
         raise InvalidInput(
