@@ -97,11 +97,11 @@ def check_array(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
 
 def address_of(name: str, tensor: Tensor) -> int:
     """Address of a tensor that has passed the checks; raises `InvalidInput` if its memory is not there."""
-    address, start = tensor.data_ptr(), tensor.storage_offset() * tensor.itemsize
-    # a view keeps its shape when its storage is freed or made smaller; the address of a freed one is `start`
+    address, start, item = tensor.data_ptr(), tensor.storage_offset(), tensor.itemsize
+    # a view keeps its shape when its storage is freed (its address is then how far it is from the beginning) or made smaller
     if (
-        address == start
-        or start + tensor.nbytes > tensor.untyped_storage().nbytes()
+        address == start * item
+        or (start + tensor.numel()) * item > tensor.untyped_storage().nbytes()
         or not tensor.is_contiguous()
     ):
         _check_memory(name, tensor)

@@ -97,7 +97,8 @@ def route_by(
             raise InvalidInput(
                 f"custom_routing_function gives {name} {tuple(each.shape)}: [{n_tokens}, {top_k}] are needed"
             )
-    if weights.shape != experts.shape or not weights.is_floating_point() or experts.is_floating_point():
+    is_whole = not (experts.is_floating_point() or experts.is_complex() or experts.dtype is torch.bool)
+    if weights.shape != experts.shape or not weights.is_floating_point() or not is_whole:
         raise InvalidInput(
             f"custom_routing_function gives weights {weights.dtype} {tuple(weights.shape)} and experts "
             f"{experts.dtype} {tuple(experts.shape)}: floats and integers of one shape are needed"
@@ -108,4 +109,4 @@ def route_by(
             f"custom_routing_function gives experts {int(experts.min())} to {int(experts.max())}: "
             f"0 to {n_experts - 1} are allowed"
         )
-    return weights.to(torch.promote_types(weights.dtype, torch.float32)), experts
+    return weights if weights.dtype is torch.float64 else weights.float(), experts
