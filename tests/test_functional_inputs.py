@@ -101,6 +101,15 @@ def test_tensors_whose_memory_is_freed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
+def test_tensors_whose_storage_is_made_smaller(name: str) -> None:
+    operation, shape = OPERATIONS[name]
+    tensor = torch.ones(shape)
+    tensor.untyped_storage().resize_(tensor.nbytes - 4)
+    with pytest.raises(InvalidInput, match="has lost memory: its storage has been made smaller"):
+        operation(tensor)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_tensors_with_a_negative_bit(name: str) -> None:
     operation, shape = OPERATIONS[name]
     with pytest.raises(InvalidInput, match="has its negative bit set"):
