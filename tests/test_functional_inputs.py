@@ -117,7 +117,16 @@ def test_tensors_with_a_negative_bit(name: str) -> None:
 
 
 # what of theirs kernels cannot read is copied
-_COPIED = ("rms_norm", "layer_norm", "silu_mul", "silu_mul y", "add_rms_norm", "add_rms_norm residual")
+_COPIED = (
+    "rms_norm",
+    "rms_norm weight",
+    "layer_norm",
+    "layer_norm bias",
+    "silu_mul",
+    "silu_mul y",
+    "add_rms_norm",
+    "add_rms_norm residual",
+)
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def _check_x(x: Tensor, num_head: int, head_dim: int, num_concats: int | None) -
 
 def _read_positions(position_ids: Any, n_rows: int, n_tokens: int) -> tuple[int, Tensor | None]:
     """(the first position, None) where they count up from one, or (0, positions [1 or n_rows, n_tokens])."""
-    if not isinstance(position_ids, Tensor):
+    if isinstance(position_ids, int):
         return integer("position_ids", position_ids), None
     positions = check_positions("position_ids", position_ids)
     if positions.numel() == 1 and positions.ndim <= 2:

@@ -92,11 +92,12 @@ def route_by(
     )
     n_tokens, n_experts = router_logits.shape
     for name, each in (("weights", weights), ("experts", experts)):
-        check_beside(f"custom_routing_function's {name}", each, router_logits)
-        if each.ndim != 2 or len(each) != n_tokens:
+        if not isinstance(each, Tensor) or each.ndim != 2 or len(each) != n_tokens:
+            given = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
             raise InvalidInput(
-                f"custom_routing_function gives {name} {tuple(each.shape)}: [{n_tokens}, {top_k}] are needed"
+                f"custom_routing_function gives {name} {given}: [{n_tokens}, {top_k}] are needed"
             )
+        check_beside(f"custom_routing_function: {name}", each, router_logits)
     is_whole = not (experts.is_floating_point() or experts.is_complex() or experts.dtype is torch.bool)
     if weights.shape != experts.shape or not weights.is_floating_point() or not is_whole:
         raise InvalidInput(
