@@ -272,7 +272,7 @@ def test_weights_of_experts_that_lose_memory_are_refused(uses: int) -> None:
 
 
 def test_experts_on_another_device_are_refused() -> None:
-    moe = GatedMLPMOE(*(torch.ones(shape, device="meta") for shape in ((4, 16, SIZE), (4, SIZE, 8))))
+    moe = GatedMLPMOE(torch.ones(4, 16, SIZE, device="meta"), torch.ones(4, SIZE, 8, device="meta"))
     with pytest.raises(InvalidInput, match=r"^hidden_states is on device cpu: meta is needed"):
         moe(**_moe_arguments())
 
