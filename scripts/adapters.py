@@ -52,10 +52,10 @@ def main() -> int:
     hfopt.optimize(model, kernels="hfopt")
     plain = {n_rows: _step(model, n_rows) for n_rows in (1, 8)}
     config = peft.LoraConfig(r=arguments.rank, target_modules=_PROJECTIONS, init_lora_weights=False)
-    options: dict[str, Any] = {"autocast_adapter_dtype": not arguments.same_dtype}
-    adapted: Any = peft.get_peft_model(model, config, _NAMES[0], **options)
+    wide = not arguments.same_dtype
+    adapted: Any = peft.get_peft_model(model, config, _NAMES[0], autocast_adapter_dtype=wide)
     for name in _NAMES[1:]:
-        adapted.add_adapter(name, config, **options)
+        adapted.add_adapter(name, config, autocast_adapter_dtype=wide)
     adapted.eval()
     steps = {1: _step(model, 1)}
     with adapted._enable_peft_forward_hooks(adapter_names=[*_NAMES, *_NAMES]):

@@ -101,6 +101,15 @@ def test_tensors_whose_memory_is_freed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
+def test_tensors_whose_storage_is_made_smaller(name: str) -> None:
+    operation, shape = OPERATIONS[name]
+    tensor = torch.ones(shape)
+    tensor.untyped_storage().resize_(tensor.nbytes - 4)
+    with pytest.raises(InvalidInput, match="has lost memory: its storage has been made smaller"):
+        operation(tensor)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_tensors_with_a_negative_bit(name: str) -> None:
     operation, shape = OPERATIONS[name]
     with pytest.raises(InvalidInput, match="has its negative bit set"):
@@ -108,7 +117,16 @@ def test_tensors_with_a_negative_bit(name: str) -> None:
 
 
 # what of theirs kernels cannot read is copied
-_COPIED = ("rms_norm", "layer_norm", "silu_mul", "silu_mul y", "add_rms_norm", "add_rms_norm residual")
+_COPIED = (
+    "rms_norm",
+    "rms_norm weight",
+    "layer_norm",
+    "layer_norm bias",
+    "silu_mul",
+    "silu_mul y",
+    "add_rms_norm",
+    "add_rms_norm residual",
+)
 
 
 @pytest.mark.parametrize(

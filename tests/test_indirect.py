@@ -517,7 +517,7 @@ WRONG_PASTS: dict[str, Any] = {
     "key_cache has dtype torch.bfloat16": _with(1, torch.zeros(64, 4, 2, 24).bfloat16()),
     "key_cache has dtype torch.float8_e5m2": _with(1, torch.zeros(64, 4, 2, 24).to(torch.float8_e5m2)),
     "key_cache of shape": _with(1, _freed(64, 4, 2, 24)),
-    "key_cache has shape (64, 4, 2, 24): its storage": _with(1, _short(64, 4, 2, 24)),
+    "key_cache of shape (64, 4, 2, 24) has lost memory": _with(1, _short(64, 4, 2, 24)),
     "value_cache has shape": _with(2, torch.zeros(63, 4, 2, 24)),
     "beam_idx has shape (64, 4)": _with(3, torch.zeros(64, 4, dtype=torch.long)),
     "beam_idx is torch.int32": _with(3, torch.zeros(66, 4, dtype=torch.int32)),

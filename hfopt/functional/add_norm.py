@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from hfopt.errors import InvalidInput
 from hfopt.kernels import add_norm as kernels
 
-from .checks import ELEMENTS, check_array, check_shape, prepare_threads
-from .strided import Output, read_rows
+from .checks import ELEMENTS, prepare_threads
+from .scalars import finite, flag
+from .strided import Output, dense, read_rows
 
 
 def add_rms_norm(
@@ -26,9 +26,9 @@ def add_rms_norm(
     Args:
         residual: of the shape and dtype of x; or None, and h is x.
         x: [..., size], float32, bfloat16 or float16, of any strides.
-        weight: [size] of that dtype, contiguous, or None.
+        weight: [size] of that dtype, or None.
         bias: the same; most models have none.
-        eps: what is added to the mean.
+        eps: what is added to the mean, from 0 on.
         add_back: write the sum to `residual`, in place. Without one, nothing.
 
     Returns:
@@ -84,10 +84,9 @@ def _add_norm(
 ) -> Tensor:
     rows, step = read_rows("x", x)
     size, dtype = x.shape[-1], x.dtype
-    weight_at = 0 if weight is None else check_array("weight", weight, (size,), dtype)
-    bias_at = 0 if bias is None else check_array("bias", bias, (size,), dtype)
-    if not isinstance(eps, int | float):
-        raise InvalidInput(f"eps is {eps!r}: a number is needed")
+    weight = None if weight is None else dense("weight", weight, dtype, (size,))
+    bias = None if bias is None else dense("bias", bias, dtype, (size,))
+    eps, add_back = finite("eps", eps, 0), flag("add_back", add_back)
     out = torch.empty(x.shape, dtype=dtype)
     others: Tensor | None = None
     total, total_step, other_step, output = out, size, 0, None
@@ -99,9 +98,7 @@ def _add_norm(
             others, other_step = output.rows, output.step
             total, total_step = others, other_step
         else:
-            others, other_step = read_rows("residual", residual, dtype)
-            if residual.shape != x.shape:
-                check_shape("residual", residual, tuple(x.shape))
+            others, other_step = read_rows("residual", residual, dtype, shape=x.shape)
     n = out.numel()
     if n:
         prepare_threads()
@@ -116,9 +113,9 @@ def _add_norm(
             total_step,
             n // size,
             size,
-            weight_at,
-            bias_at,
-            float(eps),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            eps,
             out.data_ptr(),
         )
     if output is not None:

@@ -12,7 +12,7 @@ from hfopt.cache.row_map import gathered
 from hfopt.errors import InvalidInput
 from hfopt.kernels.attention import decode, prefill, seen
 
-from .checks import ELEMENTS, prepare_threads
+from .checks import ELEMENTS, address_of, prepare_threads
 from .choice import Kernels, takes_torch
 from .rotary import check_qkv, held_by
 from .scoring import Scoring
@@ -60,6 +60,7 @@ def prepare_mask(attention_mask: object, n_rows: int, n_new: int, n_keys: int) -
             f"attention_mask has shape {tuple(attention_mask.shape)}: "
             f"[1 or {n_rows}, 1, {n_new}, {n_keys} or more] is needed"
         )
+    address_of("attention_mask", attention_mask)
     seen = attention_mask[:, 0, :, :n_keys]
     if seen.dtype is not torch.bool:
         if not seen.is_floating_point():

@@ -81,6 +81,7 @@ def check_rows(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> T
     if tensor.ndim == 0 or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
         given = f"has strides {tensor.stride()} with shape {tuple(tensor.shape)}"
         raise _fail(name, given, "its last dimension must be contiguous")
+    address_of(name, tensor)
     return tensor.contiguous()
 
 
@@ -96,11 +97,45 @@ def check_array(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
 
 def address_of(name: str, tensor: Tensor) -> int:
     """Address of a tensor that has passed the checks; raises `InvalidInput` if its memory is not there."""
-    address = tensor.data_ptr()
-    # of a part of a freed storage it is how far the part is from the beginning
-    if address == tensor.storage_offset() * tensor.itemsize and tensor.numel() > 0:
-        raise _fail(name, f"of shape {tuple(tensor.shape)} has no memory", "its storage has been freed")
+    address, start, item = tensor.data_ptr(), tensor.storage_offset(), tensor.itemsize
+    # a view keeps its shape when its storage is freed (its address is then how far it is from the beginning) or made smaller
+    if (
+        address == start * item
+        or (start + tensor.numel()) * item > tensor.untyped_storage().nbytes()
+        or not tensor.is_contiguous()
+    ):
+        _check_memory(name, tensor)
     return address
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    shape, end = tensor.shape, 1
+    for size, step in zip(shape, tensor.stride(), strict=True):
+        if size == 0:
+            return
+        end += (size - 1) * step
+    start, item = tensor.storage_offset(), tensor.itemsize
+    if tensor.data_ptr() == start * item:
+        raise _fail(name, f"of shape {tuple(shape)} has no memory", "its storage has been freed")
+    if (start + end) * item > tensor.untyped_storage().nbytes():
+        raise _fail(name, f"of shape {tuple(shape)} has lost memory", "its storage has been made smaller")
+
+
+def check_beside(name: str, tensor: object, other: Tensor) -> None:
+    """Raise unless torch's operations may read it beside another tensor: a dense one with its memory, on the same device.
+
+    TypeError for what is no tensor, else `InvalidInput`.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}: a torch.Tensor is needed")
+    if tensor.device != other.device:
+        raise _fail(name, f"is on device {tensor.device}", f"{other.device} is needed here")
+    if tensor.layout is not torch.strided:
+        raise _fail(name, f"has layout {tensor.layout}", "torch.strided is needed")
+    # those of fake tensors and of transforms such as vmap have none of their own
+    is_own = type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if is_own and tensor.is_cpu and torch._C._has_storage(tensor):
+        address_of(name, tensor)
 
 
 def array_of(tensor: Tensor) -> np.ndarray:

@@ -7,7 +7,7 @@ from hfopt.errors import InvalidInput
 from hfopt.kernels import gated as kernels
 
 from .activation import CODES
-from .checks import ELEMENTS, check_shape, prepare_threads
+from .checks import ELEMENTS, prepare_threads
 from .strided import Output, read_rows
 
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -62,7 +62,7 @@ def gelu_mul(x: Tensor, y: Tensor, out: Tensor | None = None, approximate: str =
     >>> gelu_mul(x, y, out=x, approximate="tanh") is x
     True
     """
-    if approximate not in _GELU:
+    if not isinstance(approximate, str) or approximate not in _GELU:
         raise InvalidInput(f"approximate is {approximate!r}: 'none' or 'tanh' is allowed")
     return activated_product(_GELU[approximate], x, y, out)
 
@@ -70,9 +70,7 @@ def gelu_mul(x: Tensor, y: Tensor, out: Tensor | None = None, approximate: str =
 def activated_product(activation: str | None, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """`activation(x) * y` for None or a key of `ACTIVATIONS`; see `silu_mul`."""
     rows, step = read_rows("x", x)
-    others, other_step = read_rows("y", y, x.dtype)
-    if y.shape != x.shape:
-        check_shape("y", y, tuple(x.shape))
+    others, other_step = read_rows("y", y, x.dtype, shape=x.shape)
     output = None
     size, n = x.shape[-1], x.numel()
     if out is None:

@@ -19,7 +19,6 @@ from .beam_past import (
     appended_to,
     check_beam_idx,
     check_floats_4d,
-    check_memory,
     check_text_max_length,
     first_past,
     gathered,
@@ -27,8 +26,8 @@ from .beam_past import (
     opened,
     reading_of,
 )
-from .checks import check_array, check_shape
-from .numbers import finite, switch, whole
+from .checks import address_of, check_array, check_shape
+from .scalars import finite, flag, integer
 from .scoring import Scoring
 
 _CROSS = -1  # as seq_info
@@ -110,7 +109,7 @@ def indirect_access_kv_cache_attention(
     if head_mask is not None:
         raise InvalidInput(f"head_mask is a {type(head_mask).__name__}: only None is allowed")
     check_text_max_length(text_max_length)
-    add_casual_mask = switch("add_casual_mask", add_casual_mask)
+    add_casual_mask = flag("add_casual_mask", add_casual_mask)
     check_floats_4d("query", query)
     scale = _scale_of(scale_attn)
     length = _length_of(seq_info, layer_past)
@@ -181,7 +180,7 @@ def _length_of(seq_info: int | Tensor | None, layer_past: Sequence[Tensor] | Non
             )
     length = 0 if layer_past is None else layer_past[0].size(-2)
     if seq_info is not None:
-        length = whole("seq_info", seq_info)
+        length = integer("seq_info", seq_info)
     if length < _CROSS or (layer_past is None and length > 0):
         raise InvalidInput(
             f"seq_info is {length}: the tokens of layer_past are needed, or -1 for cross attention"
@@ -292,7 +291,7 @@ def _fitting(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
     if not fits or not (tensor.shape[3] == 1 or tensor.shape[3] >= shape[3]):
         raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}: what broadcasts to {shape} is needed")
-    check_memory(name, tensor)
+    address_of(name, tensor)
     return tensor.detach()[..., : shape[3]]
 
 

@@ -39,12 +39,14 @@ class Fingerprint(NamedTuple):
     dtype: torch.dtype
     shape: torch.Size
     strides: tuple[int, ...]
+    room: int  # bytes of its storage: another one, smaller, may come to lie at the same address
 
     @classmethod
     def of(cls, tensor: Tensor | None) -> "Fingerprint | None":
         if tensor is None:
             return None
-        return cls(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        room = tensor.untyped_storage().nbytes()
+        return cls(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), room)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,7 @@ class LinearWeights:
         entries = []
         for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             address = 0 if bias is None else check_array(f"biases[{index}]", bias, (weight.shape[0],), dtype)
-            entries.append((weight.data_ptr(), address, weight.shape[0]))
+            entries.append((address_of(f"weights[{index}]", weight), address, weight.shape[0]))
         if rows:
             _check_rows(rows, weights)
             ((weight_at, bias_at, _),) = entries

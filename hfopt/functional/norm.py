@@ -17,6 +17,7 @@ from .checks import (
     check_floats,
     prepare_threads,
 )
+from .scalars import finite, integer
 from .strided import dense
 
 
@@ -35,15 +36,15 @@ class Norm(NamedTuple):
 
     @property
     def vectors(self) -> dict[str, Tensor]:
-        """The weight and the bias, where there are such."""
+        """The weight and the bias, where there are such; raises `InvalidInput` for one that its kind has not."""
+        if self.kind == "rms" and self.bias is not None:
+            raise InvalidInput("bias is a Tensor: an rms norm has none")
         return {
             name: each for name, each in (("weight", self.weight), ("bias", self.bias)) if each is not None
         }
 
     def addresses(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
         """Those of weight and bias, 0 for one that is not there; raises `InvalidInput` unless they have this shape."""
-        if self.kind == "rms" and self.bias is not None:
-            raise InvalidInput("bias is a Tensor: an rms norm has none")
         known = {name: check_array(name, each, shape, dtype) for name, each in self.vectors.items()}
         return {"weight": 0, "bias": 0} | known
 
@@ -68,12 +69,14 @@ def norm(hidden_states: Tensor, norm: Norm) -> Tensor:
     """
     x = dense("hidden_states", hidden_states)
     size, dtype = x.shape[-1], x.dtype
-    shape = next((each.shape for each in norm.vectors.values()), torch.Size((size,)))
-    if len(shape) == 2 and x.shape[-2:] == shape:
+    given = norm.vectors
+    first = next(iter(given.values()), None)
+    if isinstance(first, Tensor) and first.ndim == 2 and x.shape[-2:] == first.shape:
         heads = x.clone(memory_format=torch.contiguous_format)
-        norm_heads(heads.flatten(-2), norm, 0, *shape)
+        norm_heads(heads.flatten(-2), norm, 0, *first.shape)
         return heads
-    vectors = norm.addresses((size,), dtype)
+    vectors = {name: dense(name, each, dtype, (size,)) for name, each in given.items()}
+    weight, bias = vectors.get("weight"), vectors.get("bias")
     out = torch.empty_like(x)
     n = out.numel()
     if n:
@@ -81,11 +84,11 @@ def norm(hidden_states: Tensor, norm: Norm) -> Tensor:
         kernels.norm(
             ELEMENTS[dtype],
             norm.kind == "layer",
-            address_of("hidden_states", x),
+            x.data_ptr(),
             n // size,
             size,
-            vectors["weight"],
-            vectors["bias"],
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
             int(norm.unit_offset),
             float(norm.eps),
             out.data_ptr(),
@@ -129,21 +132,21 @@ def norm_heads(qkv: Tensor, norm: Norm, first: int, count: int, size: int) -> No
 def rms_norm(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Compute `weight * x / sqrt(mean(x^2) + eps)` over the last dimension (https://arxiv.org/abs/1910.07467).
 
-    hidden_states [..., size]: float32, bfloat16 or float16, of any strides; weight [size] of that dtype, contiguous, or
-    None. In float32, rounded once; no gradient. Raises `InvalidInput` for anything else.
+    hidden_states [..., size]: float32, bfloat16 or float16, of any strides; weight [size] of that dtype, or None;
+    eps from 0 on. In float32, rounded once; no gradient. Raises `InvalidInput` for anything else.
 
     >>> import torch
     >>> from hfopt.functional import rms_norm
     >>> rms_norm(torch.full((2, 64), 3.0), torch.ones(64), 0.0).unique()
     tensor([1.])
     """
-    return norm(hidden_states, Norm("rms", weight, None, eps))
+    return norm(hidden_states, Norm("rms", weight, None, finite("eps", eps, 0)))
 
 
 def layer_norm(hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """weight * (x - mean(x)) / sqrt(var(x) + eps) + bias over the last dimension
     (https://arxiv.org/abs/1607.06450); see `norm`."""
-    return norm(hidden_states, Norm("layer", weight, bias, eps))
+    return norm(hidden_states, Norm("layer", weight, bias, finite("eps", eps, 0)))
 
 
 def fast_layer_norm(
@@ -160,9 +163,9 @@ def fast_layer_norm(
     Args:
         hidden_states: [..., *normalized_shape], float32, bfloat16 or float16, of any strides.
         normalized_shape: the last dimensions, or the size of the last one.
-        weight: [*normalized_shape], of the same dtype, contiguous; or None.
+        weight: [*normalized_shape], of the same dtype; or None.
         bias: the same.
-        eps: what is added to the variance.
+        eps: what is added to the variance, from 0 on.
 
     Raises:
         InvalidInput: for any other dtype, shape, layout or device.
@@ -172,15 +175,18 @@ def fast_layer_norm(
     >>> fast_layer_norm(torch.randn(2, 8, 4), (8, 4), None, None, 1e-5).shape
     torch.Size([2, 8, 4])
     """
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = sizes_of(normalized_shape)
     x = dense("hidden_states", hidden_states)
     if not shape or tuple(x.shape[-len(shape) :]) != shape:
         raise InvalidInput(f"normalized_shape is {shape}: it must be the last of the sizes {tuple(x.shape)}")
     if len(shape) == 1:
         return layer_norm(x, weight, bias, eps)
     vectors = Norm("layer", weight, bias, eps).vectors
-    for name, each in vectors.items():
-        check_array(name, each, shape, x.dtype)
-    flat = {name: each.view(-1) for name, each in vectors.items()}
-    rows = x.flatten(-len(shape))
-    return norm(rows, Norm("layer", flat.get("weight"), flat.get("bias"), eps)).view(x.shape)
+    flat = {name: dense(name, each, x.dtype, shape).view(-1) for name, each in vectors.items()}
+    return layer_norm(x.flatten(-len(shape)), flat.get("weight"), flat.get("bias"), eps).view(x.shape)
+
+
+def sizes_of(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    """The last dimensions that a layer norm is over; raises `InvalidInput` for what is no sizes."""
+    given = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    return tuple(integer("normalized_shape", each) for each in given)

@@ -9,7 +9,7 @@ from hfopt.kernels.attention.block_table import store_tokens
 
 from .checks import FLOAT8, address_of, check_floats, check_shape, prepare_threads
 from .integers import integers
-from .numbers import finite
+from .scalars import finite
 from .sequences import (
     KeyBlocks,
     Manner,
@@ -57,7 +57,6 @@ def store_in_slots(
     caches = {"key_cache": key_cache, "value_cache": value_cache}
     for name, cache in caches.items():
         check_writable(name, cache)
-        address_of(name, cache)
     if not key.numel():
         return
     stored = []
@@ -149,6 +148,8 @@ def check_cache(
         heads = "n_kv_heads" if n_kv_heads is None else n_kv_heads
         raise InvalidInput(f"key_cache has shape {shape}: [n_blocks, {heads}, block_size, {size}] is needed")
     check_shape("value_cache", value_cache, shape)
+    address_of("key_cache", key_cache)
+    address_of("value_cache", value_cache)
 
 
 def check_attention(

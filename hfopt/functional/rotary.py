@@ -231,5 +231,6 @@ def _angles(
             f"an even number up to {head_dim} is allowed"
         )
     if tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+        address_of(name, tensor)
         tensor = tensor.to(torch.float32).contiguous()
     return tensor, n_rotary

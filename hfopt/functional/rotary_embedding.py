@@ -7,6 +7,7 @@ from hfopt.errors import InvalidInput
 
 from .checks import address_of, check_floats
 from .rotary import rotate
+from .scalars import flag, integer
 from .strided import Output
 
 
@@ -51,6 +52,7 @@ def rotary_embedding(
     >>> query.shape
     torch.Size([1, 3, 4, 16])
     """
+    rotary_dim, rotary_half = integer("rotary_dim", rotary_dim), flag("rotary_half", rotary_half)
     for name, each in (("query", query), ("key", key)):
         check_floats(name, each)
         shape = each.shape
@@ -64,8 +66,12 @@ def rotary_embedding(
     rotation = "half" if rotary_half else "interleaved"
     sines = _angles("sin", sin, query, position_ids, rotary_dim, rotary_half)
     cosines = _angles("cos", cos, query, position_ids, rotary_dim, rotary_half)
-    for name, each in (("query", query), ("key", key)):
-        output = Output(name, each, each.shape, each.dtype, sines, cosines, trailing=2)
+    # both before either is written
+    outputs = [
+        Output(name, each, each.shape, each.dtype, sines, cosines, trailing=2)
+        for name, each in (("query", query), ("key", key))
+    ]
+    for each, output in zip((query, key), outputs, strict=True):
         *_, n_tokens, n_heads, head_dim = each.shape
         if each.numel():
             tokens = output.rows.view(-1, n_tokens, n_heads * head_dim)
@@ -145,6 +151,8 @@ def check_positions(name: str, positions: Tensor) -> Tensor:
     if not isinstance(positions, Tensor):
         raise InvalidInput(f"{name} is a {type(positions).__name__}: a torch.Tensor is needed")
     is_integer = not (positions.is_floating_point() or positions.is_complex())
+    if positions.layout is not torch.strided:
+        raise InvalidInput(f"{name} has layout {positions.layout}: torch.strided is needed")
     if not positions.is_cpu or not is_integer or positions.dtype is torch.bool:
         raise InvalidInput(
             f"{name} is {positions.dtype} on {positions.device}: integers in CPU memory are needed"

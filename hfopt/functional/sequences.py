@@ -17,7 +17,7 @@ from hfopt.kernels.attention.seen import ALL, CAUSAL
 
 from .checks import ELEMENTS, FLOAT8, address_of, check_floats, check_shape, prepare_threads
 from .integers import integers
-from .numbers import finite, whole
+from .scalars import finite, integer
 from .scoring import Scoring
 
 _NO_MASK = np.zeros((0, 0, 0), np.uint8)
@@ -37,7 +37,7 @@ class Band(NamedTuple):
     @classmethod
     def of(cls, left: int, right: int, is_causal: bool) -> "Band":
         """Raises `InvalidInput` for less than -1, and for what is no integer."""
-        left, right = whole("window_size_left", left), whole("window_size_right", right)
+        left, right = integer("window_size_left", left), integer("window_size_right", right)
         for name, size in (("window_size_left", left), ("window_size_right", right)):
             if size < -1:
                 raise InvalidInput(f"{name} is {size}: -1, for no window, or more is allowed")
@@ -232,6 +232,8 @@ def check_queries(query: Tensor, out: Tensor, n_kv_heads: int, size: int, out_na
     check_floats(out_name, out, query.dtype)
     check_shape(out_name, out, tuple(query.shape))
     check_writable(out_name, out)
+    address_of("query", query)
+    address_of(out_name, out)
 
 
 def check_writable(name: str, tensor: Tensor) -> None:
@@ -256,7 +258,7 @@ def cumulative(name: str, tensor: object, most: int | None, longest: int, longes
 
 def check_longest(name: str, longest: int, lengths: np.ndarray) -> None:
     """Raises `InvalidInput` for less than the largest of the lengths."""
-    if whole(name, longest) < lengths.max(initial=0):
+    if integer(name, longest) < lengths.max(initial=0):
         raise InvalidInput(f"{name} is {longest}: at least the longest sequence, {lengths.max()}, is needed")
 
 

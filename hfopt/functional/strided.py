@@ -9,19 +9,25 @@ from .checks import address_of, check_floats, check_shape, is_plain_array
 
 
 def read_rows(
-    name: str, tensor: Tensor, dtype: torch.dtype | None = None, trailing: int = 1
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype | None = None,
+    trailing: int = 1,
+    shape: torch.Size | None = None,
 ) -> tuple[Tensor, int]:
     """(tensor whose rows are contiguous, elements from a row to the next): itself, a view of it, or a copy.
 
-    trailing: dimensions that make up the elements of a row.
+    trailing: dimensions that make up the elements of a row. shape: what it needs to be; None: any.
 
     Raises `InvalidInput` unless it is of one of `DTYPES` (or just `dtype`), with memory, and that many dimensions.
     """
-    if is_plain_array(tensor, dtype) and tensor.ndim >= trailing:
+    if is_plain_array(tensor, dtype) and tensor.ndim >= trailing and (shape is None or tensor.shape == shape):
         address_of(name, tensor)
-        shape = tensor.shape
-        return tensor, shape[-1] if trailing == 1 else shape[-2] * shape[-1]
+        given = tensor.shape
+        return tensor, given[-1] if trailing == 1 else given[-2] * given[-1]
     check_floats(name, tensor, dtype)
+    if shape is not None:
+        check_shape(name, tensor, tuple(shape))
     if tensor.ndim < trailing:
         raise InvalidInput(
             f"{name} has shape {tuple(tensor.shape)}: at least {trailing} dimensions are needed"
@@ -36,11 +42,16 @@ def read_rows(
     return rows, rows.stride(0)
 
 
-def dense(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def dense(
+    name: str, tensor: Tensor, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None
+) -> Tensor:
     """The tensor, copied if it is not contiguous; raises `InvalidInput` as `read_rows`."""
-    if is_plain_array(tensor, dtype) and tensor.ndim > 0:
+    if is_plain_array(tensor, dtype) and tensor.ndim > 0 and (shape is None or tensor.shape == shape):
+        address_of(name, tensor)
         return tensor
     check_floats(name, tensor, dtype)
+    if shape is not None:
+        check_shape(name, tensor, shape)
     if tensor.ndim == 0:
         raise InvalidInput(f"{name} has shape (): [..., size] is needed")
     address_of(name, tensor)

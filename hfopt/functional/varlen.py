@@ -6,8 +6,8 @@ from torch import Tensor
 
 from hfopt.errors import InvalidInput
 
-from .checks import check_floats, check_shape
-from .numbers import finite, switch
+from .checks import address_of, check_floats, check_shape
+from .scalars import finite, flag
 from .sequences import (
     Band,
     KeyBlocks,
@@ -73,7 +73,7 @@ def varlen_attention(
     if finite("pdropout", pdropout) != 0:
         raise InvalidInput(f"pdropout is {pdropout}: 0 is needed")
     for name, given in (("zero_tensors", zero_tensors), ("return_softmax", return_softmax)):
-        if switch(name, given):
+        if flag(name, given):
             raise InvalidInput(f"{name} is {given}: False is needed")
     if gen_ is not None:
         raise InvalidInput(f"gen_ is a {type(gen_).__name__}: None is needed")
@@ -85,7 +85,9 @@ def varlen_attention(
     check_floats("key", key, query.dtype)
     check_floats("value", value, query.dtype)
     check_shape("value", value, tuple(key.shape))
-    band = Band.of(window_size_left, window_size_right, switch("is_causal", is_causal))
+    address_of("key", key)
+    address_of("value", value)
+    band = Band.of(window_size_left, window_size_right, flag("is_causal", is_causal))
     q_ends = cumulative("seqlen_q", seqlen_q, len(query), max_seqlen_q, "max_seqlen_q")
     k_ends = cumulative("seqlen_k", seqlen_k, n_k, max_seqlen_k, "max_seqlen_k")
     n = len(q_ends) - 1

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hfopt import functional
 from hfopt.errors import InvalidInput
 from hfopt.functional import ACTIVATIONS, Epilogue, Weights
+from hfopt.functional.checks import check_beside
 from hfopt.functional.strided import dense
 from hfopt.host import Features
 from hfopt.modules.guards import are_readable, is_plain_call, is_unhooked
@@ -100,9 +101,12 @@ class FusedLinear(nn.Module):
 
 
 def _check_inputs(x: Any, others: Mapping[str, Any], linears: Sequence[Any]) -> None:
-    for name, each in {"x": x, **others}.items():
-        if not isinstance(each, Tensor):
-            raise TypeError(f"{name} is a {type(each).__name__}: a torch.Tensor is needed")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}: a torch.Tensor is needed")
+    own = [each for linear in linears if is_linear(linear) for each in linear.named_parameters(recurse=False)]
+    like = own[0][1] if own else x
+    for name, each in [("x", x), *others.items(), *own]:
+        check_beside(name, each, like)
     for linear in linears:
         if not is_linear(linear):
             continue

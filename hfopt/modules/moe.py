@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from hfopt import functional
 from hfopt.errors import InvalidInput
 from hfopt.functional import LinearWeights
-from hfopt.functional.checks import address_of
+from hfopt.functional.checks import check_beside
 from hfopt.functional.linear import Fingerprint, Rows
+from hfopt.functional.scalars import flag, integer
 from hfopt.modules.guards import are_readable, is_plain_call
 from hfopt.modules.records import Records
 from hfopt.modules.routing import Custom, Groups, route, route_by
@@ -68,6 +69,8 @@ class GatedMLPMOE(nn.Module):
 
     def _check_weights(self) -> None:
         for name, each in (("W13", self.W13), ("W2", self.W2), ("W3", self.W3)):
+            if each is not None:
+                check_beside(name, each, self.W2)
             if each is not None and (each.ndim != 3 or each.dtype is not self.W13.dtype):
                 raise InvalidInput(
                     f"{name} has shape {tuple(each.shape)} and dtype {each.dtype}: "
@@ -114,17 +117,16 @@ class GatedMLPMOE(nn.Module):
             [tokens, hidden].
         """
         self._check_weights()
+        top_k, renormalize = integer("top_k", top_k), flag("renormalize", renormalize)
+        use_grouped_topk = flag("use_grouped_topk", use_grouped_topk)
         n_experts, hidden, _ = self.W2.shape
         for name, each, width in (
             ("hidden_states", hidden_states, hidden),
             ("router_logits", router_logits, n_experts),
         ):
-            if not isinstance(each, Tensor):
-                raise TypeError(f"{name} is a {type(each).__name__}: a torch.Tensor is needed")
+            check_beside(name, each, self.W2)
             if each.ndim != 2 or each.shape[-1] != width or len(each) != len(hidden_states):
                 raise InvalidInput(f"{name} has shape {tuple(each.shape)}: [tokens, {width}] is needed")
-            if each.is_cpu:
-                address_of(name, each)
         if hidden_states.dtype is not self.W2.dtype and not torch.is_autocast_enabled("cpu"):
             raise InvalidInput(f"hidden_states has dtype {hidden_states.dtype}: {self.W2.dtype} is needed")
         if not router_logits.is_floating_point():
@@ -204,4 +206,4 @@ def _groups(count: int | None, kept: int | None) -> Groups:
         raise InvalidInput(
             f"num_expert_group is {count} and topk_group is {kept}: use_grouped_topk needs both"
         )
-    return Groups(count, kept)
+    return Groups(integer("num_expert_group", count), integer("topk_group", kept))

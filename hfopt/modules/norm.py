@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from hfopt import functional
 from hfopt.errors import InvalidInput
+from hfopt.functional.checks import check_beside, check_shape
+from hfopt.functional.norm import sizes_of
+from hfopt.functional.scalars import finite, integer
 from hfopt.modules.guards import are_readable, is_plain_call
 
 
@@ -32,7 +35,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, hidden_size: int, eps: float = 1e-6, weight: Tensor | None = None) -> None:
         super().__init__()
-        self.hidden_size, self.eps = hidden_size, eps
+        self.hidden_size, self.eps = integer("hidden_size", hidden_size), finite("eps", eps, 0)
         self.weight = _parameter(torch.ones(hidden_size) if weight is None else weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,10 +77,8 @@ class FastLayerNorm(nn.Module):
         self, normalized_shape: int | Sequence[int], eps: float, weight: Tensor, bias: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.normalized_shape: tuple[int, ...] = (
-            (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        )
-        self.eps = eps
+        self.normalized_shape = sizes_of(normalized_shape)
+        self.eps = finite("eps", eps, 0)
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
 
@@ -109,12 +110,18 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, tensor.requires_grad)
 
 
-def _can_read(norm: nn.Module, x: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether kernels may stand for this call; raises for an x whose last dimensions are others."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}: a torch.Tensor is needed")
+def _can_read(norm: RMSNorm | FastLayerNorm, x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether kernels may stand for this call; raises for an x that does not fit."""
+    weight = norm.weight
+    check_beside("x", x, weight)
+    if x.dtype is not weight.dtype and not torch.is_autocast_enabled("cpu"):
+        raise InvalidInput(f"x has dtype {x.dtype}: that of the weight, {weight.dtype}, is needed")
     if tuple(x.shape[-len(shape) :]) != shape:
         raise InvalidInput(f"x has shape {tuple(x.shape)}: the last dimensions are to be {shape}")
-    if torch.compiler.is_compiling() or not is_plain_call(norm, (x,), {}):
-        return False
-    return are_readable((x,), x.dtype)
+    is_plain = not torch.compiler.is_compiling() and is_plain_call(norm, (x,), {})
+    if is_plain and are_readable((x,), x.dtype):
+        return True
+    for name, each in norm.named_parameters(recurse=False):
+        check_beside(name, each, x)
+        check_shape(name, each, shape)
+    return False

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from hfopt.errors import InvalidInput
 from hfopt.functional.integers import integers
-from hfopt.functional.numbers import switch, whole
 from hfopt.functional.paged import attend_blocks, check_attention, scales_of, store_in_slots
+from hfopt.functional.scalars import flag, integer
 from hfopt.functional.sequences import Band, check_longest, cumulative, manner_of
 
 
@@ -94,11 +94,11 @@ class PagedAttention:
         for all.
         """
         n_kv_heads, size = check_attention(query, output, key_cache, value_cache)
-        if whole("block_size", block_size) != key_cache.shape[2]:
+        if integer("block_size", block_size) != key_cache.shape[2]:
             raise InvalidInput(
                 f"block_size is {block_size}: that of key_cache, {key_cache.shape[2]}, is needed"
             )
-        if whole("window_size", window_size) != -1 and window_size < 1:
+        if integer("window_size", window_size) != -1 and window_size < 1:
             raise InvalidInput(f"window_size is {window_size}: -1, for no window, or more than 0 is allowed")
         n, n_heads, _ = query.shape
         lengths = integers("context_lens", context_lens, (n,))
@@ -152,7 +152,7 @@ class PagedAttention:
         blocks of one]; is_cusal: whether tokens see no later one (named so in ipex.llm).
         """
         _, size = check_attention(query, output, key_cache, value_cache, kv_cache_dtype)
-        band = Band.of(window_size_left, window_size_right, switch("is_cusal", is_cusal))
+        band = Band.of(window_size_left, window_size_right, flag("is_cusal", is_cusal))
         q_ends = cumulative("cu_seqlens_q", cu_seqlens_q, len(query), max_seqlen_q, "max_seqlen_q")
         k_ends = cumulative("cu_seqlens_kv", cu_seqlens_kv, None, max_seqlen_kv, "max_seqlen_kv")
         n = len(q_ends) - 1

@@ -10,6 +10,7 @@ from hfopt import functional
 from hfopt.errors import InvalidInput
 from hfopt.functional.checks import address_of, check_floats
 from hfopt.functional.rotary_embedding import check_positions
+from hfopt.functional.scalars import integer
 from hfopt.modules.frequencies import Frequencies
 
 _FIRST_ROWS = 512  # of a table
@@ -93,6 +94,9 @@ class RotaryEmbedding(nn.Module):
         Returns:
             [batch, tokens, num_head, head_dim]; with num_concats (query, key, value), parts of one tensor.
         """
+        num_head, head_dim = integer("num_head", num_head), integer("head_dim", head_dim)
+        offset, rotary_ndims = integer("offset", offset), integer("rotary_ndims", rotary_ndims)
+        seq_len = None if seq_len is None else integer("seq_len", seq_len)
         n_kv_heads = _check_x(x, num_head, head_dim, num_concats)
         n_rows, n_tokens = x.shape[:2]
         size = self.frequencies.size
@@ -171,8 +175,8 @@ def _check_x(x: Tensor, num_head: int, head_dim: int, num_concats: int | None) -
     """Number of heads of keys in x; raises `InvalidInput` for a shape that does not fit."""
     check_floats("x", x)
     address_of("x", x)
-    if num_concats not in (None, 3):
-        raise InvalidInput(f"num_concats is {num_concats!r}: None or 3 is allowed")
+    if num_concats is not None and integer("num_concats", num_concats) != 3:
+        raise InvalidInput(f"num_concats is {num_concats}: None or 3 is allowed")
     if num_head < 1 or head_dim < 1:
         raise InvalidInput(f"num_head is {num_head} and head_dim is {head_dim}: positive numbers are needed")
     shape = tuple(x.shape)
@@ -180,8 +184,9 @@ def _check_x(x: Tensor, num_head: int, head_dim: int, num_concats: int | None) -
         if shape[2:] != (num_head, head_dim):
             raise InvalidInput(f"x has shape {shape}: [batch, tokens, {num_head}, {head_dim}] is needed")
         return 0
-    n_more, rest = divmod(shape[-1] - num_head * head_dim, 2 * head_dim)
-    if len(shape) != 3 or rest or (n_more < 1 if num_concats else n_more != 0):
+    width = shape[-1] if len(shape) == 3 else -1
+    n_more, rest = divmod(width - num_head * head_dim, 2 * head_dim)
+    if width < 0 or rest or (n_more < 1 if num_concats else n_more != 0):
         allowed = f"(num_head + 2 * kv_heads) * {head_dim}" if num_concats else f"{num_head} * {head_dim}"
         raise InvalidInput(f"x has shape {shape}: [batch, tokens, {allowed}] is needed, num_head {num_head}")
     if num_concats and num_head % n_more:
@@ -192,7 +197,7 @@ def _check_x(x: Tensor, num_head: int, head_dim: int, num_concats: int | None) -
 def _read_positions(position_ids: Any, n_rows: int, n_tokens: int) -> tuple[int, Tensor | None]:
     """(the first position, None) where they count up from one, or (0, positions [1 or n_rows, n_tokens])."""
     if isinstance(position_ids, int):
-        return position_ids, None
+        return integer("position_ids", position_ids), None
     positions = check_positions("position_ids", position_ids)
     if positions.numel() == 1 and positions.ndim <= 2:
         return int(positions), None

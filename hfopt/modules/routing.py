@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
+from hfopt.functional.checks import check_beside
 
 # (hidden_states, gating_output, topk, renormalize) -> (weights, experts), [tokens, topk] each, called by these names
 Custom: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
@@ -42,6 +43,8 @@ def route(
     Raises `InvalidInput`.
     """
     n_experts = router_logits.shape[-1]
+    if bias is not None:
+        check_beside("e_score_correction_bias", bias, router_logits)
     _check(n_experts, top_k, scoring, bias, groups)
     wide = router_logits if router_logits.dtype is torch.float64 else router_logits.float()
     scores = _SCORES[scoring](wide)
@@ -61,10 +64,13 @@ def route(
 
 
 def _check(n_experts: int, top_k: int, scoring: str, bias: Tensor | None, groups: Groups | None) -> None:
-    if scoring not in _SCORES:
+    if not isinstance(scoring, str) or scoring not in _SCORES:
         raise InvalidInput(f"scoring_func is {scoring!r}: one of {sorted(_SCORES)} is allowed")
-    if bias is not None and tuple(bias.shape) != (n_experts,):
-        raise InvalidInput(f"e_score_correction_bias has shape {tuple(bias.shape)}: {(n_experts,)} is needed")
+    if bias is not None and (tuple(bias.shape) != (n_experts,) or not bias.is_floating_point()):
+        raise InvalidInput(
+            f"e_score_correction_bias has shape {tuple(bias.shape)} and dtype {bias.dtype}: "
+            f"{(n_experts,)} of floats is needed"
+        )
     n_allowed = n_experts
     if groups is not None:
         number, kept = groups
@@ -91,7 +97,9 @@ def route_by(
             raise InvalidInput(
                 f"custom_routing_function gives {name} {given}: [{n_tokens}, {top_k}] are needed"
             )
-    if weights.shape != experts.shape or not weights.is_floating_point() or experts.is_floating_point():
+        check_beside(f"custom_routing_function: {name}", each, router_logits)
+    is_whole = not (experts.is_floating_point() or experts.is_complex() or experts.dtype is torch.bool)
+    if weights.shape != experts.shape or not weights.is_floating_point() or not is_whole:
         raise InvalidInput(
             f"custom_routing_function gives weights {weights.dtype} {tuple(weights.shape)} and experts "
             f"{experts.dtype} {tuple(experts.shape)}: floats and integers of one shape are needed"
@@ -102,4 +110,4 @@ def route_by(
             f"custom_routing_function gives experts {int(experts.min())} to {int(experts.max())}: "
             f"0 to {n_experts - 1} are allowed"
         )
-    return weights.to(torch.promote_types(weights.dtype, torch.float32)), experts
+    return weights if weights.dtype is torch.float64 else weights.float(), experts
