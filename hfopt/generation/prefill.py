@@ -78,9 +78,14 @@ class Prefill:
         if self._copies == 1 or type(cache) is not DynamicCache or host.cached_length(cache) != 0:
             return None
         is_text = model.config.get_text_config() is model.config
-        if not is_text or getattr(model, host.REORDER, None) is not None:
+        if (
+            not is_text
+            or getattr(model, host.REORDER, None) is not None
+            or not hasattr(cache, "reorder_cache")
+        ):
             return None
-        thinned = None if model.training else one_row_per_prompt(inputs, self._copies)
+        has_own_rows = model.training or host.have_own_adapters(model)
+        thinned = None if has_own_rows else one_row_per_prompt(inputs, self._copies)
         if thinned is None:
             return None
         outputs = model(**thinned)
