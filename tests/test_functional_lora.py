@@ -231,6 +231,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("token_lora_mapping", torch.tensor([[0, 1, 2]]), r"\[any\] is needed"),
     ("token_lora_mapping", torch.tensor([0.0, 1.0, 2.0]), "int32 or int64"),
     ("token_lora_mapping", [0, 1, 2], "a torch.Tensor is needed"),
+    ("scaling", torch.zeros(2), "scaling is a Tensor"),
+    ("scaling", float("nan"), "scaling is nan"),
 ]
 
 
@@ -250,9 +252,10 @@ def test_freed_memory_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("offset", "size", "message"), ((-1, 2, "slice_offset"), (4, 2, "slice_offset"), (0, 3, "slice_size"))
+    ("offset", "size", "message"),
+    ((-1, 2, "slice_offset"), (4, 2, "slice_offset"), (0, 3, "slice_size"), ("x", 2, "slice_offset is 'x'")),
 )
-def test_slices_that_are_refused(offset: int, size: int, message: str) -> None:
+def test_slices_that_are_refused(offset: Any, size: int, message: str) -> None:
     rows, weights, output = torch.ones(1, 3), torch.ones(4, 2, 3), torch.zeros(1, 5)
     with pytest.raises(InvalidInput, match=message):
         functional.bgmv_expand_slice(rows, weights, output, torch.tensor([0]), offset, size)

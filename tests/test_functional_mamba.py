@@ -448,6 +448,10 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("step", "A", torch.ones(4, 5), "A has shape"),
     ("step", "B", torch.ones(2, 3, 3), "3 groups"),
     ("step", "C", torch.ones(2, 1, 3), "C has shape"),
+    ("conv", "return_final_states", torch.zeros(2), "return_final_states is a Tensor"),
+    ("scan", "delta_softplus", torch.zeros(2), "delta_softplus is a Tensor"),
+    ("scan", "return_last_state", None, "return_last_state is None"),
+    ("step", "dt_softplus", "no", "dt_softplus is 'no'"),
 ]
 # every tensor: of another type, dtype and device
 WRONG += [

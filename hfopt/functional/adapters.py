@@ -12,6 +12,7 @@ from hfopt.kernels import lora as kernels
 from .checks import ELEMENTS, address_of, check_floats, prepare_threads
 from .integers import integers
 from .output import apart, check_output, contiguous_output
+from .scalars import finite, flag, integer
 
 
 class Names(NamedTuple):
@@ -79,6 +80,7 @@ def of_segments(
     names = "b_seq_start_loc", "seq_len_tensor", "lora_indices_tensor"
     given = b_seq_start_loc, seq_len_tensor, lora_indices_tensor
     found = [integers(name, each, (None,)) for name, each in zip(names, given, strict=True)]
+    batches, max_seq_length = integer("batches", batches), integer("max_seq_length", max_seq_length)
     shortest = min(map(len, found))
     if not 0 <= batches <= shortest:
         raise InvalidInput(f"batches is {batches}: 0 to {shortest} is allowed with these {', '.join(names)}")
@@ -111,6 +113,7 @@ def shrink(
     names: Names, rows: Tensor, weights: Tensor, output: Tensor, indices: np.ndarray, scaling: float
 ) -> None:
     """See `bgmv_shrink`; weights from `matrices`, indices checked."""
+    scaling = finite("scaling", scaling)
     _, rank, size = weights.shape
     check_floats(names.rows, rows, weights.dtype)
     check_output(names.output, output)
@@ -136,7 +139,7 @@ def shrink(
             weights.stride(1),
             rank,
             indices,
-            float(scaling),
+            scaling,
             out.data_ptr(),
             out.stride(0),
         )
@@ -146,6 +149,7 @@ def expand(
     names: Names, rows: Tensor, weights: Tensor, output: Tensor, indices: np.ndarray, add: bool
 ) -> None:
     """See `bgmv_expand`; weights from `matrices`, indices checked."""
+    add = flag("add_inputs", add)
     _, size, rank = weights.shape
     check_floats(names.rows, rows)
     check_output(names.output, output)
@@ -168,7 +172,7 @@ def expand(
             weights.stride(1),
             rank,
             indices,
-            bool(add),
+            add,
             out.data_ptr(),
             out.stride(0),
         )
@@ -176,6 +180,7 @@ def expand(
 
 def slice_of(names: Names, output: Tensor, weights: Tensor, offset: int, size: int) -> Tensor:
     """Columns of the output for as many outputs as the weights have."""
+    size, offset = integer("slice_size", size), integer("slice_offset", offset)
     check_output(names.output, output)
     if output.ndim != 2:
         raise InvalidInput(f"{names.output} has shape {tuple(output.shape)}: [rows, columns] is needed")

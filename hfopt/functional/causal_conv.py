@@ -13,6 +13,7 @@ from hfopt.kernels.mamba import conv as kernels
 from .checks import ELEMENTS, address_of, check_floats, check_shape, prepare_threads
 from .integers import integers
 from .output import apart, check_output
+from .scalars import flag
 
 ConvActivation = Literal["silu", "swish"]
 _CODES: dict[str | None, int] = {None: codes.NONE, "silu": codes.SILU, "swish": codes.SILU}
@@ -86,7 +87,7 @@ def causal_conv1d(
         check_shape("initial_states", initial_states, states)
         address_of("initial_states", initial_states)
         history = initial_states.to(torch.float32).contiguous()
-    if return_final_states and final_states_out is not None:
+    if flag("return_final_states", return_final_states) and final_states_out is not None:
         check_output("final_states_out", final_states_out, x.dtype)
         check_shape("final_states_out", final_states_out, states)
     out = torch.empty(x.shape, dtype=x.dtype)

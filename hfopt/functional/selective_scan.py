@@ -11,6 +11,7 @@ from hfopt.kernels.mamba import scan as kernels
 
 from .checks import ELEMENTS, address_of, check_floats, check_shape, prepare_threads
 from .output import apart, check_output, contiguous_output
+from .scalars import flag
 
 
 def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -86,6 +87,10 @@ def selective_scan(
     >>> selective_scan(u, torch.ones(1, 1, 3), a, ones, ones)
     tensor([[[1., 3., 6.]]])
     """
+    softplus, returns_state = (
+        flag("delta_softplus", delta_softplus),
+        flag("return_last_state", return_last_state),
+    )
     check_floats("u", u)
     if u.ndim != 3:
         raise InvalidInput(f"u has shape {tuple(u.shape)}: [batch, dim, length] is needed")
@@ -123,12 +128,12 @@ def selective_scan(
             _address(skip),
             _address(gate),
             _address(bias),
-            bool(delta_softplus),
+            softplus,
             state.data_ptr(),
             out.data_ptr(),
         )
     out = out.to(u.dtype)
-    return (out, state) if return_last_state else out
+    return (out, state) if returns_state else out
 
 
 # ---- one token ---------------------------------------------------------------------------------------------------------
@@ -196,6 +201,7 @@ def selective_state_update(
     >>> state
     tensor([[[5.]]])
     """
+    softplus = flag("dt_softplus", dt_softplus)
     check_output("state", state)
     if state.ndim not in (3, 4) or state.shape[-1] == 0:
         raise InvalidInput(
@@ -238,6 +244,6 @@ def selective_state_update(
             heads[-1],
             dstate,
             one_rate,
-            bool(dt_softplus),
+            softplus,
         )
     return out.to(x.dtype)
