@@ -341,8 +341,10 @@ def test_inference_mode_and_gradients() -> None:
         twins.reorder(twins.random_rows(4))
         twins.step(1)
     x = torch.randn(4, 1, 2, 24, requires_grad=True)
-    out, _, _ = attend(x.repeat(1, 1, 2, 1), x, x * 2, torch.tensor(3.0), twins.past)
-    assert not out.requires_grad
+    with pytest.raises(InvalidInput, match="query needs a gradient"):
+        attend(x.repeat(1, 1, 2, 1), x, x * 2, torch.tensor(3.0), twins.past)
+    with torch.no_grad():
+        attend(x.repeat(1, 1, 2, 1), x, x * 2, torch.tensor(3.0), twins.past)
 
 
 def test_a_compiled_caller() -> None:

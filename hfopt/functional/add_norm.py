@@ -6,10 +6,12 @@ from torch import Tensor
 from hfopt.kernels import add_norm as kernels
 
 from .checks import ELEMENTS, prepare_threads
+from .gradients import without_gradients
 from .scalars import finite, flag
 from .strided import Output, dense, read_rows
 
 
+@without_gradients
 def add_rms_norm(
     residual: Tensor | None,
     x: Tensor,
@@ -48,6 +50,7 @@ def add_rms_norm(
     return _add_norm(False, residual, x, weight, bias, eps, add_back)
 
 
+@without_gradients
 def add_layer_norm(
     residual: Tensor | None,
     x: Tensor,

@@ -11,6 +11,7 @@ from hfopt.kernels.linear import activation as codes
 from hfopt.kernels.mamba import conv as kernels
 
 from .checks import ELEMENTS, address_of, check_floats, check_shape, prepare_threads
+from .gradients import without_gradients
 from .integers import integers
 from .output import apart, check_output
 from .scalars import flag
@@ -47,6 +48,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+@without_gradients
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -119,6 +121,7 @@ def causal_conv1d(
     return out, final_states_out
 
 
+@without_gradients
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,

@@ -8,11 +8,13 @@ from hfopt.kernels import gated as kernels
 
 from .activation import CODES
 from .checks import ELEMENTS, prepare_threads
+from .gradients import without_gradients
 from .strided import Output, read_rows
 
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
+@without_gradients
 def silu_mul(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """Compute `silu(x) * y`, where `silu(x) = x / (1 + e^-x)` (SwiGLU, https://arxiv.org/abs/2002.05202).
 
@@ -38,6 +40,7 @@ def silu_mul(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     return activated_product("silu", x, y, out)
 
 
+@without_gradients
 def gelu_mul(x: Tensor, y: Tensor, out: Tensor | None = None, approximate: str = "none") -> Tensor:
     """Compute `gelu(x) * y` (GEGLU, https://arxiv.org/abs/2002.05202), where `gelu(x) = x (1 + erf(x / sqrt(2))) / 2`.
 

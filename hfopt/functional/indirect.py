@@ -27,6 +27,7 @@ from .beam_past import (
     reading_of,
 )
 from .checks import address_of, check_array, check_shape
+from .gradients import without_gradients
 from .scalars import finite, flag, integer
 from .scoring import Scoring
 
@@ -34,7 +35,7 @@ _CROSS = -1  # as seq_info
 _HIDDEN = -5e8  # in a mask of float32 or bfloat16: no score makes up for it (Falcon hides by -1e9)
 
 
-@torch.no_grad()
+@without_gradients
 def indirect_access_kv_cache_attention(
     query: Tensor,
     key: Tensor | None,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .adapters import Names, check_indices, expand, matrices, of_segments, shrink, slice_of
 from .checks import check_floats
+from .gradients import without_gradients
 from .integers import integers
 
 _BGMV = Names("input", "lora_weights", "output")
@@ -18,6 +19,7 @@ _SGMV_B = Names("inputs", "lora_b_weights", "output_tensor")
 # ---- an adapter for each row -------------------------------------------------------------------------------------------
 
 
+@without_gradients
 def bgmv_shrink(
     input: Tensor, lora_weights: Tensor, output: Tensor, token_lora_mapping: Tensor, scaling: float = 1.0
 ) -> None:
@@ -43,6 +45,7 @@ def bgmv_shrink(
     shrink(_BGMV, input, weights, output, indices, scaling)
 
 
+@without_gradients
 def bgmv_expand(
     input: Tensor, lora_weights: Tensor, output: Tensor, token_lora_mapping: Tensor, add_inputs: bool = True
 ) -> None:
@@ -66,6 +69,7 @@ def bgmv_expand(
     expand(_BGMV, input, weights, output, indices, add_inputs)
 
 
+@without_gradients
 def bgmv_expand_slice(
     input: Tensor,
     lora_weights: Tensor,
@@ -92,6 +96,7 @@ def bgmv_expand_slice(
 # ---- an adapter for each segment of rows -------------------------------------------------------------------------------
 
 
+@without_gradients
 def sgmv_shrink(
     inputs: Tensor,
     lora_a_weights: Tensor,
@@ -126,6 +131,7 @@ def sgmv_shrink(
     shrink(_SGMV_A, inputs, weights, output_tensor, indices, scaling)
 
 
+@without_gradients
 def sgmv_expand(
     inputs: Tensor,
     lora_b_weights: Tensor,
@@ -157,6 +163,7 @@ def sgmv_expand(
     expand(_SGMV_B, inputs, weights, output_tensor, indices, add_inputs)
 
 
+@without_gradients
 def sgmv_expand_slice(
     inputs: Tensor,
     lora_b_weights: Tensor,

@@ -17,6 +17,7 @@ from .checks import (
     check_floats,
     prepare_threads,
 )
+from .gradients import without_gradients
 from .scalars import finite, integer
 from .strided import dense
 
@@ -129,10 +130,11 @@ def norm_heads(qkv: Tensor, norm: Norm, first: int, count: int, size: int) -> No
         )
 
 
+@without_gradients
 def rms_norm(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Compute `weight * x / sqrt(mean(x^2) + eps)` over the last dimension (https://arxiv.org/abs/1910.07467).
 
-    hidden_states [..., size]: float32, bfloat16 or float16, of any strides; weight [size] of that dtype, or None;
+    hidden_states [..., size]: float32, bfloat16 or float16, of any strides; weight [size] of that dtype or float32, or None;
     eps from 0 on. In float32, rounded once; no gradient. Raises `InvalidInput` for anything else.
 
     >>> import torch
@@ -140,7 +142,17 @@ def rms_norm(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor
     >>> rms_norm(torch.full((2, 64), 3.0), torch.ones(64), 0.0).unique()
     tensor([1.])
     """
-    return norm(hidden_states, Norm("rms", weight, None, finite("eps", eps, 0)))
+    eps = finite("eps", eps, 0)
+    if _is_wider(weight, hidden_states):
+        return norm(hidden_states.float(), Norm("rms", weight, None, eps)).to(hidden_states.dtype)
+    return norm(hidden_states, Norm("rms", weight, None, eps))
+
+
+def _is_wider(weight: object, x: object) -> bool:
+    """Whether a weight is float32 beside an x of 16 bits, as some models keep their norms."""
+    if not isinstance(weight, Tensor) or not isinstance(x, Tensor):
+        return False
+    return weight.dtype is torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def layer_norm(hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -149,6 +161,7 @@ def layer_norm(hidden_states: Tensor, weight: Tensor | None, bias: Tensor | None
     return norm(hidden_states, Norm("layer", weight, bias, finite("eps", eps, 0)))
 
 
+@without_gradients
 def fast_layer_norm(
     hidden_states: Tensor,
     normalized_shape: int | Sequence[int],
@@ -163,7 +176,7 @@ def fast_layer_norm(
     Args:
         hidden_states: [..., *normalized_shape], float32, bfloat16 or float16, of any strides.
         normalized_shape: the last dimensions, or the size of the last one.
-        weight: [*normalized_shape], of the same dtype; or None.
+        weight: [*normalized_shape], of the same dtype or float32; or None.
         bias: the same.
         eps: what is added to the variance, from 0 on.
 
@@ -175,6 +188,10 @@ def fast_layer_norm(
     >>> fast_layer_norm(torch.randn(2, 8, 4), (8, 4), None, None, 1e-5).shape
     torch.Size([2, 8, 4])
     """
+    if _is_wider(weight, hidden_states):
+        wide = bias.float() if isinstance(bias, Tensor) else bias
+        out = fast_layer_norm(hidden_states.float(), normalized_shape, weight, wide, eps)
+        return out.to(hidden_states.dtype)
     shape = sizes_of(normalized_shape)
     x = dense("hidden_states", hidden_states)
     if not shape or tuple(x.shape[-len(shape) :]) != shape:

@@ -6,11 +6,13 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 
 from .checks import address_of, check_floats
+from .gradients import without_gradients
 from .rotary import rotate
 from .scalars import flag, integer
 from .strided import Output
 
 
+@without_gradients
 def rotary_embedding(
     query: Tensor,
     key: Tensor,

@@ -10,6 +10,7 @@ from hfopt.errors import InvalidInput
 from hfopt.kernels.mamba import scan as kernels
 
 from .checks import ELEMENTS, address_of, check_floats, check_shape, prepare_threads
+from .gradients import without_gradients
 from .output import apart, check_output, contiguous_output
 from .scalars import flag
 
@@ -61,6 +62,7 @@ def _inputs(
     return turned, (n_groups * step, step, dstate, max(n_channels // n_groups, 1))
 
 
+@without_gradients
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -171,6 +173,7 @@ def _checked_groups(B: Tensor, C: Tensor, n_rows: int, n_heads: int, dstate: int
     return (B, C) if B.ndim == 3 else (B[:, None], C[:, None])
 
 
+@without_gradients
 def selective_state_update(
     state: Tensor,
     x: Tensor,

@@ -1,12 +1,12 @@
 """Attention of sequences of any lengths, packed one behind the other."""
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
 
 from .checks import address_of, check_floats, check_shape
+from .gradients import without_gradients
 from .scalars import finite, flag
 from .sequences import (
     Band,
@@ -20,7 +20,7 @@ from .sequences import (
 )
 
 
-@torch.no_grad()
+@without_gradients
 def varlen_attention(
     query: Tensor,
     key: Tensor,

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 
@@ -103,6 +104,11 @@ def generate(model: Model, *args: Any, **kwargs: Any) -> Any:
     """
     if args:
         kwargs = host.generate_arguments(model, args, kwargs)
+    if torch.is_autocast_enabled("cpu"):
+        logger.warning(
+            "The request runs under torch.autocast, and so in transformers' own code: leave that out, and load the model "
+            "in the dtype that you want."
+        )
     generation_config = kwargs.get("generation_config")
     # an assistant is called for a few tokens at a time, with prompts that have been looked at
     assists = getattr(generation_config, "is_assistant", False)

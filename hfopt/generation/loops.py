@@ -27,7 +27,8 @@ def hf_greedy_search(
 
     For `model.generate(..., custom_generate=hf_greedy_search)`, which prepares all arguments; results are those of
     transformers' own loop. A prompt that is repeated, for beams or for several sequences, is read once. A streamer has to be
-    bound (`functools.partial(hf_greedy_search, streamer=streamer)`), because `generate` drops it beside `custom_generate`.
+    bound (`functools.partial(hf_greedy_search, streamer=streamer)`), because `generate` drops it, and an assistant, beside
+    `custom_generate`.
 
     input_ids: int64 [rows, length]. Raises `InvalidInput` if the configuration asks for another way to choose tokens. Where
     our loop does not fit (another release, an encoder, a model that is not on the CPU), transformers' own runs.

@@ -120,7 +120,8 @@ def _check_inputs(x: Any, others: Mapping[str, Any], linears: Sequence[Any]) -> 
 
 def _check_others(others: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
     for name, each in others.items():
-        if each.shape != shape or each.dtype is not dtype:
+        is_cast = torch.is_autocast_enabled("cpu")  # torch promotes then
+        if each.shape != shape or (each.dtype is not dtype and not is_cast):
             raise InvalidInput(
                 f"{name} has shape {tuple(each.shape)} and dtype {each.dtype}: "
                 f"{tuple(shape)} and {dtype} are needed"

@@ -12,13 +12,14 @@ from hfopt.functional.checks import check_beside, check_shape
 from hfopt.functional.norm import sizes_of
 from hfopt.functional.scalars import finite, integer
 from hfopt.modules.guards import are_readable, is_plain_call
+from hfopt.words import DTYPES
 
 
 class RMSNorm(nn.Module):
     """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension (https://arxiv.org/abs/1910.07467).
 
-    In float32, rounded once. x [..., hidden_size] is float32, bfloat16 or float16, of any strides, of the dtype of the
-    weight. With gradients or autocast, and for other dtypes, torch's own norm runs.
+    In float32, rounded once. x [..., hidden_size] is float32, bfloat16 or float16, of any strides; the weight is of its
+    dtype or float32. With gradients or autocast, and for other dtypes, torch's own norm runs.
 
     Args:
         hidden_size: of the last dimension.
@@ -36,12 +37,15 @@ class RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float = 1e-6, weight: Tensor | None = None) -> None:
         super().__init__()
         self.hidden_size, self.eps = integer("hidden_size", hidden_size), finite("eps", eps, 0)
-        self.weight = _parameter(torch.ones(hidden_size) if weight is None else weight)
+        self.weight = _parameter(torch.ones(self.hidden_size) if weight is None else weight)
+        check_shape("weight", self.weight, (self.hidden_size,))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden_size] -> the same shape."""
         if not _can_read(self, x, (self.hidden_size,)):
-            return F.rms_norm(x, (self.hidden_size,), self.weight, self.eps)
+            given = x if self.weight.dtype is x.dtype else x.to(self.weight.dtype)
+            out = F.rms_norm(given, (self.hidden_size,), self.weight, self.eps)
+            return out if given is x else out.to(x.dtype)
         return functional.rms_norm(x, self.weight, self.eps)
 
     @classmethod
@@ -56,8 +60,8 @@ class RMSNorm(nn.Module):
 class FastLayerNorm(nn.Module):
     """`weight * (x - mean(x)) / sqrt(var(x) + eps) + bias` over the last dimensions (https://arxiv.org/abs/1607.06450).
 
-    In float32, rounded once. x [..., *normalized_shape] is float32, bfloat16 or float16, of any strides, of the dtype of
-    weight and bias. With gradients or autocast, and for other dtypes, torch's own norm runs.
+    In float32, rounded once. x [..., *normalized_shape] is float32, bfloat16 or float16, of any strides; weight and bias
+    are of its dtype or float32. With gradients or autocast, and for other dtypes, torch's own norm runs.
 
     Args:
         normalized_shape: the last dimensions, or the size of the last one.
@@ -81,11 +85,15 @@ class FastLayerNorm(nn.Module):
         self.eps = finite("eps", eps, 0)
         self.weight = _parameter(weight)
         self.bias = None if bias is None else _parameter(bias)
+        for name, each in self.named_parameters():
+            check_shape(name, each, self.normalized_shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., *normalized_shape] -> the same shape."""
         if not _can_read(self, x, self.normalized_shape):
-            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+            given = x if self.weight.dtype is x.dtype else x.to(self.weight.dtype)
+            out = F.layer_norm(given, self.normalized_shape, self.weight, self.bias, self.eps)
+            return out if given is x else out.to(x.dtype)
         return functional.fast_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
     @classmethod
@@ -114,7 +122,8 @@ def _can_read(norm: RMSNorm | FastLayerNorm, x: Tensor, shape: tuple[int, ...]) 
     """Whether kernels may stand for this call; raises for an x that does not fit."""
     weight = norm.weight
     check_beside("x", x, weight)
-    if x.dtype is not weight.dtype and not torch.is_autocast_enabled("cpu"):
+    fits = x.dtype is weight.dtype or (weight.dtype is torch.float32 and x.dtype in DTYPES)
+    if not fits and not torch.is_autocast_enabled("cpu"):
         raise InvalidInput(f"x has dtype {x.dtype}: that of the weight, {weight.dtype}, is needed")
     if tuple(x.shape[-len(shape) :]) != shape:
         raise InvalidInput(f"x has shape {tuple(x.shape)}: the last dimensions are to be {shape}")

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from hfopt.errors import InvalidInput
+from hfopt.functional.gradients import without_gradients
 from hfopt.functional.integers import integers
 from hfopt.functional.paged import attend_blocks, check_attention, scales_of, store_in_slots
 from hfopt.functional.scalars import flag, integer
@@ -42,7 +43,7 @@ class PagedAttention:
     """
 
     @classmethod
-    @torch.no_grad()
+    @without_gradients
     def reshape_and_cache(
         cls,
         key: Tensor,
@@ -64,7 +65,7 @@ class PagedAttention:
     reshape_and_cache_flash = reshape_and_cache
 
     @classmethod
-    @torch.no_grad()
+    @without_gradients
     def single_query_cached_kv_attention(
         cls,
         output: Tensor,
@@ -121,7 +122,7 @@ class PagedAttention:
         return output
 
     @classmethod
-    @torch.no_grad()
+    @without_gradients
     def flash_attn_varlen_func(
         cls,
         output: Tensor,

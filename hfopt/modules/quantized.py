@@ -21,6 +21,22 @@ PREFIX = "quantized_"  # of the names of the buffers
 BUFFERS = tuple(PREFIX + name for name in PARTS)
 
 
+class _Unpacked(torch.Tensor):
+    """A weight that was unpacked to be read. What is written to it would be lost, so its `data` cannot be replaced."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach().as_subclass(torch.Tensor)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise InvalidInput(
+            "the weight of a quantised Linear cannot be written: merge adapters, or change weights, before quantising"
+        )
+
+
 class QuantizedLinear(nn.Linear):
     """`y = x W^T + b` for a packed W; made of a Linear or Conv1D by `quantize_linear` or `empty_linear`, by a change of its
     class.
@@ -55,6 +71,9 @@ class QuantizedLinear(nn.Linear):
         """The float weight [out, in] that the matrix stands for, of `weight_dtype`."""
         if self._buffers[BUFFERS[0]].is_meta:  # type: ignore[union-attr]
             return torch.empty(self.out_features, self.in_features, dtype=self.weight_dtype, device="meta")
+        return self._unpacked().as_subclass(_Unpacked)
+
+    def _unpacked(self) -> torch.Tensor:
         return self.format.unpack(self.packed).to(self.weight_dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -66,7 +85,7 @@ class QuantizedLinear(nn.Linear):
             weights = read_quantized(self._own, "own", (self,))
             if weights is not None and is_readable(input, weights.dtype or input.dtype):
                 return functional.quantized_linear(input.contiguous(), weights)
-        return F.linear(input, self.weight.to(input.dtype), self.bias)
+        return F.linear(input, self._unpacked().to(input.dtype), self.bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
         packed: dict[str, torch.Tensor] = {

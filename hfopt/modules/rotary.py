@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hfopt import functional
 from hfopt.errors import InvalidInput
 from hfopt.functional.checks import address_of, check_floats
+from hfopt.functional.gradients import without_gradients
 from hfopt.functional.rotary_embedding import check_positions
 from hfopt.functional.scalars import integer
 from hfopt.modules.frequencies import Frequencies
@@ -66,6 +67,7 @@ class RotaryEmbedding(nn.Module):
         # attributes, not buffers: a conversion of the model to bfloat16 leaves them float32
         self._tables: dict[tuple[int | None, str], tuple[Tensor, Tensor]] = {}
 
+    @without_gradients
     def forward(
         self,
         x: Tensor,

@@ -47,8 +47,10 @@ def applied(layer: Any, part: int, dtype: torch.dtype, *, everything: bool = Fal
 
     everything: all of its adapters in all rows, but for those that kernels cannot read. Raises Unreadable.
     """
+    if layer.training:
+        raise Unreadable("it is in training mode: call model.eval()")
     if not is_bare_inside(layer):
-        raise Unreadable("it is in training mode or has hooks")
+        raise Unreadable("it has hooks")
     if everything:
         names = readable_names(layer, dtype)
         state = host.AdapterState(None, names)
