@@ -33,7 +33,8 @@ def _varlen(q: Tensor) -> Tensor:
 
 
 def _stored(key: Tensor) -> None:
-    modules.PagedAttention.reshape_and_cache(key[0], X[1], *torch.zeros(2, 1, 4, 16, 16), SLOTS)
+    caches = torch.zeros(2, 1, 4, 16, 16)
+    modules.PagedAttention.reshape_and_cache(key[0], X[1], caches[0], caches[1], SLOTS)
 
 
 def _rotated(query: Tensor) -> Any:
