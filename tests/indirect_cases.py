@@ -26,12 +26,23 @@ def first_layer_past(n_rows: int, dtype: torch.dtype = torch.float32) -> tuple[T
     )
 
 
+_MOST_SCORES = 1 << 20
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale_attn: float, bias: Tensor | None, causal: bool
 ) -> Tensor:
     """q [rows, n_new, heads, size]; k, v [rows, n, kv heads, size], the last ones of the new tokens; in float64."""
     q, k, v = (each.double().transpose(1, 2) for each in (q, k, v))
     group, n_new, n_keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    if q.shape[1] > 1 and q.shape[0] * n_new * n_keys > _MOST_SCORES:
+        parts = []  # head by head: the scores of all would take gigabytes
+        for head in range(q.shape[1]):
+            one, own = slice(head, head + 1), slice(head // group, head // group + 1)
+            of_q, of_k, of_v = (each.transpose(1, 2) for each in (q[:, one], k[:, own], v[:, own]))
+            of_head = bias if bias is None or bias.shape[1] == 1 else bias[:, one]
+            parts.append(attention(of_q, of_k, of_v, scale_attn, of_head, causal))
+        return torch.cat(parts, 1)
     scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) / scale_attn
     if bias is not None:
         scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.double()
