@@ -184,7 +184,7 @@ def test_other_shapes(call: Callable[[], object]) -> None:
 def test_mixed_dtypes() -> None:
     x = torch.ones(2, 41, dtype=torch.bfloat16)
     for call in (
-        lambda: functional.rms_norm(x, torch.ones(41), 1e-5),
+        lambda: functional.rms_norm(torch.ones(2, 41), torch.ones(41).bfloat16(), 1e-5),
         lambda: _norm_heads(x, torch.ones(41), 0, 1, 41),
         lambda: functional.scale(x, 0.3, residual=torch.ones(2, 41)),
         lambda: _attend(torch.ones(2, 3, WIDTH, dtype=torch.bfloat16)),
