@@ -1,6 +1,6 @@
 """Attention of packed sequences as a module."""
 
-from torch import Tensor, nn
+from torch import nn
 
 from hfopt.functional import varlen_attention
 
@@ -22,47 +22,5 @@ class VarlenAttention(nn.Module):
     True
     """
 
+    forward = staticmethod(varlen_attention)
     apply_function = staticmethod(varlen_attention)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        seqlen_q: Tensor,
-        seqlen_k: Tensor,
-        alibi_slopes: Tensor | None,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        pdropout: float,
-        softmax_scale: float | None,
-        zero_tensors: bool,
-        is_causal: bool,
-        return_softmax: bool,
-        gen_: None,
-        window_size_left: int = -1,
-        window_size_right: int = -1,
-        softcap: float = -1.0,
-    ) -> Tensor:
-        """Write `out` and return it, as `hfopt.functional.varlen_attention` does."""
-        return varlen_attention(
-            query,
-            key,
-            value,
-            out,
-            seqlen_q,
-            seqlen_k,
-            alibi_slopes,
-            max_seqlen_q,
-            max_seqlen_k,
-            pdropout,
-            softmax_scale,
-            zero_tensors,
-            is_causal,
-            return_softmax,
-            gen_,
-            window_size_left,
-            window_size_right,
-            softcap,
-        )
