@@ -68,15 +68,18 @@ def _check_rows(names: Names, rows: Tensor, width: int, output: Tensor, n_indice
 
 
 def of_segments(
+    called: Names,
+    given_rows: Tensor,
     b_seq_start_loc: Tensor,
     seq_len_tensor: Tensor,
     lora_indices_tensor: Tensor,
     batches: int,
     max_seq_length: int,
     n_adapters: int,
-    n_rows: int,
 ) -> np.ndarray:
-    """The adapter of each row: that of the segment where it is, or -1."""
+    """The adapter of each of the rows: that of the segment where it is, or -1."""
+    check_floats(called.rows, given_rows)
+    n_rows = given_rows.shape[0] if given_rows.ndim else 0
     names = "b_seq_start_loc", "seq_len_tensor", "lora_indices_tensor"
     given = b_seq_start_loc, seq_len_tensor, lora_indices_tensor
     found = [integers(name, each, (None,)) for name, each in zip(names, given, strict=True)]

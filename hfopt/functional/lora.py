@@ -7,7 +7,6 @@ of ipex.llm and of vLLM's operations (Punica, https://arxiv.org/abs/2310.18547).
 from torch import Tensor
 
 from .adapters import Names, check_indices, expand, matrices, of_segments, shrink, slice_of
-from .checks import check_floats
 from .gradients import without_gradients
 from .integers import integers
 
@@ -125,9 +124,8 @@ def sgmv_shrink(
             [2.]])
     """
     weights = matrices(_SGMV_A.weights, lora_a_weights)
-    check_floats(_SGMV_A.rows, inputs)
     segments = b_seq_start_loc, seq_len_tensor, lora_indices_tensor, batches, max_seq_length
-    indices = of_segments(*segments, len(weights), inputs.shape[0] if inputs.ndim else 0)
+    indices = of_segments(_SGMV_A, inputs, *segments, len(weights))
     shrink(_SGMV_A, inputs, weights, output_tensor, indices, scaling)
 
 
@@ -157,9 +155,8 @@ def sgmv_expand(
             [ 2., 20.]])
     """
     weights = matrices(_SGMV_B.weights, lora_b_weights)
-    check_floats(_SGMV_B.rows, inputs)
     segments = b_seq_start_loc, seq_len_tensor, lora_indices_tensor, batches, max_seq_length
-    indices = of_segments(*segments, len(weights), inputs.shape[0] if inputs.ndim else 0)
+    indices = of_segments(_SGMV_B, inputs, *segments, len(weights))
     expand(_SGMV_B, inputs, weights, output_tensor, indices, add_inputs)
 
 
