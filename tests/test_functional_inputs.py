@@ -12,6 +12,7 @@ from hfopt import functional
 from hfopt.cache import Appended, IndirectCache
 from hfopt.errors import HfoptError, InvalidInput
 from hfopt.functional import Mask, Scoring
+from hfopt.modules import MambaMixer
 
 SIZE = 24
 HEADS = (4, 2, SIZE)
@@ -307,3 +308,25 @@ def test_numbers_of_candidates_and_beams(k: int, n_beams: int) -> None:
 def test_errors_belong_to_the_family() -> None:
     assert issubclass(InvalidInput, HfoptError)
     assert issubclass(InvalidInput, ValueError)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: functional.silu_mul(x, x),
+        lambda x: functional.add_rms_norm(x, x, None, None, 1e-6),
+        lambda x: functional.add_layer_norm(None, x, None, None, 1e-6),
+        lambda x: MambaMixer.causal_conv1d_fn(x[None], x[:, :2])[0],
+        lambda x: MambaMixer.causal_conv1d_update(x, x[:, :, None].clone(), x[0, :, None][:, [0, 0]]),
+        lambda x: MambaMixer.selective_scan_fn(x[None], x[None], x[:, :2], x[None, :2], x[None, :2]),
+        lambda x: MambaMixer.selective_state_update(
+            x[:, :, None].clone(), x, x, x[0, :, None], x[:, :1], x[:, :1]
+        ),
+    ],
+)
+def test_results_stand_beside_their_inputs(operation: Callable[[Tensor], Tensor]) -> None:
+    x = torch.rand(3, 8)
+    known = operation(x)
+    with torch.device("meta"):  # where torch would put what is made from sizes alone
+        result = operation(x)
+    assert torch.equal(result, known)

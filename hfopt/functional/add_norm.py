@@ -90,7 +90,7 @@ def _add_norm(
     weight = None if weight is None else dense("weight", weight, dtype, (size,))
     bias = None if bias is None else dense("bias", bias, dtype, (size,))
     eps, add_back = finite("eps", eps, 0), flag("add_back", add_back)
-    out = torch.empty(x.shape, dtype=dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     others: Tensor | None = None
     total, total_step, other_step, output = out, size, 0, None
     if residual is not None:

@@ -92,7 +92,7 @@ def causal_conv1d(
     if flag("return_final_states", return_final_states) and final_states_out is not None:
         check_output("final_states_out", final_states_out, x.dtype)
         check_shape("final_states_out", final_states_out, states)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     source = x.detach().contiguous()
     if out.numel():
         prepare_threads()
@@ -170,7 +170,7 @@ def causal_conv1d_update(
                 f"cache_seqlens is {starts.tolist()}: {n_rows} numbers of at least 0 are needed"
             )
         starts %= max(size, 1)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel():
         new, weight, *biases = apart(conv_state, new, weight, *([] if bias is None else [bias]))
         prepare_threads()

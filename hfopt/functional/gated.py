@@ -77,7 +77,7 @@ def activated_product(activation: str | None, x: Tensor, y: Tensor, out: Tensor 
     output = None
     size, n = x.shape[-1], x.numel()
     if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         target, target_step = out, size
     else:
         output = Output("out", out, x.shape, x.dtype, x, y)

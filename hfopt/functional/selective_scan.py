@@ -113,7 +113,7 @@ def selective_scan(
     dtype = _common_dtype(u, delta, z)
     source, steps = u.detach().to(dtype).contiguous(), delta.to(dtype).contiguous()
     gate = None if z is None else z.to(dtype).contiguous()
-    out, state = torch.empty(u.shape, dtype=dtype), torch.zeros(n_rows, n_channels, dstate)
+    out, state = torch.empty_like(source), rates.new_zeros(n_rows, n_channels, dstate)
     if out.numel():
         prepare_threads()
         kernels.selective_scan(
@@ -220,7 +220,7 @@ def selective_state_update(
     skip, bias = _optional("D", D, of_heads), _optional("dt_bias", dt_bias, of_heads)
     b, c = _checked_groups(B, C, n_rows, n_heads, dstate)
     dtype = _common_dtype(x, dt, z, b, c)
-    out = torch.empty(of_rows, dtype=dtype)
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out.to(x.dtype)
     one_rate = dstate > 1 and rates.stride(-1) == 0
