@@ -162,6 +162,15 @@ def test_without_a_mask(small: Model, passes: list[int]) -> None:
     assert_program_is_the_modules(small, passes, **given)
 
 
+def test_another_default_device(small: Model, passes: list[int]) -> None:
+    model, given = optimized(small), {"input_ids": prompts(1)["input_ids"], "attention_mask": None}
+    known = generated(model, given, max_new_tokens=12, do_sample=False)
+    with torch.device("meta"):  # where torch would put what is made from sizes alone
+        result = generated(model, given, max_new_tokens=12, do_sample=False)
+    assert_same_bits(result, known)
+    assert passes == []
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16], ids=str)
 def test_types_of_masks(dtype: torch.dtype, small: Model, passes: list[int]) -> None:
     given = prompts()

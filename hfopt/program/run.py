@@ -302,4 +302,4 @@ def prefill(
 
 
 def _empty_logits(run: Run) -> Tensor:
-    return torch.empty((run.n_rows, 1, run.program.n_logits), dtype=run.program.dtype)
+    return torch.empty((run.n_rows, 1, run.program.n_logits), dtype=run.program.dtype, device="cpu")
