@@ -125,10 +125,11 @@ def machine(figures: Figures) -> Iterator[str]:
         f"{run['configuration']['cpu']} ({run['configuration']['cpu path']})" for run in figures["runs"]
     }
     cores = figures["runs"][0]["configuration"]["cores"]
-    days = sorted({run["date"] for run in figures["runs"]})
+    dates = [run["date"] for run in figures["runs"]]
+    days = sorted({min(dates), max(dates)})
     yield (
         f"Random weights on {' and '.join(sorted(machines))}, {cores}; stock and hfopt in turn in one process, "
-        f"{' to '.join(days if len(days) == 1 else (days[0], days[-1]))}."
+        f"{' to '.join(days)}."
     )
 
 
