@@ -413,9 +413,8 @@ def test_nothing_is_written_around_arena_and_logits(
                 run.arena = memory.ctypes.data + first
                 run.scratch = run.arena + arena
                 out = torch.from_numpy(logits)[guard : guard + n_bytes].view(dtype)
-                patch.setattr(
-                    torch, "empty", lambda shape, dtype, out=out: out.view(shape)
-                )  # what `logits` makes
+                # what `logits` makes
+                patch.setattr(torch, "empty", lambda shape, dtype, device, out=out: out.view(shape))
             tokens = np.arange(n_rows)
             positions = np.arange(n_rows, dtype=np.int64)
             results.append(run.logits(tokens, positions, everywhere(appended)).clone())
