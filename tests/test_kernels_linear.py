@@ -70,6 +70,17 @@ def _check(x, weights, biases, **options):
     return ours
 
 
+@pytest.mark.parametrize("features", [33, 123, 1025, 2049, 4100, 8200])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_has_the_same_bits_among_others(dtype, features):
+    x = _random(64, features, dtype=dtype)
+    weights = LinearWeights.of([_random(19, features, dtype=dtype)], [None])
+    alone = torch.cat([linear(row[None], weights) for row in x])
+    for n_rows in (n for n in ROWS if n <= kernels.ROW_LIMIT):
+        assert torch.equal(linear(x[:n_rows], weights), alone[:n_rows])
+
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_rows_and_features(dtype, rows):

@@ -13,7 +13,7 @@ from hfopt.kernels.simd.types import LANES
 
 ROW_LIMIT = 64  # most rows of `linear_rows`; a literal below, in the size of its stack
 _SHORT_ROW = 48  # lines of 64 bytes, 3 KB
-_ROW_STEP = 64  # chunks whose products with 1 or 2 rows are one sum
+_CHAIN_LINES = 64  # lines of a row of w whose products are one chain of additions
 _PARALLEL_SIZE = 1 << 16  # elements to pack, or multiply-adds; below, more threads cost more than they save
 
 
@@ -57,42 +57,46 @@ def _line_chunks(w):
 
 @body
 def _steps(n_rows):
-    """(chunks of all columns of a block that are worked on before the next ones; lines that are asked for in advance).
+    """(chunks of all columns of a block that are worked on before the next ones, a part of a chain or all of it; lines that
+    are asked for in advance).
 
     The part of x in use stays in the L1 cache; the distances were measured.
     """
     if n_rows <= 2:
-        return _ROW_STEP, 64
+        return _CHAIN_LINES, 64
     if n_rows > 32:
         return 8, 32
     return (32, 64) if n_rows == 4 else (16, 32)
 
 
 @body
-def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, near, turn, jump, sums, more):
+def _moved(chain, offset):
+    """A chain of other rows or columns."""
+    sums, links = shifted(chain.sums, offset), shifted(chain.links, offset)
+    return tile.Chain(sums, links, chain.has_sums, chain.goes_on, chain.stays_open)
+
+
+@body
+def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, near, turn, jump, chain):
     """Products of all packed rows of x with eight rows of w for 1 or 2 rows of x, with four for more."""
     x_step = n_rows * LANES
     if n_rows == 1:
-        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, sums, more, 1, 8, 8, 8)
+        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, chain, 1, 8, 8, 8)
     elif n_rows == 2:
-        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, sums, more, 2, 8, 8, 8)
+        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, chain, 2, 8, 8, 8)
     elif n_rows == 4:
-        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, sums, more, 4, 4, 4, 4)
+        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, chain, 4, 4, 4, 4)
     else:
         # the requests are spread over the tiles, since a core can only wait for so many lines at a time
         asked = 0
         for row in range(0, n_rows, 4):
-            x_here, out = shifted(x, row * LANES), shifted(sums, row * LANES * LANES)
+            x_here, out = shifted(x, row * LANES), _moved(chain, row * LANES * LANES)
             there, soon = shifted(ahead, asked % 4 * size), shifted(near, asked % 4 * size)
             if n_rows == 8 or (n_rows == 12 and row == 0):
-                tile.dot_tile(
-                    x_here, x_step, w, size, chunks, tail, there, soon, turn, jump, out, more, 4, 4, 2, 2
-                )
+                tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, soon, turn, jump, out, 4, 4, 2, 2)
                 asked += 2
             else:
-                tile.dot_tile(
-                    x_here, x_step, w, size, chunks, tail, there, soon, turn, jump, out, more, 4, 4, 1, 1
-                )
+                tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, soon, turn, jump, out, 4, 4, 1, 1)
                 asked += 1
 
 
@@ -103,31 +107,23 @@ def _dot_in_order(x, size, w, n_columns, following, sums):
     Measured 6 to 19 % faster for rows of 1.5 KB, as fast for 4 KB, and slower for long ones.
     """
     width = LANES * tile.units_ratio(w)
-    whole, end, distance = size // width, n_columns * size, 16 * width * _line_chunks(w)
+    chunks = size // width
+    end, distance, tail = n_columns * size, 16 * width * _line_chunks(w), size - chunks * width
     for column in range(n_columns):
-        out = shifted(sums, column * LANES)
-        first = 0
-        while True:
-            last = min(first + _ROW_STEP, whole)
-            tail = size - whole * width if last == whole else 0
-            place, chunks, more = column * size + first * width, last - first, first > 0
-            x_here, w_here = shifted(x, first * LANES), shifted(w, place)
-            behind = place + distance - end
-            ahead = shifted(following, behind) if behind >= 0 else shifted(w_here, distance)
-            tile.dot_tile(
-                x_here, LANES, w_here, size, chunks, tail, ahead, ahead, chunks, 0, out, more, 1, 1, 1, 0
-            )
-            first = last
-            if first == whole:
-                break
+        place, out = column * size, shifted(sums, column * LANES)
+        w_here, behind = shifted(w, place), place + distance - end
+        ahead = shifted(following, behind) if behind >= 0 else shifted(w_here, distance)
+        chain = tile.Chain(out, out, False, False, False)
+        tile.dot_tile(x, LANES, w_here, size, chunks, tail, ahead, ahead, chunks, 0, chain, 1, 1, 1, 0)
 
 
 @body
-def _dot_block(x, n_rows, size, w, n_columns, following, sums):
+def _dot_block(x, n_rows, size, w, n_columns, following, sums, links):
     """sums[i, j, :] = partial sums of x[i] . w[j] for all packed rows and up to 16 columns.
 
     Several rows of w pass at a time, and what comes later is asked for early, into the L2 cache: the same columns further
     on in these rows, and in the end the first ones of the block at `following`. What comes next is asked for once more.
+    links: room like that of sums, for chains that are not complete.
     """
     width = LANES * tile.units_ratio(w)
     whole = size // width
@@ -136,8 +132,9 @@ def _dot_block(x, n_rows, size, w, n_columns, following, sums):
         return
     step, distance = _steps(n_rows)
     distance *= _line_chunks(w)
+    whole_chain = _CHAIN_LINES * _line_chunks(w)
     if n_rows <= 2:
-        step *= _line_chunks(w)
+        step = whole_chain
     together = 8 if n_rows <= 2 else 4
     distance = min(distance, whole)
     jump = (address_of(following) - address_of(w)) // item_bytes(w) - whole * width
@@ -145,12 +142,15 @@ def _dot_block(x, n_rows, size, w, n_columns, following, sums):
     while True:
         last = min(first + step, whole)
         tail = size - whole * width if last == whole else 0
-        chunks, more = last - first, first > 0
+        chunks, goes_on = last - first, first % whole_chain != 0
+        stays_open = last % whole_chain != 0 and last < whole
+        has_sums = first >= whole_chain and not stays_open
+        chain = tile.Chain(sums, links, has_sums, goes_on, stays_open)
         x_here = shifted(x, first * n_rows * LANES)
         turn = whole - first - distance
         column = 0
         while column < n_columns:
-            w_here, out = shifted(w, column * size + first * width), shifted(sums, column * LANES)
+            w_here, out = shifted(w, column * size + first * width), _moved(chain, column * LANES)
             if column + together <= n_columns:
                 ahead = shifted(w_here, distance * width)
                 if column + together < n_columns:
@@ -159,13 +159,13 @@ def _dot_block(x, n_rows, size, w, n_columns, following, sums):
                     near = shifted(w, last * width)
                 else:
                     near = following
-                _dot_columns(x_here, n_rows, w_here, size, chunks, tail, ahead, near, turn, jump, out, more)
+                _dot_columns(x_here, n_rows, w_here, size, chunks, tail, ahead, near, turn, jump, out)
                 column += together
             else:
                 for row in range(n_rows):
-                    x_row, to = shifted(x_here, row * LANES), shifted(out, row * LANES * LANES)
+                    x_row, to = shifted(x_here, row * LANES), _moved(out, row * LANES * LANES)
                     x_step = n_rows * LANES
-                    tile.dot_tile(x_row, x_step, w_here, size, chunks, tail, w, w, 0, 0, to, more, 1, 1, 0, 0)
+                    tile.dot_tile(x_row, x_step, w_here, size, chunks, tail, w, w, 0, 0, to, 1, 1, 0, 0)
                 column += 1
         first = last
         if first == whole:
@@ -177,16 +177,17 @@ def _rows_block(index, rows, layer):
     """One block of up to 64 rows, straight from the row-major weights."""
     sums = tile.stack_floats(64 * 16 * 16)
     gate = tile.stack_floats(64 * 16 * 16)
+    links = tile.stack_floats(64 * 16 * 16)
     x, n_packed, size = rows.packed, rows.n_packed, layer.size
     matrix, first = find_block(layer, index)
     columns = columns_of(layer, matrix, first)
     w = weight_rows(layer, matrix, first)
     if layer.gated:
-        _dot_block(x, n_packed, size, weight_rows(layer, 0, first), columns.count, w, gate)
+        _dot_block(x, n_packed, size, weight_rows(layer, 0, first), columns.count, w, gate, links)
         following = weight_rows(layer, 0, first + LANES)
     else:
         following = weight_rows(layer, matrix, first + LANES)
-    _dot_block(x, n_packed, size, w, columns.count, following, sums)
+    _dot_block(x, n_packed, size, w, columns.count, following, sums, links)
     for row in range(rows.n_rows):
         value = tile.sum_rows(shifted(sums, row * LANES * LANES))
         other = tile.sum_rows(shifted(gate, row * LANES * LANES)) if layer.gated else value

@@ -1,5 +1,7 @@
 """Register tiles of matrix products, each unrolled by one intrinsic."""
 
+from typing import Any, NamedTuple
+
 import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
@@ -24,31 +26,63 @@ from hfopt.kernels.simd.types import F32, F32X, I16, I16X, I32, I32X, INTP, LANE
 _SUM_DEPTH = 128
 
 
+class Chain(NamedTuple):
+    """Additions one after the other, over as many chunks whatever the number of rows: so sums have the same bits for all.
+
+    A call makes some of them. sums: of the chains that are complete; links: where the next call finds the sum of one that
+    stays open, and may be anything where calls make whole chains.
+    """
+
+    sums: Any
+    links: Any
+    has_sums: Any  # whether this call ends a chain behind another one
+    goes_on: Any  # whether it begins with links
+    stays_open: Any  # whether it ends there
+
+
 @intrinsic(prefer_literal=True)
 def dot_tile(
-    typingctx, x, x_step, w, w_stride, chunks, tail, ahead, near, turn, jump, sums, accumulate, n_x, n_w, n_ahead, n_near
+    typingctx, x, x_step, w, w_stride, chunks, tail, ahead, near, turn, jump, chain, n_x, n_w, n_ahead, n_near
 ):  # fmt: skip
-    """sums[i, j] (+)= products of x row i and w row j, kept as 16 partial sums a pair, for literal n_x and n_w.
+    """Products of x row i and w row j, added to chain[i, j] as 16 partial sums a pair, for literal n_x and n_w.
 
     A chunk is 16 units (16 float32 or float16, or 32 bfloat16). x is packed: chunk c of row i at x + c * x_step + 16 i
-    units, padded with zeros. w is row-major, w_stride elements a row; of the chunk after the last whole one `tail` elements
-    are read. sums is float32 [n_x, 16, 16]. Beside each chunk, that of n_ahead rows (literal) from `ahead` on is asked for,
-    and of n_near from `near` on: a core drops requests when it waits for many lines, so what comes soon is asked for again.
-    From chunk `turn` on, those ahead are `jump` elements further on: the rows end there.
+    units, padded with zeros. w is row-major, w_stride elements a row; of the chunk after the last whole one `tail`
+    elements are read. The arrays of the `Chain` are float32 [n_x, 16, 16]. Beside each chunk, that of n_ahead rows
+    (literal) from `ahead` on is asked for, and of n_near from `near` on: a core drops requests when it waits for many
+    lines, so what comes soon is asked for again. From chunk `turn` on, those ahead are `jump` elements further on: the
+    rows end there.
     """
     rows, columns, n_far, n_soon = literal_ints(n_x, n_w, n_ahead, n_near)
     index, literals = types.intp, (n_x, n_w, n_ahead, n_near)
-    signature = types.void(
-        x, index, w, index, index, index, w, w, index, index, sums, types.boolean, *literals
-    )
+    signature = types.void(x, index, w, index, index, index, w, w, index, index, chain, *literals)
     pairs, halves = is_pairs(w), is_halves(w)
     width = 2 * LANES if pairs else LANES
 
     def emit(builder, args):
-        x, x_step, w, w_stride, chunks, tail, ahead, near, turn, jump, sums, accumulate = args
+        (
+            x,
+            x_step,
+            w,
+            w_stride,
+            chunks,
+            tail,
+            ahead,
+            near,
+            turn,
+            jump,
+            sums,
+            links,
+            has_sums,
+            goes_on,
+            stays_open,
+        ) = args
         vector = I32X if pairs else F32X
         slots = accumulators(builder, rows * columns)
         places = [intp((i * LANES + j) * LANES) for i in range(rows) for j in range(columns)]
+        with builder.if_then(goes_on):
+            for slot, place in zip(slots, places, strict=True):
+                builder.store(simd.emit_load(builder, links, place, F32X, 4), slot)
         strides = [builder.mul(w_stride, intp(j)) for j in range(max(columns, n_far, n_soon))]
         w_rows = [builder.gep(w, [stride]) for stride in strides[:columns]]
         far_rows = [builder.gep(ahead, [stride]) for stride in strides[:n_far]]
@@ -99,17 +133,19 @@ def dot_tile(
         with builder.if_then(builder.icmp_signed(">", tail, intp(0)), likely=False):
             add_chunk(chunks, part)
         # what is there is added last: short chains of additions round less
-        with builder.if_then(accumulate):
+        with builder.if_then(has_sums):
             for slot, place in zip(slots, places, strict=True):
                 before = simd.emit_load(builder, sums, place, F32X, 4)
                 builder.store(builder.fadd(before, builder.load(slot)), slot)
+        results = builder.select(stays_open, links, sums)
         for slot, place in zip(slots, places, strict=True):
-            target = builder.bitcast(builder.gep(sums, [place]), F32X.as_pointer())
+            target = builder.bitcast(builder.gep(results, [place]), F32X.as_pointer())
             builder.store(builder.load(slot), target, align=4)
 
     def codegen(context, builder, sig, args):
         name = f"hfopt.dot_tile.{rows}.{columns}.{n_far}.{n_soon}.{w.dtype}"
-        outlined(builder, name, args[:12], emit)
+        fields = [builder.extract_value(args[10], place) for place in range(len(Chain._fields))]
+        outlined(builder, name, [*args[:10], *fields], emit)
         return context.get_dummy_value()
 
     return signature, codegen
