@@ -38,7 +38,7 @@ def run(
     empty, none = np.empty((0, 0), np.uint8), np.empty((0, N_ROWS), np.int64)
     prepare_threads()
     outcome = kernels.run_step(
-        *(like(dtype), like(dtype), code, None, np.array([scalar]), N_ROWS, N_NEW),
+        *(like(dtype), like(dtype), code, None, np.array([scalar]), N_ROWS, N_NEW, 1),
         *(arena.array.ctypes.data, 0, 1, np.zeros((0, 2), np.int64), np.zeros((2, n_tokens), np.int64)),
         *(np.zeros((0, 10), np.int64), N_NEW, 0, False, np.zeros(N_ROWS, np.int32)),
         *(np.zeros((N_ROWS, 0), np.int32), 0, empty),

@@ -18,10 +18,11 @@ if TYPE_CHECKING:  # `import hfopt` must not load Numba
 
 
 class StepRun(Protocol):
-    """A program in one request: its decode steps, and the memory that it keeps between them.
+    """A program in one request: its decode steps, or checks of several tokens, and the memory that it keeps between them.
 
-    tokens, positions: int64 [n_rows]; appended: all layers of the cache after they made room for the new tokens; mask: uint8
-    [n_rows, keys], 0 for what is hidden. Raises InvalidInput, before anything is written, for what does not fit.
+    tokens, positions: int64 [n_rows], tokens [n_rows, n_new] to check; appended: all layers of the cache after they made
+    room for the new tokens; mask: uint8 [n_rows, keys], 0 for what is hidden. Raises InvalidInput, before anything is
+    written, for what does not fit.
     """
 
     @property
@@ -35,7 +36,7 @@ class StepRun(Protocol):
         appended: AppendedEverywhere,
         mask: np.ndarray | None,
     ) -> Tensor:
-        """Logits [n_rows, 1, n_logits] of one more token a row."""
+        """Logits [n_rows, n_new, n_logits] of one more token a row, or of several, each with the bits of a step."""
 
     def choose(
         self,
@@ -66,6 +67,9 @@ class StepProgram(Protocol):
         is seen, or under masks that are no flags (of integers) but numbers that may be rounded.
         """
 
+    def most_checked(self, n_rows: int, position: int) -> int:
+        """How many tokens a row one call can check, the first of them at this position."""
+
     def work(self, n_rows: int, n_new: int, n_keys: int) -> int:
         """Multiply-adds of a call for n_new tokens in each of n_rows rows, the last of which sees n_keys keys."""
 
@@ -79,6 +83,9 @@ class StepProgram(Protocol):
 
     def steps(self, n_rows: int) -> StepRun:
         """Begin the decode steps of a request."""
+
+    def checks(self, n_rows: int, n_new: int) -> StepRun:
+        """Begin checks of so many tokens of each row."""
 
 
 class StepPrograms(Protocol):

@@ -1,8 +1,9 @@
 """Instructions of a program, as records beside their kernels.
 
 A program is a table of int64 with a row for each instruction, and a float64 for each. A row has the common columns, then
-those of its own that the record of the instruction names. IN and OUT are slots: places in the arena, in bytes a token, of
-arrays [n_rows n_new, ...], or [n_rows, ...] where PER_ROW is 1. `kernels.step` numbers the records and walks the rows.
+those of its own that the record of the instruction names. IN and OUT are slots: places in the arena, in bytes a token,
+of arrays [n_rows n_new, ...], or [n_rows n_last, ...] where PER_ROW is 1. `kernels.step` numbers the records and walks
+the rows.
 """
 
 from collections.abc import Callable
@@ -64,7 +65,7 @@ class Operands(NamedTuple):
 
     x: Any  # addresses
     out: Any
-    n: Any  # tokens, or rows where PER_ROW is 1
+    n: Any  # tokens, or the last ones of each row where PER_ROW is 1
     size: Any
     scalar: Any  # float64
     own: Any  # pointer to its own columns
@@ -89,6 +90,7 @@ class Step(NamedTuple):
 
     n_rows: Any
     n_new: Any  # tokens of a row
+    n_last: Any  # of them whose logits are wanted: the last one, or all of tokens that are checked
     n_tokens: Any  # of all rows
     arena: Any  # address
     tables: Any  # pointer to int64 [n, 2], see TABLE_ADDRESS
@@ -105,10 +107,11 @@ class Step(NamedTuple):
 class Sizes(NamedTuple):
     """What scratch depends on, besides the columns of an instruction."""
 
-    n: Any  # tokens, or rows where PER_ROW is 1
+    n: Any  # tokens, or the last ones of each row where PER_ROW is 1
     size: Any
     n_rows: Any
     n_new: Any
+    n_last: Any
     threads: Any
 
 

@@ -23,13 +23,14 @@ def copy_bytes(source, n_bytes, target):
 @body
 def _take_last(like, held, operands, step):
     size, n_new = operands.size, step.n_new
-    if n_new > 1:
+    if n_new > step.n_last:
         for row in range(step.n_rows):
             last = operands.x + (row * n_new + n_new - 1) * size
             copy_bytes(last, size, operands.x + row * size)
 
 
-# Puts the last token of each row, SIZE bytes, where the first ones are; instructions behind it are PER_ROW.
+# Puts the last token of each row, SIZE bytes, where the first ones are, unless all are wanted; instructions behind it are
+# PER_ROW.
 TAKE_LAST = Instruction("take last", (), _take_last)
 
 

@@ -84,7 +84,7 @@ _argmax = body(argmax.__wrapped__)
 
 
 @launch
-def scratch_bytes(like, code, formats, n_rows, n_new, threads):
+def scratch_bytes(like, code, formats, n_rows, n_new, n_last, threads):
     """Bytes of scratch of the instruction of a program that needs most on so many threads, whatever the context.
 
     Arguments as in `run_step`.
@@ -92,8 +92,8 @@ def scratch_bytes(like, code, formats, n_rows, n_new, threads):
     most = 0
     for i in range(code.shape[0]):
         row = shifted(pointer(code), i * COLUMNS)
-        n = n_rows if row[PER_ROW] != 0 else n_rows * n_new
-        sizes = Sizes(n, row[SIZE], n_rows, n_new, threads)
+        n = n_rows * (n_last if row[PER_ROW] != 0 else n_new)
+        sizes = Sizes(n, row[SIZE], n_rows, n_new, n_last, threads)
         arguments = pointer(like), shifted(row, OWN), format_at(formats, i), sizes
         most = max(most, _scratch(row[OP], formats, arguments))
     return most
@@ -119,7 +119,7 @@ def _run_all(like, held, code, formats, scalars, step, logits):
         row = shifted(pointer(code), i * COLUMNS)
         x = logits if row[IN] == LOGITS else step.arena + row[IN] * step.n_tokens
         out = logits if row[OUT] == LOGITS else step.arena + row[OUT] * step.n_tokens
-        n = step.n_rows if row[PER_ROW] != 0 else step.n_tokens
+        n = step.n_rows * step.n_last if row[PER_ROW] != 0 else step.n_tokens
         operands = Operands(x, out, n, row[SIZE], scalars[i], shifted(row, OWN), format_at(formats, i))
         _run(row[OP], formats, (like, held, operands, step))
 
@@ -149,6 +149,7 @@ def run_step(
     scalars,
     n_rows,
     n_new,
+    n_last,
     arena,
     scratch,
     threads,
@@ -171,25 +172,27 @@ def run_step(
     deltas,
 ):
     """Runs a program for n_new tokens in each of n_rows rows; or for one, and again for the tokens that it chooses itself.
+    n_last is 1, or n_new for tokens that are checked: each is computed as in a step of its own, with the same bits.
 
     Returns how many times, or -UNKNOWN_INDEX, -UNKNOWN_ROW or -(UNKNOWN_OPERATION + number of the row of code) if the first
     found that, nothing written.
 
-    Like an array of the element type, held one of that of the cache, the same, or int8 for codes,
-    for which code is compiled of its own; code int64 [n, COLUMNS], scalars float64 [n]; formats int64 [n, FORMAT_COLUMNS],
-    or None without instructions that need them, which are only compiled for programs that have some; address of the arena
-    and of `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]: address, rows; ids int64 [2,
-    n_rows n_new]: tokens, positions; records int64 [layers, `cache_record`]; lengths the first time, in_suffix, prefix_row
-    and table as in `cache.Appended`; kind as in `attention_prefill`, of mask, uint8 [n_rows, n_new keys]: empty if order
-    alone hides keys; of one new token with the keys of the last time, or more; address of logits [n_rows, n_logits], of the
-    element type, those of the last tokens. chosen int64 [n_steps, n_rows]: their `sampling.argmax` each time, or no rows if
-    the logits are wanted; behind it `pad` in rows that are finished, bool [n_rows]. The last time is one that chooses any of
-    `ends`, int64 [n], for another row. deltas int64 [4]: `deltas.Deltas`, all 0 if no row has an adapter.
+    Like an array of the element type, held one of that of the cache, the same, or int8 for codes, for which code is
+    compiled of its own; code int64 [n, COLUMNS], scalars float64 [n]; formats int64 [n, FORMAT_COLUMNS], or None without
+    instructions that need them, which are only compiled for programs that have some; address of the arena and of
+    `scratch_bytes` for so many threads, on 64-byte boundaries; tables int64 [n, 2]: address, rows; ids int64 [2, n_rows
+    n_new]: tokens, positions; records int64 [layers, `cache_record`]; lengths the first time, in_suffix, prefix_row and
+    table as in `cache.Appended`; kind as in `attention_prefill`, of mask, uint8 [n_rows, n_new keys]: empty if order
+    alone hides keys; of one new token, or of some that are checked, [n_rows, keys of the last one, or more]; address of
+    logits [n_rows n_last, n_logits], of the element type. chosen int64 [n_steps, n_rows]: their `sampling.argmax` each
+    time, or no rows if the logits are wanted; behind it `pad` in rows that are finished, bool [n_rows]. The last time is
+    one that chooses any of `ends`, int64 [n], for another row. deltas int64 [4]: `deltas.Deltas`, all 0 if no row has an
+    adapter.
     """
     elements, cached = pointer(like), pointer(held)
     rows = pointer(prefix_row), pointer(table), table.shape[1]
     masked = kind, address_of(pointer(mask)) if mask.size > 0 else 0, mask.shape[1]
-    sizes = n_rows, n_new, n_rows * n_new
+    sizes = n_rows, n_new, n_last, n_rows * n_new
     n_steps = max(chosen.shape[0], 1)
     for k in range(n_steps):
         in_prefix = 0 if in_suffix else k

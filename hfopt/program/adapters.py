@@ -93,6 +93,10 @@ class AdaptedProgram:
         """See `Program.most_keys`."""
         return self.program.most_keys(**given)
 
+    def most_checked(self, n_rows: int, position: int) -> int:
+        """See `Program.most_checked`."""
+        return self.program.most_checked(n_rows, position)
+
     def work(self, n_rows: int, n_new: int, n_keys: int) -> int:
         """See `Program.work`."""
         return self.program.work(n_rows, n_new, n_keys)
@@ -106,3 +110,7 @@ class AdaptedProgram:
     def steps(self, n_rows: int) -> Run:
         """Begin the decode steps of a request of n_rows rows."""
         return Run(self.program, n_rows, deltas=self.choice.tables(n_rows))
+
+    def checks(self, n_rows: int, n_new: int) -> Run:
+        """See `Program.checks`."""
+        return Run(self.program, n_rows, n_new, self.choice.tables(n_rows), checks=True)

@@ -20,6 +20,7 @@ from hfopt.functional.checks import check_contiguous, check_floats
 from hfopt.functional.linear import Weights
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import Instruction
+from hfopt.kernels.linear.rows import ROW_LIMIT
 from hfopt.patches.angles import AngleTables
 from hfopt.program.listing import Listing
 from hfopt.program.run import Run, prefill
@@ -171,6 +172,10 @@ class Program(NamedTuple):
             return 0
         return self.max_keys
 
+    def most_checked(self, n_rows: int, position: int) -> int:
+        """Tokens a row that one call can check, the first of them at this position: as many as have the bits of steps."""
+        return max(1, min(ROW_LIMIT // n_rows, self.breaks.n_alike(position)))
+
     def work(self, n_rows: int, n_new: int, n_keys: int) -> int:
         """Multiply-adds of a call for n_new tokens in each of n_rows rows, the last of which sees n_keys keys."""
         cached_bytes = sum(each.cached_bytes(n_keys) for each in self.listing.instructions)
@@ -185,3 +190,7 @@ class Program(NamedTuple):
     def steps(self, n_rows: int) -> Run:
         """Begin the decode steps of a request of n_rows rows."""
         return Run(self, n_rows)
+
+    def checks(self, n_rows: int, n_new: int) -> Run:
+        """Begin checks of so many tokens of each row."""
+        return Run(self, n_rows, n_new, checks=True)

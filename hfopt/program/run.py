@@ -35,23 +35,30 @@ class Run:
     """A program and what it needs for the rows of one request: the arena, scratch of the kernels, and what they are told of
     tables and cache. It makes one step after the other.
 
-    n_new: tokens of a row in each call. deltas: what adapters add in each place that the program has for them, or None.
+    n_new: tokens of a row in each call; checks: whether it gives logits of all of them. deltas: what adapters add in
+    each place that the program has for them, or None.
 
     The memory that the program reads stays alive with it, even if a thread gives a parameter other memory in the meantime.
     """
 
     def __init__(
-        self, program: Program, n_rows: int, n_new: int = 1, deltas: DeltaTables | None = None
+        self,
+        program: Program,
+        n_rows: int,
+        n_new: int = 1,
+        deltas: DeltaTables | None = None,
+        *,
+        checks: bool = False,
     ) -> None:
         """Raises `InvalidInput` if there are no rows or no tokens."""
         if n_rows < 1 or n_new < 1:
             raise InvalidInput(f"n_rows is {n_rows} and n_new {n_new}: at least 1 is needed")
         self.program = program
-        self.n_rows, self.n_new = n_rows, n_new
+        self.n_rows, self.n_new, self.n_last = n_rows, n_new, n_new if checks else 1
         self.ids = np.zeros((2, n_rows * n_new), np.int64)
         self.none_finished = np.zeros(n_rows, np.bool_)
         self.threads = torch.get_num_threads()
-        sizes = n_rows, n_new, self.threads
+        sizes = n_rows, n_new, self.n_last, self.threads
         self.scratch_bytes: int = kernels.scratch_bytes(
             ELEMENTS[program.dtype], program.code, program.formats if program.is_quantized else None, *sizes
         )
@@ -80,7 +87,7 @@ class Run:
 
     @functools.cached_property
     def _scratch_logits(self) -> Tensor:
-        """Logits that nobody keeps, [n_rows, 1, n_logits]."""
+        """Logits that nobody keeps, [n_rows, n_last, n_logits]."""
         return _empty_logits(self)
 
     def reach(self, n_positions: int) -> None:
@@ -134,15 +141,22 @@ class Run:
         appended: AppendedEverywhere,
         mask: np.ndarray | None = None,
     ) -> Tensor:
-        """Logits [n_rows, 1, n_logits] of one new token a row, whose keys and values are written to the cache.
+        """Logits [n_rows, n_new, n_logits] of the new tokens of each row, whose keys and values are written to the cache.
 
-        tokens: int64 [n_rows]; positions: int64 [n_rows]; appended: all layers after they made room for the token; mask:
-        uint8 [n_rows, keys], 0 for what is hidden. Raises `InvalidInput`.
+        Those of several tokens that are checked have the bits of as many steps. tokens: int64 [n_rows, n_new], or
+        [n_rows] of one; positions: of the first ones, int64 [n_rows], no more tokens than `Program.most_checked` behind
+        the largest; appended: all layers after they made room for the tokens; mask: uint8 [n_rows, keys], 0 for what is
+        hidden. Raises `InvalidInput`.
         """
-        if appended.first.n_new != 1:
-            raise InvalidInput(f"appended has {appended.first.n_new} tokens: one is needed")
+        if appended.first.n_new != self.n_new:
+            raise InvalidInput(f"appended has {appended.first.n_new} tokens: {self.n_new} are needed")
         logits, chosen = _empty_logits(self), np.empty((0, self.n_rows), np.int64)
+        tokens = tokens.reshape(-1) if tokens.shape == (self.n_rows, self.n_new) else tokens
         hidden = self._checked(tokens, positions, appended, mask)
+        if self.n_new > 1:
+            if self.n_new > self.program.breaks.n_alike(int(positions.max())):
+                raise InvalidInput(f"positions are {positions}: tables are others within {self.n_new} tokens")
+            positions = positions[:, None] + np.arange(self.n_new)
         self.call(tokens, positions, appended, 0, BYTES, hidden, logits, chosen)
         return logits
 
@@ -163,6 +177,8 @@ class Run:
         that have ended and go on with `pad`, None where no row has. Others as in `logits`, the mask for the keys of the
         last step. Raises `InvalidInput`.
         """
+        if self.n_new != 1:
+            raise InvalidInput(f"scratch is for {self.n_new} tokens of a row: one is needed")
         hidden = self._checked(tokens, positions, appended, mask)
         n_columns = appended.first.n_new
         chosen = np.empty(
@@ -187,11 +203,13 @@ class Run:
     ) -> np.ndarray:
         """The mask of decode steps as the kernel reads it."""
         n_rows, first = self.n_rows, appended.first
-        if self.n_new != 1:
-            raise InvalidInput(f"scratch is for {self.n_new} tokens of a row: one is needed")
-        for name, given in (("tokens", tokens), ("positions", positions)):
-            if given.dtype != np.int64 or given.shape != (n_rows,):
-                raise InvalidInput(f"{name} is {given.dtype} {given.shape}: int64 {(n_rows,)} is needed")
+        if self.n_new != self.n_last:
+            raise InvalidInput(
+                f"scratch is for {self.n_new} tokens of a prompt: one is needed, or some to check"
+            )
+        for name, given, size in (("tokens", tokens, n_rows * self.n_new), ("positions", positions, n_rows)):
+            if given.dtype != np.int64 or given.shape != (size,):
+                raise InvalidInput(f"{name} is {given.dtype} {given.shape}: int64 {(size,)} is needed")
         self.read(appended)
         if mask is None:
             return _NO_MASK
@@ -233,6 +251,7 @@ class Run:
             program.scalars,
             n_rows,
             self.n_new,
+            self.n_last,
             self.arena,
             self.scratch,
             self.threads,
@@ -302,4 +321,4 @@ def prefill(
 
 
 def _empty_logits(run: Run) -> Tensor:
-    return torch.empty((run.n_rows, 1, run.program.n_logits), dtype=run.program.dtype, device="cpu")
+    return torch.empty((run.n_rows, run.n_last, run.program.n_logits), dtype=run.program.dtype, device="cpu")

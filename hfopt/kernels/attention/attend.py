@@ -34,10 +34,11 @@ _SOFTCAP = _Attend._fields.index("softcap")
 
 
 @body
-def _open(cache, layer, held, skipped):
-    """A layer of the cache; held: a pointer like those to its elements."""
+def _open(cache, layer, held, skipped, n_later):
+    """A layer of the cache without the last n_later tokens; held: a pointer like those to its elements."""
     record = shifted(cache.records, layer * LENGTH)
-    lengths = cache.prefix_len, cache.suffix_len
+    in_prefix = n_later if cache.part == PREFIX else 0
+    lengths = cache.prefix_len - in_prefix, cache.suffix_len - (n_later - in_prefix)
     return open_cache(held, record, *lengths, cache.prefix_row, cache.table, cache.table_row, skipped)
 
 
@@ -55,7 +56,7 @@ def _check(held, own, step):
         if other[PREFIX + ROWS] <= record[PREFIX + ROWS] and other[SUFFIX + ROWS] <= record[SUFFIX + ROWS]:
             return 0
     # all of them: a layer behind this one may see more
-    return 0 if valid_rows(_open(cache, own.layer, held, 0), step.n_rows) else UNKNOWN_ROW
+    return 0 if valid_rows(_open(cache, own.layer, held, 0, 0), step.n_rows) else UNKNOWN_ROW
 
 
 @body
@@ -63,17 +64,26 @@ def _run(like, held, operands, step):
     own, cache, n_rows = read_fields(operands.own, _Attend), step.cache, step.n_rows
     n_new = operands.n // n_rows  # one where only the last tokens go on
     n_keys, n_heads = cache.prefix_len + cache.suffix_len, own.n_heads
-    skipped = skipped_keys(own.window, n_keys, n_new)
-    opened = _open(cache, own.layer, held, skipped)
     softcap = load_scalar(floats_at(address_of(shifted(operands.own, _SOFTCAP))), 0)
     scoring = Scoring(np.float32(operands.scalar), softcap, own.slopes, own.sinks, own.window, own.ranked)
     q, out = address_as(operands.x, like), address_as(operands.out, like)
-    q_row, before = operands.size, (step.n_new - n_new) * n_keys
-    mask = step.mask + before + skipped if step.mask != 0 else 0
-    if n_new == 1:
-        seen, scratch = (mask, step.mask_row), (step.scratch, step.threads)
-        attend_rows(opened, q, q_row, n_rows, n_heads, *seen, scoring, *scratch, out)
+    q_row, out_row = operands.size, n_heads * own.head_dim
+    before = 0 if step.n_last > 1 else (step.n_new - n_new) * n_keys
+    if n_new == 1 or step.n_last > 1:
+        for token in range(n_new):  # one after the other, each in the bits of a step
+            n_later = n_new - 1 - token
+            skipped = skipped_keys(own.window, n_keys - n_later, 1)
+            opened = _open(cache, own.layer, held, skipped, n_later)
+            mask = step.mask + before + skipped if step.mask != 0 else 0
+            seen, scratch = (mask, step.mask_row), (step.scratch, step.threads)
+            rows = shifted(q, token * q_row), n_new * q_row, n_rows, n_heads
+            attend_rows(
+                opened, *rows, *seen, scoring, *scratch, shifted(out, token * out_row), n_new * out_row
+            )
     else:
+        skipped = skipped_keys(own.window, n_keys, n_new)
+        opened = _open(cache, own.layer, held, skipped, 0)
+        mask = step.mask + before + skipped if step.mask != 0 else 0
         shown = Seen(step.kind, bytes_at(mask), n_keys, n_new, n_keys - skipped, own.window, 0)
         plan = plan_tokens(q, opened, n_rows, n_new, n_heads, step.threads)
         attend_tokens(plan, opened, q, q_row, n_rows, n_heads, shown, scoring, step.scratch, out)
@@ -84,7 +94,7 @@ def _scratch_bytes(like, own, format, sizes):
     own = read_fields(own, _Attend)
     heads = own.n_heads, own.n_kv_heads, own.head_dim
     n_new = sizes.n // sizes.n_rows
-    if n_new == 1:
+    if n_new == 1 or sizes.n_last > 1:
         return layout_of(sizes.n_rows, *heads, 4 // units_ratio(like), sizes.threads).n_bytes
     return most_scratch(like, sizes.n_rows, n_new, *heads, sizes.threads)
 

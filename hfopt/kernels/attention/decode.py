@@ -116,7 +116,7 @@ def attend_item(problem, item, next_key, room):
 
 
 @inlined
-def _join(index, problem, out):
+def _join(index, problem, out, out_row):
     cache, plan = problem.cache, problem.plan
     n_queries = problem.n_rows * problem.group
     n_slots = plan.prefix.n_spans + plan.suffix.n_spans
@@ -125,13 +125,13 @@ def _join(index, problem, out):
     here = shifted(problem.partials, index * n_slots * partial_size)
     head = kv_head * problem.group + query % problem.group
     row = problem.order[query // problem.group]
-    target = shifted(out, (row * cache.n_kv_heads * problem.group + head) * cache.size)
+    target = shifted(out, row * out_row + head * cache.size)
     sink = sink_of(problem.scoring, head, problem.q)
     join_partials(here, n_slots, partial_size, cache.size, problem.padded, sink, as_units(out, out), target)
 
 
 @body
-def _attend_task(worker, problem, counters, rooms, room_size, out):
+def _attend_task(worker, problem, counters, rooms, room_size, out, out_row):
     """Takes items while there are any, and joins partials when all items are done.
 
     A second launch would wait for all threads. Here one that has no item left waits for a while only; the last one sees
@@ -159,18 +159,18 @@ def _attend_task(worker, problem, counters, rooms, room_size, out):
         first, end = next_share(joined, n_queries, problem.plan.threads)
         while first < end:
             for query in range(first, end):
-                _join(query, problem, out)
+                _join(query, problem, out, out_row)
             first, end = next_share(joined, n_queries, problem.plan.threads)
 
 
 @body
-def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scratch, threads, out):
+def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scratch, threads, out, out_row):
     """out[r, head] = softmax(scores of q[r, head] and the keys of row r) values of row r, scores as a `Scoring` says;
     0 for a row without visible keys.
 
-    The cache must name valid rows, and begin with the window. Pointers to q, rows `q_row` elements apart, and to out
-    [n_rows, n_heads size]; addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes` for so many
-    threads, on a 64-byte boundary.
+    The cache must name valid rows, and begin with the window. Pointers to q, rows `q_row` elements apart, and to out,
+    n_heads size in rows `out_row` apart; addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes`
+    for so many threads, on a 64-byte boundary.
     """
     item_size = 4 // units_ratio(q)
     places = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads)
@@ -197,7 +197,7 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scrat
         starts,
         floats_at(scratch + places.partials),
     )
-    shared = problem, counters, scratch + places.rooms, places.room, out
+    shared = problem, counters, scratch + places.rooms, places.room, out, out_row
     parallel_for(_attend_task, plan.threads, plan.threads, shared)
 
 
@@ -244,6 +244,6 @@ def attend_decode(
     scratch = (address_of(pointer(room)) + 63) // 64 * 64
     seen = address_of(pointer(mask)) + before if mask.size > 0 else 0, mask.shape[2]
     scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window, ranked)
-    attend_rows(cache, q, q_row, n_rows, n_heads, *seen, scoring, scratch, threads, out)
+    attend_rows(cache, q, q_row, n_rows, n_heads, *seen, scoring, scratch, threads, out, n_heads * cache.size)
     room[0] = 0  # the last use of the scratch: it must live until here
     return 0
