@@ -18,6 +18,8 @@ from ._types import Model
 from .prompt import share_prompts, unshare_prompts
 from .proof import refusals
 from .protocols import StepProgram, StepPrograms, StepRun
+from .selection import argmax
+from .speculation import Speculation
 from .state import Verdict, installed
 
 _OWN_HOOKS = (share_prompts, unshare_prompts)
@@ -84,6 +86,13 @@ class Greedy(NamedTuple):
     pad: int
 
 
+class _Checked(NamedTuple):
+    """Logits [n_rows, 1, n_logits] behind a token of each row, int64 [n_rows], that was guessed."""
+
+    tokens: np.ndarray
+    logits: Tensor
+
+
 _Room = tuple[StepRun, np.ndarray, AppendedEverywhere, np.ndarray | None]
 
 
@@ -92,7 +101,8 @@ class Decoding:
 
     positions: int64 [1 or n_rows], of the next token, or None for a model that is given none; mask: uint8 [n_rows, keys], 0
     for what is hidden, or None; are_flags: see `has_flags`. is_alone: no code of the user runs between the steps, in this
-    thread.
+    thread. speculation: what of the next tokens is guessed, or None; the cache has columns of guessed tokens until the loop
+    has chosen others, or `drop_ahead` is called.
     """
 
     def __init__(
@@ -104,6 +114,7 @@ class Decoding:
         mask: np.ndarray | None,
         are_flags: bool,
         is_alone: bool,
+        speculation: Speculation | None = None,
     ) -> None:
         self._model, self._programs, self._cache = model, programs, cache
         self._has_positions, self._has_gaps = positions is not None, has_gaps(mask)
@@ -113,11 +124,23 @@ class Decoding:
         self._is_alone = is_alone
         self._program: StepProgram | None = None
         self._run: StepRun | None = None
+        self._speculation = speculation
+        self._checks: dict[int, StepRun] = {}  # by tokens of a row
         self._ahead: list[np.ndarray] = []  # tokens of steps that have been made already
+        self._checked: list[_Checked] = []  # steps that may have been made already
+        self._n_right = self._n_guessed = 0  # of the last check
         self._n_steps, self._seconds = 1, _CALL_SECONDS  # of the last call, of a step in it
 
     @classmethod
-    def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], *, is_alone: bool) -> Decoding | None:
+    def of(
+        cls,
+        model: Model,
+        cache: Any,
+        model_kwargs: dict[str, Any],
+        *,
+        is_alone: bool,
+        speculation: Speculation | None = None,
+    ) -> Decoding | None:
         """Begin behind a prompt, with the last position and the mask in `model_kwargs`; None if no program can."""
         mask, programs = model_kwargs.get("attention_mask"), installed(model).programs
         if programs is None or not isinstance(cache, IndirectCache):
@@ -133,7 +156,7 @@ class Decoding:
         if not _spans(mask, cache):
             return None
         shown = None if mask is None or bool((mask != 0).all()) else (mask != 0).numpy().astype(np.uint8)
-        return cls(model, programs, cache, last, shown, has_flags(mask), is_alone)
+        return cls(model, programs, cache, last, shown, has_flags(mask), is_alone, speculation)
 
     @property
     def cache(self) -> IndirectCache:
@@ -160,44 +183,134 @@ class Decoding:
         """Whether the next steps have been made already."""
         return bool(self._ahead)
 
-    def logits(self, tokens: np.ndarray) -> Tensor | None:
+    def logits(self, tokens: np.ndarray, most: int = 1) -> Tensor | None:
         """Logits [n_rows, 1, n_logits] for one more token a row, int64 [n_rows].
 
-        None, with nothing changed, if modules have to make the step.
+        None, with nothing changed, if modules have to make the step. most: tokens that can follow in the request.
         """
+        if self._checked:
+            tokens_ahead, logits = self._checked[0]
+            if (tokens == tokens_ahead).all() and (
+                self._is_alone or self._current(len(tokens)) is self._program
+            ):
+                del self._checked[0]
+                self._n_right += 1
+                self._positions += 1
+                return logits
+        self.drop_ahead()
         program = self._current(len(tokens))
-        room = None if program is None else self._make_room(program, len(tokens), 1)
+        if program is None:
+            return None
+        guessed = self._guessed(program, len(tokens), most)
+        checked = self._check(program, tokens, guessed)
+        if checked is None:
+            return None
+        self._positions += 1
+        parts = checked.split(1, dim=1)
+        if guessed is not None:
+            self._n_right, self._n_guessed = 0, guessed.shape[1]
+            self._checked = [_Checked(*each) for each in zip(guessed.T, parts[1:], strict=True)]
+        return parts[0]
+
+    def _guessed(self, program: StepProgram, n_rows: int, most: int) -> np.ndarray | None:
+        """Guesses of the tokens behind the next one, int64 [n_rows, n], as far as the program can check them; or None."""
+        if self._speculation is None:
+            return None
+        n_left = self._most_keys(program) - self._cache.get_seq_length()
+        n_checked = program.most_checked(n_rows, int(self._positions.max()))
+        return self._speculation.guess(n_rows, min(most, n_left, n_checked) - 1)
+
+    def _check(self, program: StepProgram, tokens: np.ndarray, guessed: np.ndarray | None) -> Tensor | None:
+        """Logits [n_rows, 1 + n, n_logits] for a token of each row and n guessed ones behind it; None if modules have to."""
+        given = tokens if guessed is None else np.concatenate([tokens[:, None], guessed], 1)
+        n_rows, n_new = len(tokens), 1 if guessed is None else given.shape[1]
+        begin = time.perf_counter()
+        room = self._make_room(program, n_rows, n_new, checks=n_new > 1)
         if room is None:
             return None
         run, positions, appended, mask = room
         try:
-            logits = run.logits(tokens, positions, appended, mask)
+            logits = run.logits(given, positions, appended, mask)
         except InvalidInput:
-            self._cache.crop(-1)  # its column has not been written
+            self._cache.crop(-n_new)  # its columns have not been written
             raise
-        self._positions += 1
+        if self._speculation is not None:
+            self._speculation.note_call(n_rows, n_new, time.perf_counter() - begin)
         return logits
 
+    def drop_ahead(self) -> None:
+        """Take back from the cache what the loop has not asked for."""
+        if self._n_guessed:
+            assert self._speculation is not None
+            self._speculation.note(self._n_guessed, self._n_right)
+            self._n_guessed = 0
+        if self._checked:
+            self._cache.crop(-len(self._checked))
+            self._checked = []
+
     def choose(
-        self, tokens: np.ndarray, greedy: Greedy, max_steps: int, finished: np.ndarray | None
+        self, tokens: np.ndarray, greedy: Greedy, max_steps: int, finished: np.ndarray | None, most: int = 1
     ) -> np.ndarray | None:
         """`argmax` of the logits for one more token a row: int64 [n_rows].
 
         None, with nothing changed, if modules have to make the step. max_steps: that may be made at once, if the tokens that
-        are chosen are those of the next step, but for padding in rows that are finished, bool [n_rows].
+        are chosen are those of the next step, but for padding in rows that are finished, bool [n_rows]. most: tokens that
+        can follow in the request.
         """
-        if not self._ahead and not self._go_ahead(tokens, greedy, max_steps, finished):
-            return None
+        if not self._ahead:
+            program = self._current(len(tokens))
+            if program is None:
+                return None
+            guessed = self._guessed(program, len(tokens), most)
+            if guessed is not None:
+                is_made = self._choose_checked(program, tokens, guessed, greedy, finished)
+            else:
+                if self._speculation is not None:
+                    max_steps = self._speculation.ahead(max_steps)
+                is_made = self._go_ahead(program, tokens, greedy, max_steps, finished)
+            if not is_made:
+                return None
         self._positions += 1
         return self._ahead.pop(0)
 
+    def _choose_checked(
+        self,
+        program: StepProgram,
+        tokens: np.ndarray,
+        guessed: np.ndarray,
+        greedy: Greedy,
+        finished: np.ndarray | None,
+    ) -> bool:
+        """Make a step, and those behind it whose tokens were guessed; False if modules have to."""
+        if finished is not None:
+            guessed[finished] = greedy.pad
+        logits = self._check(program, tokens, guessed)
+        if logits is None:
+            return False
+        n_rows, n_new = logits.shape[:2]
+        chosen = argmax(logits.view(n_rows * n_new, -1)).view(n_rows, n_new).numpy()
+        ends = np.isin(chosen, greedy.eos)
+        if finished is not None:
+            chosen[finished], ends[finished] = greedy.pad, False
+        # the step behind a token that no row has chosen otherwise, and that ends none
+        goes_on = ((chosen[:, :-1] == guessed) & ~ends[:, :-1]).all(0)
+        n_steps = int(goes_on.cumprod().sum()) + 1
+        assert self._speculation is not None
+        self._speculation.note(n_new - 1, n_steps - 1)
+        if n_steps < n_new:
+            self._cache.crop(n_steps - n_new)
+        self._ahead = list(np.ascontiguousarray(chosen[:, :n_steps].T))
+        return True
+
     def _go_ahead(
-        self, tokens: np.ndarray, greedy: Greedy, max_steps: int, finished: np.ndarray | None
+        self,
+        program: StepProgram,
+        tokens: np.ndarray,
+        greedy: Greedy,
+        max_steps: int,
+        finished: np.ndarray | None,
     ) -> bool:
         """Make as many steps as are short enough for one call; False if modules have to."""
-        program = self._current(len(tokens))
-        if program is None:
-            return False
         n_left = self._most_keys(program) - self._cache.get_seq_length()
         n_steps = max(
             1, min(max_steps, n_left, _MAX_STEPS, 2 * self._n_steps, int(_CALL_SECONDS / self._seconds))
@@ -213,6 +326,8 @@ class Decoding:
             self._cache.crop(-n_steps)  # its columns have not been written
             raise
         self._n_steps, self._seconds = len(chosen), (time.perf_counter() - begin) / len(chosen)
+        if self._speculation is not None:
+            self._speculation.note_call(len(tokens), 1, self._seconds)
         if len(chosen) < n_steps:
             self._cache.crop(len(chosen) - n_steps)
         self._ahead = list(chosen)
@@ -222,8 +337,12 @@ class Decoding:
         """Count a step that the modules have made."""
         self._positions += 1
 
-    def _make_room(self, program: StepProgram, n_rows: int, n_steps: int) -> _Room | None:
-        """The run, and what it is given besides tokens, once the cache has columns for n_steps more; None if it cannot."""
+    def _make_room(
+        self, program: StepProgram, n_rows: int, n_steps: int, *, checks: bool = False
+    ) -> _Room | None:
+        """The run of steps, or of checks of so many tokens, and what it is given besides tokens, once the cache has columns
+        for n_steps more; None if it cannot.
+        """
         appended = self._cache.append_everywhere(n_rows, n_steps, program.layouts)
         if appended is None:
             return None
@@ -231,6 +350,11 @@ class Decoding:
         if run is None or program is not self._program or run.n_rows != n_rows:
             run = self._run = program.steps(n_rows)
             self._program = program
+            self._checks.clear()
+        if checks:
+            run = self._checks.get(n_steps)
+            if run is None:
+                run = self._checks[n_steps] = program.checks(n_rows, n_steps)
         if len(self._positions) != n_rows:  # one stands for all rows
             self._positions = np.repeat(self._positions, n_rows)
         mask = self._mask_over(appended.first.prefix_len + appended.first.suffix_len)

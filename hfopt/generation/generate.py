@@ -121,7 +121,8 @@ def generate(model: Model, *args: Any, **kwargs: Any) -> Any:
         if plan.loop is None:
             with our_cache(plan.takes_our_cache):
                 return type(model).generate(model, **kwargs)
-        return run(plan.loop, model, kwargs)
+        loop = plan.loop if plan.lookup is None else functools.partial(plan.loop, lookup=plan.lookup)
+        return run(loop, model, kwargs)
 
 
 def run_in(loop: Callable[..., Any], model: Model, arguments: Mapping[str, Any]) -> Any:

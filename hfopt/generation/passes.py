@@ -16,6 +16,7 @@ from .inputs import position_limit
 from .prefill import Prefill, with_cache
 from .restart import Unfit, broken
 from .selection import argmax
+from .speculation import Speculation
 
 # What a text decoder is given besides its tokens; anything else is left to `prepare_inputs_for_generation`.
 _CONSTANT = ("use_cache", "logits_to_keep", "output_attentions", "output_hidden_states")
@@ -39,7 +40,8 @@ class Passes:
     built directly. Where the class has a method of its own for that (`reads_sequences`), it prepares each step from all
     sequences, and a program makes those for which it prepares just that.
 
-    is_alone: no code of the user runs between the steps, in this thread.
+    is_alone: no code of the user runs between the steps, in this thread. speculation: what of the next tokens is guessed, or
+    None.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Passes:
         model_kwargs: dict[str, Any],
         *,
         is_alone: bool = False,
+        speculation: Speculation | None = None,
     ):
         self.model = model
         self.generation_config = generation_config
@@ -56,7 +59,7 @@ class Passes:
         self.reads_sequences = True
         self._limit = position_limit(model, generation_config.max_length)
         self._position = 0
-        self._is_alone = is_alone
+        self._is_alone, self._speculation = is_alone, speculation
         self._reorder: Any = getattr(model, host.REORDER, None)
         self._decoding: Decoding | None = None
         self._n_unseen = 0  # steps that `model_kwargs` know nothing of
@@ -95,14 +98,14 @@ class Passes:
         """Whether the next step was made together with the last one."""
         return self._decoding is not None and self._decoding.is_ahead
 
-    def outputs(self, tokens: np.ndarray, sequences: Tensor | None) -> Outputs:
+    def outputs(self, tokens: np.ndarray, sequences: Tensor | None, most: int = 1) -> Outputs:
         """The outputs for one more token a row, int64 [n_rows].
 
-        sequences: with it, int64 [n_rows, length]; may be None unless `reads_sequences`.
+        sequences: with it, int64 [n_rows, length]; may be None unless `reads_sequences`. most: tokens that can follow.
         """
-        inputs = self._begin(sequences)
+        inputs = self._begin(tokens, sequences)
         decoding = self._program_for(tokens, inputs)
-        logits = None if decoding is None else decoding.logits(tokens)
+        logits = None if decoding is None else decoding.logits(tokens, self._most(most))
         if logits is None:
             return self._call(tokens, inputs)
         self._note_step()
@@ -116,26 +119,36 @@ class Passes:
         *,
         max_steps: int,
         finished: np.ndarray | None,
+        most: int = 1,
     ) -> np.ndarray:
         """`argmax` of the logits in those outputs: int64 [n_rows].
 
-        max_steps, finished: see `Decoding.choose`.
+        max_steps, finished, most: see `Decoding.choose`.
         """
-        inputs = self._begin(sequences)
+        inputs = self._begin(tokens, sequences)
         decoding = self._program_for(tokens, inputs)
         if decoding is not None:
             if inputs is not None:
                 max_steps = 1  # its class prepares each of them
-            elif self._limit is not None:
-                max_steps = min(max_steps, self._limit - self._position + 1)
-            chosen = decoding.choose(tokens, greedy, max_steps, finished)
+            chosen = decoding.choose(tokens, greedy, self._most(max_steps), finished, self._most(most))
             if chosen is not None:
                 self._note_step()
                 return chosen
         return argmax(self._call(tokens, inputs).logits[:, -1]).numpy()
 
-    def _begin(self, sequences: Tensor | None) -> dict[str, Any] | None:
+    def _most(self, n_steps: int) -> int:
+        """So many steps, or as many as the model's table of positions has rows for."""
+        return n_steps if self._limit is None else min(n_steps, self._limit - self._position + 1)
+
+    def finish(self) -> None:
+        """End the request, also in the middle of it: the cache is left without what was guessed."""
+        if self._decoding is not None:
+            self._decoding.drop_ahead()
+
+    def _begin(self, tokens: np.ndarray, sequences: Tensor | None) -> dict[str, Any] | None:
         """What the model's class prepares for the next step; None where it need not be asked."""
+        if self._speculation is not None:
+            self._speculation.add(tokens)
         if self._limit is not None:
             if self._position >= self._limit:
                 raise InvalidInput(
@@ -170,6 +183,7 @@ class Passes:
 
     def _call(self, tokens: np.ndarray, inputs: dict[str, Any] | None) -> Outputs:
         """The outputs of the model itself."""
+        self.finish()
         if inputs is not None:
             return self._call_with(inputs)
         if self._n_unseen:
@@ -202,7 +216,11 @@ class Passes:
     def _decoding_from_here(self) -> Decoding | None:
         if self.reads_sequences and not host.knows_causal_output():
             return None
-        return Decoding.of(self.model, self.cache, self.model_kwargs, is_alone=self._is_alone)
+        # guessed tokens would be in a cache from which its class prepares steps
+        speculation = None if self.reads_sequences else self._speculation
+        return Decoding.of(
+            self.model, self.cache, self.model_kwargs, is_alone=self._is_alone, speculation=speculation
+        )
 
     def _inputs(self, tokens: Tensor) -> dict[str, Any]:
         """What the model is given for one more token a row, [n_rows], in a plain step."""

@@ -28,10 +28,13 @@ _takes_our_cache: ContextVar[bool] = ContextVar("hfopt_takes_our_cache", default
 
 
 class Plan(NamedTuple):
-    """loop: ours, or None for transformers' own. takes_our_cache: whether the request may get a cache of ours."""
+    """loop: ours, or None for transformers' own. takes_our_cache: whether the request may get a cache of ours. lookup: how
+    it guesses tokens.
+    """
 
     loop: Callable[..., Any] | None
     takes_our_cache: bool
+    lookup: host.Lookup | None = None
 
 
 def their_plan(model: Model) -> Plan:
@@ -65,7 +68,11 @@ def prepared_plan(model: Model, settings: GenerationConfig) -> Plan:
     """The plan for a request with these settings, as `generate` has prepared them."""
     if installed(model).verdict.refusal is not None:
         return Plan(None, False)
-    mode = settings.get_generation_mode()
+    mode, lookup = settings.get_generation_mode(), host.lookup_in(settings)
+    if lookup is not None and mode not in host.MODES:
+        mode = host.mode_without_guesses(settings)
+    elif lookup is None:
+        lookup = installed(model).lookup
     if _is_elsewhere(model) or mode not in host.MODES:
         return their_plan(model)
     if host.MODES[mode] in refusals():
@@ -74,7 +81,9 @@ def prepared_plan(model: Model, settings: GenerationConfig) -> Plan:
     if any(getattr(settings, name, None) for name in _THEIRS):
         return their_plan(model)
     loop = our_loop(model, mode, settings)
-    return their_plan(model) if loop is None else Plan(loop, True)
+    if loop is None:
+        return their_plan(model)
+    return Plan(loop, True, lookup if loop is sample else None)
 
 
 def _is_elsewhere(model: Model) -> bool:

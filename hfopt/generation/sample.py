@@ -12,9 +12,12 @@ from hfopt import host
 from ._types import Ids, Model, Outputs
 from .collected import Collected
 from .decoding import Greedy
+from .lookup import PromptLookup
 from .passes import Passes
 from .selection import argmax
 from .sequences import Sequences
+from .speculation import Speculation
+from .state import installed
 from .stopping import Stopping, runs_foreign_code
 
 
@@ -25,14 +28,23 @@ def sample(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None = None,
+    *,
+    lookup: host.Lookup | None = None,
     **model_kwargs: Any,
 ) -> Outputs:
-    """`GenerationMixin._sample` for decoder-only models: same results, same random numbers."""
+    """`GenerationMixin._sample` for decoder-only models: same results, same random numbers.
+
+    lookup: how tokens are guessed from the text, which changes none.
+    """
     stopping = Stopping(stopping_criteria)
     is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria, *([streamer] if streamer else [])])
     pad: Any = generation_config._pad_token_tensor
     collected = Collected(generation_config)
-    passes = Passes(model, generation_config, model_kwargs, is_alone=not is_foreign)
+    speculation = None
+    if lookup is not None:
+        guesser = PromptLookup(input_ids.numpy(), lookup.longest)
+        speculation = Speculation(guesser, lookup.most, installed(model).costs)
+    passes = Passes(model, generation_config, model_kwargs, is_alone=not is_foreign, speculation=speculation)
     pick = _Pick(logits_processor, generation_config.do_sample, collected)
     greedy = None
     if not (logits_processor or generation_config.do_sample) and collected.is_nothing:
@@ -40,28 +52,32 @@ def sample(
 
     sequences = Sequences(input_ids)
     finished: np.ndarray | None = None
-    tokens = pick(passes.prompt(input_ids), input_ids)
-    reads_sequences = bool(logits_processor) or stopping.reads_sequences or passes.reads_sequences
-    ids: Ids = input_ids
-    while True:
-        if finished is not None and stopping.pads_finished:
-            tokens = np.where(finished, int(pad), tokens)
-        sequences.append(tokens)
-        if reads_sequences:
-            ids = sequences.ids
-        hits = stopping(tokens, sequences.length, ids, collected.scores, is_ahead=passes.is_ahead)
-        if hits is not None:
-            finished = hits if finished is None else finished | hits
-        if streamer is not None:
-            streamer.put(torch.from_numpy(tokens.copy()))
-        if finished is not None and finished.all():
-            break
-        if greedy is None:
-            tokens = pick(passes.outputs(tokens, ids), ids)
-        else:
-            # whoever looks at each token gets it before the next one is made
-            max_steps = 1 if is_foreign or streamer is not None else stopping.left(sequences.length)
-            tokens = passes.choose(tokens, ids, greedy, max_steps=max_steps, finished=finished)
+    try:
+        tokens = pick(passes.prompt(input_ids), input_ids)
+        reads_sequences = bool(logits_processor) or stopping.reads_sequences or passes.reads_sequences
+        ids: Ids = input_ids
+        while True:
+            if finished is not None and stopping.pads_finished:
+                tokens = np.where(finished, int(pad), tokens)
+            sequences.append(tokens)
+            if reads_sequences:
+                ids = sequences.ids
+            hits = stopping(tokens, sequences.length, ids, collected.scores, is_ahead=passes.is_ahead)
+            if hits is not None:
+                finished = hits if finished is None else finished | hits
+            if streamer is not None:
+                streamer.put(torch.from_numpy(tokens.copy()))
+            if finished is not None and finished.all():
+                break
+            if greedy is None:
+                tokens = pick(passes.outputs(tokens, ids, stopping.most(sequences.length)), ids)
+            else:
+                # whoever looks at each token gets it before the next one is made
+                max_steps = 1 if is_foreign or streamer is not None else stopping.left(sequences.length)
+                most = stopping.most(sequences.length)
+                tokens = passes.choose(tokens, ids, greedy, max_steps=max_steps, finished=finished, most=most)
+    finally:
+        passes.finish()
 
     if streamer is not None:
         streamer.end()

@@ -1,11 +1,14 @@
 """What is left on a model for its requests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
 
+from hfopt import host
+
 from .protocols import StepPrograms
+from .speculation import StepCosts
 
 _ATTRIBUTE = "_hfopt_generation"  # of an optimized model
 
@@ -29,12 +32,15 @@ class Installed:
     """What requests of a model find on it, and copies and pickles of the model have too.
 
     programs: that prompts and decode steps are taken from, None if modules make them. kv_cache: of the caches that requests
-    get. verdict: on this model.
+    get. verdict: on this model. lookup: how requests guess tokens that say nothing of it. costs: of steps, as far as they
+    are known.
     """
 
     programs: StepPrograms | None = None
     kv_cache: str | None = None
     verdict: Verdict = UNKNOWN
+    lookup: host.Lookup | None = None
+    costs: StepCosts = field(default_factory=StepCosts, compare=False)
 
 
 NOTHING = Installed()

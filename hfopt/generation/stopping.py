@@ -54,9 +54,11 @@ class Stopping:
 
     def left(self, length: int) -> int:
         """How many tokens more can follow `length` tokens, if none of them is in `eos`; 1 if that takes another look."""
-        if self._readers or self._times or not self._lengths:
-            return 1
-        return int(min(limit.max_length for limit in self._lengths)) - length
+        return 1 if self._readers or self._times else self.most(length)
+
+    def most(self, length: int) -> int:
+        """How many tokens more the limits of length let follow `length` tokens; 1 if there are none."""
+        return int(min((limit.max_length for limit in self._lengths), default=length + 1)) - length
 
     def __call__(
         self,

@@ -5,7 +5,7 @@ import hashlib
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode, logits_process, stopping_criteria
@@ -48,6 +48,28 @@ MODES: dict[Any, str] = {
     for name, (words, _) in _MODES.items()
     if hasattr(GenerationMode, name)
 }
+
+
+class Lookup(NamedTuple):
+    """Guesses from the text: at most so many tokens at once, behind n-grams of at most so many tokens."""
+
+    most: int
+    longest: int
+
+
+def lookup_in(settings: Any) -> Lookup | None:
+    """What a generation config asks for if next tokens are to be guessed from the text, and in no other way."""
+    most = getattr(settings, "prompt_lookup_num_tokens", None)
+    others = "assistant_early_exit", "assistant_ensemble_weight", "use_mtp"
+    if not isinstance(most, int) or most < 1 or any(getattr(settings, name, None) for name in others):
+        return None
+    longest = getattr(settings, "max_matching_ngram_size", None) or 2
+    return Lookup(most, longest) if isinstance(longest, int) and longest > 0 else None
+
+
+def mode_without_guesses(settings: Any) -> Any:
+    """The mode of a request with one row a prompt, if none of its tokens is guessed."""
+    return getattr(GenerationMode, "SAMPLE" if settings.do_sample else "GREEDY_SEARCH", None)
 
 
 def loop_of(mode: Any) -> str | None:

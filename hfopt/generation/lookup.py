@@ -1,0 +1,77 @@
+"""Guesses from the text itself: what followed the last tokens where they stood before (prompt lookup decoding)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .speculation import Guess
+
+_PAIR = 1 << 32  # more than any token
+
+
+class PromptLookup:
+    """For each row an index of where its n-grams ended last, which grows with the text at a cost that does not.
+
+    tokens: int64 [n_rows, length], the prompt. longest: of the n-grams, the longest of which that stood before says what
+    follows. Source of the method: https://github.com/apoorvumang/prompt-lookup-decoding.
+    """
+
+    seconds = 0.0  # that a guessed token costs: next to nothing
+
+    def __init__(self, tokens: np.ndarray, longest: int) -> None:
+        self._rows = [_Text(row.tolist(), longest) for row in tokens]
+
+    def add(self, tokens: np.ndarray) -> None:
+        """The next token of each row, int64 [n_rows]."""
+        for row, token in zip(self._rows, tokens.tolist(), strict=True):
+            row.add(token)
+
+    def guess(self, n: int) -> Guess | None:
+        """At most n tokens of each row; None if no row has been where it is now. Its class is the length of the n-gram."""
+        found = [row.follow(n) for row in self._rows]
+        size = max(len(tokens) for _, tokens in found)
+        if size == 0:
+            return None
+        guessed = np.zeros((len(found), size), np.int64)
+        for row, (_, tokens) in zip(guessed, found, strict=True):
+            row[: len(tokens)] = tokens
+        return Guess(guessed, min(length for length, tokens in found if tokens))
+
+
+class _Text:
+    """One row."""
+
+    def __init__(self, tokens: list[int], longest: int) -> None:
+        self._tokens: list[int] = []
+        # of n-grams of each length, the place behind the last one and the one before: that of the text's end says nothing
+        self._places: list[dict[object, tuple[int, int]]] = [{} for _ in range(longest)]
+        for token in tokens:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        tokens = self._tokens
+        tokens.append(token)
+        end = len(tokens)
+        for length, places in enumerate(self._places[:end], 1):
+            key = _key(tokens, length)
+            places[key] = end, places.get(key, (0, 0))[0]
+
+    def follow(self, n: int) -> tuple[int, list[int]]:
+        """(length of the n-gram, at most n tokens behind the last place where it stood before)."""
+        tokens = self._tokens
+        for length in range(min(len(self._places), len(tokens)), 0, -1):
+            place = self._places[length - 1][_key(tokens, length)][1]
+            if place:
+                followed = tokens[place : place + n]
+                # a text that has begun to repeat goes on: what is beyond its end is what has been guessed
+                period = len(tokens) - place
+                while len(followed) < n:
+                    followed.append(followed[len(followed) - period])
+                return length, followed
+        return 0, []
+
+
+def _key(tokens: list[int], length: int) -> object:
+    if length == 1:
+        return tokens[-1]
+    return tokens[-2] * _PAIR + tokens[-1] if length == 2 else tuple(tokens[-length:])

@@ -1,0 +1,144 @@
+"""Speculation: some of the next tokens are guessed, and a program checks them all in one reading of the weights.
+
+A guess changes no token: the loop chooses each from the logits of its own place, and what it has chosen otherwise than
+guessed takes the rest of the guess with it (https://arxiv.org/abs/2211.17192). How much is guessed follows from what calls
+for so many tokens have cost, and from how many guessed tokens have been right.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+_SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)  # tokens of a call, the first of them known
+_SLOPE = 0.06  # of a step, for each token more: until it has been measured
+_NEWS = 0.2  # weight of the last call in costs
+_MEMORY = 0.9  # weight of what was right and wrong before a guess
+_PRIOR = 0.7, 3.0  # part of guesses that are right, and weight of this belief
+_FIRST_PAUSE, _LAST_PAUSE = 4, 256  # steps without a guess behind one that has not paid
+_MOST_AHEAD = 32  # steps of a call where nothing can be guessed
+
+
+class Guess(NamedTuple):
+    """Of the next tokens, int64 [n_rows, n]; kind: guesses of one kind are right about as often."""
+
+    tokens: np.ndarray
+    kind: int = 0
+
+
+class Guesser(Protocol):
+    """Who guesses the next tokens of a request."""
+
+    @property
+    def seconds(self) -> float:
+        """What a guessed token costs."""
+
+    def add(self, tokens: np.ndarray) -> None:
+        """The next token of each row, int64 [n_rows]."""
+
+    def guess(self, n: int) -> Guess | None:
+        """At most n tokens of each row behind those; None without an idea."""
+
+
+class StepCosts:
+    """What calls of a program for some tokens of some rows take on this machine: measured in requests, a running mean."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[int, int], float] = {}
+
+    def note(self, n_rows: int, n_tokens: int, seconds: float) -> None:
+        """A call for so many tokens in each row has taken this long."""
+        known = self.seconds(n_rows, n_tokens) or seconds
+        # calls are slow at times for reasons of others, and the first one of its kind is
+        weight = _NEWS if seconds > known else 2 * _NEWS
+        self._seconds[n_rows, n_tokens] = known + weight * (min(seconds, 2 * known) - known)
+
+    def seconds(self, n_rows: int, n_tokens: int) -> float:
+        """What such a call may take; 0 if none has been measured for so many rows."""
+        known = self._seconds
+        if (n_rows, n_tokens) in known:
+            return known[n_rows, n_tokens]
+        measured = [size for rows, size in list(known) if rows == n_rows]
+        below = max((size for size in measured if size < n_tokens), default=0)
+        above = min((size for size in measured if size > n_tokens), default=0)
+        if below and above:
+            first, last = known[n_rows, below], known[n_rows, above]
+            return first + (last - first) * (n_tokens - below) / (above - below)
+        nearest = below or above
+        slope = (1 + _SLOPE * (n_tokens - 1)) / (1 + _SLOPE * (nearest - 1))
+        return known[n_rows, nearest] * slope if nearest else 0.0
+
+
+class Speculation:
+    """What is guessed in one request, and how much of it.
+
+    most: tokens of a guess. costs: of the program that checks them, or of any other one at first.
+    """
+
+    def __init__(self, guesser: Guesser, most: int, costs: StepCosts) -> None:
+        self._guesser, self._most, self._costs = guesser, most, costs
+        self._right: dict[
+            int, tuple[float, float]
+        ] = {}  # by kind: of so many that were tried, with less weight each time
+        self._kind = 0
+        self._pause, self._left = _FIRST_PAUSE, 0  # steps without a guess: from now on, and still
+        self._n_ahead = 1
+
+    def add(self, tokens: np.ndarray) -> None:
+        """The next token of each row, int64 [n_rows]: the loop's choice."""
+        self._left -= 1
+        self._guesser.add(tokens)
+
+    def guess(self, n_rows: int, most: int) -> np.ndarray | None:
+        """The tokens to check behind the last one, int64 [n_rows, at most `most`]; None where a plain step is better."""
+        most = min(most, self._most)
+        if most < 1 or self._left > 0:
+            return None
+        guess = self._guesser.guess(most)
+        if guess is None:
+            return None
+        self._kind = guess.kind
+        n = self._worth(n_rows, guess.tokens.shape[1])
+        if n == 0:
+            # now and then it is tried all the same: the text may have changed
+            self._left, self._pause = self._pause, min(2 * self._pause, _LAST_PAUSE)
+            n = 1
+        self._n_ahead = 1
+        return guess.tokens[:, :n]
+
+    def ahead(self, most: int) -> int:
+        """Plain steps that may be made at once, more each time."""
+        self._n_ahead = min(2 * self._n_ahead, _MOST_AHEAD)
+        return max(1, min(most, self._n_ahead // 2, self._left if self._left > 0 else most))
+
+    def note(self, n_guessed: int, n_right: int) -> None:
+        """So many of the guessed tokens were right, before one that was not or none was needed."""
+        right, tried = self._right.get(self._kind, (_PRIOR[0] * _PRIOR[1], _PRIOR[1]))
+        right, tried = right * _MEMORY + n_right, tried * _MEMORY + min(n_right + 1, n_guessed)
+        self._right[self._kind] = right, tried
+        if n_right == n_guessed:
+            self._pause, self._left = _FIRST_PAUSE, 0
+
+    def note_call(self, n_rows: int, n_tokens: int, seconds: float) -> None:
+        """A step for so many tokens in each row has taken this long."""
+        self._costs.note(n_rows, n_tokens, seconds)
+
+    def _worth(self, n_rows: int, most: int) -> int:
+        """How many guessed tokens make most tokens a second; 0 if none does."""
+        right, tried = self._right.get(self._kind, (_PRIOR[0] * _PRIOR[1], _PRIOR[1]))
+        chance, costs = right / tried, self._costs
+        step = costs.seconds(n_rows, 1)
+        best, best_rate = 0, 1.0
+        for size in _SIZES:
+            n = min(size - 1, most)
+            expected = float(n + 1) if chance >= 1 else (1 - chance ** (n + 1)) / (1 - chance)
+            # without a measurement, as many steps as the slope says
+            cost = (
+                (costs.seconds(n_rows, n + 1) + n * self._guesser.seconds) / step if step else 1 + _SLOPE * n
+            )
+            if expected / cost > best_rate:
+                best, best_rate = n, expected / cost
+            if n == most:
+                break
+        return best
