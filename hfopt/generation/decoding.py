@@ -183,10 +183,13 @@ class Decoding:
         """Whether the next steps have been made already."""
         return bool(self._ahead)
 
-    def logits(self, tokens: np.ndarray, most: int = 1) -> Tensor | None:
+    def logits(
+        self, tokens: np.ndarray, most: int = 1, finished: np.ndarray | None = None, pad: int = 0
+    ) -> Tensor | None:
         """Logits [n_rows, 1, n_logits] for one more token a row, int64 [n_rows].
 
-        None, with nothing changed, if modules have to make the step. most: tokens that can follow in the request.
+        None, with nothing changed, if modules have to make the step. most: tokens that can follow in the request. Rows that
+        are finished, bool [n_rows], go on with `pad`.
         """
         if self._checked:
             tokens_ahead, logits = self._checked[0]
@@ -202,6 +205,8 @@ class Decoding:
         if program is None:
             return None
         guessed = self._guessed(program, len(tokens), most)
+        if guessed is not None and finished is not None:
+            guessed[finished] = pad
         checked = self._check(program, tokens, guessed)
         if checked is None:
             return None
@@ -211,6 +216,30 @@ class Decoding:
             self._n_right, self._n_guessed = 0, guessed.shape[1]
             self._checked = [_Checked(*each) for each in zip(guessed.T, parts[1:], strict=True)]
         return parts[0]
+
+    def read(self, tokens: np.ndarray) -> Tensor | None:
+        """Logits [n_rows, 1, n_logits] behind some more tokens of each row, int64 [n_rows, n]; None, behind some of them, if
+        modules have to read the rest.
+        """
+        n_rows, n_read, logits = len(tokens), 0, None
+        while n_read < tokens.shape[1]:
+            program = self._current(n_rows)
+            if program is None:
+                return None
+            n_left = self._most_keys(program) - self._cache.get_seq_length()
+            n_new = min(n_left, program.most_checked(n_rows, int(self._positions.max())))
+            part = tokens[:, n_read : n_read + n_new]
+            logits = self._check(program, part[:, 0], part[:, 1:])
+            if logits is None:
+                return None
+            self._positions += part.shape[1]
+            n_read += part.shape[1]
+        return None if logits is None else logits[:, -1:]
+
+    def take_back(self, n_tokens: int) -> None:
+        """Forget the last tokens that were read."""
+        self._cache.crop(-n_tokens)
+        self._positions -= n_tokens
 
     def _guessed(self, program: StepProgram, n_rows: int, most: int) -> np.ndarray | None:
         """Guesses of the tokens behind the next one, int64 [n_rows, n], as far as the program can check them; or None."""
@@ -222,8 +251,8 @@ class Decoding:
 
     def _check(self, program: StepProgram, tokens: np.ndarray, guessed: np.ndarray | None) -> Tensor | None:
         """Logits [n_rows, 1 + n, n_logits] for a token of each row and n guessed ones behind it; None if modules have to."""
-        given = tokens if guessed is None else np.concatenate([tokens[:, None], guessed], 1)
-        n_rows, n_new = len(tokens), 1 if guessed is None else given.shape[1]
+        given = tokens[:, None] if guessed is None else np.concatenate([tokens[:, None], guessed], 1)
+        n_rows, n_new = given.shape
         begin = time.perf_counter()
         room = self._make_room(program, n_rows, n_new, checks=n_new > 1)
         if room is None:

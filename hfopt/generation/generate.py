@@ -121,8 +121,8 @@ def generate(model: Model, *args: Any, **kwargs: Any) -> Any:
         if plan.loop is None:
             with our_cache(plan.takes_our_cache):
                 return type(model).generate(model, **kwargs)
-        loop = plan.loop if plan.lookup is None else functools.partial(plan.loop, lookup=plan.lookup)
-        return run(loop, model, kwargs)
+        guessing = plan.guessing()
+        return run(functools.partial(plan.loop, **guessing) if guessing else plan.loop, model, kwargs)
 
 
 def run_in(loop: Callable[..., Any], model: Model, arguments: Mapping[str, Any]) -> Any:

@@ -98,14 +98,22 @@ class Passes:
         """Whether the next step was made together with the last one."""
         return self._decoding is not None and self._decoding.is_ahead
 
-    def outputs(self, tokens: np.ndarray, sequences: Tensor | None, most: int = 1) -> Outputs:
+    def outputs(
+        self,
+        tokens: np.ndarray,
+        sequences: Tensor | None,
+        most: int = 1,
+        finished: np.ndarray | None = None,
+        pad: int = 0,
+    ) -> Outputs:
         """The outputs for one more token a row, int64 [n_rows].
 
-        sequences: with it, int64 [n_rows, length]; may be None unless `reads_sequences`. most: tokens that can follow.
+        sequences: with it, int64 [n_rows, length]; may be None unless `reads_sequences`. most: tokens that can follow. Rows
+        that are finished, bool [n_rows], go on with `pad`.
         """
         inputs = self._begin(tokens, sequences)
         decoding = self._program_for(tokens, inputs)
-        logits = None if decoding is None else decoding.logits(tokens, self._most(most))
+        logits = None if decoding is None else decoding.logits(tokens, self._most(most), finished, pad)
         if logits is None:
             return self._call(tokens, inputs)
         self._note_step()

@@ -9,9 +9,11 @@ import torch
 from transformers import GenerationConfig
 
 from hfopt import host
+from hfopt.cache import IndirectCache
 
 from ._types import Model
 from .beam import beam_search
+from .decoding import obstacle
 from .inputs import check_counts
 from .proof import OTHER_LOOPS, refusals
 from .sample import sample
@@ -29,12 +31,18 @@ _takes_our_cache: ContextVar[bool] = ContextVar("hfopt_takes_our_cache", default
 
 class Plan(NamedTuple):
     """loop: ours, or None for transformers' own. takes_our_cache: whether the request may get a cache of ours. lookup: how
-    it guesses tokens.
+    it guesses tokens. draft: the model that guesses them.
     """
 
     loop: Callable[..., Any] | None
     takes_our_cache: bool
     lookup: host.Lookup | None = None
+    draft: Model | None = None
+
+    def guessing(self) -> dict[str, Any]:
+        """What its loop is given besides the arguments of transformers' own."""
+        given = {"lookup": self.lookup, "draft": self.draft}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def their_plan(model: Model) -> Plan:
@@ -48,7 +56,7 @@ def plan_of(model: Model, arguments: Mapping[str, Any]) -> Plan:
         return Plan(None, False)
     names = ("synced_gpus", "assistant_model", "streamer", "generation_config")
     synced_gpus, assistant_model, streamer, generation_config = (arguments.get(name) for name in names)
-    if synced_gpus or assistant_model is not None or arguments.get("assistant_tokenizer") is not None:
+    if synced_gpus or arguments.get("assistant_tokenizer") is not None:
         return their_plan(model)
     if _is_elsewhere(model):
         return their_plan(model)
@@ -59,9 +67,30 @@ def plan_of(model: Model, arguments: Mapping[str, Any]) -> Plan:
     counts = prepared.num_beams, prepared.num_return_sequences
     check_counts(*(1 if each is None else each for each in counts))
     plan = prepared_plan(model, prepared)
+    if assistant_model is not None and plan.loop is not None:
+        given = host.cache_in(arguments.values())
+        if not _can_draft(model, assistant_model, plan, prepared, given):
+            return their_plan(model)
+        return plan._replace(lookup=None, draft=assistant_model)
     if streamer is not None and plan.loop not in (None, sample):
         return their_plan(model)  # which refuses a streamer of beams
     return plan
+
+
+def _can_draft(model: Model, assistant: Model, plan: Plan, settings: GenerationConfig, cache: Any) -> bool:
+    """Whether programs of both models can guess and check the tokens of a request. cache: which it was given, or None."""
+    if plan.loop is not sample or not isinstance(cache, IndirectCache | None):
+        return False
+    return host.takes_draft(settings, model, assistant) and all(map(_has_program, (model, assistant)))
+
+
+def _has_program(model: Model) -> bool:
+    """Whether steps of a request with one row can be a program's."""
+    state = installed(model)
+    if state.programs is None or obstacle(model) is not None:
+        return False
+    with torch.no_grad():
+        return state.programs.of(model, 1, 1, state.kv_cache) is not None
 
 
 def prepared_plan(model: Model, settings: GenerationConfig) -> Plan:

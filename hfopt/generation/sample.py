@@ -12,9 +12,10 @@ from hfopt import host
 from ._types import Ids, Model, Outputs
 from .collected import Collected
 from .decoding import Greedy
+from .draft import MOST, Choice, DraftModel
 from .lookup import PromptLookup
 from .passes import Passes
-from .selection import argmax
+from .selection import argmax, drawn
 from .sequences import Sequences
 from .speculation import Speculation
 from .state import installed
@@ -30,20 +31,26 @@ def sample(
     streamer: BaseStreamer | None = None,
     *,
     lookup: host.Lookup | None = None,
+    draft: Model | None = None,
     **model_kwargs: Any,
 ) -> Outputs:
     """`GenerationMixin._sample` for decoder-only models: same results, same random numbers.
 
-    lookup: how tokens are guessed from the text, which changes none.
+    lookup: how tokens are guessed from the text; draft: the model that guesses them. Neither changes any.
     """
     stopping = Stopping(stopping_criteria)
     is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria, *([streamer] if streamer else [])])
     pad: Any = generation_config._pad_token_tensor
     collected = Collected(generation_config)
     speculation = None
-    if lookup is not None:
-        guesser = PromptLookup(input_ids.numpy(), lookup.longest)
-        speculation = Speculation(guesser, lookup.most, installed(model).costs)
+    if draft is not None:
+        choice = Choice(logits_processor, generation_config.do_sample)
+        mask, n_known = model_kwargs.get("attention_mask"), host.vocabulary(model)
+        guesser = DraftModel(draft, input_ids, mask, choice, generation_config.max_length, n_known)
+        speculation = Speculation(guesser, MOST, installed(model).costs)
+    elif lookup is not None:
+        lookup_guesser = PromptLookup(input_ids.numpy(), lookup.longest)
+        speculation = Speculation(lookup_guesser, lookup.most, installed(model).costs)
     passes = Passes(model, generation_config, model_kwargs, is_alone=not is_foreign, speculation=speculation)
     pick = _Pick(logits_processor, generation_config.do_sample, collected)
     greedy = None
@@ -69,12 +76,13 @@ def sample(
                 streamer.put(torch.from_numpy(tokens.copy()))
             if finished is not None and finished.all():
                 break
+            most = stopping.most(sequences.length)
             if greedy is None:
-                tokens = pick(passes.outputs(tokens, ids, stopping.most(sequences.length)), ids)
+                padded = finished if stopping.pads_finished else None
+                tokens = pick(passes.outputs(tokens, ids, most, padded, 0 if pad is None else int(pad)), ids)
             else:
                 # whoever looks at each token gets it before the next one is made
                 max_steps = 1 if is_foreign or streamer is not None else stopping.left(sequences.length)
-                most = stopping.most(sequences.length)
                 tokens = passes.choose(tokens, ids, greedy, max_steps=max_steps, finished=finished, most=most)
     finally:
         passes.finish()
@@ -106,5 +114,4 @@ class _Pick:
         self._collected.add_outputs(outputs)
         if not self._is_random:
             return argmax(scores).numpy()
-        probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
-        return torch.multinomial(probabilities, num_samples=1).squeeze(1).numpy()
+        return drawn(scores).numpy()

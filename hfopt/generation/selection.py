@@ -23,6 +23,12 @@ def argmax(logits: Tensor) -> Tensor:
     return kernel(logits)
 
 
+def drawn(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A token of each row by its probability: [n_rows, n_tokens] to int64 [n_rows]. generator: torch's own if None."""
+    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(1)
+
+
 def continuations(logits: Tensor, beam_scores: Tensor, n_candidates: int) -> tuple[Tensor, Tensor]:
     """The best of `beam_scores + log_softmax(logits)` over all beams of a prompt, best first.
 

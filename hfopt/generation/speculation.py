@@ -17,6 +17,7 @@ _NEWS = 0.2  # weight of the last call in costs
 _MEMORY = 0.9  # weight of what was right and wrong before a guess
 _PRIOR = 0.7, 3.0  # part of guesses that are right, and weight of this belief
 _FIRST_PAUSE, _LAST_PAUSE = 4, 256  # steps without a guess behind one that has not paid
+_FEW, _SELDOM = 3, 64  # plain steps before the first guess on a model, and guesses before the next one
 _MOST_AHEAD = 32  # steps of a call where nothing can be guessed
 
 
@@ -31,8 +32,8 @@ class Guesser(Protocol):
     """Who guesses the next tokens of a request."""
 
     @property
-    def seconds(self) -> float:
-        """What a guessed token costs."""
+    def seconds(self) -> float | None:
+        """What a guessed token costs; None if that is not known yet."""
 
     def add(self, tokens: np.ndarray) -> None:
         """The next token of each row, int64 [n_rows]."""
@@ -46,6 +47,7 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[int, int], float] = {}
+        self._n_noted: dict[tuple[int, int], int] = {}
 
     def note(self, n_rows: int, n_tokens: int, seconds: float) -> None:
         """A call for so many tokens in each row has taken this long."""
@@ -53,6 +55,11 @@ class StepCosts:
         # calls are slow at times for reasons of others, and the first one of its kind is
         weight = _NEWS if seconds > known else 2 * _NEWS
         self._seconds[n_rows, n_tokens] = known + weight * (min(seconds, 2 * known) - known)
+        self._n_noted[n_rows, n_tokens] = self.n_noted(n_rows, n_tokens) + 1
+
+    def n_noted(self, n_rows: int, n_tokens: int) -> int:
+        """How often such a call has been measured."""
+        return self._n_noted.get((n_rows, n_tokens), 0)
 
     def seconds(self, n_rows: int, n_tokens: int) -> float:
         """What such a call may take; 0 if none has been measured for so many rows."""
@@ -84,6 +91,7 @@ class Speculation:
         self._kind = 0
         self._pause, self._left = _FIRST_PAUSE, 0  # steps without a guess: from now on, and still
         self._n_ahead = 1
+        self._n_guesses = 0
 
     def add(self, tokens: np.ndarray) -> None:
         """The next token of each row, int64 [n_rows]: the loop's choice."""
@@ -93,19 +101,24 @@ class Speculation:
     def guess(self, n_rows: int, most: int) -> np.ndarray | None:
         """The tokens to check behind the last one, int64 [n_rows, at most `most`]; None where a plain step is better."""
         most = min(most, self._most)
-        if most < 1 or self._left > 0:
+        if most < 1 or self._left > 0 or self._needs_step(n_rows):
             return None
-        guess = self._guesser.guess(most)
+        is_free = self._guesser.seconds == 0
+        # of those that cost something, none is made that does not pay
+        guess = self._guesser.guess(most if is_free else self._wanted(n_rows, most))
         if guess is None:
             return None
         self._kind = guess.kind
-        n = self._worth(n_rows, guess.tokens.shape[1])
-        if n == 0:
-            # now and then it is tried all the same: the text may have changed
-            self._left, self._pause = self._pause, min(2 * self._pause, _LAST_PAUSE)
-            n = 1
+        n = guess.tokens.shape[1]
         self._n_ahead = 1
-        return guess.tokens[:, :n]
+        self._n_guesses += 1
+        return guess.tokens[:, : self._wanted(n_rows, n) if is_free else n]
+
+    def _needs_step(self, n_rows: int) -> bool:
+        """Whether a plain step is to be made so that its cost is known."""
+        is_due = self._n_guesses >= _SELDOM
+        self._n_guesses %= _SELDOM
+        return is_due or self._costs.n_noted(n_rows, 1) < _FEW
 
     def ahead(self, most: int) -> int:
         """Plain steps that may be made at once, more each time."""
@@ -117,26 +130,35 @@ class Speculation:
         right, tried = self._right.get(self._kind, (_PRIOR[0] * _PRIOR[1], _PRIOR[1]))
         right, tried = right * _MEMORY + n_right, tried * _MEMORY + min(n_right + 1, n_guessed)
         self._right[self._kind] = right, tried
-        if n_right == n_guessed:
+        # what is right need not pay where it costs something
+        if n_right == n_guessed and self._guesser.seconds == 0:
             self._pause, self._left = _FIRST_PAUSE, 0
 
     def note_call(self, n_rows: int, n_tokens: int, seconds: float) -> None:
         """A step for so many tokens in each row has taken this long."""
         self._costs.note(n_rows, n_tokens, seconds)
 
+    def _wanted(self, n_rows: int, most: int) -> int:
+        """How many tokens are to be guessed, at least one."""
+        n = self._worth(n_rows, most)
+        if n == 0:
+            # now and then it is tried all the same: the text may have changed
+            self._left, self._pause = self._pause, min(2 * self._pause, _LAST_PAUSE)
+        elif self._guesser.seconds != 0:
+            self._pause = _FIRST_PAUSE
+        return max(n, 1)
+
     def _worth(self, n_rows: int, most: int) -> int:
         """How many guessed tokens make most tokens a second; 0 if none does."""
         right, tried = self._right.get(self._kind, (_PRIOR[0] * _PRIOR[1], _PRIOR[1]))
         chance, costs = right / tried, self._costs
-        step = costs.seconds(n_rows, 1)
+        step, guessed = costs.seconds(n_rows, 1), self._guesser.seconds or 0.0
         best, best_rate = 0, 1.0
         for size in _SIZES:
             n = min(size - 1, most)
             expected = float(n + 1) if chance >= 1 else (1 - chance ** (n + 1)) / (1 - chance)
             # without a measurement, as many steps as the slope says
-            cost = (
-                (costs.seconds(n_rows, n + 1) + n * self._guesser.seconds) / step if step else 1 + _SLOPE * n
-            )
+            cost = (costs.seconds(n_rows, n + 1) + n * guessed) / step if step else 1 + _SLOPE * n
             if expected / cost > best_rate:
                 best, best_rate = n, expected / cost
             if n == most:

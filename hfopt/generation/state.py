@@ -33,7 +33,7 @@ class Installed:
 
     programs: that prompts and decode steps are taken from, None if modules make them. kv_cache: of the caches that requests
     get. verdict: on this model. lookup: how requests guess tokens that say nothing of it. costs: of steps, as far as they
-    are known.
+    are known; draft_costs: of those that guess for another model.
     """
 
     programs: StepPrograms | None = None
@@ -41,6 +41,7 @@ class Installed:
     verdict: Verdict = UNKNOWN
     lookup: host.Lookup | None = None
     costs: StepCosts = field(default_factory=StepCosts, compare=False)
+    draft_costs: StepCosts = field(default_factory=StepCosts, compare=False)
 
 
 NOTHING = Installed()

@@ -46,6 +46,7 @@ from hfopt.host.criteria import (  # noqa: E402
     MaxLengthCriteria,
     MaxTimeCriteria,
     PrefixConstrainedLogitsProcessor,
+    is_repeatable,
 )
 from hfopt.host.linear import LINEARS, Conv1D, Features, by_outputs, is_linear_class  # noqa: E402
 from hfopt.host.loops import (  # noqa: E402
@@ -67,9 +68,12 @@ from hfopt.host.loops import (  # noqa: E402
     mode_without_guesses,
     names_read,
     overridden,
+    prompt_inputs,
     settings_in,
     sorts_samples,
+    takes_draft,
     unknown_option,
+    vocabulary,
 )
 from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
 from hfopt.host.rotary import begin_anew, frequencies, rewritten  # noqa: E402
@@ -129,6 +133,7 @@ __all__ = [
     "is_adapted",
     "is_capture",
     "is_linear_class",
+    "is_repeatable",
     "knows_causal_output",
     "layer_kinds",
     "lookup_in",
@@ -139,14 +144,17 @@ __all__ = [
     "named_rows",
     "names_read",
     "overridden",
+    "prompt_inputs",
     "registered_attention",
     "rewritten",
     "sample_output",
     "settings_in",
     "sorts_samples",
     "switch_on",
+    "takes_draft",
     "takes_positions",
     "unknown_option",
+    "vocabulary",
     "window_of",
     "windows_of",
     "xielu_numbers",

@@ -13,7 +13,7 @@ from transformers.generation import utils as _utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hfopt.host.cache_layer import DynamicLayer, WindowedLayer
-from hfopt.host.cache_names import BeamOutput, SampleOutput
+from hfopt.host.cache_names import BeamOutput, SampleOutput, cache_argument
 from hfopt.host.release import installed
 
 PREFILL = "_prefill"
@@ -57,14 +57,49 @@ class Lookup(NamedTuple):
     longest: int
 
 
+# settings of other ways to guess tokens, or of one that changes them
+_OTHER_GUESSES = "assistant_early_exit", "assistant_ensemble_weight", "speculation_type", "use_mtp"
+
+
 def lookup_in(settings: Any) -> Lookup | None:
     """What a generation config asks for if next tokens are to be guessed from the text, and in no other way."""
     most = getattr(settings, "prompt_lookup_num_tokens", None)
-    others = "assistant_early_exit", "assistant_ensemble_weight", "use_mtp"
-    if not isinstance(most, int) or most < 1 or any(getattr(settings, name, None) for name in others):
+    if not isinstance(most, int) or most < 1 or _guesses_otherwise(settings):
         return None
     longest = getattr(settings, "max_matching_ngram_size", None) or 2
     return Lookup(most, longest) if isinstance(longest, int) and longest > 0 else None
+
+
+def _guesses_otherwise(settings: Any) -> bool:
+    return any(getattr(settings, name, None) is not None for name in _OTHER_GUESSES)
+
+
+def takes_draft(settings: Any, model: Any, assistant: Any) -> bool:
+    """Whether a request with this generation config lets an assistant do no more than guess tokens of the model's own
+    vocabulary, from the text, in a cache of its own.
+    """
+    if _guesses_otherwise(settings) or lookup_in(settings) is not None or not settings.use_cache:
+        return False
+    if cache_argument(type(assistant).forward) is None:
+        return False
+    sizes = (each.config.get_text_config(decoder=True).vocab_size for each in (model, assistant))
+    return len(set(sizes)) == 1
+
+
+def vocabulary(model: Any) -> int:
+    """Tokens that a model has embeddings of."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def prompt_inputs(
+    forward: Callable[..., Any], input_ids: Any, mask: Any, positions: Any, cache: Any
+) -> dict[str, Any]:
+    """Arguments of this unbound `forward` for a prompt whose last logits are wanted, as `generate` gives them."""
+    inputs = {"input_ids": input_ids, "attention_mask": mask, str(cache_argument(forward)): cache}
+    inputs |= {"use_cache": True, "return_dict": True}
+    others = {"position_ids": positions, "logits_to_keep": 1}
+    taken = inspect.signature(forward).parameters
+    return inputs | {name: value for name, value in others.items() if name in taken}
 
 
 def mode_without_guesses(settings: Any) -> Any:
