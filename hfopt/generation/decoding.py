@@ -273,9 +273,9 @@ class Decoding:
             assert self._speculation is not None
             self._speculation.note(self._n_guessed, self._n_right)
             self._n_guessed = 0
-        if self._checked:
-            self._cache.crop(-len(self._checked))
-            self._checked = []
+        if self._checked or self._ahead:
+            self._cache.crop(-len(self._checked) - len(self._ahead))
+            self._checked, self._ahead = [], []
 
     def choose(
         self, tokens: np.ndarray, greedy: Greedy, max_steps: int, finished: np.ndarray | None, most: int = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 
@@ -99,33 +100,29 @@ class DraftModel:
             return None
         begin = time.perf_counter()
         is_first = self._decoding is None
-        try:
-            guessed = self._made(n)
-        except HfoptError:  # the request can do without it
-            self._is_over = True
+        made: list[np.ndarray] = []
+        with contextlib.suppress(HfoptError):  # the request can do without it
+            self._go_on(n, made)
+        self._is_over = not made
+        if self._is_over:
             return None
-        if guessed is None:
-            self._is_over = True
-            return None
-        n_made, n_unread = guessed.shape[1], self._sequences.length - self._n_read
-        self._n_read, self._guessed = self._sequences.length, guessed
+        n_unread, self._n_read = self._sequences.length - self._n_read, self._sequences.length
+        guessed = self._guessed = np.stack(made, 1)
         if not is_first and n_unread <= 2:  # as many calls as tokens
             costs = installed(self._model).draft_costs
-            costs.note(self._n_rows, 1, (time.perf_counter() - begin) / n_made)
-        unknown = (guessed >= self._vocabulary).any(0)
-        n_known = int(unknown.argmax()) if unknown.any() else n_made
+            costs.note(self._n_rows, 1, (time.perf_counter() - begin) / len(made))
+        n_known = int((guessed < self._vocabulary).all(0).cumprod().sum())
         return Guess(guessed[:, :n_known]) if n_known else None
 
-    def _made(self, n: int) -> np.ndarray | None:
-        """int64 [n_rows, at most n] behind the text; None if not even the text can be read."""
+    def _go_on(self, n: int, made: list[np.ndarray]) -> None:
+        """Add at most n tokens behind the text to `made`, int64 [n_rows] each."""
         if self._decoding is None:
             self._decoding = self._begun()
         decoding, text = self._decoding, self._sequences.ids.numpy()
         if decoding is None:
-            return None
+            return
         self._take_back(decoding, text)
         self._choice.begin()
-        made: list[np.ndarray] = []
         given = text[:, self._n_read :].astype(np.int64, copy=False)
         while len(made) < n:
             if self._choice.is_plain and given.shape[1] == 1:
@@ -134,10 +131,9 @@ class DraftModel:
                 logits = decoding.read(given)
                 tokens = None if logits is None else self._choice(logits[:, -1], self._text_with(made))
             if tokens is None:
-                break
+                return
             made.append(tokens)
             given = tokens[:, None]
-        return np.stack(made, 1) if made else None
 
     def _text_with(self, made: list[np.ndarray]) -> Ids:
         ids = self._sequences.ids
