@@ -153,8 +153,7 @@ def test_a_near_draft_is_mostly_right(
         torch.manual_seed(seed)
         arguments = {**prompts(1), **MODES[mode], "max_new_tokens": 50}
         ours.generate(**arguments, assistant_model=near)
-    assert checks.right > checks.guessed / 2, f'{checks.right} of {checks.guessed}'
-    print(checks.right, checks.guessed)
+    assert checks.right > checks.guessed / 2, f"{checks.right} of {checks.guessed}"
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
@@ -224,7 +223,8 @@ def test_an_end_within_a_guess(
 
 @pytest.mark.parametrize("mode", ["greedy", "sampling"])
 def test_a_cache_of_the_user(mode: str, stock: Model, ours: Model, draft: Model, size: int) -> None:
-    theirs, mine = DynamicCache(config=stock.config), IndirectCache(ours.config)
+    theirs: Any = DynamicCache(config=stock.config)
+    mine: Any = IndirectCache(ours.config)
     arguments = {**prompts(1), **MODES[mode]}
     for n in (17, 9):  # the second one goes on behind the first
         expected, _ = seeded(stock, **arguments, max_new_tokens=n, **{CACHE: theirs})
@@ -268,7 +268,7 @@ class Kept:
         self.ended += 1
 
 
-class Shifting(LogitsProcessor):  # type: ignore[misc]
+class Shifting(LogitsProcessor):
     """A processor of the user that gives something else each time."""
 
     def __init__(self) -> None:
