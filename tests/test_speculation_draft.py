@@ -309,6 +309,28 @@ def test_code_of_the_user_sees_what_it_sees_without_a_draft(
     assert checks.calls > 0
 
 
+class RowByRow(StoppingCriteria):
+    """A criterion of the user that ends one row after the other."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.tensor([input_ids.shape[1] > 15 + 10 * row for row in range(len(input_ids))])
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sampling"])
+def test_rows_that_end_without_padding(
+    mode: str, stock: Model, ours: Model, near: Model, size: int, checks: Checks
+) -> None:
+    """Without a token that ends rows, those that are finished go on choosing until all are."""
+    arguments = {**prompts(3), **MODES[mode], "max_new_tokens": 40}
+    results = [
+        seeded(model, **arguments, **options, stopping_criteria=StoppingCriteriaList([RowByRow()]))[0]
+        for model, options in ((stock, {}), (ours, {}), (ours, {"assistant_model": near}))
+    ]
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+    assert checks.calls > 0
+
+
 @pytest.mark.parametrize("most", [1, 2, 5, 11])
 @pytest.mark.parametrize("mode", ["greedy", "sampling"])
 def test_an_exception_leaves_the_cache_right(

@@ -77,13 +77,13 @@ def sample(
             if finished is not None and finished.all():
                 break
             most = stopping.most(sequences.length)
+            padded = finished if stopping.pads_finished else None
             if greedy is None:
-                padded = finished if stopping.pads_finished else None
                 tokens = pick(passes.outputs(tokens, ids, most, padded, 0 if pad is None else int(pad)), ids)
             else:
                 # whoever looks at each token gets it before the next one is made
                 max_steps = 1 if is_foreign or streamer is not None else stopping.left(sequences.length)
-                tokens = passes.choose(tokens, ids, greedy, max_steps=max_steps, finished=finished, most=most)
+                tokens = passes.choose(tokens, ids, greedy, max_steps=max_steps, finished=padded, most=most)
     finally:
         passes.finish()
 
