@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from hfopt import host
+from hfopt.errors import InvalidInput
 
 from ._types import Model
 from .beam import beam_search
@@ -23,8 +24,18 @@ _LOOPS: dict[str, Callable[..., Any]] = {"_sample": sample, "_beam_search": beam
 # settings that our loops leave to transformers'
 _THEIRS = ("compile_config", "low_memory", "stop_strings", "token_healing")
 
+# what a model guesses whose requests do not say
+_LOOKUP = host.Lookup(15, 3)
+
 # of the request that runs in this thread: whether it may get a cache of ours
 _takes_our_cache: ContextVar[bool] = ContextVar("hfopt_takes_our_cache", default=True)
+
+
+def lookup_of(speculation: str | None) -> host.Lookup | None:
+    """What this argument of `optimize` asks for. Raises InvalidInput."""
+    if speculation not in (None, "lookup"):
+        raise InvalidInput(f"speculation is {speculation!r}: None or 'lookup' is needed")
+    return None if speculation is None else _LOOKUP
 
 
 class Plan(NamedTuple):

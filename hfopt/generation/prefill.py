@@ -13,7 +13,7 @@ from hfopt import host
 from hfopt.cache import IndirectCache
 
 from ._types import Model, Outputs
-from .decoding import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
+from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
 from .prompt import one_row_per_prompt, repeat_rows, share_prompts, unshare_prompts
 from .protocols import StepProgram
 from .state import installed
