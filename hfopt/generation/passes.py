@@ -157,7 +157,9 @@ class Passes:
         decoding = self._decoding
         if decoding is None or decoding.cache is not self.cache:
             return None
-        if inputs is None or (self._is_plain(inputs, torch.tensor(tokens)) and decoding.fits(inputs)):
+        if inputs is None or (
+            self._is_plain(inputs, torch.tensor(tokens, device="cpu")) and decoding.fits(inputs)
+        ):
             return decoding
         return None
 
@@ -175,7 +177,7 @@ class Passes:
         if self._n_unseen:
             self._advance(self._n_unseen)
             self._n_unseen = 0
-        inputs = self._inputs(torch.tensor(tokens))  # a copy: hooks may keep it
+        inputs = self._inputs(torch.tensor(tokens, device="cpu"))  # a copy: hooks may keep it
         self._advance(1)
         outputs = self.model(return_dict=True, **inputs)
         now = host.cache_in(outputs.values())
