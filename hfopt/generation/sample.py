@@ -61,7 +61,8 @@ def sample(
         else:
             # whoever looks at each token gets it before the next one is made
             max_steps = 1 if is_foreign or streamer is not None else stopping.left(sequences.length)
-            tokens = passes.choose(tokens, ids, greedy, max_steps=max_steps, finished=finished)
+            padded = finished if stopping.pads_finished else None
+            tokens = passes.choose(tokens, ids, greedy, max_steps=max_steps, finished=padded)
 
     if streamer is not None:
         streamer.end()
