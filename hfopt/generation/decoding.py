@@ -24,7 +24,7 @@ _OWN_HOOKS = (share_prompts, unshare_prompts)
 LOOKS_INSIDE = ("output_attentions", "output_hidden_states")
 _COLUMN_STEP = 256
 _NEAR = 1 << 14  # positions that programs may make angles for, however few tokens there are
-_CALL_SECONDS = 0.19  # at most about that: Python answers Ctrl-C between calls
+CALL_SECONDS = 0.19  # at most about that: Python answers Ctrl-C between calls
 _MAX_STEPS = 32
 
 
@@ -91,8 +91,7 @@ class Decoding:
     """The steps of one request behind its prompt, as far as the model has a program for them.
 
     positions: int64 [1 or n_rows], of the next token, or None for a model that is given none; mask: uint8 [n_rows, keys], 0
-    for what is hidden, or None; are_flags: see `has_flags`. is_alone: no code of the user runs between the steps, in this
-    thread.
+    for what is hidden, or None; are_flags: see `has_flags`. is_alone, wait: see `Passes`.
     """
 
     def __init__(
@@ -104,20 +103,23 @@ class Decoding:
         mask: np.ndarray | None,
         are_flags: bool,
         is_alone: bool,
+        wait: float,
     ) -> None:
         self._model, self._programs, self._cache = model, programs, cache
         self._has_positions, self._has_gaps = positions is not None, has_gaps(mask)
         self._has_flags = are_flags
         # no program that is not given positions reads these
         self._positions, self._mask = np.zeros(1, np.int64) if positions is None else positions, mask
-        self._is_alone = is_alone
+        self._is_alone, self._wait = is_alone, wait
         self._program: StepProgram | None = None
         self._run: StepRun | None = None
         self._ahead: list[np.ndarray] = []  # tokens of steps that have been made already
-        self._n_steps, self._seconds = 1, _CALL_SECONDS  # of the last call, of a step in it
+        self._n_steps, self._seconds = 1, CALL_SECONDS  # of the last call, of a step in it
 
     @classmethod
-    def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], *, is_alone: bool) -> Decoding | None:
+    def of(
+        cls, model: Model, cache: Any, model_kwargs: dict[str, Any], *, is_alone: bool, wait: float
+    ) -> Decoding | None:
         """Begin behind a prompt, with the last position and the mask in `model_kwargs`; None if no program can."""
         mask, programs = model_kwargs.get("attention_mask"), installed(model).programs
         if programs is None or not isinstance(cache, IndirectCache):
@@ -133,7 +135,7 @@ class Decoding:
         if not _spans(mask, cache):
             return None
         shown = None if mask is None or bool((mask != 0).all()) else (mask != 0).numpy().astype(np.uint8)
-        return cls(model, programs, cache, last, shown, has_flags(mask), is_alone)
+        return cls(model, programs, cache, last, shown, has_flags(mask), is_alone, wait)
 
     @property
     def cache(self) -> IndirectCache:
@@ -199,9 +201,9 @@ class Decoding:
         if program is None:
             return False
         n_left = self._most_keys(program) - self._cache.get_seq_length()
-        n_steps = max(
-            1, min(max_steps, n_left, _MAX_STEPS, 2 * self._n_steps, int(_CALL_SECONDS / self._seconds))
-        )
+        # the first of them waits for all others
+        n_timely = min(int(CALL_SECONDS / self._seconds), 1 + int(self._wait / self._seconds))
+        n_steps = max(1, min(max_steps, n_left, _MAX_STEPS, 2 * self._n_steps, n_timely))
         begin = time.perf_counter()
         room = self._make_room(program, len(tokens), n_steps)
         if room is None:
@@ -209,14 +211,20 @@ class Decoding:
         run, positions, appended, mask = room
         try:
             chosen = run.choose(tokens, positions, appended, mask, finished, greedy.eos, greedy.pad)
-        except InvalidInput:
-            self._cache.crop(-n_steps)  # its columns have not been written
+        except BaseException:  # its columns have not been written, or nobody gets to know of them: Ctrl-C
+            self._cache.crop(-n_steps)
             raise
         self._n_steps, self._seconds = len(chosen), (time.perf_counter() - begin) / len(chosen)
         if len(chosen) < n_steps:
             self._cache.crop(len(chosen) - n_steps)
         self._ahead = list(chosen)
         return True
+
+    def take_back(self) -> None:
+        """Remove what has been made for tokens that nobody has asked for."""
+        if self._ahead:
+            self._cache.crop(-len(self._ahead))
+            self._ahead = []
 
     def skip(self) -> None:
         """Count a step that the modules have made."""

@@ -11,7 +11,7 @@ from hfopt import host
 from hfopt.errors import HostError, InvalidInput
 
 from ._types import Model, Outputs
-from .decoding import Decoding, Greedy
+from .decoding import CALL_SECONDS, Decoding, Greedy
 from .inputs import position_limit
 from .prefill import Prefill, with_cache
 from .restart import Unfit, broken
@@ -39,7 +39,8 @@ class Passes:
     built directly. Where the class has a method of its own for that (`reads_sequences`), it prepares each step from all
     sequences, and a program makes those for which it prepares just that.
 
-    is_alone: no code of the user runs between the steps, in this thread.
+    is_alone: no code of the user runs between the steps, in this thread. wait: seconds for which a token may stay unknown to
+    the loop after it has been made.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Passes:
         model_kwargs: dict[str, Any],
         *,
         is_alone: bool = False,
+        wait: float = CALL_SECONDS,
     ):
         self.model = model
         self.generation_config = generation_config
@@ -56,7 +58,7 @@ class Passes:
         self.reads_sequences = True
         self._limit = position_limit(model, generation_config.max_length)
         self._position = 0
-        self._is_alone = is_alone
+        self._is_alone, self._wait = is_alone, wait
         self._reorder: Any = getattr(model, host.REORDER, None)
         self._decoding: Decoding | None = None
         self._n_unseen = 0  # steps that `model_kwargs` know nothing of
@@ -134,6 +136,11 @@ class Passes:
                 return chosen
         return argmax(self._call(tokens, inputs).logits[:, -1]).numpy()
 
+    def take_back(self) -> None:
+        """Let the cache be as long as after the last step that was asked for."""
+        if self._decoding is not None:
+            self._decoding.take_back()
+
     def _begin(self, sequences: Tensor | None) -> dict[str, Any] | None:
         """What the model's class prepares for the next step; None where it need not be asked."""
         if self._limit is not None:
@@ -204,7 +211,9 @@ class Passes:
     def _decoding_from_here(self) -> Decoding | None:
         if self.reads_sequences and not host.knows_causal_output():
             return None
-        return Decoding.of(self.model, self.cache, self.model_kwargs, is_alone=self._is_alone)
+        return Decoding.of(
+            self.model, self.cache, self.model_kwargs, is_alone=self._is_alone, wait=self._wait
+        )
 
     def _inputs(self, tokens: Tensor) -> dict[str, Any]:
         """What the model is given for one more token a row, [n_rows], in a plain step."""

@@ -11,11 +11,13 @@ from hfopt import host
 
 from ._types import Ids, Model, Outputs
 from .collected import Collected
-from .decoding import Greedy
+from .decoding import CALL_SECONDS, Greedy
 from .passes import Passes
 from .selection import argmax
 from .sequences import Sequences
 from .stopping import Stopping, runs_foreign_code
+
+_STREAMED_SECONDS = 0.02  # after which a streamer has a token that was made; no reader sees so little
 
 
 def sample(
@@ -29,10 +31,13 @@ def sample(
 ) -> Outputs:
     """`GenerationMixin._sample` for decoder-only models: same results, same random numbers."""
     stopping = Stopping(stopping_criteria)
-    is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria, *([streamer] if streamer else [])])
+    is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria])
+    if streamer is not None and not host.only_hands_on(streamer):
+        is_foreign = True
+    wait = 0.0 if is_foreign else CALL_SECONDS if streamer is None else _STREAMED_SECONDS
     pad: Any = generation_config._pad_token_tensor
     collected = Collected(generation_config)
-    passes = Passes(model, generation_config, model_kwargs, is_alone=not is_foreign)
+    passes = Passes(model, generation_config, model_kwargs, is_alone=not is_foreign, wait=wait)
     pick = _Pick(logits_processor, generation_config.do_sample, collected)
     greedy = None
     if not (logits_processor or generation_config.do_sample) and collected.is_nothing:
@@ -43,26 +48,29 @@ def sample(
     tokens = pick(passes.prompt(input_ids), input_ids)
     reads_sequences = bool(logits_processor) or stopping.reads_sequences or passes.reads_sequences
     ids: Ids = input_ids
-    while True:
-        if finished is not None and stopping.pads_finished:
-            tokens = np.where(finished, int(pad), tokens)
-        sequences.append(tokens)
-        if reads_sequences:
-            ids = sequences.ids
-        hits = stopping(tokens, sequences.length, ids, collected.scores, is_ahead=passes.is_ahead)
-        if hits is not None:
-            finished = hits if finished is None else finished | hits
-        if streamer is not None:
-            streamer.put(torch.from_numpy(tokens.copy()))
-        if finished is not None and finished.all():
-            break
-        if greedy is None:
-            tokens = pick(passes.outputs(tokens, ids), ids)
-        else:
-            # whoever looks at each token gets it before the next one is made
-            max_steps = 1 if is_foreign or streamer is not None else stopping.left(sequences.length)
-            padded = finished if stopping.pads_finished else None
-            tokens = passes.choose(tokens, ids, greedy, max_steps=max_steps, finished=padded)
+    try:
+        while True:
+            if finished is not None and stopping.pads_finished:
+                tokens = np.where(finished, int(pad), tokens)
+            sequences.append(tokens)
+            if reads_sequences:
+                ids = sequences.ids
+            hits = stopping(tokens, sequences.length, ids, collected.scores, is_ahead=passes.is_ahead)
+            if hits is not None:
+                finished = hits if finished is None else finished | hits
+            if streamer is not None:
+                streamer.put(torch.from_numpy(tokens.copy()))
+            if finished is not None and finished.all():
+                break
+            if greedy is None:
+                tokens = pick(passes.outputs(tokens, ids), ids)
+            else:
+                max_steps = stopping.left(sequences.length)
+                padded = finished if stopping.pads_finished else None
+                tokens = passes.choose(tokens, ids, greedy, max_steps=max_steps, finished=padded)
+    except BaseException:  # Ctrl-C, or a streamer whose client has gone
+        passes.take_back()
+        raise
 
     if streamer is not None:
         streamer.end()

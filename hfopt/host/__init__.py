@@ -73,6 +73,7 @@ from hfopt.host.loops import (  # noqa: E402
 )
 from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
 from hfopt.host.rotary import begin_anew, frequencies, rewritten  # noqa: E402
+from hfopt.host.streamers import only_hands_on  # noqa: E402
 
 __all__ = [
     "CRITERIA",
@@ -138,6 +139,7 @@ __all__ = [
     "missing",
     "named_rows",
     "names_read",
+    "only_hands_on",
     "overridden",
     "registered_attention",
     "rewritten",
