@@ -87,7 +87,7 @@ def optimize(
         Return a list of the...
     """
     memory = env.resident_memory()
-    with _collections_paused():
+    with _collections_paused(), torch.device("cpu"):  # the default may be another one
         from hfopt.functional.choice import check_kernels
         from hfopt.model_proof import verdict_on
         from hfopt.patches.packing import Packing

@@ -10,10 +10,11 @@ And a text in which nothing repeats, dictated too or, at random weights, the mod
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _SIZES = (2, 4, 8, 16)
 _CONTEXT = 128
 _PROMPT, _ANSWER = 400, 104  # tokens; the model has 512 positions
 _EDITED = 16  # one token in so many is another
+_GUESSES = {"prompt_lookup_num_tokens": 15, "max_matching_ngram_size": 3}
 
 
 class Dictation(LogitsProcessor):
@@ -48,7 +50,7 @@ class Dictation(LogitsProcessor):
         return scores
 
 
-def turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def turns(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each, taken in turns that begin with another one each time, after one turn that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
@@ -76,7 +78,7 @@ def check(shape: str, rounds: int) -> None:
         assert programs is not None
         with torch.no_grad():
             program = programs.of(model, 1)
-        assert program is not None, model.hfopt.by_module
+        assert program is not None, str(model.hfopt)
         cache = IndirectCache(model.config)
         first = program.steps(1)
         for position in range(_CONTEXT):
@@ -92,7 +94,7 @@ def check(shape: str, rounds: int) -> None:
             cache.crop(-n)
 
         runs = {1: first} | {n: program.checks(1, n) for n in _SIZES}
-        contestants = {str(n): lambda n=n, run=run: call(n, run) for n, run in runs.items()}
+        contestants = {str(n): functools.partial(call, n, run) for n, run in runs.items()}
         seconds = turns(contestants, rounds)
         step = 1e3 * statistics.median(seconds["1"])
         print(f"{shape} {format_name or 'bfloat16':9} a step {step:6.2f} ms; a check of n tokens / a step:")
@@ -118,7 +120,6 @@ def lookup(rounds: int) -> None:
             "logits_processor": [Dictation(answer, _PROMPT)],
             "eos_token_id": None,
         }
-        guesses = {"prompt_lookup_num_tokens": 15, "max_matching_ngram_size": 3}
 
         def run(model: Any, **more: Any) -> Tensor:
             tokens: Tensor = model.generate(**{**arguments, **more})  # noqa: B023
@@ -127,15 +128,15 @@ def lookup(rounds: int) -> None:
         contestants: dict[str, Callable[[], Any]] = {
             "stock": lambda: run(stock),
             "plain": lambda: run(plain),
-            "lookup": lambda: run(plain, **guesses),
-            "stock with lookup": lambda: run(stock, **guesses),
+            "lookup": lambda: run(plain, **_GUESSES),
+            "stock with lookup": lambda: run(stock, **_GUESSES),
         }
         for each in contestants.values():
             assert torch.equal(each()[0, _PROMPT:], answer)
         seconds = turns(contestants, rounds)
         print(f"{title}: {_ANSWER} tokens behind {_PROMPT}")
-        for name, each in seconds.items():
-            print(f"    {name:18} {_ANSWER / statistics.median(each):7.0f} tokens/s")
+        for name, times in seconds.items():
+            print(f"    {name:18} {_ANSWER / statistics.median(times):7.0f} tokens/s")
         for name in ("plain", "stock", "stock with lookup"):
             print(f"    lookup is {ratio(seconds, name, 'lookup')} x as fast as {name}")
 

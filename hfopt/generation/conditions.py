@@ -66,4 +66,4 @@ def positions_of(model: Model, given: Any, n_past: int, n_new: int) -> Any:
     """Positions of n_new tokens behind n_past others: those given, or, for a model that takes none, their columns."""
     if host.takes_positions(type(model).forward):
         return given
-    return torch.arange(n_past, n_past + n_new)[None] if given is None else None
+    return torch.arange(n_past, n_past + n_new, device="cpu")[None] if given is None else None

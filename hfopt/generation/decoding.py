@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor
 
 from hfopt.cache import AppendedEverywhere, IndirectCache
-from hfopt.errors import InvalidInput
 
 from ._types import Model
 from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
@@ -20,7 +19,7 @@ from .speculation import Speculation
 from .state import installed
 
 _COLUMN_STEP = 256
-_CALL_SECONDS = 0.19  # at most about that: Python answers Ctrl-C between calls
+CALL_SECONDS = 0.19  # at most about that: Python answers Ctrl-C between calls
 _MAX_STEPS = 32
 
 
@@ -29,6 +28,18 @@ class Greedy(NamedTuple):
 
     eos: np.ndarray
     pad: int
+
+
+class Pace(NamedTuple):
+    """How far the steps of a request may go ahead of its loop.
+
+    is_alone: no code of the user runs between the steps, in this thread. wait: seconds for which a token may stay unknown to
+    the loop after it has been made. speculation: what of the next tokens is guessed, or None.
+    """
+
+    is_alone: bool = False
+    wait: float = CALL_SECONDS
+    speculation: Speculation | None = None
 
 
 class _Checked(NamedTuple):
@@ -45,9 +56,8 @@ class Decoding:
     """The steps of one request behind its prompt, as far as the model has a program for them.
 
     positions: int64 [1 or n_rows], of the next token, or None for a model that is given none; mask: uint8 [n_rows, keys], 0
-    for what is hidden, or None; are_flags: see `has_flags`. is_alone: no code of the user runs between the steps, in this
-    thread. speculation: what of the next tokens is guessed, or None; the cache has columns of guessed tokens until the loop
-    has chosen others, or `drop_ahead` is called.
+    for what is hidden, or None; are_flags: see `has_flags`. Guessed tokens have columns in the cache until the loop has
+    chosen others, or `take_back` is called.
     """
 
     def __init__(
@@ -58,34 +68,24 @@ class Decoding:
         positions: np.ndarray | None,
         mask: np.ndarray | None,
         are_flags: bool,
-        is_alone: bool,
-        speculation: Speculation | None = None,
+        pace: Pace,
     ) -> None:
         self._model, self._programs, self._cache = model, programs, cache
         self._has_positions, self._has_gaps = positions is not None, has_gaps(mask)
         self._has_flags = are_flags
         # no program that is not given positions reads these
         self._positions, self._mask = np.zeros(1, np.int64) if positions is None else positions, mask
-        self._is_alone = is_alone
+        self._is_alone, self._wait, self._speculation = pace
         self._program: StepProgram | None = None
         self._run: StepRun | None = None
-        self._speculation = speculation
         self._checks: dict[int, StepRun] = {}  # by tokens of a row
         self._ahead: list[np.ndarray] = []  # tokens of steps that have been made already
         self._checked: list[_Checked] = []  # steps that may have been made already
         self._n_right = self._n_guessed = 0  # of the last check
-        self._n_steps, self._seconds = 1, _CALL_SECONDS  # of the last call, of a step in it
+        self._n_steps, self._seconds = 1, CALL_SECONDS  # of the last call, of a step in it
 
     @classmethod
-    def of(
-        cls,
-        model: Model,
-        cache: Any,
-        model_kwargs: dict[str, Any],
-        *,
-        is_alone: bool,
-        speculation: Speculation | None = None,
-    ) -> Decoding | None:
+    def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], pace: Pace) -> Decoding | None:
         """Begin behind a prompt, with the last position and the mask in `model_kwargs`; None if no program can."""
         mask, programs = model_kwargs.get("attention_mask"), installed(model).programs
         if programs is None or not isinstance(cache, IndirectCache):
@@ -101,7 +101,7 @@ class Decoding:
         if not _spans(mask, cache):
             return None
         shown = None if mask is None or bool((mask != 0).all()) else (mask != 0).numpy().astype(np.uint8)
-        return cls(model, programs, cache, last, shown, has_flags(mask), is_alone, speculation)
+        return cls(model, programs, cache, last, shown, has_flags(mask), pace)
 
     @property
     def cache(self) -> IndirectCache:
@@ -142,7 +142,7 @@ class Decoding:
                 self._n_right += 1
                 self._positions += 1
                 return logits
-        self.drop_ahead()
+        self._end_check()
         program = self._current(len(tokens))
         if program is None:
             return None
@@ -176,15 +176,15 @@ class Decoding:
         run, positions, appended, mask = room
         try:
             logits = run.logits(given, positions, appended, mask)
-        except InvalidInput:
-            self._cache.crop(-n_new)  # its columns have not been written
+        except BaseException:  # its columns have not been written, or nobody gets to know of them: Ctrl-C
+            self._cache.crop(-n_new)
             raise
         if self._speculation is not None:
             self._speculation.note_call(n_rows, n_new, time.perf_counter() - begin)
         return logits
 
-    def drop_ahead(self) -> None:
-        """Take back from the cache what the loop has not asked for."""
+    def _end_check(self) -> None:
+        """Remove what has been made for guesses that were wrong, or were not needed."""
         if self._n_guessed:
             assert self._speculation is not None
             self._speculation.note(self._n_guessed, self._n_right)
@@ -257,9 +257,9 @@ class Decoding:
     ) -> bool:
         """Make as many steps as are short enough for one call; False if modules have to."""
         n_left = self._most_keys(program) - self._cache.get_seq_length()
-        n_steps = max(
-            1, min(max_steps, n_left, _MAX_STEPS, 2 * self._n_steps, int(_CALL_SECONDS / self._seconds))
-        )
+        # the first of them waits for all others
+        n_timely = min(int(CALL_SECONDS / self._seconds), 1 + int(self._wait / self._seconds))
+        n_steps = max(1, min(max_steps, n_left, _MAX_STEPS, 2 * self._n_steps, n_timely))
         begin = time.perf_counter()
         room = self._make_room(program, len(tokens), n_steps)
         if room is None:
@@ -267,8 +267,8 @@ class Decoding:
         run, positions, appended, mask = room
         try:
             chosen = run.choose(tokens, positions, appended, mask, finished, greedy.eos, greedy.pad)
-        except InvalidInput:
-            self._cache.crop(-n_steps)  # its columns have not been written
+        except BaseException:  # its columns have not been written, or nobody gets to know of them: Ctrl-C
+            self._cache.crop(-n_steps)
             raise
         self._n_steps, self._seconds = len(chosen), (time.perf_counter() - begin) / len(chosen)
         if self._speculation is not None:
@@ -277,6 +277,13 @@ class Decoding:
             self._cache.crop(len(chosen) - n_steps)
         self._ahead = list(chosen)
         return True
+
+    def take_back(self) -> None:
+        """Remove what has been made for tokens that nobody has asked for."""
+        self._end_check()
+        if self._ahead:
+            self._cache.crop(-len(self._ahead))
+            self._ahead = []
 
     def skip(self) -> None:
         """Count a step that the modules have made."""

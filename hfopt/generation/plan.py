@@ -17,12 +17,15 @@ from .inputs import check_counts
 from .proof import OTHER_LOOPS, refusals
 from .sample import sample
 from .state import installed
+from .tokenizer import is_given_tokenizer
 
 # loop of transformers -> ours
 _LOOPS: dict[str, Callable[..., Any]] = {"_sample": sample, "_beam_search": beam_search}
 
 # settings that our loops leave to transformers'
-_THEIRS = ("compile_config", "low_memory", "stop_strings", "token_healing")
+_THEIRS = ("compile_config", "low_memory")
+# settings for which `generate` reads a tokenizer, and the method that it hands it to
+_OF_TEXT = {"stop_strings": host.CRITERIA, "token_healing": host.HEAL}
 
 # what a model guesses whose requests do not say
 _LOOKUP = host.Lookup(15, 3)
@@ -69,6 +72,9 @@ def plan_of(model: Model, arguments: Mapping[str, Any]) -> Plan:
         return Plan(None, False)
     counts = prepared.num_beams, prepared.num_return_sequences
     check_counts(*(1 if each is None else each for each in counts))
+    for setting, method in _OF_TEXT.items():
+        if getattr(prepared, setting, None) and not is_given_tokenizer(model, method):
+            return their_plan(model)
     plan = prepared_plan(model, prepared)
     if streamer is not None and plan.loop not in (None, sample):
         return their_plan(model)  # which refuses a streamer of beams
@@ -88,7 +94,6 @@ def prepared_plan(model: Model, settings: GenerationConfig) -> Plan:
         return their_plan(model)
     if host.MODES[mode] in refusals():
         return Plan(None, False)
-    # of these, `generate` keeps what the last two need for its own loops
     if any(getattr(settings, name, None) for name in _THEIRS):
         return their_plan(model)
     loop = our_loop(model, mode, settings)
