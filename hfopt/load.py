@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import accelerate
 import torch
@@ -44,6 +44,7 @@ def load(
     dtype: torch.dtype | None = None,
     quantization: str | Format | QuantizationConfig | Mapping[str, Any] | None = None,
     kv_cache: str | None = None,
+    speculation: Literal["lookup"] | None = None,
     calibration: Calibration | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -55,7 +56,7 @@ def load(
         dtype: float32, bfloat16 or float16, of what is not quantised. None: that of the checkpoint.
         quantization: what to turn linear layers into that the checkpoint holds as floats, while they are read: a format or
             its name ("int8", "int4", "nf4"), or a config that says so for parts of the model. None: nothing.
-        kv_cache: as in `optimize`.
+        kv_cache, speculation: as in `optimize`.
         calibration: as for `hfopt.optimize`. The model that has been quantised without it reads the texts, and then the
             checkpoint is read a second time.
         kwargs: revision, token, cache_dir, subfolder, local_files_only, force_download and proxies, of the Hub;
@@ -103,7 +104,7 @@ def load(
     weights.fill()
     _load_generation_config(model, source, hub)
     declare(model)
-    optimize(model.eval(), kv_cache=kv_cache)
+    optimize(model.eval(), kv_cache=kv_cache, speculation=speculation)
     if calibrator is not None:
         batches = calibrator.measure({path: weights.linears[path] for path in weights.quantised})
         with progress("hfopt quantises weights", len(weights.quantised)) as advance:

@@ -45,6 +45,7 @@ def optimize(
     keep_original: bool = False,
     kv_cache: str | None = None,
     calibration: Calibration | None = None,
+    speculation: Literal["lookup"] | None = None,
 ) -> Model:
     """Make a model generate faster on the CPU, in place; it is returned, with its report as `model.hfopt`.
 
@@ -63,6 +64,9 @@ def optimize(
         calibration: texts like those that the model is for, which it reads so that weights are rounded with regard to the
             inputs that they meet: a list of strings, for the tokenizer in the model's own folder, or of token ids (lists or
             tensors). Longer ones than 512 tokens are cut into pieces.
+        speculation: "lookup" lets greedy search and sampling guess tokens from the text so far, and check several in one
+            reading of the weights, as `generate(prompt_lookup_num_tokens=...)` does for one request. Tokens stay what they
+            are. How many are guessed follows from what checks cost and how many guesses were right.
 
     Without `quantization` no weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
     Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory), UnsupportedModel and KernelError (another Numba
@@ -83,7 +87,7 @@ def optimize(
         Return a list of the...
     """
     memory = env.resident_memory()
-    with _collections_paused():
+    with _collections_paused(), torch.device("cpu"):  # the default may be another one
         from hfopt.functional.choice import check_kernels
         from hfopt.model_proof import verdict_on
         from hfopt.patches.packing import Packing
@@ -95,8 +99,10 @@ def optimize(
         check_kernels("kernels", kernels)
         check_kv_cache(kv_cache)
         generator = generation.generator_of(model)
-        if kv_cache is not None and generator is None:
-            raise InvalidInput(f"kv_cache = {kv_cache!r}: {type(model).__name__} does not generate")
+        lookup = generation.lookup_of(speculation)
+        for name, given in (("kv_cache", kv_cache), ("speculation", speculation)):
+            if given is not None and generator is None:
+                raise InvalidInput(f"{name} = {given!r}: {type(model).__name__} does not generate")
         config = None if quantization is None else config_of(quantization)
         if calibration is not None and config is None:
             raise InvalidInput("calibration is for quantization, which is None")
@@ -112,7 +118,7 @@ def optimize(
         if strict:
             _check_whole(walk, programs, verdict)
         if generator is not None:
-            state = generation.Installed(programs, kv_cache, verdict or generation.Verdict())
+            state = generation.Installed(programs, kv_cache, verdict or generation.Verdict(), lookup)
             generation.install(generator, state)
         batches: Iterable[Mapping[str, InputStatistics | None]] = ()
         if packing is not None:

@@ -37,9 +37,10 @@ class Report:
     loops: modes of `generate` that are left to transformers' own loops and caches, and what differed. idle: swapped modules
     that cannot run in kernels as they are now, and why. cores: that threads fit in. kernels: the argument of `optimize`.
     window: tokens of the shortest window of a layer, if texts may be longer. choices: what "auto" takes for this
-    model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and values are cached as floats all the same,
-    or None. quantized: Linears with packed weights. left: those that `quantization` left as they are, and why. adapters: of
-    LoRA, around Linears. advice: in words, which dtype would be faster, and at what cost; or None.
+    model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and values are cached as floats all the
+    same, or None. speculation: the argument of `optimize`. quantized: Linears with packed weights. left: those that
+    `quantization` left as they are, and why. adapters: of LoRA, around Linears. advice: in words, which dtype would be
+    faster, and at what cost; or None.
 
     Example:
         >>> import hfopt
@@ -67,6 +68,7 @@ class Report:
     choices: tuple[Choice, ...]
     kv_cache: str | None
     float_cache: str | None
+    speculation: str | None
     window: int | None
     quantized: tuple[Quantized, ...]
     left: dict[str, str]
@@ -85,7 +87,8 @@ class Report:
 
         by_module, program = _steps(walk.model)
         generator = generation.generator_of(walk.model)
-        kv_cache = None if generator is None else generation.installed(generator).kv_cache
+        state = generation.NOTHING if generator is None else generation.installed(generator)
+        kv_cache = state.kv_cache
         dtypes = Counter(dtype_name(weight.dtype) for weight in walk.model.parameters())
         return cls(
             model_class=type(walk.model).__qualname__,
@@ -104,6 +107,7 @@ class Report:
             kernels=walk.kernels() if is_applied else "auto",
             kv_cache=kv_cache,
             float_cache=None if kv_cache is None else generation.cache_obstacle(generator),
+            speculation=None if state.lookup is None else "lookup",
             window=None if generator is None else generation.window_of(generator),
             quantized=quantized(walk.model),
             left=dict(left),
@@ -146,6 +150,9 @@ class Report:
                 f"not as {self.kv_cache}: {self.float_cache}" if self.float_cache else f"as {self.kv_cache}"
             )
             lines.append(f"keys and values are cached {stored}")
+        if self.speculation is not None:
+            guessed = "not guessed: steps go module by module" if self.by_module else "guessed from the text"
+            lines.append(f"next tokens are {guessed}")
         if self.window is not None:
             lines.append(f"layers of a window of {self.window:,} tokens cache little more than those")
         if self.swapped:

@@ -80,7 +80,6 @@ def test_a_row_has_the_same_bits_among_others(dtype, features):
         assert torch.equal(linear(x[:n_rows], weights), alone[:n_rows])
 
 
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_rows_and_features(dtype, rows):

@@ -145,6 +145,19 @@ def test_tables_are_made_once_and_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_near(rope(x, 5000, 1, SIZE, 1, SIZE), RotaryEmbedding(1 << 14, SIZE)(x, 5000, 1, SIZE, 1, SIZE))
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_tables_are_in_the_memory_of_the_cpu(kind: str) -> None:
+    """Whatever torch's default device is while they are made: they stay when it is another one again."""
+    settings = KINDS[kind] or None
+    rope, known = (RotaryEmbedding(LONGEST, SIZE, extra_rope_config=settings) for _ in range(2))
+    x = torch.randn(1, 2, 1, SIZE)
+    for position in (5, FIRST + 9):
+        expected = known(x, position, 1, SIZE, SIZE // 2, SIZE)
+        with torch.device("meta"):
+            assert torch.equal(rope(x, position, 1, SIZE, SIZE // 2, SIZE), expected)
+        assert torch.equal(rope(x, position, 1, SIZE, SIZE // 2, SIZE), expected)
+
+
 # ---- forms of the input ------------------------------------------------------------------------------------------------
 
 

@@ -62,13 +62,13 @@ class RowMap:
     # These bear the names of the cache's methods, and raise what torch raises there.
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(torch.arange(self.n_rows).index_select(0, beam_idx.to("cpu")))
+        self._select(torch.arange(self.n_rows, device="cpu").index_select(0, beam_idx.to("cpu")))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(torch.arange(self.n_rows).repeat_interleave(repeats))
+        self._select(torch.arange(self.n_rows, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(torch.arange(self.n_rows)[indices, ...])
+        self._select(torch.arange(self.n_rows, device="cpu")[indices, ...])
 
 
 def gathered(prefix: Tensor, suffix: Tensor, prefix_row: np.ndarray, table: np.ndarray) -> Tensor:
@@ -82,5 +82,5 @@ def gathered(prefix: Tensor, suffix: Tensor, prefix_row: np.ndarray, table: np.n
     if not table.shape[1]:
         return prefix
     # the two indices bring [n_rows, suffix_len] to the front
-    read = suffix[torch.from_numpy(table.astype(np.int64)), :, torch.arange(table.shape[1])]
+    read = suffix[torch.from_numpy(table.astype(np.int64)), :, torch.arange(table.shape[1], device="cpu")]
     return torch.cat([prefix, read.transpose(1, 2)], dim=2)

@@ -76,7 +76,7 @@ def prepare_mask(attention_mask: object, n_rows: int, n_new: int, n_keys: int) -
     if bool(seen.all()):
         return Mask("none")
     if n_new > 1:
-        causal = torch.ones(n_new, n_keys, dtype=torch.bool).tril_(n_keys - n_new)
+        causal = torch.ones(n_new, n_keys, dtype=torch.bool, device="cpu").tril_(n_keys - n_new)
         if torch.equal(seen, causal.expand_as(seen)):
             return Mask("causal")
     return Mask("bytes", seen.expand(n_rows, -1, -1).contiguous().view(torch.uint8).numpy())
@@ -149,7 +149,7 @@ def _attend_in_torch(
     if mask.kind == "bytes":
         seen = (torch.from_numpy(mask.bytes) != 0)[:, None]
     elif mask.kind == "causal" and n_new < n_keys:
-        seen = torch.ones(n_new, n_keys, dtype=torch.bool).tril_(n_keys - n_new)
+        seen = torch.ones(n_new, n_keys, dtype=torch.bool, device="cpu").tril_(n_keys - n_new)
     heads = F.scaled_dot_product_attention(
         qkv[..., : n_heads * head_dim].unflatten(-1, (n_heads, head_dim)).transpose(1, 2),
         keys,

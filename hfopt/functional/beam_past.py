@@ -21,7 +21,7 @@ from .checks import address_of, array_of, check_floats, check_shape
 
 LayerPast: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
-_ZERO = torch.zeros((), dtype=torch.int64)
+_ZERO = torch.zeros((), dtype=torch.int64, device="cpu")
 _TRAILER = 2  # rows of beam_idx behind those of tokens: tokens of the prompt, and rows that it has
 
 
@@ -233,4 +233,4 @@ def _first_beam_idx(buffer: Tensor, n_prompts: int) -> Tensor:
     """Rows that go on with themselves."""
     # users write to it, where inference tensors could not be any more
     with torch.inference_mode(False):
-        return torch.arange(buffer.shape[1]).repeat(buffer.shape[3] + _TRAILER, 1)
+        return torch.arange(buffer.shape[1], device=buffer.device).repeat(buffer.shape[3] + _TRAILER, 1)

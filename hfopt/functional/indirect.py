@@ -262,7 +262,7 @@ def _scores_of(
     seen = None if mask is None else _seen_by(mask)
     order = None
     if causal and n_new > 1:
-        order = torch.ones(n_new, n_keys, dtype=torch.bool).tril_(n_keys - n_new)
+        order = torch.ones(n_new, n_keys, dtype=torch.bool, device="cpu").tril_(n_keys - n_new)
     # attention of ours is over the new tokens too
     if bias is None and (mask is None or seen is not None) and n_new <= n_keys:
         if seen is None:
@@ -271,12 +271,14 @@ def _scores_of(
         seen = seen if order is None else seen & order
         return _Scores(scoring, prepare_mask(seen, n_rows, n_new, n_keys))
 
-    total = torch.zeros(1, 1, n_new, n_keys)
+    total = torch.zeros(1, 1, n_new, n_keys, device="cpu")
     for each in (mask, bias):
         if each is not None:
             total = total.masked_fill(~each, -math.inf) if each.dtype is torch.bool else total + each.float()
     if slopes is not None:
-        away = torch.arange(n_keys) - torch.arange(n_keys - n_new, n_keys)[:, None]
+        away = (
+            torch.arange(n_keys, device="cpu") - torch.arange(n_keys - n_new, n_keys, device="cpu")[:, None]
+        )
         total = total + slopes[:, None, None] * away
     return _Scores(scoring, Mask("none"), total if order is None else total.masked_fill_(~order, -math.inf))
 

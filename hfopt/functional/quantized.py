@@ -229,7 +229,7 @@ def _shift_levels(levels: Sequence[int] | None, bits: int, has_zeros: bool) -> T
         )
     if len(levels) != 16 or not all(-127 <= level <= 127 for level in levels):
         raise InvalidInput(f"levels is {list(levels)}: 16 integers from -127 to 127 are needed")
-    return torch.tensor([level + 128 for level in levels], dtype=torch.uint8)
+    return torch.tensor([level + 128 for level in levels], dtype=torch.uint8, device="cpu")
 
 
 def terms_of(compute: str, dtype: torch.dtype) -> int:

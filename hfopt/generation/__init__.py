@@ -1,6 +1,6 @@
 """transformers' `generate` with loops, a gate and a cache of ours."""
 
-from .decoding import obstacle
+from .conditions import obstacle
 from .generate import (
     cache_obstacle,
     generate,
@@ -13,6 +13,7 @@ from .generate import (
 )
 from .latency import Latency, record_latency
 from .loops import hf_beam_sample, hf_beam_search, hf_greedy_search, hf_sample
+from .plan import lookup_of
 from .prompt import share_prompts, unshare_prompts
 from .proof import MODES, in_words, prove, refusals
 from .protocols import StepProgram, StepPrograms, StepRun
@@ -39,6 +40,7 @@ __all__ = [
     "installed",
     "is_installed",
     "keep",
+    "lookup_of",
     "obstacle",
     "prepare_cache",
     "prove",

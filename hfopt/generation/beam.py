@@ -15,6 +15,7 @@ from hfopt import host
 
 from ._types import Ids, Model, Outputs
 from .collected import Collected
+from .decoding import Pace
 from .passes import Passes
 from .selection import continuations, select
 from .sequences import Sequences
@@ -47,7 +48,7 @@ def beam_search(
 
     stopping = Stopping(stopping_criteria)
     is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria])
-    passes = Passes(model, generation_config, model_kwargs, is_alone=not is_foreign)
+    passes = Passes(model, generation_config, model_kwargs, Pace(not is_foreign))
     beams = Beams(n_rows // num_beams, generation_config, prompt_length)
     sequences = Sequences(input_ids)  # grow only if somebody reads them
     outputs = passes.prompt(input_ids)

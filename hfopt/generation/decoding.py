@@ -4,79 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from hfopt import host
 from hfopt.cache import AppendedEverywhere, IndirectCache
-from hfopt.errors import InvalidInput
 
 from ._types import Model
-from .prompt import share_prompts, unshare_prompts
-from .proof import refusals
+from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
 from .protocols import StepProgram, StepPrograms, StepRun
 from .selection import argmax
 from .speculation import Speculation
-from .state import Verdict, installed
+from .state import installed
 
-_OWN_HOOKS = (share_prompts, unshare_prompts)
-LOOKS_INSIDE = ("output_attentions", "output_hidden_states")
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _COLUMN_STEP = 256
-_NEAR = 1 << 14  # positions that programs may make angles for, however few tokens there are
-_CALL_SECONDS = 0.19  # at most about that: Python answers Ctrl-C between calls
+CALL_SECONDS = 0.19  # at most about that: Python answers Ctrl-C between calls
 _MAX_STEPS = 32
-
-
-def obstacle(model: Model) -> str | None:
-    """In words, why requests of this model take no steps from a program, whatever its modules are."""
-    if not any(words not in refusals() for words in host.MODES.values()):
-        return "transformers' own loops run"
-    verdict = installed(model).verdict
-    if verdict != Verdict():
-        return verdict.refusal or verdict.obstacle
-    if has_hooks(model):
-        return "the model has hooks"
-    name = wanted(model)
-    return None if name is None else f"its configuration has {name}"
-
-
-def has_hooks(model: Model) -> bool:
-    """Whether code of others runs around calls of the model itself."""
-    hooks = (*model._forward_hooks.values(), *model._forward_pre_hooks.values())
-    return any(hook not in _OWN_HOOKS for hook in hooks)
-
-
-def wanted(model: Model) -> str | None:
-    """What the configuration asks of each call that a program does not give."""
-    return next((name for name in LOOKS_INSIDE if getattr(model.config, name, False)), None)
-
-
-def are_near(position_ids: Tensor, n_keys: int) -> bool:
-    """Whether a program can have a row of a table for each position: others may be negative, or anywhere beyond the keys."""
-    if position_ids.dtype not in (torch.int64, torch.int32):
-        return False
-    first, last = position_ids.aminmax()
-    return bool(first >= 0 and last < max(n_keys, _NEAR))
-
-
-def has_gaps(mask: np.ndarray | None) -> bool:
-    """Whether keys are hidden behind one that is seen; mask: [n_rows, keys], 0 for what is hidden."""
-    return mask is not None and bool((np.diff((mask != 0).astype(np.int8), axis=1) < 0).any())
-
-
-def has_flags(mask: Tensor | None) -> bool:
-    """Whether a mask is of 0 and 1 in integers, whose sums are exact; None is."""
-    return mask is None or not (mask.is_floating_point() or bool((mask.long() >> 1).any()))
-
-
-def positions_of(model: Model, given: Any, n_past: int, n_new: int) -> Any:
-    """Positions of n_new tokens behind n_past others: those given, or, for a model that takes none, their columns."""
-    if host.takes_positions(type(model).forward):
-        return given
-    return torch.arange(n_past, n_past + n_new)[None] if given is None else None
 
 
 class Greedy(NamedTuple):
@@ -84,6 +31,18 @@ class Greedy(NamedTuple):
 
     eos: np.ndarray
     pad: int
+
+
+class Pace(NamedTuple):
+    """How far the steps of a request may go ahead of its loop.
+
+    is_alone: no code of the user runs between the steps, in this thread. wait: seconds for which a token may stay unknown to
+    the loop after it has been made. speculation: what of the next tokens is guessed, or None.
+    """
+
+    is_alone: bool = False
+    wait: float = CALL_SECONDS
+    speculation: Speculation | None = None
 
 
 class _Checked(NamedTuple):
@@ -100,9 +59,8 @@ class Decoding:
     """The steps of one request behind its prompt, as far as the model has a program for them.
 
     positions: int64 [1 or n_rows], of the next token, or None for a model that is given none; mask: uint8 [n_rows, keys], 0
-    for what is hidden, or None; are_flags: see `has_flags`. is_alone: no code of the user runs between the steps, in this
-    thread. speculation: what of the next tokens is guessed, or None; the cache has columns of guessed tokens until the loop
-    has chosen others, or `drop_ahead` is called.
+    for what is hidden, or None; are_flags: see `has_flags`. Guessed tokens have columns in the cache until the loop has
+    chosen others, or `take_back` is called.
     """
 
     def __init__(
@@ -113,34 +71,24 @@ class Decoding:
         positions: np.ndarray | None,
         mask: np.ndarray | None,
         are_flags: bool,
-        is_alone: bool,
-        speculation: Speculation | None = None,
+        pace: Pace,
     ) -> None:
         self._model, self._programs, self._cache = model, programs, cache
         self._has_positions, self._has_gaps = positions is not None, has_gaps(mask)
         self._has_flags = are_flags
         # no program that is not given positions reads these
         self._positions, self._mask = np.zeros(1, np.int64) if positions is None else positions, mask
-        self._is_alone = is_alone
+        self._is_alone, self._wait, self._speculation = pace
         self._program: StepProgram | None = None
         self._run: StepRun | None = None
-        self._speculation = speculation
         self._checks: dict[int, StepRun] = {}  # by tokens of a row
         self._ahead: list[np.ndarray] = []  # tokens of steps that have been made already
         self._checked: list[_Checked] = []  # steps that may have been made already
         self._n_right = self._n_guessed = 0  # of the last check
-        self._n_steps, self._seconds = 1, _CALL_SECONDS  # of the last call, of a step in it
+        self._n_steps, self._seconds = 1, CALL_SECONDS  # of the last call, of a step in it
 
     @classmethod
-    def of(
-        cls,
-        model: Model,
-        cache: Any,
-        model_kwargs: dict[str, Any],
-        *,
-        is_alone: bool,
-        speculation: Speculation | None = None,
-    ) -> Decoding | None:
+    def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], pace: Pace) -> Self | None:
         """Begin behind a prompt, with the last position and the mask in `model_kwargs`; None if no program can."""
         mask, programs = model_kwargs.get("attention_mask"), installed(model).programs
         if programs is None or not isinstance(cache, IndirectCache):
@@ -156,7 +104,7 @@ class Decoding:
         if not _spans(mask, cache):
             return None
         shown = None if mask is None or bool((mask != 0).all()) else (mask != 0).numpy().astype(np.uint8)
-        return cls(model, programs, cache, last, shown, has_flags(mask), is_alone, speculation)
+        return cls(model, programs, cache, last, shown, has_flags(mask), pace)
 
     @property
     def cache(self) -> IndirectCache:
@@ -200,7 +148,7 @@ class Decoding:
                 self._n_right += 1
                 self._positions += 1
                 return logits
-        self.drop_ahead()
+        self._end_check()
         program = self._current(len(tokens))
         if program is None:
             return None
@@ -216,30 +164,6 @@ class Decoding:
             self._n_right, self._n_guessed = 0, guessed.shape[1]
             self._checked = [_Checked(*each) for each in zip(guessed.T, parts[1:], strict=True)]
         return parts[0]
-
-    def read(self, tokens: np.ndarray) -> Tensor | None:
-        """Logits [n_rows, 1, n_logits] behind some more tokens of each row, int64 [n_rows, n]; None, behind some of them, if
-        modules have to read the rest.
-        """
-        n_rows, n_read, logits = len(tokens), 0, None
-        while n_read < tokens.shape[1]:
-            program = self._current(n_rows)
-            if program is None:
-                return None
-            n_left = self._most_keys(program) - self._cache.get_seq_length()
-            n_new = min(n_left, program.most_checked(n_rows, int(self._positions.max())))
-            part = tokens[:, n_read : n_read + n_new]
-            logits = self._check(program, part[:, 0], part[:, 1:])
-            if logits is None:
-                return None
-            self._positions += part.shape[1]
-            n_read += part.shape[1]
-        return None if logits is None else logits[:, -1:]
-
-    def take_back(self, n_tokens: int) -> None:
-        """Forget the last tokens that were read."""
-        self._cache.crop(-n_tokens)
-        self._positions -= n_tokens
 
     def _guessed(self, program: StepProgram, n_rows: int, most: int) -> np.ndarray | None:
         """Guesses of the tokens behind the next one, int64 [n_rows, n], as far as the program can check them; or None."""
@@ -260,22 +184,22 @@ class Decoding:
         run, positions, appended, mask = room
         try:
             logits = run.logits(given, positions, appended, mask)
-        except InvalidInput:
-            self._cache.crop(-n_new)  # its columns have not been written
+        except BaseException:  # its columns have not been written, or nobody gets to know of them: Ctrl-C
+            self._cache.crop(-n_new)
             raise
         if self._speculation is not None:
             self._speculation.note_call(n_rows, n_new, time.perf_counter() - begin)
         return logits
 
-    def drop_ahead(self) -> None:
-        """Take back from the cache what the loop has not asked for."""
+    def _end_check(self) -> None:
+        """Remove what has been made for guesses that were wrong, or were not needed."""
         if self._n_guessed:
             assert self._speculation is not None
             self._speculation.note(self._n_guessed, self._n_right)
             self._n_guessed = 0
-        if self._checked or self._ahead:
-            self._cache.crop(-len(self._checked) - len(self._ahead))
-            self._checked, self._ahead = [], []
+        if self._checked:
+            self._cache.crop(-len(self._checked))
+            self._checked = []
 
     def choose(
         self, tokens: np.ndarray, greedy: Greedy, max_steps: int, finished: np.ndarray | None, most: int = 1
@@ -341,9 +265,9 @@ class Decoding:
     ) -> bool:
         """Make as many steps as are short enough for one call; False if modules have to."""
         n_left = self._most_keys(program) - self._cache.get_seq_length()
-        n_steps = max(
-            1, min(max_steps, n_left, _MAX_STEPS, 2 * self._n_steps, int(_CALL_SECONDS / self._seconds))
-        )
+        # the first of them waits for all others
+        n_timely = min(int(CALL_SECONDS / self._seconds), 1 + int(self._wait / self._seconds))
+        n_steps = max(1, min(max_steps, n_left, _MAX_STEPS, 2 * self._n_steps, n_timely))
         begin = time.perf_counter()
         room = self._make_room(program, len(tokens), n_steps)
         if room is None:
@@ -351,8 +275,8 @@ class Decoding:
         run, positions, appended, mask = room
         try:
             chosen = run.choose(tokens, positions, appended, mask, finished, greedy.eos, greedy.pad)
-        except InvalidInput:
-            self._cache.crop(-n_steps)  # its columns have not been written
+        except BaseException:  # its columns have not been written, or nobody gets to know of them: Ctrl-C
+            self._cache.crop(-n_steps)
             raise
         self._n_steps, self._seconds = len(chosen), (time.perf_counter() - begin) / len(chosen)
         if self._speculation is not None:
@@ -361,6 +285,13 @@ class Decoding:
             self._cache.crop(len(chosen) - n_steps)
         self._ahead = list(chosen)
         return True
+
+    def take_back(self) -> None:
+        """Remove what has been made for tokens that nobody has asked for."""
+        self._end_check()
+        if self._ahead:
+            self._cache.crop(-len(self._ahead))
+            self._ahead = []
 
     def skip(self) -> None:
         """Count a step that the modules have made."""

@@ -16,7 +16,7 @@ from hfopt.cache import IndirectCache
 from hfopt.errors import HfoptError
 
 from ._types import Ids, Model
-from .decoding import Decoding, Greedy
+from .decoding import Decoding, Greedy, Pace
 from .prefill import Prefill
 from .selection import argmax, drawn
 from .sequences import Sequences
@@ -58,6 +58,34 @@ class Choice:
         return chosen.numpy()
 
 
+class _Steps(Decoding):
+    """The steps of a draft, some of which are taken back."""
+
+    def read(self, tokens: np.ndarray) -> Tensor | None:
+        """Logits [n_rows, 1, n_logits] behind some more tokens of each row, int64 [n_rows, n]; None, behind some of them, if
+        modules have to read the rest.
+        """
+        n_rows, n_read, logits = len(tokens), 0, None
+        while n_read < tokens.shape[1]:
+            program = self._current(n_rows)
+            if program is None:
+                return None
+            n_left = self._most_keys(program) - self._cache.get_seq_length()
+            n_new = min(n_left, program.most_checked(n_rows, int(self._positions.max())))
+            part = tokens[:, n_read : n_read + n_new]
+            logits = self._check(program, part[:, 0], part[:, 1:])
+            if logits is None:
+                return None
+            self._positions += part.shape[1]
+            n_read += part.shape[1]
+        return None if logits is None else logits[:, -1:]
+
+    def forget(self, n_tokens: int) -> None:
+        """Take the last tokens that were read back from the cache."""
+        self._cache.crop(-n_tokens)
+        self._positions -= n_tokens
+
+
 class DraftModel:
     """A `Guesser` that lets another model go on with the text, step by step, in a program and over a cache of its own.
 
@@ -80,7 +108,7 @@ class DraftModel:
         self._sequences = Sequences(input_ids)
         self._n_rows = len(input_ids)
         self._max_length = max_length
-        self._decoding: Decoding | None = None
+        self._decoding: _Steps | None = None
         self._n_read = 0  # tokens of the text that its cache holds, before those that it has guessed itself
         self._guessed = np.empty((self._n_rows, 0), np.int64)  # of which it has read all but the last
         self._is_over = False  # whether it has met what it cannot read
@@ -139,17 +167,17 @@ class DraftModel:
         ids = self._sequences.ids
         return ids if not made else torch.cat([ids, torch.from_numpy(np.stack(made, 1))], 1)
 
-    def _take_back(self, decoding: Decoding, text: np.ndarray) -> None:
+    def _take_back(self, decoding: _Steps, text: np.ndarray) -> None:
         """Leave in the cache what it has guessed right, and one token of the text to read."""
         n_made = max(self._guessed.shape[1] - 1, 0)
         most = min(n_made, text.shape[1] - self._n_read - 1)
         is_right = (text[:, self._n_read : self._n_read + most] == self._guessed[:, :most]).all(0)
         n_right = int(is_right.cumprod().sum())
-        decoding.take_back(n_made - n_right)
+        decoding.forget(n_made - n_right)
         self._n_read += n_right
         self._guessed = self._guessed[:, :0]
 
-    def _begun(self) -> Decoding | None:
+    def _begun(self) -> _Steps | None:
         """Behind all tokens but the last."""
         model, ids = self._model, self._sequences.ids[:, :-1]
         n_rows, n_read = ids.shape
@@ -173,4 +201,4 @@ class DraftModel:
         Prefill(model, cache)(**inputs)
         self._n_read = n_read
         given = {"attention_mask": mask, "position_ids": positions if host.takes_positions(forward) else None}
-        return Decoding.of(model, cache, given, is_alone=True)
+        return _Steps.of(model, cache, given, Pace(is_alone=True))

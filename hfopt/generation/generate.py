@@ -26,6 +26,7 @@ from .plan import our_cache, plan_of, takes_our_cache, their_plan
 from .prompt import share_prompts, unshare_prompts
 from .restart import Resumed, Rollback, Unfit
 from .state import NOTHING, Installed, installed, keep
+from .tokenizer import heal, stopping_criteria, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def generate(model: Model, *args: Any, **kwargs: Any) -> Any:
     else:
         check_inputs(model, kwargs)
         plan = plan_of(model, kwargs)
-    with compile_progress():
+    with compile_progress(), tokenizer_of(kwargs):
         if plan.loop is None:
             with our_cache(plan.takes_our_cache):
                 return type(model).generate(model, **kwargs)
@@ -178,4 +179,9 @@ def _is_ours(cache: DynamicCache) -> bool:
     return bool(layers) and all(host.window_of(layer) is not None for layer in layers)
 
 
-_BOUND: dict[str, Callable] = {"generate": generate, host.PREPARE_CACHE: prepare_cache}
+_BOUND: dict[str, Callable] = {
+    "generate": generate,
+    host.PREPARE_CACHE: prepare_cache,
+    host.CRITERIA: stopping_criteria,
+    host.HEAL: heal,
+}

@@ -208,7 +208,7 @@ def _check_positions(model: Model, prompt: _Prompt, arguments: Mapping[str, Any]
 def _mask_of_pads(model: Model, text: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """The mask [n_rows, length] that `generate` makes where none is given, or one that hides more."""
     pad = _option("pad_token_id", model, arguments)
-    return torch.ones(text.shape[:2]) if pad is None or text.dim() > 2 else text != pad
+    return text.new_ones(text.shape[:2]) if pad is None or text.dim() > 2 else text != pad
 
 
 def _option(name: str, model: Model, arguments: Mapping[str, Any]) -> Any:

@@ -27,15 +27,14 @@ class PromptLookup:
             row.add(token)
 
     def guess(self, n: int) -> Guess | None:
-        """At most n tokens of each row; None if no row has been where it is now. Its class is the length of the n-gram."""
-        found = [row.follow(n) for row in self._rows]
-        size = max(len(tokens) for _, tokens in found)
-        if size == 0:
-            return None
-        guessed = np.zeros((len(found), size), np.int64)
-        for row, (_, tokens) in zip(guessed, found, strict=True):
-            row[: len(tokens)] = tokens
-        return Guess(guessed, min(length for length, tokens in found if tokens))
+        """n tokens of each row; None unless all have been where they are now. Its kind is the shortest n-gram's length."""
+        found = []
+        for row in self._rows:
+            length, tokens = row.follow(n)
+            if not tokens:
+                return None  # all rows go on together
+            found.append((length, tokens))
+        return Guess(np.array([tokens for _, tokens in found]), min(length for length, _ in found))
 
 
 class _Text:
@@ -57,7 +56,7 @@ class _Text:
             places[key] = end, places.get(key, (0, 0))[0]
 
     def follow(self, n: int) -> tuple[int, list[int]]:
-        """(length of the n-gram, at most n tokens behind the last place where it stood before)."""
+        """(length of the n-gram, n tokens behind the last place where it stood before); no tokens if it stood nowhere."""
         tokens = self._tokens
         for length in range(min(len(self._places), len(tokens)), 0, -1):
             place = self._places[length - 1][_key(tokens, length)][1]

@@ -11,17 +11,18 @@ from hfopt import host
 from hfopt.errors import HostError, InvalidInput
 
 from ._types import Model, Outputs
-from .decoding import Decoding, Greedy
+from .decoding import Decoding, Greedy, Pace
 from .inputs import position_limit
 from .prefill import Prefill, with_cache
 from .restart import Unfit, broken
 from .selection import argmax
-from .speculation import Speculation
 
 # What a text decoder is given besides its tokens; anything else is left to `prepare_inputs_for_generation`.
 _CONSTANT = ("use_cache", "logits_to_keep", "output_attentions", "output_hidden_states")
 _ADVANCING = ("position_ids", "attention_mask")
 _PLAIN = {host.REQUEST_CACHE, "inputs_embeds", *_ADVANCING, *_CONSTANT}
+
+_NOT_AHEAD = Pace()
 
 
 class Logits(NamedTuple):
@@ -40,8 +41,7 @@ class Passes:
     built directly. Where the class has a method of its own for that (`reads_sequences`), it prepares each step from all
     sequences, and a program makes those for which it prepares just that.
 
-    is_alone: no code of the user runs between the steps, in this thread. speculation: what of the next tokens is guessed, or
-    None.
+    pace: how far its steps may go ahead of the loop.
     """
 
     def __init__(
@@ -49,9 +49,7 @@ class Passes:
         model: Model,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
-        *,
-        is_alone: bool = False,
-        speculation: Speculation | None = None,
+        pace: Pace = _NOT_AHEAD,
     ):
         self.model = model
         self.generation_config = generation_config
@@ -59,7 +57,7 @@ class Passes:
         self.reads_sequences = True
         self._limit = position_limit(model, generation_config.max_length)
         self._position = 0
-        self._is_alone, self._speculation = is_alone, speculation
+        self._pace = pace
         self._reorder: Any = getattr(model, host.REORDER, None)
         self._decoding: Decoding | None = None
         self._n_unseen = 0  # steps that `model_kwargs` know nothing of
@@ -148,15 +146,15 @@ class Passes:
         """So many steps, or as many as the model's table of positions has rows for."""
         return n_steps if self._limit is None else min(n_steps, self._limit - self._position + 1)
 
-    def finish(self) -> None:
-        """End the request, also in the middle of it: the cache is left without what was guessed."""
+    def take_back(self) -> None:
+        """Let the cache be as long as after the last step that was asked for."""
         if self._decoding is not None:
-            self._decoding.drop_ahead()
+            self._decoding.take_back()
 
     def _begin(self, tokens: np.ndarray, sequences: Tensor | None) -> dict[str, Any] | None:
         """What the model's class prepares for the next step; None where it need not be asked."""
-        if self._speculation is not None:
-            self._speculation.add(tokens)
+        if self._pace.speculation is not None:
+            self._pace.speculation.add(tokens)
         if self._limit is not None:
             if self._position >= self._limit:
                 raise InvalidInput(
@@ -178,7 +176,9 @@ class Passes:
         decoding = self._decoding
         if decoding is None or decoding.cache is not self.cache:
             return None
-        if inputs is None or (self._is_plain(inputs, torch.tensor(tokens)) and decoding.fits(inputs)):
+        if inputs is None or (
+            self._is_plain(inputs, torch.tensor(tokens, device="cpu")) and decoding.fits(inputs)
+        ):
             return decoding
         return None
 
@@ -191,13 +191,13 @@ class Passes:
 
     def _call(self, tokens: np.ndarray, inputs: dict[str, Any] | None) -> Outputs:
         """The outputs of the model itself."""
-        self.finish()
+        self.take_back()
         if inputs is not None:
             return self._call_with(inputs)
         if self._n_unseen:
             self._advance(self._n_unseen)
             self._n_unseen = 0
-        inputs = self._inputs(torch.tensor(tokens))  # a copy: hooks may keep it
+        inputs = self._inputs(torch.tensor(tokens, device="cpu"))  # a copy: hooks may keep it
         self._advance(1)
         outputs = self.model(return_dict=True, **inputs)
         now = host.cache_in(outputs.values())
@@ -225,10 +225,8 @@ class Passes:
         if self.reads_sequences and not host.knows_causal_output():
             return None
         # guessed tokens would be in a cache from which its class prepares steps
-        speculation = None if self.reads_sequences else self._speculation
-        return Decoding.of(
-            self.model, self.cache, self.model_kwargs, is_alone=self._is_alone, speculation=speculation
-        )
+        pace = self._pace._replace(speculation=None) if self.reads_sequences else self._pace
+        return Decoding.of(self.model, self.cache, self.model_kwargs, pace)
 
     def _inputs(self, tokens: Tensor) -> dict[str, Any]:
         """What the model is given for one more token a row, [n_rows], in a plain step."""

@@ -10,23 +10,37 @@ from transformers import GenerationConfig
 
 from hfopt import host
 from hfopt.cache import IndirectCache
+from hfopt.errors import InvalidInput
 
 from ._types import Model
 from .beam import beam_search
-from .decoding import obstacle
+from .conditions import obstacle
 from .inputs import check_counts
 from .proof import OTHER_LOOPS, refusals
 from .sample import sample
 from .state import installed
+from .tokenizer import is_given_tokenizer
 
 # loop of transformers -> ours
 _LOOPS: dict[str, Callable[..., Any]] = {"_sample": sample, "_beam_search": beam_search}
 
 # settings that our loops leave to transformers'
-_THEIRS = ("compile_config", "low_memory", "stop_strings", "token_healing")
+_THEIRS = ("compile_config", "low_memory")
+# settings for which `generate` reads a tokenizer, and the method that it hands it to
+_OF_TEXT = {"stop_strings": host.CRITERIA, "token_healing": host.HEAL}
+
+# what a model guesses whose requests do not say
+_LOOKUP = host.Lookup(15, 3)
 
 # of the request that runs in this thread: whether it may get a cache of ours
 _takes_our_cache: ContextVar[bool] = ContextVar("hfopt_takes_our_cache", default=True)
+
+
+def lookup_of(speculation: str | None) -> host.Lookup | None:
+    """What this argument of `optimize` asks for. Raises InvalidInput."""
+    if speculation not in (None, "lookup"):
+        raise InvalidInput(f"speculation is {speculation!r}: None or 'lookup' is needed")
+    return None if speculation is None else _LOOKUP
 
 
 class Plan(NamedTuple):
@@ -66,6 +80,9 @@ def plan_of(model: Model, arguments: Mapping[str, Any]) -> Plan:
         return Plan(None, False)
     counts = prepared.num_beams, prepared.num_return_sequences
     check_counts(*(1 if each is None else each for each in counts))
+    for setting, method in _OF_TEXT.items():
+        if getattr(prepared, setting, None) and not is_given_tokenizer(model, method):
+            return their_plan(model)
     plan = prepared_plan(model, prepared)
     if assistant_model is not None and plan.loop is not None:
         given = host.cache_in(arguments.values())
@@ -106,7 +123,6 @@ def prepared_plan(model: Model, settings: GenerationConfig) -> Plan:
         return their_plan(model)
     if host.MODES[mode] in refusals():
         return Plan(None, False)
-    # of these, `generate` keeps what the last two need for its own loops
     if any(getattr(settings, name, None) for name in _THEIRS):
         return their_plan(model)
     loop = our_loop(model, mode, settings)

@@ -13,7 +13,7 @@ from hfopt import host
 from hfopt.cache import IndirectCache
 
 from ._types import Model, Outputs
-from .decoding import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
+from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
 from .prompt import one_row_per_prompt, repeat_rows, share_prompts, unshare_prompts
 from .protocols import StepProgram
 from .state import installed
@@ -90,7 +90,7 @@ class Prefill:
             return None
         outputs = model(**thinned)
         n_prompts = len(outputs.logits)
-        rows: Any = torch.arange(n_prompts).repeat_interleave(self._copies)
+        rows: Any = torch.arange(n_prompts, device="cpu").repeat_interleave(self._copies)
         cache.reorder_cache(rows)
         return repeat_rows(outputs, n_prompts, self._copies)
 
@@ -176,7 +176,11 @@ class _Text(NamedTuple):
         if appended is None:
             return None
         # a program that is not given positions reads none
-        given = torch.zeros(1, n_new, dtype=torch.long) if self.positions is None else self.positions
+        given = (
+            torch.zeros(1, n_new, dtype=torch.long, device="cpu")
+            if self.positions is None
+            else self.positions
+        )
         tokens, positions = (each.numpy().astype(np.int64, copy=False) for each in (self.tokens, given))
         try:
             return program.prefill(tokens, positions, appended, self._causal_mask())
@@ -194,7 +198,7 @@ class _Text(NamedTuple):
         if self.mask is None or bool((self.mask != 0).all()):
             return Mask("causal")
         n_new, n_keys = self.tokens.shape[1], self.mask.shape[1]
-        causal = torch.ones(n_new, n_keys, dtype=torch.bool).tril_(self.n_past)
+        causal = torch.ones(n_new, n_keys, dtype=torch.bool, device="cpu").tril_(self.n_past)
         each = (self.mask != 0)[:, None] & causal
         return Mask("bytes", each.contiguous().view(torch.uint8).numpy())
 

@@ -11,7 +11,7 @@ from hfopt import host
 
 from ._types import Ids, Model, Outputs
 from .collected import Collected
-from .decoding import Greedy
+from .decoding import CALL_SECONDS, Greedy, Pace
 from .draft import MOST, Choice, DraftModel
 from .lookup import PromptLookup
 from .passes import Passes
@@ -20,6 +20,8 @@ from .sequences import Sequences
 from .speculation import Speculation
 from .state import installed
 from .stopping import Stopping, runs_foreign_code
+
+_STREAMED_SECONDS = 0.02  # after which a streamer has a token that was made; no reader sees so little
 
 
 def sample(
@@ -39,7 +41,10 @@ def sample(
     lookup: how tokens are guessed from the text; draft: the model that guesses them. Neither changes any.
     """
     stopping = Stopping(stopping_criteria)
-    is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria, *([streamer] if streamer else [])])
+    is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria])
+    if streamer is not None and not host.only_hands_on(streamer):
+        is_foreign = True
+    wait = 0.0 if is_foreign else CALL_SECONDS if streamer is None else _STREAMED_SECONDS
     pad: Any = generation_config._pad_token_tensor
     collected = Collected(generation_config)
     speculation = None
@@ -51,7 +56,7 @@ def sample(
     elif lookup is not None:
         lookup_guesser = PromptLookup(input_ids.numpy(), lookup.longest)
         speculation = Speculation(lookup_guesser, lookup.most, installed(model).costs)
-    passes = Passes(model, generation_config, model_kwargs, is_alone=not is_foreign, speculation=speculation)
+    passes = Passes(model, generation_config, model_kwargs, Pace(not is_foreign, wait, speculation))
     pick = _Pick(logits_processor, generation_config.do_sample, collected)
     greedy = None
     if not (logits_processor or generation_config.do_sample) and collected.is_nothing:
@@ -81,11 +86,11 @@ def sample(
             if greedy is None:
                 tokens = pick(passes.outputs(tokens, ids, most, padded, 0 if pad is None else int(pad)), ids)
             else:
-                # whoever looks at each token gets it before the next one is made
-                max_steps = 1 if is_foreign or streamer is not None else stopping.left(sequences.length)
-                tokens = passes.choose(tokens, ids, greedy, max_steps=max_steps, finished=padded, most=most)
-    finally:
-        passes.finish()
+                tokens = passes.choose(
+                    tokens, ids, greedy, max_steps=stopping.left(sequences.length), finished=padded, most=most
+                )
+    finally:  # in the middle too: Ctrl-C, or a streamer whose client has gone
+        passes.take_back()
 
     if streamer is not None:
         streamer.end()

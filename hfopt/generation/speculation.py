@@ -101,9 +101,9 @@ class Speculation:
     def guess(self, n_rows: int, most: int) -> np.ndarray | None:
         """The tokens to check behind the last one, int64 [n_rows, at most `most`]; None where a plain step is better."""
         most = min(most, self._most)
-        if most < 1 or self._left > 0 or self._needs_step(n_rows):
-            return None
         is_free = self._guesser.seconds == 0
+        if most < 1 or self._left > 0 or (not is_free and self._needs_step(n_rows)):
+            return None
         # of those that cost something, none is made that does not pay
         guess = self._guesser.guess(most if is_free else self._wanted(n_rows, most))
         if guess is None:

@@ -50,13 +50,16 @@ from hfopt.host.criteria import (  # noqa: E402
 )
 from hfopt.host.linear import LINEARS, Conv1D, Features, by_outputs, is_linear_class  # noqa: E402
 from hfopt.host.loops import (  # noqa: E402
+    CRITERIA,
     GENERATE_ORDER,
+    HEAL,
     MODES,
     PREFILL,
     PREPARE_CACHE,
     PREPARE_CONFIG,
     PREPARING,
     REORDER,
+    TOKENIZER,
     UPDATE,
     Lookup,
     fingerprint,
@@ -77,9 +80,12 @@ from hfopt.host.loops import (  # noqa: E402
 )
 from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
 from hfopt.host.rotary import begin_anew, frequencies, rewritten  # noqa: E402
+from hfopt.host.streamers import only_hands_on  # noqa: E402
 
 __all__ = [
+    "CRITERIA",
     "GENERATE_ORDER",
+    "HEAL",
     "LINEARS",
     "MODES",
     "NO_ADAPTER",
@@ -91,6 +97,7 @@ __all__ = [
     "REORDER",
     "REQUEST_CACHE",
     "ROLES",
+    "TOKENIZER",
     "UPDATE",
     "Adapter",
     "AdapterState",
@@ -143,6 +150,7 @@ __all__ = [
     "mode_without_guesses",
     "named_rows",
     "names_read",
+    "only_hands_on",
     "overridden",
     "prompt_inputs",
     "registered_attention",

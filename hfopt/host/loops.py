@@ -16,12 +16,15 @@ from hfopt.host.cache_layer import DynamicLayer, WindowedLayer
 from hfopt.host.cache_names import BeamOutput, SampleOutput, cache_argument
 from hfopt.host.release import installed
 
+CRITERIA = "_get_stopping_criteria"
+HEAL = "heal_tokens"
 PREFILL = "_prefill"
 PREPARE_CACHE = "_prepare_cache_for_generation"
 PREPARE_CONFIG = "_prepare_generation_config"
 REORDER = "_reorder_cache"  # of a few models, in place of the cache's own method
 UPDATE = "_update_model_kwargs_for_generation"
 PREPARING = ("prepare_inputs_for_generation", UPDATE)  # of each step
+TOKENIZER = "tokenizer"  # an argument of `generate`, and of the first two
 # methods that our loops call as transformers' do, through the model
 _SHARED = frozenset({"generate", PREFILL, PREPARE_CACHE, PREPARE_CONFIG, REORDER, *PREPARING})
 # fields of a configuration that our loops read too, or that only decide what is compiled

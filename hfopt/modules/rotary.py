@@ -135,7 +135,9 @@ class RotaryEmbedding(nn.Module):
         """cos and sin [1 or n_rows, n_tokens, angles] as `functional.rotate` takes them."""
         first, positions = _read_positions(position_ids, n_rows, n_tokens)
         if not n_tokens or not n_rows:
-            empty = torch.empty(1, n_tokens, self.frequencies.size // (1 if rotation == "half" else 2))
+            empty = torch.empty(
+                1, n_tokens, self.frequencies.size // (1 if rotation == "half" else 2), device="cpu"
+            )
             return empty, empty
         if positions is None:
             least, most = first, first + n_tokens - 1
@@ -144,7 +146,7 @@ class RotaryEmbedding(nn.Module):
         length = self.frequencies.check_length(least, most, seq_len)
         variant = self.frequencies.variant(length)
         if self.frequencies.is_for_one_length(variant):
-            where = torch.arange(first, most + 1)[None] if positions is None else positions
+            where = torch.arange(first, most + 1, device="cpu")[None] if positions is None else positions
             return self._made(variant, where, rotation)
         cos, sin = self._table(variant, most + 1, rotation)
         if positions is None:
@@ -157,12 +159,13 @@ class RotaryEmbedding(nn.Module):
         if known is not None and len(known[0]) >= n_positions:
             return known
         wanted = max(n_positions, _FIRST_ROWS, 2 * len(known[0]) if known is not None else 0)
-        made = self._made(variant, torch.arange(min(wanted, self.frequencies.limit)), rotation)
+        made = self._made(variant, torch.arange(min(wanted, self.frequencies.limit), device="cpu"), rotation)
         self._tables[variant, rotation] = made
         return made
 
     def _made(self, variant: int | None, positions: Tensor, rotation: str) -> tuple[Tensor, Tensor]:
-        cos, sin = self.frequencies.angles(variant, positions)
+        with torch.device("cpu"):  # where transformers makes them by the default of the moment
+            cos, sin = self.frequencies.angles(variant, positions)
         return (
             (cos, sin)
             if rotation == "interleaved"

@@ -115,7 +115,10 @@ def computed_tables(
         twin = host_rotary.twin(rotary)  # some write into their buffers
         with torch.inference_mode(False), torch.no_grad():
             cos, sin = host_rotary.angles(
-                twin, torch.empty(0, dtype=dtype), torch.arange(n_positions)[None], layer_type
+                twin,
+                torch.empty(0, dtype=dtype, device="cpu"),
+                torch.arange(n_positions, device="cpu")[None],
+                layer_type,
             )
         return as_taken(rotation, cos[0], sin[0])
 
@@ -125,7 +128,9 @@ def computed_tables(
 
 def stored_tables(table: torch.Tensor, key: Hashable, dtype: torch.dtype) -> AngleTables:
     """What a table [positions, 2 angles] holds, sin beside cos."""
-    return AngleTables(key, lambda n: look_up(table, torch.arange(len(table)), dtype), limit=len(table))
+    return AngleTables(
+        key, lambda n: look_up(table, torch.arange(len(table), device="cpu"), dtype), limit=len(table)
+    )
 
 
 def look_up(table: Any, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

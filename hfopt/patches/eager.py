@@ -283,7 +283,7 @@ def _mask(
     def prepared() -> Mask:
         shown = attention_mask
         if hides:
-            shown = torch.zeros(shown.shape).masked_fill_(shown, torch.finfo(torch.float32).min)
+            shown = torch.zeros(shown.shape, device="cpu").masked_fill_(shown, torch.finfo(torch.float32).min)
         return functional.prepare_mask(shown, *sizes)
 
     tag = "window mask" if is_windowed else "mask"  # a model may have both

@@ -20,7 +20,7 @@ def slopes_of(n_heads: int) -> Tensor:
     whole = 2 ** math.floor(math.log2(n_heads))
     first = [2.0 ** (-_STEEPEST * index / whole) for index in range(1, whole + 1)]
     others = [2.0 ** (-_STEEPEST * index / (2 * whole)) for index in range(1, 2 * whole, 2)]
-    return torch.tensor([*first, *others][:n_heads], dtype=torch.float32)
+    return torch.tensor([*first, *others][:n_heads], dtype=torch.float32, device="cpu")
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def with_bias(seen: Tensor, bias: Tensor, head_dim: int) -> Tensor:
 
 def bias_of(n_heads: int, n_keys: int, dtype: torch.dtype) -> Tensor:
     """[n_heads, 1, n_keys], what a model adds to the scores of keys whose last one is the token itself."""
-    return (slopes_of(n_heads)[:, None, None] * torch.arange(1 - n_keys, 1)).to(dtype)
+    return (slopes_of(n_heads)[:, None, None] * torch.arange(1 - n_keys, 1, device="cpu")).to(dtype)
 
 
 def is_bias_of(bias: object, n_heads: int, mask: Mask, sizes: tuple[int, int, int]) -> bool:
@@ -63,7 +63,7 @@ def is_bias_of(bias: object, n_heads: int, mask: Mask, sizes: tuple[int, int, in
         return False
     given = bias[..., -n_keys:].reshape(-1, n_heads, n_keys).float()
     last = given[..., -1:]
-    expected = slopes_of(n_heads)[:, None] * torch.arange(1 - n_keys, 1)
+    expected = slopes_of(n_heads)[:, None] * torch.arange(1 - n_keys, 1, device="cpu")
     error = torch.finfo(bias.dtype).eps / 2 + _SLOPE_ERROR
     fits = (given - last - expected).abs() <= error * (given.abs() + last.abs())
     if mask.kind == "bytes":

@@ -62,7 +62,7 @@ def _does_more(name: str, module: Any) -> UnsupportedModel:
 
 def _scales(module: Any, name: str) -> bool:
     """Whether it looks up, and multiplies by what it has under this name."""
-    ids = torch.arange(min(module.num_embeddings, _N_TRIED))
+    ids = torch.arange(min(module.num_embeddings, _N_TRIED), device="cpu")
     factor = torch.as_tensor(getattr(module, name, torch.nan)).to(module.weight.dtype)
     with torch.no_grad():
         return torch.equal(type(module).forward(module, ids), module.weight[ids] * factor)
@@ -73,7 +73,7 @@ def _positions(name: str, module: nn.Module, n: int) -> Tensor:
     forward: Any = type(module).forward
     twin = copy.copy(module)  # some write into their buffers
     twin._buffers = dict(module._buffers)
-    positions = torch.arange(n)[None]
+    positions = torch.arange(n, device="cpu")[None]
     given = {
         argument: positions if argument == _POSITIONS else torch.ones_like(positions)
         for argument, each in list(inspect.signature(forward).parameters.items())[1:]

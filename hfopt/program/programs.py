@@ -123,7 +123,8 @@ class Programs:
         with self._lock:
             watch = Watch(model)
             try:
-                made = _Made(watch, build(model), None)
+                with torch.device("cpu"):  # the request may run under another default
+                    made = _Made(watch, build(model), None)
             except UnsupportedModel as error:
                 made = _Made(watch, None, str(error))
                 logger.info("Decode steps go module by module: %s.", error)

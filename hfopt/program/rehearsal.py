@@ -44,7 +44,7 @@ def difference(model: nn.Module, program: Program, kv_cache: str | None = None) 
         return "its forward has no argument that is known as its cache"
     generator = torch.Generator().manual_seed(1)
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             short, long = shadow(model, is_short=True), shadow(model)
             for each in (*short.modules(), *long.modules()):
                 if host.is_adapted(each):  # all of them at once, whatever is switched on

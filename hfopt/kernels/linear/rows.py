@@ -8,6 +8,7 @@ from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.linear.blocks import Linear, columns_of, count_blocks, find_block, finish, weight_rows
 from hfopt.kernels.simd import tile
+from hfopt.kernels.simd.dot_tile import Chain, dot_tile
 from hfopt.kernels.simd.pointer import address_as, address_of, as_units, item_bytes, pointer, shifted
 from hfopt.kernels.simd.types import LANES
 
@@ -27,7 +28,7 @@ class _Rows(NamedTuple):
 
 @body
 def _pack_chunks(row, x, n_rows, size, target, n_packed):
-    """One row of x among n_packed, chunk by chunk (16 units of every row, then the next 16); see `tile.dot_tile`.
+    """One row of x among n_packed, chunk by chunk (16 units of every row, then the next 16); see `dot_tile`.
 
     Rows from n_rows on, and what is behind the end of a row, become zero.
     """
@@ -73,7 +74,7 @@ def _steps(n_rows):
 def _moved(chain, offset):
     """A chain of other rows or columns."""
     sums, links = shifted(chain.sums, offset), shifted(chain.links, offset)
-    return tile.Chain(sums, links, chain.has_sums, chain.goes_on, chain.stays_open)
+    return Chain(sums, links, chain.has_sums, chain.goes_on, chain.stays_open)
 
 
 @body
@@ -81,11 +82,11 @@ def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, near, turn, jump, chai
     """Products of all packed rows of x with eight rows of w for 1 or 2 rows of x, with four for more."""
     x_step = n_rows * LANES
     if n_rows == 1:
-        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, chain, 1, 8, 8, 8)
+        dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, chain, 1, 8, 8, 8)
     elif n_rows == 2:
-        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, chain, 2, 8, 8, 8)
+        dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, chain, 2, 8, 8, 8)
     elif n_rows == 4:
-        tile.dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, chain, 4, 4, 4, 4)
+        dot_tile(x, x_step, w, size, chunks, tail, ahead, near, turn, jump, chain, 4, 4, 4, 4)
     else:
         # the requests are spread over the tiles, since a core can only wait for so many lines at a time
         asked = 0
@@ -93,10 +94,10 @@ def _dot_columns(x, n_rows, w, size, chunks, tail, ahead, near, turn, jump, chai
             x_here, out = shifted(x, row * LANES), _moved(chain, row * LANES * LANES)
             there, soon = shifted(ahead, asked % 4 * size), shifted(near, asked % 4 * size)
             if n_rows == 8 or (n_rows == 12 and row == 0):
-                tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, soon, turn, jump, out, 4, 4, 2, 2)
+                dot_tile(x_here, x_step, w, size, chunks, tail, there, soon, turn, jump, out, 4, 4, 2, 2)
                 asked += 2
             else:
-                tile.dot_tile(x_here, x_step, w, size, chunks, tail, there, soon, turn, jump, out, 4, 4, 1, 1)
+                dot_tile(x_here, x_step, w, size, chunks, tail, there, soon, turn, jump, out, 4, 4, 1, 1)
                 asked += 1
 
 
@@ -113,8 +114,8 @@ def _dot_in_order(x, size, w, n_columns, following, sums):
         place, out = column * size, shifted(sums, column * LANES)
         w_here, behind = shifted(w, place), place + distance - end
         ahead = shifted(following, behind) if behind >= 0 else shifted(w_here, distance)
-        chain = tile.Chain(out, out, False, False, False)
-        tile.dot_tile(x, LANES, w_here, size, chunks, tail, ahead, ahead, chunks, 0, chain, 1, 1, 1, 0)
+        chain = Chain(out, out, False, False, False)
+        dot_tile(x, LANES, w_here, size, chunks, tail, ahead, ahead, chunks, 0, chain, 1, 1, 1, 0)
 
 
 @body
@@ -145,7 +146,7 @@ def _dot_block(x, n_rows, size, w, n_columns, following, sums, links):
         chunks, goes_on = last - first, first % whole_chain != 0
         stays_open = last % whole_chain != 0 and last < whole
         has_sums = first >= whole_chain and not stays_open
-        chain = tile.Chain(sums, links, has_sums, goes_on, stays_open)
+        chain = Chain(sums, links, has_sums, goes_on, stays_open)
         x_here = shifted(x, first * n_rows * LANES)
         turn = whole - first - distance
         column = 0
@@ -165,7 +166,7 @@ def _dot_block(x, n_rows, size, w, n_columns, following, sums, links):
                 for row in range(n_rows):
                     x_row, to = shifted(x_here, row * LANES), _moved(out, row * LANES * LANES)
                     x_step = n_rows * LANES
-                    tile.dot_tile(x_row, x_step, w_here, size, chunks, tail, w, w, 0, 0, to, 1, 1, 0, 0)
+                    dot_tile(x_row, x_step, w_here, size, chunks, tail, w, w, 0, 0, to, 1, 1, 0, 0)
                 column += 1
         first = last
         if first == whole:
