@@ -67,6 +67,9 @@ def turn(model: Any, given: list[Tensor], options: dict[str, Any]) -> tuple[floa
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--draft", type=Path, help="another one than FOLDER/draft")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--modes", nargs="+", choices=_MODES, default=list(_MODES))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new-tokens", type=int, default=128)
     arguments = parser.parse_args()
@@ -76,13 +79,13 @@ def main() -> int:
     print(
         f"{len(given)} prompts of {_PROMPT_TOKENS} tokens, {arguments.new_tokens} new ones, {arguments.rounds} turns"
     )
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in arguments.dtypes:
         model, draft = (
-            hfopt.optimize(AutoModelForCausalLM.from_pretrained(arguments.folder / name, dtype=dtype))
-            for name in ("model", "draft")
+            hfopt.optimize(AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
+            for path in (arguments.folder / "model", arguments.draft or arguments.folder / "draft")
         )
-        for mode, options in _MODES.items():
-            options = {**options, "max_new_tokens": arguments.new_tokens, "eos_token_id": None}
+        for mode in arguments.modes:
+            options = {**_MODES[mode], "max_new_tokens": arguments.new_tokens, "eos_token_id": None}
             contestants: dict[str, dict[str, Any]] = {
                 "plain": options,
                 "draft": {**options, "assistant_model": draft},
@@ -103,7 +106,7 @@ def main() -> int:
             )
             size = acceptance.guessed / max(acceptance.n_guesses, 1)
             print(
-                f"{str(dtype).removeprefix('torch.'):8} {mode:8} "
+                f"{dtype:8} {mode:8} "
                 f"{statistics.median(rates['plain']):7.1f} tokens a second plain, "
                 f"{statistics.median(rates['draft']):7.1f} with the draft: {middle:.2f} ({low:.2f} to {high:.2f}); "
                 f"{acceptance.right} of {acceptance.guessed} guessed tokens right, {size:.1f} a guess"
