@@ -1,4 +1,4 @@
-"""Bringing a cache back to the beginning of what it holds, for a text that goes on otherwise from there."""
+"""A cache brought back to the beginning of what it holds, for a text that goes on otherwise from there."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from hfopt.host import cached_length, holding, window_of
 def crop_to(cache: Cache | None, length: int) -> bool:
     """Let a cache keep its first `length` tokens, of at least as many; False if it cannot, and then it is to be dropped.
 
-    Caches that can are growing ones with layers of keys and values alone. A layer of a window cannot once it has lost what
+    Those that can are growing ones with layers of keys and values alone. A layer of a window cannot once it has lost what
     those tokens see; one with a recurrent state, of which only the last is there, is not asked.
     """
     n_held = cached_length(cache)
     if not isinstance(cache, DynamicCache) or n_held is None:
         return False
-    layers, n_surplus = holding(cache.layers), n_held - length
-    if not layers or not all(_goes_back(layer, n_held, n_surplus) for layer in layers):
+    layers = holding(cache.layers)
+    if not layers or not all(map(_goes_back, layers)):
         return False
-    if n_surplus:
+    if n_held != length:
         try:
-            cache.crop(-n_surplus)
+            cache.crop(length - n_held)
         except (RuntimeError, ValueError):  # a window, in words that releases differ in
             return False
     return cached_length(cache) == length
 
 
-def _goes_back(layer: Any, n_held: int, n_surplus: int) -> bool:
-    if isinstance(layer, IndirectLayer):
-        return True  # it raises, with nothing changed, where it cannot
-    window = window_of(layer)
-    # past a window, transformers' crop of a layer that records its past does not ask whether it is all there
-    return window is not None and (not n_surplus or n_held < window)
+def _goes_back(layer: Any) -> bool:
+    """Whether a layer holds keys and values alone, and not those of a request that guesses tokens: over a window that is
+    given to the next such request, transformers makes wrong ones.
+    """
+    is_known = isinstance(layer, IndirectLayer) or window_of(layer) is not None
+    return is_known and not getattr(layer, "record_past", False)
