@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import (
     Cache,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -85,6 +86,8 @@ class Chat:
         An error leaves them as they were: InvalidInput for messages that the chat template refuses, and while another answer
         of this chat is under way; those of `generate`.
         """
+        if host.cache_in(self.generate_arguments.values()) is not None:
+            raise InvalidInput("generate_arguments: a chat has a cache of its own")
         if not self._turn.acquire(blocking=False):
             raise InvalidInput("send: this chat is answering; read that answer to its end, or close it")
         try:
@@ -93,11 +96,13 @@ class Chat:
                 for message in messages
             ]
             ids = self._ids([*self.messages, *sent])
+            settings = self._settings()
             past, self._past = self._past, None
-            text, stop = _Text(self.tokenizer, self._ends(), not self.tools), _Stop()
+            ends = torch.as_tensor(getattr(settings, "eos_token_id", None) or []).flatten()
+            text, stop = _Text(self.tokenizer, ends, skip_special_tokens=not self.tools), _Stop()
             said = []
             with ThreadPoolExecutor(1, "hfopt-chat") as pool:
-                request = pool.submit(self._generate, ids, past, text, stop)
+                request = pool.submit(self._generate, ids, past, settings, text, stop)
                 request.add_done_callback(lambda _: text.text_queue.put(text.stop_signal))
                 try:
                     for piece in filter(None, text):
@@ -124,22 +129,28 @@ class Chat:
             raise InvalidInput("messages: the chat template makes no token of them")
         return ids
 
-    def _ends(self) -> Tensor:
-        """The tokens that end an answer."""
-        config = self.generate_arguments.get("generation_config") or self.model.generation_config
-        ends = self.generate_arguments.get("eos_token_id", config.eos_token_id)
-        return torch.as_tensor([] if ends is None else ends).flatten()
+    def _settings(self) -> GenerationConfig | None:
+        """What `generate` makes of its arguments; None in a release that does not tell."""
+        prepare = getattr(self.model, host.PREPARE_CONFIG, None)
+        if prepare is None:
+            return None
+        arguments = self.generate_arguments
+        others = {name: value for name, value in arguments.items() if name not in host.GENERATE_ORDER}
+        return host.settings_in(prepare(arguments.get("generation_config"), **others))
 
-    def _generate(self, ids: list[int], past: Past | None, text: _Text, stop: _Stop) -> Past | None:
+    def _generate(
+        self, ids: list[int], past: Past | None, settings: GenerationConfig | None, text: _Text, stop: _Stop
+    ) -> Past | None:
         """Put the answer into `text`; the cache behind it, with the tokens that are in it."""
         arguments = dict(self.generate_arguments)
         criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or ()), stop])
-        if past is not None and host.REQUEST_CACHE is not None and self._goes_on(past, ids):
-            arguments[host.REQUEST_CACHE] = past[0]
+        if past is not None and self._goes_on(past, ids, settings):
+            arguments[str(host.REQUEST_CACHE)] = past[0]
         tokens = torch.tensor([ids], device=self.model.device)
         output = self.model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
+            tokenizer=self.tokenizer,  # for stop strings
             streamer=text,
             stopping_criteria=criteria,
             return_dict_in_generate=True,
@@ -152,10 +163,16 @@ class Chat:
             return None
         return cache, sequence[:length]
 
-    def _goes_on(self, past: Past, ids: list[int]) -> bool:
+    def _goes_on(self, past: Past, ids: list[int], settings: GenerationConfig | None) -> bool:
         """Crop a cache to what it has in common with the new text, of which one token at least is to be read; False if it
         is of no use for that.
         """
+        arguments = self.generate_arguments
+        if host.REQUEST_CACHE is None or settings is None or arguments.get("custom_generate") is not None:
+            return False
+        # other loops do not all know what to do with a cache: assisted ones read the whole text behind it
+        if settings.get_generation_mode(arguments.get("assistant_model")) not in host.MODES:
+            return False
         cache, held = past
         n_common = len([*itertools.takewhile(bool, map(operator.eq, held, ids[:-1]))])
         if not n_common or max(len(held), len(ids)) > host.steady_length(self.model.modules()):

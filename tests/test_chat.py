@@ -12,12 +12,13 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, StoppingCriteria
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, StoppingCriteria
 
 import hfopt
 from hfopt.errors import InvalidInput
 from tests import model_types
 from tests.generation_cases import (
+    CACHE,
     LONG,
     VOCABULARY,
     Model,
@@ -193,7 +194,7 @@ def test_a_window_that_has_been_left_is_read_anew(make: Any, tokenizer: Any, mon
 @pytest.mark.parametrize("make", [hfopt.optimize, lambda model: model], ids=["optimised", "stock"])
 @pytest.mark.parametrize("kind", [llama, lambda: mistral(sliding_window=12)], ids=["full", "window"])
 def test_requests_that_guess_tokens(kind: Any, make: Any, tokenizer: Any, monkeypatch: Any) -> None:
-    """Over a window that is given to them, transformers makes wrong ones."""
+    """Over a cache that is given to them, transformers makes wrong ones."""
     monkeypatch.setattr(tokenizer, "chat_template", FORGETS)
     options = {"max_new_tokens": 30, "prompt_lookup_num_tokens": 3}
     chat = hfopt.Chat(make(kind()), tokenizer, **{**OPTIONS, **options})
@@ -230,6 +231,29 @@ def test_without_a_cache(tokenizer: Any) -> None:
     for question in QUESTIONS:
         said(chat, question)
     check_history(chat, llama())
+
+
+def test_arguments_of_generate(tokenizer: Any) -> None:
+    """A configuration, which the limit of an answer goes before; a cache."""
+    model = hfopt.optimize(llama())
+    whole = said(hfopt.Chat(model, tokenizer, **OPTIONS), QUESTIONS[0])
+    word = whole.split()[4]
+    config = GenerationConfig(do_sample=False, eos_token_id=[tokenizer.convert_tokens_to_ids(word)])
+    chat = hfopt.Chat(model, tokenizer, generation_config=config)
+    assert said(chat, QUESTIONS[0]) == " ".join(whole.split()[:4])
+    chat.generate_arguments["max_new_tokens"] = 2
+    assert len(said(chat, QUESTIONS[1]).split()) == 2
+    chat.generate_arguments[CACHE] = hfopt.IndirectCache(model.config)
+    with pytest.raises(InvalidInput, match="cache of its own"):
+        said(chat, QUESTIONS[1])
+
+
+def test_strings_that_end_an_answer() -> None:
+    """With the embedded model, whose tokenizer is of a kind that transformers finds them with."""
+    model = hfopt.load(hfopt.embedded_model(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(hfopt.embedded_model())
+    chat = hfopt.Chat(model, tokenizer, stop_strings=["given"])
+    assert said(chat, "Return a list of") == " the given"
 
 
 def test_a_cache_of_codes_goes_on(tokenizer: Any) -> None:

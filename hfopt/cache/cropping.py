@@ -31,8 +31,6 @@ def crop_to(cache: Cache | None, length: int) -> bool:
 
 
 def _goes_back(layer: Any) -> bool:
-    """Whether a layer holds keys and values alone, and not those of a request that guesses tokens: over a window that is
-    given to the next such request, transformers makes wrong ones.
-    """
+    """Whether a layer holds keys and values alone; a window that records its past is cropped beyond it without a word."""
     is_known = isinstance(layer, IndirectLayer) or window_of(layer) is not None
     return is_known and not getattr(layer, "record_past", False)
