@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,7 +78,7 @@ class Chat:
         self._past: Past | None = None
         self._turn = threading.Lock()
 
-    def send(self, *messages: str | Message) -> Iterator[str]:
+    def send(self, *messages: str | Message) -> Generator[str, None, None]:
         """Pieces of the answer to these messages, and to all before them; a text is a message of the role "user".
 
         None are needed where `messages` ends with one that waits for an answer. `generate` runs in a thread of its own from

@@ -390,7 +390,7 @@ def test_generate_stops_where_the_reader_does(model: Model, tokenizer: Any) -> N
     chat = hfopt.Chat(model, tokenizer, stopping_criteria=[counted], **options)
     pieces = chat.send(QUESTIONS[0])
     next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
     assert 1 <= counted.n_tokens < 900
 
 

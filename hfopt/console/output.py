@@ -4,12 +4,14 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.logging import RichHandler
+from rich.markdown import Markdown
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,6 +29,39 @@ _errors = Console(stderr=True)
 def say(text: str) -> None:
     """A line of text on standard output, as it is."""
     sys.stdout.write(text + "\n")
+
+
+def stream(pieces: Iterable[str], plain: bool = False) -> None:
+    """Text on standard output while it comes: as Markdown where that is a terminal, unless `plain`, and otherwise as it is.
+
+    What has come is shown, whatever `pieces` raises.
+    """
+    console = Console()
+    if plain or not console.is_terminal:
+        try:
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        finally:
+            say("")
+        return
+    text = ""
+    try:
+        # what may still change is drawn again and again, so it has to be short
+        with Live(console=console, transient=True, refresh_per_second=10) as live:
+            for piece in pieces:
+                done, text = _paragraphs(text + piece)
+                if done:
+                    live.console.print(Markdown(done), "")
+                live.update(Markdown(text))
+    finally:
+        console.print(Markdown(text))
+
+
+def _paragraphs(text: str) -> tuple[str, str]:
+    """The complete paragraphs at the beginning of a Markdown text, and the rest; a block of code is not taken apart."""
+    before, gap, rest = text.rpartition("\n\n")
+    return ("", text) if before.count("```") % 2 else (before + gap, rest)
 
 
 def show_table(columns: list[str], rows: list[list[str]]) -> None:
