@@ -1,6 +1,7 @@
 """What the command line shows: text and JSON on standard output, progress on standard error."""
 
 import contextlib
+import itertools
 import json
 import logging
 import sys
@@ -20,6 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.segment import Segments
 
 from hfopt.errors import InvalidInput
 
@@ -36,26 +38,32 @@ def stream(pieces: Iterable[str], plain: bool = False) -> None:
 
     What has come is shown, whatever `pieces` raises.
     """
-    console = Console()
+    console, text = Console(), ""
     if plain or not console.is_terminal:
         try:
-            for piece in pieces:
-                sys.stdout.write(piece)
+            for text in pieces:
+                sys.stdout.write(text)
                 sys.stdout.flush()
         finally:
-            say("")
+            if text:
+                say("")
         return
-    text = ""
     try:
-        # what may still change is drawn again and again, so it has to be short
-        with Live(console=console, transient=True, refresh_per_second=10) as live:
+        # what may still change is drawn again and again
+        with Live(get_renderable=lambda: _end(text, console), console=console, transient=True) as live:
             for piece in pieces:
                 done, text = _paragraphs(text + piece)
                 if done:
                     live.console.print(Markdown(done), "")
-                live.update(Markdown(text))
     finally:
-        console.print(Markdown(text))
+        if text:
+            console.print(Markdown(text))
+
+
+def _end(text: str, console: Console) -> Segments:
+    """The last lines of a Markdown text, as many as the terminal shows."""
+    lines = console.render_lines(Markdown(text), pad=False, new_lines=True)[1 - console.height :]
+    return Segments(itertools.chain.from_iterable(lines))
 
 
 def _paragraphs(text: str) -> tuple[str, str]:
