@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, StoppingCriteria
 
 import hfopt
+from hfopt import host
 from hfopt.errors import InvalidInput
 from tests import model_types
 from tests.generation_cases import (
@@ -196,11 +198,11 @@ def test_a_window_that_has_been_left_is_read_anew(make: Any, tokenizer: Any, mon
 def test_requests_that_guess_tokens(kind: Any, make: Any, tokenizer: Any, monkeypatch: Any) -> None:
     """Over a cache that is given to them, transformers makes wrong ones."""
     monkeypatch.setattr(tokenizer, "chat_template", FORGETS)
-    options = {"max_new_tokens": 30, "prompt_lookup_num_tokens": 3}
-    chat = hfopt.Chat(make(kind()), tokenizer, **{**OPTIONS, **options})
+    ends = {"max_new_tokens": 30, "eos_token_id": END}
+    chat = hfopt.Chat(make(kind()), tokenizer, prompt_lookup_num_tokens=3, **{**OPTIONS, **ends})
     for question in QUESTIONS:
         said(chat, question)
-    check_history(chat, kind(), max_new_tokens=30)
+    check_history(chat, kind(), **ends)
 
 
 @needs_programs
@@ -217,6 +219,22 @@ def test_angles_that_follow_from_the_length_of_a_text(make: Any, tokenizer: Any)
     check_history(chat, phi4_mini(), max_new_tokens=2)
 
 
+@needs_programs
+def test_how_long_a_text_has_the_same_angles() -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    lengths = {
+        sys.maxsize: llama(),
+        LONG: phi4_mini(),
+        40: llama(rope_parameters=dynamic, max_position_embeddings=40),
+        0: llama(),
+    }
+    lengths[0].model.rotary_emb.rope_type = "of tomorrow"
+    for length, model in lengths.items():
+        assert host.steady_length(model.modules()) == length
+        assert host.steady_length(hfopt.optimize(model).modules()) == length
+
+
+@needs_programs
 def test_recurrent_states_are_read_anew(tokenizer: Any) -> None:
     kind = model_types.config("mamba", vocab_size=VOCABULARY)
     model, stock = (model_types.random_model(kind) for _ in range(2))
