@@ -98,7 +98,8 @@ class Chat:
             ids = self._ids([*self.messages, *sent])
             settings = self._settings()
             past, self._past = self._past, None
-            ends = torch.as_tensor(getattr(settings, "eos_token_id", None) or []).flatten()
+            ends = getattr(settings, "eos_token_id", None)
+            ends = torch.as_tensor([] if ends is None else ends).flatten()
             text, stop = _Text(self.tokenizer, ends, skip_special_tokens=not self.tools), _Stop()
             said = []
             with ThreadPoolExecutor(1, "hfopt-chat") as pool:

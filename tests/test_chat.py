@@ -339,6 +339,14 @@ def test_tools_reach_the_template_and_calls_the_user(tokenizer: Any) -> None:
     assert said(chat, "w3") == ""
 
 
+def test_the_end_of_an_answer_is_no_text_beside_tools() -> None:
+    """With the embedded model, whose end token is a special one and has the id 0."""
+    model = hfopt.load(hfopt.embedded_model(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(hfopt.embedded_model())
+    chat = hfopt.Chat(model, tokenizer, tools=[{"type": "function", "function": {"name": "none"}}])
+    assert said(chat, "Return a list of") == " the given file."
+
+
 def test_messages_that_the_template_does_not_take(model: Model, tokenizer: Any, monkeypatch: Any) -> None:
     chat = hfopt.Chat(model, tokenizer, **OPTIONS)
     with pytest.raises(InvalidInput, match="messages: the chat template"):
