@@ -75,7 +75,7 @@ from hfopt.host.loops import (  # noqa: E402
     unknown_option,
 )
 from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
-from hfopt.host.rotary import begin_anew, frequencies, rewritten  # noqa: E402
+from hfopt.host.rotary import begin_anew, frequencies, rewritten, steady_length  # noqa: E402
 from hfopt.host.streamers import only_hands_on  # noqa: E402
 
 __all__ = [
@@ -152,6 +152,7 @@ __all__ = [
     "sample_output",
     "settings_in",
     "sorts_samples",
+    "steady_length",
     "switch_on",
     "takes_positions",
     "unknown_option",
