@@ -59,6 +59,7 @@ def _assert_same(model: Model, program: Program, kv_cache: str | None = None, n_
             tokens = rng.integers(0, 100, (n_rows, n_new))
             expected = _steps(program, one, tokens, length, mask)
             appended = other.append_everywhere(n_rows, n_new, program.layouts)
+            assert appended is not None
             checked = program.checks(n_rows, n_new).logits(tokens, np.full(n_rows, length), appended, mask)
             assert torch.equal(bits(expected), bits(checked)), f"{n_new} tokens of {n_rows} rows"
             for theirs, ours in zip(one.layers, other.layers, strict=True):
