@@ -93,7 +93,7 @@ def _norm_rows(
     x, x_at = dense("hidden_states", hidden_states)
     given, dtype = x.shape, x.dtype
     if shape is None:
-        shape = given[-1:]
+        shape = (given[-1],)
     elif not shape or given[-len(shape) :] != shape:
         raise InvalidInput(f"normalized_shape is {shape}: it must be the last of the sizes {tuple(given)}")
     weight_at = bias_at = 0

@@ -87,7 +87,7 @@ class Output:
         if not address:
             check_floats(name, tensor, dtype)
             check_shape(name, tensor, tuple(shape))
-            if repeats(tensor):
+            if tensor.numel() and repeats(tensor):
                 raise InvalidInput(
                     f"{name} has strides {tensor.stride()} with shape {tuple(tensor.shape)}: "
                     "memory of its own is needed for each element"
