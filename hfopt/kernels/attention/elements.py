@@ -29,14 +29,24 @@ _SHORTS = ir.VectorType(I16, 2 * LANES)
 _AGAIN = 4096  # bytes; measured: 2048 and 8192 are worse
 
 
-def emit_ahead(builder, row, index, ahead):
-    """Asks for the line `ahead` bytes behind unit `index` of a row, and again for the one 4 KiB behind it.
+def emit_ahead(builder, row, index, ahead, again):
+    """Asks for the line `ahead` bytes behind unit `index` of a row, and again for the one `again` bytes behind it.
 
     A core has room for few requests and drops those that find none; the second asks for what was dropped.
     """
     here = builder.bitcast(builder.gep(row, [index]), ir.IntType(8).as_pointer())
     simd.emit_prefetch(builder, here, ahead)
-    simd.emit_prefetch(builder, here, intp(_AGAIN))
+    simd.emit_prefetch(builder, here, again)
+
+
+def emit_again(builder, addresses, index, n_blocks, n_bytes):
+    """Bytes from a block to what is read 4 KiB later; n_bytes: of a block, which may lie anywhere."""
+    later = builder.add(index, builder.udiv(intp(_AGAIN), n_bytes))
+    last = builder.sub(n_blocks, intp(1))
+    later = builder.select(builder.icmp_signed("<", later, last), later, last)
+    here, there = (builder.load(builder.gep(addresses, [i])) for i in (index, later))
+    is_short = builder.icmp_signed("<", n_bytes, intp(_AGAIN))
+    return builder.select(is_short, builder.sub(there, here), intp(_AGAIN))
 
 
 def emit_block(builder, addresses, index, unit):

@@ -9,6 +9,7 @@ from numba.extending import intrinsic
 from hfopt.kernels.attention.elements import (
     BLOCK,
     add_product,
+    emit_again,
     emit_ahead,
     emit_block,
     emit_narrow,
@@ -105,6 +106,8 @@ class _Tile:
         add = self._add_digits if shape.digits else self._add_narrow if shape.narrow else self._add_units
         with compiler.for_range(builder, a.n_blocks) as blocks:
             block = emit_block(builder, a.keys, blocks.index, shape.narrow or self.unit)
+            n_bytes = builder.mul(self.stride, intp(BLOCK * (shape.narrow or I32).width // 8))
+            self.again = emit_again(builder, a.keys, blocks.index, a.n_blocks, n_bytes)
             with compiler.for_range(builder, intp(BLOCK // n_keys)) as parts:
                 first = builder.mul(parts.index, intp(n_keys))
                 part = builder.gep(block, [builder.mul(first, self.stride)])
@@ -144,7 +147,7 @@ class _Tile:
         builder = self.builder
         for line in range(n_lines):
             place = builder.add(builder.mul(turn, intp(n_lines)), intp(line))
-            emit_ahead(builder, part, builder.mul(place, intp(of_line)), self.a.ahead)
+            emit_ahead(builder, part, builder.mul(place, intp(of_line)), self.a.ahead, self.again)
 
     def _add_digits(self, part, rows):
         builder, (_, tiles, *_), n_keys = self.builder, self.shape, self.shape.keys
