@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfopt.kernels.attention.cache_view import Cache, holds, key_of, open_cache, valid_rows
+from hfopt.kernels.attention.cache_view import Cache, holds, key_of, names_all, open_cache, valid_rows
 from hfopt.kernels.attention.chunk import Following, Item, attend_chunk
 from hfopt.kernels.attention.partials import join_partials
 from hfopt.kernels.attention.plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_prefix_row
@@ -107,22 +107,25 @@ def _first_key(problem, item, chunk):
 
 
 @inlined
-def _following(problem, item, index, after):
-    """What is read next, if that is in the suffix: head and chunk `index` of an item, or the first ones of that after it."""
+def _following(problem, item, index, after, follows):
+    """What is read next, if that is in the suffix: head and chunk `index` of an item, or the first ones of that after it, if
+    it follows.
+    """
     n_heads, size, n_tokens = item.end_head - item.kv_head, problem.plan.chunk, item.segment.n_tokens
     chunk = index // n_heads
     if chunk < item.last:
         return Following(item.begin, item.kv_head + index - chunk * n_heads, chunk * size, n_tokens)
-    first = after.first * size
-    return Following(after.begin, after.kv_head, first, first if after.in_prefix else n_tokens)
+    first, is_read = after.first * size, follows and not after.in_prefix
+    return Following(after.begin, after.kv_head, first, n_tokens if is_read else first)
 
 
 @inlined
-def attend_item(problem, item, after, next_key, room):
+def attend_item(problem, item, after, follows, room):
     """All chunks of an item, while what is read next is asked for.
 
-    after: the next item, or the same again; next_key: what is read next in the prefix, or 0.
+    after: the next item, if one follows, or any.
     """
+    next_key = _first_key(problem, after, after.first) if follows else 0
     n_heads = item.end_head - item.kv_head
     for index in range(item.first * n_heads, item.last * n_heads):
         chunk = index // n_heads
@@ -132,7 +135,7 @@ def attend_item(problem, item, after, next_key, room):
             *(item.segment, item.in_prefix, item.row, kv_head, kv_head + 1, item.begin, item.end),
             *(item.first, item.last, item.slot),
         )
-        attend_chunk(problem, one, chunk, _following(problem, item, index + 1, after), key, room)
+        attend_chunk(problem, one, chunk, _following(problem, item, index + 1, after, follows), key, room)
 
 
 # ---- all items -------------------------------------------------------------------------------------------------------
@@ -166,8 +169,7 @@ def _attend_task(worker, problem, counters, rooms, room_size, out):
     while index < n_items:
         following = next_index(counters)
         after = item_of(problem, min(following, n_items - 1))
-        next_key = _first_key(problem, after, after.first) if following < n_items else 0
-        attend_item(problem, item_of(problem, index), after, next_key, room)
+        attend_item(problem, item_of(problem, index), after, following < n_items, room)
         n_done += 1
         index = following
     done, joined = shifted(counters, DONE), shifted(counters, JOINED)
@@ -194,7 +196,8 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scrat
     threads, on a 64-byte boundary.
     """
     item_size = 4 // units_ratio(q)
-    places = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads)
+    sizes = n_heads, cache.n_kv_heads, cache.size, item_size, threads
+    places = layout_of(n_rows, *sizes, names_all(cache))
     counters, order = integers_at(scratch), integers_at(scratch + places.order)
     starts = shifted(order, n_rows)
     n_groups = sort_by_prefix_row(cache.prefix_row, n_rows, order, starts)
@@ -260,7 +263,8 @@ def attend_decode(
     if not holds(pointer(record), prefix_len, skipped) or not valid_rows(cache, n_rows):
         return 1
     threads, item_size = usable_threads(), 4 // units_ratio(q)
-    needed = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads).n_bytes
+    sizes = n_heads, cache.n_kv_heads, cache.size, item_size, threads
+    needed = layout_of(n_rows, *sizes, names_all(cache)).n_bytes
     room = np.empty(needed // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + 63) // 64 * 64
     seen = address_of(pointer(mask)) + before if mask.size > 0 else 0, mask.shape[2]

@@ -39,14 +39,16 @@ def emit_ahead(builder, row, index, ahead, again):
     simd.emit_prefetch(builder, here, again)
 
 
-def emit_again(builder, addresses, index, n_blocks, n_bytes):
-    """Bytes from a block to what is read 4 KiB later; n_bytes: of a block, which may lie anywhere."""
-    later = builder.add(index, builder.udiv(intp(_AGAIN), n_bytes))
-    last = builder.sub(n_blocks, intp(1))
-    later = builder.select(builder.icmp_signed("<", later, last), later, last)
-    here, there = (builder.load(builder.gep(addresses, [i])) for i in (index, later))
-    is_short = builder.icmp_signed("<", n_bytes, intp(_AGAIN))
-    return builder.select(is_short, builder.sub(there, here), intp(_AGAIN))
+def emit_again(builder, addresses, n_blocks, n_bytes):
+    """Bytes from a line of a block of n_bytes to the one that is asked for again: 4 KiB where blocks follow each other.
+
+    Else 0: what lies behind a block that may be anywhere is not read next.
+    """
+    second = builder.select(builder.icmp_signed(">", n_blocks, intp(1)), intp(1), intp(0))
+    first, other = (builder.load(builder.gep(addresses, [i])) for i in (intp(0), second))
+    apart = builder.sub(other, first)
+    follow = builder.icmp_signed("==", apart, builder.mul(n_bytes, second))
+    return builder.select(follow, intp(_AGAIN), intp(0))
 
 
 def emit_block(builder, addresses, index, unit):

@@ -104,10 +104,10 @@ class _Tile:
         """All blocks, some keys at a time."""
         builder, a, shape, n_keys = self.builder, self.a, self.shape, self.shape.keys
         add = self._add_digits if shape.digits else self._add_narrow if shape.narrow else self._add_units
+        n_bytes = builder.mul(self.stride, intp(BLOCK * (shape.narrow or I32).width // 8))
+        self.again = emit_again(builder, a.keys, a.n_blocks, n_bytes)
         with compiler.for_range(builder, a.n_blocks) as blocks:
             block = emit_block(builder, a.keys, blocks.index, shape.narrow or self.unit)
-            n_bytes = builder.mul(self.stride, intp(BLOCK * (shape.narrow or I32).width // 8))
-            self.again = emit_again(builder, a.keys, blocks.index, a.n_blocks, n_bytes)
             with compiler.for_range(builder, intp(BLOCK // n_keys)) as parts:
                 first = builder.mul(parts.index, intp(n_keys))
                 part = builder.gep(block, [builder.mul(first, self.stride)])

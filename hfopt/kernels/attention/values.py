@@ -113,11 +113,11 @@ class _Tile:
         """All blocks, and the sums of all queries."""
         builder, a, (queries, *_) = self.builder, self.a, self.shape
         width, ratio = self.shape.width, self.shape.ratio
+        n_bytes = builder.mul(self.stride, intp(BLOCK * (self.shape.narrow or I32).width // 8))
+        self.again = emit_again(builder, a.values, a.n_blocks, n_bytes)
         with compiler.for_range(builder, a.n_blocks) as blocks:
             block = emit_block(builder, a.values, blocks.index, self.shape.narrow or self.unit)
             self.ahead = builder.load(builder.gep(a.aheads, [blocks.index]))
-            n_bytes = builder.mul(self.stride, intp(BLOCK * (self.shape.narrow or I32).width // 8))
-            self.again = emit_again(builder, a.values, blocks.index, a.n_blocks, n_bytes)
             with compiler.for_range(builder, intp(BLOCK // 4)) as fours:
                 first = builder.mul(fours.index, intp(4))
                 # 4 keys of the group of `width` to which they belong
