@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfopt import generation
+from hfopt.cache import PrefixCache
 from hfopt.cache.codes import check_kv_cache
 from hfopt.calibration import Calibration, Calibrator
 from hfopt.checkpoints.hf_quantizer import declare
@@ -45,6 +46,7 @@ def optimize(
     keep_original: bool = False,
     kv_cache: str | None = None,
     calibration: Calibration | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Model:
     """Make a model generate faster on the CPU, in place; it is returned, with its report as `model.hfopt`.
 
@@ -63,6 +65,7 @@ def optimize(
         calibration: texts like those that the model is for, which it reads so that weights are rounded with regard to the
             inputs that they meet: a list of strings, for the tokenizer in the model's own folder, or of token ids (lists or
             tensors). Longer ones than 512 tokens are cut into pieces.
+        prefix_cache: where all requests find what earlier prompts began with, unless `generate` is given another one.
 
     Without `quantization` no weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
     Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory), UnsupportedModel and KernelError (another Numba
@@ -97,6 +100,7 @@ def optimize(
         generator = generation.generator_of(model)
         if kv_cache is not None and generator is None:
             raise InvalidInput(f"kv_cache = {kv_cache!r}: {type(model).__name__} does not generate")
+        generation.check_prefix_cache(generator, prefix_cache)
         config = None if quantization is None else config_of(quantization)
         if calibration is not None and config is None:
             raise InvalidInput("calibration is for quantization, which is None")
@@ -112,7 +116,7 @@ def optimize(
         if strict:
             _check_whole(walk, programs, verdict)
         if generator is not None:
-            state = generation.Installed(programs, kv_cache, verdict or generation.Verdict())
+            state = generation.Installed(programs, kv_cache, verdict or generation.Verdict(), prefix_cache)
             generation.install(generator, state)
         batches: Iterable[Mapping[str, InputStatistics | None]] = ()
         if packing is not None:

@@ -38,8 +38,9 @@ class Report:
     that cannot run in kernels as they are now, and why. cores: that threads fit in. kernels: the argument of `optimize`.
     window: tokens of the shortest window of a layer, if texts may be longer. choices: what "auto" takes for this
     model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and values are cached as floats all the same,
-    or None. quantized: Linears with packed weights. left: those that `quantization` left as they are, and why. adapters: of
-    LoRA, around Linears. advice: in words, which dtype would be faster, and at what cost; or None.
+    or None. keeps_prompts: whether there is a `prefix_cache`; rereads: why it is of no use with this model, or None.
+    quantized: Linears with packed weights. left: those that `quantization` left as they are, and why. adapters: of LoRA,
+    around Linears. advice: in words, which dtype would be faster, and at what cost; or None.
 
     Example:
         >>> import hfopt
@@ -67,6 +68,8 @@ class Report:
     choices: tuple[Choice, ...]
     kv_cache: str | None
     float_cache: str | None
+    keeps_prompts: bool
+    rereads: str | None
     window: int | None
     quantized: tuple[Quantized, ...]
     left: dict[str, str]
@@ -86,6 +89,7 @@ class Report:
         by_module, program = _steps(walk.model)
         generator = generation.generator_of(walk.model)
         kv_cache = None if generator is None else generation.installed(generator).kv_cache
+        keeps_prompts = generator is not None and generation.installed(generator).prefix_cache is not None
         dtypes = Counter(dtype_name(weight.dtype) for weight in walk.model.parameters())
         return cls(
             model_class=type(walk.model).__qualname__,
@@ -104,6 +108,8 @@ class Report:
             kernels=walk.kernels() if is_applied else "auto",
             kv_cache=kv_cache,
             float_cache=None if kv_cache is None else generation.cache_obstacle(generator),
+            keeps_prompts=keeps_prompts,
+            rereads=generation.prefix_obstacle(generator) if keeps_prompts else None,
             window=None if generator is None else generation.window_of(generator),
             quantized=quantized(walk.model),
             left=dict(left),
@@ -146,6 +152,12 @@ class Report:
                 f"not as {self.kv_cache}: {self.float_cache}" if self.float_cache else f"as {self.kv_cache}"
             )
             lines.append(f"keys and values are cached {stored}")
+        if self.keeps_prompts:
+            lines.append(
+                "beginnings of prompts are not read again"
+                if self.rereads is None
+                else f"prompts are read from their beginning: {self.rereads}"
+            )
         if self.window is not None:
             lines.append(f"layers of a window of {self.window:,} tokens cache little more than those")
         if self.swapped:

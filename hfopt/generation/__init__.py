@@ -1,12 +1,15 @@
 """transformers' `generate` with loops, a gate and a cache of ours."""
 
+from hfopt.host import generator_of
+
 from .decoding import obstacle
 from .generate import (
     cache_obstacle,
+    check_prefix_cache,
     generate,
-    generator_of,
     install,
     is_installed,
+    prefix_obstacle,
     prepare_cache,
     uninstall,
     window_of,
@@ -28,6 +31,7 @@ __all__ = [
     "StepRun",
     "Verdict",
     "cache_obstacle",
+    "check_prefix_cache",
     "generate",
     "generator_of",
     "hf_beam_sample",
@@ -40,6 +44,7 @@ __all__ = [
     "is_installed",
     "keep",
     "obstacle",
+    "prefix_obstacle",
     "prepare_cache",
     "prove",
     "record_latency",

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from hfopt.cache.prefix import PrefixCache
+
 from .protocols import StepPrograms
 
 _ATTRIBUTE = "_hfopt_generation"  # of an optimized model
@@ -29,12 +31,13 @@ class Installed:
     """What requests of a model find on it, and copies and pickles of the model have too.
 
     programs: that prompts and decode steps are taken from, None if modules make them. kv_cache: of the caches that requests
-    get. verdict: on this model.
+    get. verdict: on this model. prefix_cache: that requests take beginnings of prompts from.
     """
 
     programs: StepPrograms | None = None
     kv_cache: str | None = None
     verdict: Verdict = UNKNOWN
+    prefix_cache: PrefixCache | None = None
 
 
 NOTHING = Installed()

@@ -47,6 +47,7 @@ from hfopt.host.criteria import (  # noqa: E402
     MaxTimeCriteria,
     PrefixConstrainedLogitsProcessor,
 )
+from hfopt.host.generator import generator_of  # noqa: E402
 from hfopt.host.linear import LINEARS, Conv1D, Features, by_outputs, is_linear_class  # noqa: E402
 from hfopt.host.loops import (  # noqa: E402
     GENERATE_ORDER,
@@ -69,7 +70,7 @@ from hfopt.host.loops import (  # noqa: E402
     unknown_option,
 )
 from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
-from hfopt.host.rotary import begin_anew, frequencies, rewritten  # noqa: E402
+from hfopt.host.rotary import begin_anew, frequencies, has_fixed_angles, rewritten  # noqa: E402
 
 __all__ = [
     "GENERATE_ORDER",
@@ -119,6 +120,8 @@ __all__ = [
     "fingerprint",
     "frequencies",
     "generate_arguments",
+    "generator_of",
+    "has_fixed_angles",
     "have_own_adapters",
     "holding",
     "installed",

@@ -53,6 +53,12 @@ def kind_of(rotary: Any, layer_type: str | None = None) -> Kind | None:
     return None
 
 
+def has_fixed_angles(module: Any) -> bool:
+    """Whether a module is no rotary one, or one whose angles follow from the position alone."""
+    name = vars(module).get("rope_type")
+    return name is None or set(name.values() if isinstance(name, dict) else (name,)) <= _STATIC
+
+
 def frequencies(
     kind: str, settings: Mapping[str, Any], size: int, base: float, max_length: int, length: int | None = None
 ) -> tuple[Tensor, float]:
