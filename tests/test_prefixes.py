@@ -23,6 +23,7 @@ from hfopt.generation import prefixes
 from hfopt.generation.prefill import Prefill
 from tests import fresh
 from tests.generation_cases import (
+    CACHE,
     VOCABULARY,
     Model,
     assert_same,
@@ -172,18 +173,19 @@ def test_scores_are_those_of_the_stock_model() -> None:
         )
 
 
-@pytest.mark.parametrize("kernels", ["hfopt"])
-def test_logits_have_the_bits_of_a_run_without(kernels: Any) -> None:
-    """In hfopt's own kernels, where what is left to read is no single token."""
-    model = hfopt.optimize(llama(), kernels=kernels)
-    prefix_cache = hfopt.PrefixCache(model)
+def test_logits_have_the_bits_of_a_cache_that_goes_on() -> None:
+    """Which are those of a prompt that is read in two calls."""
+    model = hfopt.optimize(llama(), kernels="hfopt")
+    prefix_cache, document = hfopt.PrefixCache(model), tokens(128, 1)
     options = {"return_dict_in_generate": True, "output_logits": True}
-    for seed in (2, 3):
-        inputs = prompt(tokens(128, 1), tokens(64, seed))
-        plain = generated(model, inputs, **options).logits
-        known = generated(model, inputs, prefix_cache=prefix_cache, **options).logits
-        assert all(map(torch.equal, plain, known))
-    assert prefix_cache.use.known_tokens == 128
+    model.generate(**prompt(document), max_new_tokens=1, prefix_cache=prefix_cache)
+    for n_new in (1, 7, 64):
+        cache, inputs = hfopt.IndirectCache(model.config), prompt(document, tokens(n_new, n_new))
+        model.generate(**prompt(document), max_new_tokens=1, **{CACHE: cache})
+        expected = generated(model, inputs, **{CACHE: cache}, **options).logits
+        given = generated(model, inputs, prefix_cache=prefix_cache, **options).logits
+        assert len(given) == 10 and all(map(torch.equal, given, expected))
+    assert prefix_cache.use.known_tokens == 3 * 128
 
 
 @pytest.mark.parametrize("name", ["llama", "gptj"])
@@ -206,7 +208,7 @@ def test_kinds_of_caches_are_kept_apart() -> None:
     prefix_cache, inputs = hfopt.PrefixCache(model), prompt(tokens(DOCUMENT, 1))
     for kv_cache in (None, "int8"):
         cache = hfopt.IndirectCache(model.config, kv_cache=kv_cache)
-        generated(model, inputs, prefix_cache=prefix_cache, past_key_values=cache)
+        generated(model, inputs, prefix_cache=prefix_cache, **{CACHE: cache})
         assert cache.get_seq_length() == DOCUMENT + 9
     assert prefix_cache.use == (2, 0, 2 * DOCUMENT)
     assert torch.equal(generated(model, inputs, prefix_cache=prefix_cache), generated(stock, inputs))
@@ -232,7 +234,7 @@ def test_rows_begin_behind_their_own_padding(name: str, monkeypatch: pytest.Monk
         generated(model, inputs, prefix_cache=prefix_cache)
     assert found.calls == [(5, 1)]
     n_known = prefix_cache.use.known_tokens - before.known_tokens
-    assert n_known >= 2 * DOCUMENT + 80 + 4 * (sum(map(len, rows)) - 2 * len(rows))
+    assert n_known > 4 * (sum(map(len, rows)) - 2 * len(rows))
 
 
 def test_padding_in_the_middle_is_not_taken_for_a_beginning() -> None:
@@ -327,6 +329,7 @@ def test_a_changed_weight_is_no_hit() -> None:
         assert prefix_cache.use.known_tokens == before + DOCUMENT - 1
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_an_adapter_has_beginnings_of_its_own() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
@@ -456,7 +459,7 @@ def test_the_common_beginning_is_stored_once(monkeypatch: pytest.MonkeyPatch) ->
     generated(model, inputs)
     generated(model, inputs, return_dict_in_generate=True)
     cache = hfopt.IndirectCache(model.config)
-    generated(model, inputs, past_key_values=cache)
+    generated(model, inputs, **{CACHE: cache})
     assert made == [1, 4, 4]
 
 
@@ -466,10 +469,10 @@ def test_a_cache_that_is_handed_back_goes_on() -> None:
     caches = [DynamicCache(config=stock.config), hfopt.IndirectCache(model.config)]
     results = []
     for each, cache in zip((stock, model), caches, strict=True):
-        first = generated(each, inputs, past_key_values=cache)
+        first = generated(each, inputs, **{CACHE: cache})
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, 10 + 4, dtype=torch.long)], 1)
         more = torch.cat([first, tokens(12, 5).reshape(3, 4)], 1)
-        results += [generated(each, {"input_ids": more, "attention_mask": mask}, past_key_values=cache)]
+        results += [generated(each, {"input_ids": more, "attention_mask": mask}, **{CACHE: cache})]
     assert torch.equal(*results)
 
 
@@ -507,9 +510,9 @@ def test_a_request_that_fails_leaves_a_given_cache_empty(monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(Prefill, "_outputs", failing)
         with pytest.raises(KeyboardInterrupt):
-            generated(model, inputs, prefix_cache=prefix_cache, past_key_values=cache)
+            generated(model, inputs, prefix_cache=prefix_cache, **{CACHE: cache})
     assert cache.get_seq_length() == 0
-    assert torch.equal(generated(model, inputs, prefix_cache=prefix_cache, past_key_values=cache), expected)
+    assert torch.equal(generated(model, inputs, prefix_cache=prefix_cache, **{CACHE: cache}), expected)
 
 
 # ---- memory, threads, files ---------------------------------------------------------------------------------------------
