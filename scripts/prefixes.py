@@ -58,13 +58,13 @@ def _show(title: str, pairs: list[tuple[float, float]]) -> None:
     print(f"  {title:44} {1e3 * one:10.1f} ms / {1e3 * other:10.1f} ms = {ratio:.4f}", flush=True)
 
 
-def _measure(shape: str, dtype: torch.dtype, rounds: int) -> None:
-    config = models.named_config(shape)
+def _measure(shape: str, n_layers: int | None, dtype: torch.dtype, rounds: int) -> None:
+    config = models.named_config(shape, n_layers)
     config.max_position_embeddings = max(config.max_position_embeddings, _KNOWN + _QUESTION + 1)
     model: Any = models.random_model(config, dtype)
     model.generation_config.eos_token_id = None
     hfopt.optimize(model)
-    print(f"{shape}, {dtype}", flush=True)
+    print(f"{shape}, {config.num_hidden_layers} layers, {dtype}", flush=True)
     prompts, prefix_cache = Prompts(config.vocab_size), hfopt.PrefixCache(model, max_bytes=2**31)
     known, document = prompts.text(_KNOWN), prompts.text(_DOCUMENT)
     _seconds(model, prompts.questions(known[:200], 2))  # compiles
@@ -88,6 +88,7 @@ def _measure(shape: str, dtype: torch.dtype, rounds: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=_SHAPES)
+    parser.add_argument("--layers", type=int, help="in place of all")
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
@@ -96,7 +97,7 @@ def main() -> int:
         f" medians of {arguments.rounds} alternating runs, time to the first token"
     )
     for shape in arguments.shapes:
-        _measure(shape, _DTYPES[arguments.dtype], arguments.rounds)
+        _measure(shape, arguments.layers, _DTYPES[arguments.dtype], arguments.rounds)
     return 0
 
 

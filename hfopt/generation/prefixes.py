@@ -121,7 +121,7 @@ class Prompts:
         found = self._found()
         self._column = column
         self._trunk = self._trunk_of(found)
-        self._fill(self._cache, found, self._pads, self._trunk, column)
+        self._fill(self._cache, found, self._pads, self._trunk, column, self._length)
         self._count(known)
         return self._rest(column)
 
@@ -176,7 +176,7 @@ class Prompts:
         found = self._tree.find(None, text)
         cache = self._cache.emptied(self._model.config.get_text_config(decoder=True))
         cache.copies = 1
-        self._fill(cache, [found], [0], 0, found.length)
+        self._fill(cache, [found], [0], 0, found.length, len(text))
         inputs = {**self._one_row, "input_ids": torch.from_numpy(text[found.length :].copy())[None]}
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = torch.arange(
@@ -207,9 +207,12 @@ class Prompts:
         return program is not None and program.ignores_columns and cache.sees_all
 
     def _fill(
-        self, cache: IndirectCache, found: list[Found], pads: list[int], trunk: int, column: int
+        self, cache: IndirectCache, found: list[Found], pads: list[int], trunk: int, column: int, length: int
     ) -> None:
-        """Write what is known into the columns before `column`, with zeros as padding: first the trunk, in one row."""
+        """Write what is known into the columns before `column`, with zeros as padding: first the trunk, in one row.
+
+        length: columns that there will be in the end.
+        """
         if not column:
             return
         block = next(each.blocks[0] for each in found if each.length)
@@ -220,7 +223,9 @@ class Prompts:
                 put(cache, 0, place, parts)
             cache.share(len(found))
         if column > trunk:
-            cache.append_everywhere(len(found), column - trunk, layouts)
+            # with room for what is read next, or the buffers would have to grow at once
+            cache.append_everywhere(len(found), length - trunk, layouts)
+            cache.crop(column - length)
             for row, (each, pad) in enumerate(zip(found, pads, strict=True)):
                 if pad:
                     blank(cache, row, trunk, min(trunk + pad, column))
