@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hfopt.cache.layer import IndirectLayer
 from hfopt.cache.prefix_tree import Part, Parts
+from hfopt.cache.storage import bits_of
 
 if TYPE_CHECKING:
     from hfopt.cache.indirect import IndirectCache
@@ -46,7 +47,8 @@ def put(cache: IndirectCache, row: int, first: int, parts: Parts) -> None:
     for layer, given in zip(cache.layers, parts, strict=True):
         elements, scales, place = _place(layer, row, first)
         columns = slice(place, place + given[0].shape[2])
-        elements[:, :, columns] = given[0]
+        # by numpy: torch would wake its threads for each of many small pieces
+        bits_of(elements[:, :, columns]).numpy()[...] = bits_of(given[0]).numpy()
         if scales is not None and given[1] is not None:
             scales[:, :, columns] = given[1]
 
