@@ -1,7 +1,7 @@
 """What it saves not to read the beginnings of prompts again: times to the first token, turn by turn with those without.
 
     python scripts/prefixes.py                                       both shapes, bfloat16, random weights
-    python scripts/prefixes.py --shapes llama-160m --rounds 9
+    python scripts/prefixes.py --shapes llama-160m --threads 1
 
 Two figures for each shape: another question on a text that a `PrefixCache` knows, against the same request without one; and
 some questions on one document in one call, against one of them alone.
@@ -91,7 +91,10 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="in place of all")
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="1 where other processes use the machine")
     arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
     print(
         f"{env.cpu_path()}; {torch.get_num_threads()} threads; questions of {_QUESTION - 3} to {_QUESTION} tokens;"
         f" medians of {arguments.rounds} alternating runs, time to the first token"
