@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 import hfopt
+from hfopt.cache import prefix_tree
 from hfopt.cache.prefix_tree import Parts, PrefixTree
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.generation import prefixes
@@ -575,6 +576,14 @@ def test_a_tree_finds_what_was_added_whatever_has_gone() -> None:
         held = sum(block.tokens.nbytes + sum(part[0].nbytes for part in block.parts) for block in blocks)
         assert tree.n_bytes == held <= 60_000
     assert n_found > 5000
+
+
+def test_nothing_is_kept_that_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, model = pair("llama")
+    prefix_cache, inputs = hfopt.PrefixCache(model), prompt(tokens(DOCUMENT, 1))
+    monkeypatch.setattr(prefix_tree, "available_memory", lambda: 1000)
+    assert torch.equal(generated(model, inputs, prefix_cache=prefix_cache), generated(stock, inputs))
+    assert prefix_cache.n_tokens == 0
 
 
 def test_threads_share_one() -> None:

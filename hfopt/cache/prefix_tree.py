@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hfopt.machine.memory import available_memory
+
 # of some tokens in one layer: [2, n_kv_heads, n_tokens, head_dim], keys then values, and of codes [2, n_kv_heads, n_tokens]
 Part: TypeAlias = tuple[Tensor, Tensor | None]
 Parts: TypeAlias = list[Part]  # of all layers
@@ -84,7 +86,7 @@ class PrefixTree:
     def add(self, key: Any, tokens: np.ndarray, read: Callable[[int, int], Parts]) -> int:
         """Hold a text as well, from its beginning on as far as there is room; how many tokens are new.
 
-        read(first, end): keys and values of these of its tokens.
+        Of what the machine has left, no more is taken than there is. read(first, end): keys and values of these of its tokens.
         """
         with self._lock:
             path, length = self._walk(key, tokens)
@@ -96,7 +98,9 @@ class PrefixTree:
             for first in range(length, len(tokens), _BLOCK):
                 parts = read(first, min(first + _BLOCK, len(tokens)))
                 size = bytes_of(parts) + 8 * _BLOCK
-                if self.max_bytes is not None and (len(made) + 1) * size > self.max_bytes:
+                if self.max_bytes is not None and (
+                    (len(made) + 1) * size > self.max_bytes or size > available_memory()
+                ):
                     break
                 made.append((first, parts if self.max_bytes is None else copied(parts)))
         finally:
