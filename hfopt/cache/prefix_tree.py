@@ -86,7 +86,7 @@ class PrefixTree:
     def add(self, key: Any, tokens: np.ndarray, read: Callable[[int, int], Parts]) -> int:
         """Hold a text as well, from its beginning on as far as there is room; how many tokens are new.
 
-        Of what the machine has left, no more is taken than there is. read(first, end): keys and values of these of its tokens.
+        Of the machine's memory, no more is taken than there is. read(first, end): keys and values of these of its tokens.
         """
         with self._lock:
             path, length = self._walk(key, tokens)
