@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 
 import hfopt.host  # noqa: F401  (first: it says so if the installed transformers is too old)  # isort: split
-from hfopt.cache import IndirectCache
+from hfopt.cache import IndirectCache, PrefixCache
 from hfopt.chat import Chat
 from hfopt.checkpoints.hf_config import HfoptConfig
 from hfopt.embedded import embedded_model
@@ -39,6 +39,7 @@ __all__ = [
     "IndirectCache",
     "InvalidInput",
     "KernelError",
+    "PrefixCache",
     "Report",
     "UnsupportedDevice",
     "UnsupportedModel",

@@ -2,6 +2,16 @@
 
 from hfopt.cache.cropping import crop_to
 from hfopt.cache.indirect import KV_CACHES, Appended, AppendedEverywhere, Buffers, IndirectCache
+from hfopt.cache.prefix import PrefixCache
 from hfopt.cache.storage import Layout
 
-__all__ = ["KV_CACHES", "Appended", "AppendedEverywhere", "Buffers", "IndirectCache", "Layout", "crop_to"]
+__all__ = [
+    "KV_CACHES",
+    "Appended",
+    "AppendedEverywhere",
+    "Buffers",
+    "IndirectCache",
+    "Layout",
+    "PrefixCache",
+    "crop_to",
+]

@@ -47,6 +47,7 @@ from hfopt.host.criteria import (  # noqa: E402
     MaxTimeCriteria,
     PrefixConstrainedLogitsProcessor,
 )
+from hfopt.host.generator import generator_of  # noqa: E402
 from hfopt.host.linear import LINEARS, Conv1D, Features, by_outputs, is_linear_class  # noqa: E402
 from hfopt.host.loops import (  # noqa: E402
     CRITERIA,
@@ -75,7 +76,13 @@ from hfopt.host.loops import (  # noqa: E402
     unknown_option,
 )
 from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
-from hfopt.host.rotary import begin_anew, frequencies, rewritten, steady_length  # noqa: E402
+from hfopt.host.rotary import (  # noqa: E402
+    begin_anew,
+    frequencies,
+    has_fixed_angles,
+    rewritten,
+    steady_length,
+)
 from hfopt.host.streamers import only_hands_on  # noqa: E402
 
 __all__ = [
@@ -130,6 +137,8 @@ __all__ = [
     "fingerprint",
     "frequencies",
     "generate_arguments",
+    "generator_of",
+    "has_fixed_angles",
     "have_own_adapters",
     "holding",
     "installed",
