@@ -4,7 +4,8 @@ import importlib
 from types import ModuleType
 
 import hfopt.host  # noqa: F401  (first: it says so if the installed transformers is too old)  # isort: split
-from hfopt.cache import IndirectCache
+from hfopt.cache import IndirectCache, PrefixCache
+from hfopt.chat import Chat
 from hfopt.checkpoints.hf_config import HfoptConfig
 from hfopt.embedded import embedded_model
 from hfopt.errors import (
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CacheFull",
+    "Chat",
     "CorruptCheckpoint",
     "ForkedProcess",
     "HfoptConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "IndirectCache",
     "InvalidInput",
     "KernelError",
+    "PrefixCache",
     "Report",
     "UnsupportedDevice",
     "UnsupportedModel",

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hfopt import generation
+from hfopt.cache import PrefixCache
 from hfopt.cache.codes import check_kv_cache
 from hfopt.calibration import Calibration, Calibrator
 from hfopt.checkpoints.hf_quantizer import declare
@@ -46,6 +47,7 @@ def optimize(
     kv_cache: str | None = None,
     calibration: Calibration | None = None,
     speculation: Literal["lookup"] | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Model:
     """Make a model generate faster on the CPU, in place; it is returned, with its report as `model.hfopt`.
 
@@ -67,6 +69,7 @@ def optimize(
         speculation: "lookup" lets greedy search and sampling guess tokens from the text so far, and check several in one
             reading of the weights, as `generate(prompt_lookup_num_tokens=...)` does for one request. Tokens stay what they
             are. How many are guessed follows from what checks cost and how many guesses were right.
+        prefix_cache: where all requests find what earlier prompts began with, unless `generate` is given another one.
 
     Without `quantization` no weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
     Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory), UnsupportedModel and KernelError (another Numba
@@ -103,6 +106,7 @@ def optimize(
         for name, given in (("kv_cache", kv_cache), ("speculation", speculation)):
             if given is not None and generator is None:
                 raise InvalidInput(f"{name} = {given!r}: {type(model).__name__} does not generate")
+        generation.check_prefix_cache(generator, prefix_cache)
         config = None if quantization is None else config_of(quantization)
         if calibration is not None and config is None:
             raise InvalidInput("calibration is for quantization, which is None")
@@ -118,7 +122,8 @@ def optimize(
         if strict:
             _check_whole(walk, programs, verdict)
         if generator is not None:
-            state = generation.Installed(programs, kv_cache, verdict or generation.Verdict(), lookup)
+            verdict = verdict or generation.Verdict()
+            state = generation.Installed(programs, kv_cache, verdict, lookup, prefix_cache)
             generation.install(generator, state)
         batches: Iterable[Mapping[str, InputStatistics | None]] = ()
         if packing is not None:

@@ -38,9 +38,10 @@ class Report:
     that cannot run in kernels as they are now, and why. cores: that threads fit in. kernels: the argument of `optimize`.
     window: tokens of the shortest window of a layer, if texts may be longer. choices: what "auto" takes for this
     model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and values are cached as floats all the
-    same, or None. speculation: the argument of `optimize`. quantized: Linears with packed weights. left: those that
-    `quantization` left as they are, and why. adapters: of LoRA, around Linears. advice: in words, which dtype would be
-    faster, and at what cost; or None.
+    same, or None. speculation: the argument of `optimize`. keeps_prompts: whether there is a `prefix_cache`; rereads: why it
+    is of no use with this model, or None. quantized: Linears with packed weights. left: those that `quantization` left as
+    they are, and why. adapters: of LoRA, around Linears. advice: in words, which dtype would be faster, and at what cost; or
+    None.
 
     Example:
         >>> import hfopt
@@ -69,6 +70,8 @@ class Report:
     kv_cache: str | None
     float_cache: str | None
     speculation: str | None
+    keeps_prompts: bool
+    rereads: str | None
     window: int | None
     quantized: tuple[Quantized, ...]
     left: dict[str, str]
@@ -88,7 +91,7 @@ class Report:
         by_module, program = _steps(walk.model)
         generator = generation.generator_of(walk.model)
         state = generation.NOTHING if generator is None else generation.installed(generator)
-        kv_cache = state.kv_cache
+        kv_cache, keeps_prompts = state.kv_cache, state.prefix_cache is not None
         dtypes = Counter(dtype_name(weight.dtype) for weight in walk.model.parameters())
         return cls(
             model_class=type(walk.model).__qualname__,
@@ -108,6 +111,8 @@ class Report:
             kv_cache=kv_cache,
             float_cache=None if kv_cache is None else generation.cache_obstacle(generator),
             speculation=None if state.lookup is None else "lookup",
+            keeps_prompts=keeps_prompts,
+            rereads=generation.prefix_obstacle(generator) if keeps_prompts else None,
             window=None if generator is None else generation.window_of(generator),
             quantized=quantized(walk.model),
             left=dict(left),
@@ -153,6 +158,12 @@ class Report:
         if self.speculation is not None:
             guessed = "not guessed: steps go module by module" if self.by_module else "guessed from the text"
             lines.append(f"next tokens are {guessed}")
+        if self.keeps_prompts:
+            lines.append(
+                "beginnings of prompts are not read again"
+                if self.rereads is None
+                else f"prompts are read from their beginning: {self.rereads}"
+            )
         if self.window is not None:
             lines.append(f"layers of a window of {self.window:,} tokens cache little more than those")
         if self.swapped:

@@ -276,7 +276,8 @@ A Llama of {parameters:,} parameters ({layers} layers, hidden size {hidden}, {he
 {kv_heads} key/value heads, tied embeddings, context {context}) with a byte-level BPE tokenizer of
 {vocabulary} tokens, stored in bfloat16. It was trained from scratch on the docstrings of Python's standard
 library and the language reference of `help()`, and writes in their manner. It is here so that everything
-can be shown and tested without a download; it knows nothing else.
+can be shown and tested without a download; it knows nothing else. It was not trained to chat:
+`chat_template.jinja` makes a document of each question, which it continues.
 
 `python scripts/train_tiny.py` reproduces it: {steps} steps of {batch} × {context} tokens, from {texts:,}
 texts of {text_tokens:,} tokens. Written by Python {python}, torch {torch}, transformers {transformers}.

@@ -103,10 +103,12 @@ def check_attend(
     q = queries_of(qkv, heads)
     theirs = reference.attention(q, keys, values, seen, scoring)
     exact = reference.attention(q.double(), exact_keys, exact_values, seen, scoring)
-    n_ulps = 1.0
-    if not scoring.is_plain(sys.maxsize):
-        # a score that is rounded changes a weight by as much; those that are far from the largest have none
-        scores = reference.attention_scores(q.double(), exact_keys, seen, scoring)
-        n_ulps += max(scores[scores > scores.amax(-1, keepdim=True) - 16].abs().tolist(), default=0)
+    # a score that is rounded changes a weight by as much; those that are far from the largest have none
+    scores = reference.attention_scores(q.double(), exact_keys, seen, scoring)
+    largest = max(scores[scores > scores.amax(-1, keepdim=True) - 16].abs().tolist(), default=0)
+    # plain ones are float32, whatever the elements are
+    is_plain = scoring.is_plain(sys.maxsize)
+    rounding = torch.finfo(torch.float32 if is_plain else qkv.dtype).eps / torch.finfo(qkv.dtype).eps
+    n_ulps = 1 + largest * rounding
     assert_as_exact_as_torch(out, flat(theirs), flat(exact), n_ulps)
     return out

@@ -22,6 +22,7 @@ IMPORTS: dict[str, set[str]] = {
     "quantization": {"errors", "host"},
     "machine": {"errors", "kernels"},
     "save": {"checkpoints", "errors"},
+    "chat": {"cache", "errors", "host", "words"},
     "cache": {"errors", "host", "machine"},
     "warmup": {"functional", "optimize", "quantization", "words"},
     "calibration": {"errors", "host", "progress", "quantization", "words"},
@@ -59,6 +60,7 @@ IMPORTS: dict[str, set[str]] = {
     },
     "__init__": {
         "cache",
+        "chat",
         "checkpoints",
         "embedded",
         "errors",

@@ -129,7 +129,7 @@ class IndirectCache(DynamicCache):
             raise InvalidInput(f"layouts are {len(layouts)}: the cache has {len(self.layers)} layers")
         if self.copies > 1:
             self._fork_for(n_rows)
-        if not self.is_even(n_rows) and not self._is_empty():
+        if not self.is_even(n_rows) and not self.is_new:
             return None
         layers = self.layers
         have_room = all(map(IndirectLayer.has_room, layers, repeat(n_new), layouts))
@@ -160,11 +160,21 @@ class IndirectCache(DynamicCache):
                 return False
         return prefix_len > 0 and rows.n_rows == n_rows
 
-    def _is_empty(self) -> bool:
+    @property
+    def is_new(self) -> bool:
         """Whether all layers have room for the first tokens of the same rows."""
         rows, layers = self._rows, self.layers
         are_ours = all(isinstance(layer, IndirectLayer) and layer.rows is rows for layer in layers)
         return bool(layers) and are_ours and not any(layer.get_seq_length() for layer in layers)
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether no layer has a window."""
+        return all(type(layer) is IndirectLayer for layer in self.layers)
+
+    def share(self, n_rows: int) -> None:
+        """Let so many rows go on from the one that there is, each of which may be for several copies still."""
+        self._rearrange("batch_repeat_interleave", n_rows)
 
     def newest(self) -> list[Tensor]:
         """Views of the last token that every layer of an even cache holds, [2, n_rows, n_kv_heads, head_dim] and scales."""

@@ -1,4 +1,4 @@
-"""The command `hfopt`: run, bench, accuracy, explain, doctor, warmup."""
+"""The command `hfopt`: run, chat, bench, accuracy, explain, doctor, warmup."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from hfopt.errors import HfoptError
 
 _ABOUT = {
     "run": "generate text and say how long it took",
+    "chat": "talk with a model",
     "bench": "measure the table of the README on this machine",
     "accuracy": "compare what a model predicts in several forms with the stock model in float32",
     "explain": "list the modules of a model: swapped by what, or kept and why",
@@ -20,10 +21,11 @@ def _parser() -> argparse.ArgumentParser:
     from hfopt.bench import accuracy
     from hfopt.bench import command as bench
 
-    from . import doctor, explain, run, warmup
+    from . import chat, doctor, explain, run, warmup
 
     commands = {
         "run": run,
+        "chat": chat,
         "bench": bench,
         "accuracy": accuracy,
         "explain": explain,

@@ -29,6 +29,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG",
         help=f"random weights instead of a checkpoint: a config.json or one of {', '.join(models.SHAPES)}",
     )
+    add_loading(parser)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how a checkpoint is loaded."""
     parser.add_argument(
         "--dtype", choices=[*map(dtype_name, DTYPES)], default="bfloat16", help="(default: %(default)s)"
     )
@@ -69,6 +74,9 @@ def load_model(args: argparse.Namespace) -> PreTrainedModel:
 
 def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase | None:
     """The tokenizer of that model; random weights have none."""
-    if args.random_weights is not None:
-        return None
+    return None if args.random_weights is not None else load_text_tokenizer(args)
+
+
+def load_text_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint that the flags ask for."""
     return models.load_tokenizer(args.model_id or hfopt.embedded_model(), args.trust_remote_code)

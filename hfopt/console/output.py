@@ -1,15 +1,18 @@
 """What the command line shows: text and JSON on standard output, progress on standard error."""
 
 import contextlib
+import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.logging import RichHandler
+from rich.markdown import Markdown
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.segment import Segments
 
 from hfopt.errors import InvalidInput
 
@@ -27,6 +31,45 @@ _errors = Console(stderr=True)
 def say(text: str) -> None:
     """A line of text on standard output, as it is."""
     sys.stdout.write(text + "\n")
+
+
+def stream(pieces: Iterable[str], plain: bool = False) -> None:
+    """Text on standard output while it comes: as Markdown where that is a terminal, unless `plain`, and otherwise as it is.
+
+    What has come is shown, whatever `pieces` raises.
+    """
+    console, text = Console(), ""
+    if plain or not console.is_terminal:
+        try:
+            for text in pieces:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+        finally:
+            if text:
+                say("")
+        return
+    try:
+        # what may still change is drawn again and again
+        with Live(get_renderable=lambda: _end(text, console), console=console, transient=True) as live:
+            for piece in pieces:
+                done, text = _paragraphs(text + piece)
+                if done:
+                    live.console.print(Markdown(done), "")
+    finally:
+        if text:
+            console.print(Markdown(text))
+
+
+def _end(text: str, console: Console) -> Segments:
+    """The last lines of a Markdown text, as many as the terminal shows."""
+    lines = console.render_lines(Markdown(text), pad=False, new_lines=True)[1 - console.height :]
+    return Segments(itertools.chain.from_iterable(lines))
+
+
+def _paragraphs(text: str) -> tuple[str, str]:
+    """The complete paragraphs at the beginning of a Markdown text, and the rest; a block of code is not taken apart."""
+    before, gap, rest = text.rpartition("\n\n")
+    return ("", text) if before.count("```") % 2 else (before + gap, rest)
 
 
 def show_table(columns: list[str], rows: list[list[str]]) -> None:

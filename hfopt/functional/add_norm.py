@@ -85,41 +85,43 @@ def _add_norm(
     eps: float,
     add_back: bool,
 ) -> Tensor:
-    rows, step = read_rows("x", x)
-    size, dtype = x.shape[-1], x.dtype
-    weight = None if weight is None else dense("weight", weight, dtype, (size,))
-    bias = None if bias is None else dense("bias", bias, dtype, (size,))
+    rows, rows_at, step = read_rows("x", x)
+    given, dtype = x.shape, x.dtype
+    size = given[-1]
+    weight_at = bias_at = 0
+    if weight is not None:
+        weight, weight_at = dense("weight", weight, dtype, (size,))
+    if bias is not None:
+        bias, bias_at = dense("bias", bias, dtype, (size,))
     eps, add_back = finite("eps", eps, 0), flag("add_back", add_back)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    others: Tensor | None = None
-    total, total_step, other_step, output = out, size, 0, None
+    out = torch.empty_like(rows) if rows is x else torch.empty_like(x, memory_format=torch.contiguous_format)
+    out_at = out.data_ptr()
+    total_at, total_step, other_at, other_step = out_at, size, 0, 0
+    output = _copy = None
     if residual is not None:
         if add_back:
-            output = Output(
-                "residual", residual, x.shape, dtype, x, *(v for v in (weight, bias) if v is not None)
-            )
-            others, other_step = output.rows, output.step
-            total, total_step = others, other_step
+            output = Output("residual", residual, given, dtype, x, weight, bias)
+            total_at, total_step = other_at, other_step = output.address, output.step
         else:
-            others, other_step = read_rows("residual", residual, dtype, shape=x.shape)
+            _copy, other_at, other_step = read_rows("residual", residual, dtype, shape=given)
     n = out.numel()
     if n:
         prepare_threads()
         kernels.add_norm(
             ELEMENTS[dtype],
             is_layer,
-            rows.data_ptr(),
+            rows_at,
             step,
-            0 if others is None else others.data_ptr(),
+            other_at,
             other_step,
-            total.data_ptr(),
+            total_at,
             total_step,
             n // size,
             size,
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
+            weight_at,
+            bias_at,
             eps,
-            out.data_ptr(),
+            out_at,
         )
     if output is not None:
         output.finish()

@@ -47,16 +47,25 @@ def check_floats(name: str, tensor: Tensor, dtype: torch.dtype | None = None) ->
         raise _fail(name, "has its negative bit set", "call resolve_neg() first")
 
 
-def is_plain_array(tensor: Tensor, dtype: torch.dtype | None) -> bool:
-    """Whether `check_floats` and `check_contiguous` find nothing wrong."""
-    return (
+def plain_address(tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...] | None = None) -> int:
+    """Address of a tensor in which `check_floats`, `check_shape` (unless shape is None), `check_contiguous` and `address_of`
+    find nothing wrong; else 0, also for some that are right: then ask them.
+    """
+    if (
         isinstance(tensor, Tensor)
         and (tensor.dtype is dtype or (dtype is None and tensor.dtype in ELEMENTS))
+        and (shape is None or tensor.shape == shape)
         and tensor.is_cpu
         and tensor.layout is _STRIDED
         and tensor.is_contiguous()
         and not tensor.is_neg()
-    )
+    ):
+        address: int = tensor.data_ptr()
+        start, item = tensor.storage_offset(), tensor.itemsize
+        has_memory = address != start * item
+        if has_memory and (start + tensor.numel()) * item <= tensor.untyped_storage().nbytes():
+            return address
+    return 0
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -73,25 +82,29 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_rows(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor, copied if it is not contiguous; raises `InvalidInput` unless its last dimension is."""
-    if is_plain_array(tensor, dtype) and tensor.ndim > 0:
-        return tensor
+def check_rows(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, int]:
+    """The tensor, copied if it is not contiguous, and its address; raises `InvalidInput` unless its last dimension is."""
+    address = plain_address(tensor, dtype)
+    if address and tensor.ndim > 0:
+        return tensor, address
     check_floats(name, tensor, dtype)
     if tensor.ndim == 0 or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
         given = f"has strides {tensor.stride()} with shape {tuple(tensor.shape)}"
         raise _fail(name, given, "its last dimension must be contiguous")
     address_of(name, tensor)
-    return tensor.contiguous()
+    rows = tensor.contiguous()
+    return rows, rows.data_ptr()
 
 
 def check_array(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> int:
     """Address of a contiguous tensor of this shape, of one of `DTYPES` (or just `dtype`); raises `InvalidInput` for anything
     else."""
-    if not (is_plain_array(tensor, dtype) and tensor.shape == shape):
-        check_floats(name, tensor, dtype)
-        check_shape(name, tensor, shape)
-        check_contiguous(name, tensor)
+    address = plain_address(tensor, dtype, shape)
+    if address:
+        return address
+    check_floats(name, tensor, dtype)
+    check_shape(name, tensor, shape)
+    check_contiguous(name, tensor)
     return address_of(name, tensor)
 
 

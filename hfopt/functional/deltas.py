@@ -131,7 +131,7 @@ def add_deltas(
     x [rows, ..., n_inputs], contiguous, out and residuals [rows, ..., width]. rows: of each row, its adapters, which have
     been checked. pieces: of the columns of out. Raises `InvalidInput`.
     """
-    x = check_rows("x", x, out.dtype)
+    x, x_at = check_rows("x", x, out.dtype)
     address = check_array("out", out, (*x.shape[:-1], out.shape[-1]), x.dtype)
     addresses = _NO_RESIDUALS
     if residuals:
@@ -149,7 +149,7 @@ def add_deltas(
     prepare_threads()
     kernels.add_deltas(
         ELEMENTS[x.dtype],
-        address_of("x", x),
+        x_at,
         n,
         len(rows),
         x.shape[-1],
@@ -170,7 +170,7 @@ def activate(x: Tensor, activation: str | None, *, gated: bool = False) -> Tenso
 
     x [..., size], the last dimension contiguous. activation: None or a key of `ACTIVATIONS`. Raises `InvalidInput`.
     """
-    x = check_rows("x", x)
+    x, address = check_rows("x", x)
     if activation not in CODES:
         raise InvalidInput(
             f"activation is {activation!r}: None or one of {sorted(k for k in CODES if k)} is allowed"
@@ -180,7 +180,7 @@ def activate(x: Tensor, activation: str | None, *, gated: bool = False) -> Tenso
     out = x.new_empty(*x.shape[:-1], size)
     if out.numel():
         prepare_threads()
-        address, code = address_of("x", x), CODES[activation]
+        code = CODES[activation]
         if gated:
             second = address + size * x.element_size()
             steps = address, 2 * size, second, 2 * size, out.data_ptr(), size

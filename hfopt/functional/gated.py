@@ -72,28 +72,33 @@ def gelu_mul(x: Tensor, y: Tensor, out: Tensor | None = None, approximate: str =
 
 def activated_product(activation: str | None, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """`activation(x) * y` for None or a key of `ACTIVATIONS`; see `silu_mul`."""
-    rows, step = read_rows("x", x)
-    others, other_step = read_rows("y", y, x.dtype, shape=x.shape)
+    rows, rows_at, step = read_rows("x", x)
+    given, dtype = x.shape, x.dtype
+    _others, others_at, other_step = read_rows("y", y, dtype, shape=given)
     output = None
-    size, n = x.shape[-1], x.numel()
+    size, n = given[-1], x.numel()
     if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        target, target_step = out, size
+        out = (
+            torch.empty_like(rows)
+            if rows is x
+            else torch.empty_like(x, memory_format=torch.contiguous_format)
+        )
+        target_at, target_step = out.data_ptr(), size
     else:
-        output = Output("out", out, x.shape, x.dtype, x, y)
-        target, target_step = output.rows, output.step
+        output = Output("out", out, given, dtype, x, y)
+        target_at, target_step = output.address, output.step
     if n:
         if step == other_step == target_step == size:
             size = n
         prepare_threads()
         kernels.gated_product(
-            ELEMENTS[x.dtype],
+            ELEMENTS[dtype],
             CODES[activation],
-            rows.data_ptr(),
+            rows_at,
             step,
-            others.data_ptr(),
+            others_at,
             other_step,
-            target.data_ptr(),
+            target_at,
             target_step,
             n // size,
             size,

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -21,17 +21,26 @@ def without_gradients(function: Callable[P, R]) -> Callable[P, R]:
     """
     names = tuple(inspect.signature(function).parameters)
 
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_grad_enabled():
-            return function(*args, **kwargs)
-        for name, each in (*zip(names, args, strict=False), *kwargs.items()):
+    def check(named: Iterable[tuple[str, object]]) -> None:
+        for name, each in named:
             if isinstance(each, Tensor) and each.requires_grad and not isinstance(each, nn.Parameter):
                 raise InvalidInput(
                     f"{name} needs a gradient, and results carry none: "
                     "call this under torch.no_grad() or torch.inference_mode()"
                 )
-        with torch.no_grad():
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled():
             return function(*args, **kwargs)
+        check(zip(names, args, strict=False))
+        if kwargs:
+            check(kwargs.items())
+        # what `torch.no_grad()` does, which takes longer than a call of one row
+        torch._C._set_grad_enabled(False)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(True)
 
     return call

@@ -8,7 +8,7 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 from hfopt.kernels import elementwise as kernels
 
-from .checks import ELEMENTS, address_of, check_rows, prepare_threads
+from .checks import ELEMENTS, check_rows, prepare_threads
 
 
 def clamp(x: Tensor, limit: float) -> Tensor:
@@ -32,10 +32,10 @@ def check_limit(limit: float) -> float:
 
 
 def _limited(x: Tensor, limit: float, *, smooth: bool) -> Tensor:
-    x = check_rows("x", x)
+    x, address = check_rows("x", x)
     limit = check_limit(limit)
     out = torch.empty_like(x)
     if out.numel():
         prepare_threads()
-        kernels.limit(ELEMENTS[x.dtype], address_of("x", x), out.numel(), limit, smooth, out.data_ptr())
+        kernels.limit(ELEMENTS[x.dtype], address, out.numel(), limit, smooth, out.data_ptr())
     return out

@@ -124,7 +124,7 @@ class LinearWeights:
         self, hidden_states: Tensor, epilogue: Epilogue[Tensor] = PLAIN, by: Kernels = "hfopt"
     ) -> Tensor:
         """See `linear`."""
-        x, out, addresses, n_rows = prepare_call(hidden_states, self, epilogue)
+        x, address, out, addresses, n_rows = prepare_call(hidden_states, self, epilogue)
         if n_rows == 0:
             return out
         if by != "hfopt" and takes_torch(by, "linear", x.dtype, n_rows):
@@ -133,7 +133,7 @@ class LinearWeights:
         kernel = kernels.linear_rows if n_rows <= kernels.ROW_LIMIT else linear_tiles
         kernel(
             ELEMENTS[x.dtype],
-            address_of("hidden_states", x),
+            address,
             n_rows,
             self.in_features,
             self.table,
@@ -187,13 +187,13 @@ def width_of(sizes: Sequence[int], gated: bool) -> int:
 
 def prepare_call(
     hidden_states: Tensor, weights: Weights, epilogue: Epilogue[Tensor]
-) -> tuple[Tensor, Tensor, np.ndarray, int]:
-    """(x, memory of the result, addresses of the residuals, rows) of a call of `linear`, whose arguments are checked."""
+) -> tuple[Tensor, int, Tensor, np.ndarray, int]:
+    """(x, its address, memory of the result, addresses of residuals, rows) of a call of `linear`, its arguments checked."""
     if epilogue.activation not in CODES:
         raise InvalidInput(
             f"activation is {epilogue.activation!r}: None or one of {sorted(k for k in CODES if k)} is allowed"
         )
-    x = check_rows("hidden_states", hidden_states, weights.dtype)
+    x, address = check_rows("hidden_states", hidden_states, weights.dtype)
     given = x.shape
     size = given[-1]
     if size != weights.in_features:
@@ -207,7 +207,7 @@ def prepare_call(
         for index, residual in enumerate(epilogue.residuals):
             addresses[index] = check_array(f"residuals[{index}]", residual, shape, x.dtype)
     n_rows = out.numel() // width if width else 0
-    return x, out, addresses, n_rows
+    return x, address, out, addresses, n_rows
 
 
 def linear(

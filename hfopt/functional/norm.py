@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm, over the last dimension or over heads."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -68,30 +69,53 @@ def norm(hidden_states: Tensor, norm: Norm) -> Tensor:
     hidden_states [..., size], of the dtype of weight and bias; or
     [..., n_heads, size] where heads have their own. Raises `InvalidInput`.
     """
-    x = dense("hidden_states", hidden_states)
-    size, dtype = x.shape[-1], x.dtype
     given = norm.vectors
     first = next(iter(given.values()), None)
-    if isinstance(first, Tensor) and first.ndim == 2 and x.shape[-2:] == first.shape:
-        heads = x.clone(memory_format=torch.contiguous_format)
-        norm_heads(heads.flatten(-2), norm, 0, *first.shape)
-        return heads
-    vectors = {name: dense(name, each, dtype, (size,)) for name, each in given.items()}
-    weight, bias = vectors.get("weight"), vectors.get("bias")
+    if isinstance(first, Tensor) and first.ndim == 2:
+        x, _ = dense("hidden_states", hidden_states)
+        if x.shape[-2:] == first.shape:
+            heads = x.clone(memory_format=torch.contiguous_format)
+            norm_heads(heads.flatten(-2), norm, 0, *first.shape)
+            return heads
+    return _norm_rows(hidden_states, norm.kind == "layer", norm.weight, norm.bias, norm.eps, norm.unit_offset)
+
+
+def _norm_rows(
+    hidden_states: Tensor,
+    is_layer: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    unit_offset: bool = False,
+    shape: tuple[int, ...] | None = None,
+) -> Tensor:
+    """shape: the last dimensions, which the norm is over; None: the last one."""
+    x, x_at = dense("hidden_states", hidden_states)
+    given, dtype = x.shape, x.dtype
+    if shape is None:
+        shape = (given[-1],)
+    elif not shape or given[-len(shape) :] != shape:
+        raise InvalidInput(f"normalized_shape is {shape}: it must be the last of the sizes {tuple(given)}")
+    weight_at = bias_at = 0
+    if weight is not None:
+        weight, weight_at = dense("weight", weight, dtype, shape)
+    if bias is not None:
+        bias, bias_at = dense("bias", bias, dtype, shape)
     out = torch.empty_like(x)
     n = out.numel()
     if n:
+        size = math.prod(shape)
         prepare_threads()
         kernels.norm(
             ELEMENTS[dtype],
-            norm.kind == "layer",
-            x.data_ptr(),
+            is_layer,
+            x_at,
             n // size,
             size,
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            int(norm.unit_offset),
-            float(norm.eps),
+            weight_at,
+            bias_at,
+            int(unit_offset),
+            float(eps),
             out.data_ptr(),
         )
     return out
@@ -144,8 +168,8 @@ def rms_norm(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor
     """
     eps = finite("eps", eps, 0)
     if _is_wider(weight, hidden_states):
-        return norm(hidden_states.float(), Norm("rms", weight, None, eps)).to(hidden_states.dtype)
-    return norm(hidden_states, Norm("rms", weight, None, eps))
+        return _norm_rows(hidden_states.float(), False, weight, None, eps).to(hidden_states.dtype)
+    return _norm_rows(hidden_states, False, weight, None, eps)
 
 
 def _is_wider(weight: object, x: object) -> bool:
@@ -193,17 +217,11 @@ def fast_layer_norm(
         out = fast_layer_norm(hidden_states.float(), normalized_shape, weight, wide, eps)
         return out.to(hidden_states.dtype)
     shape = sizes_of(normalized_shape)
-    x = dense("hidden_states", hidden_states)
-    if not shape or tuple(x.shape[-len(shape) :]) != shape:
-        raise InvalidInput(f"normalized_shape is {shape}: it must be the last of the sizes {tuple(x.shape)}")
-    if len(shape) == 1:
-        return layer_norm(x, weight, bias, eps)
-    vectors = Norm("layer", weight, bias, eps).vectors
-    flat = {name: dense(name, each, x.dtype, shape).view(-1) for name, each in vectors.items()}
-    return layer_norm(x.flatten(-len(shape)), flat.get("weight"), flat.get("bias"), eps).view(x.shape)
+    return _norm_rows(hidden_states, True, weight, bias, finite("eps", eps, 0), shape=shape)
 
 
 def sizes_of(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     """The last dimensions that a layer norm is over; raises `InvalidInput` for what is no sizes."""
-    given = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
-    return tuple(integer("normalized_shape", each) for each in given)
+    # a tuple is told sooner than a sequence
+    given = normalized_shape if isinstance(normalized_shape, (tuple, Sequence)) else (normalized_shape,)
+    return tuple([integer("normalized_shape", each) for each in given])

@@ -14,7 +14,7 @@ from hfopt.kernels.linear.quantized import quantized_linear as quantized_kernel
 from hfopt.quantization.layout import ALIGNMENT, Layout, QuantizedMatrix, layout
 
 from .activation import CODES
-from .checks import ELEMENTS, address_of, check_array, check_floats, check_rows, prepare_threads
+from .checks import ELEMENTS, check_array, check_floats, check_rows, prepare_threads
 from .choice import Kernels
 from .epilogue import PLAIN, Epilogue
 from .linear import Fingerprint, prepare_call
@@ -148,16 +148,15 @@ class QuantizedWeights:
     ) -> Tensor:
         """See `linear.linear`; only hfopt has such kernels."""
         if self.order is not None:
-            hidden_states = check_rows("hidden_states", hidden_states, self.dtype)
-            address_of("hidden_states", hidden_states)
+            hidden_states, _ = check_rows("hidden_states", hidden_states, self.dtype)
             hidden_states = hidden_states.index_select(-1, self.order)
-        x, out, addresses, n_rows = prepare_call(hidden_states, self, epilogue)
+        x, address, out, addresses, n_rows = prepare_call(hidden_states, self, epilogue)
         if n_rows == 0:
             return out
         prepare_threads()
         quantized_kernel(
             ELEMENTS[x.dtype],
-            address_of("hidden_states", x),
+            address,
             n_rows,
             self.in_features,
             self.table,

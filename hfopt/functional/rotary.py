@@ -1,6 +1,6 @@
 """Rotary position embedding, fused with the write of new keys and values into the cache."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from hfopt.errors import InvalidInput
 from hfopt.kernels import rope as kernels
 from hfopt.kernels.attention.cache_record import PREFIX, SUFFIX, record_of
 
-from .checks import CODES, ELEMENTS, address_of, check_array, check_floats, prepare_threads
+from .checks import CODES, ELEMENTS, address_of, check_array, check_floats, plain_address, prepare_threads
 
 if TYPE_CHECKING:
     from hfopt.cache import Appended, Buffers
@@ -46,15 +46,9 @@ def rotate_and_store(
     if rotation not in ROTATIONS:
         raise InvalidInput(f"rotation is {rotation!r}: {', '.join(map(repr, ROTATIONS))} are allowed")
     n_rows, n_new, _ = qkv.shape
-    cos_at = sin_at = n_angle_rows = n_rotary = 0
+    angles = _NO_ANGLES
     if rotation != "none":
-        cos, n_rotary = _angles("cos", cos, n_rows, n_new, head_dim, rotation)
-        sin, _ = _angles("sin", sin, n_rows, n_new, head_dim, rotation)
-        if cos.shape != sin.shape:
-            raise InvalidInput(
-                f"sin has shape {tuple(sin.shape)}: that of cos, {tuple(cos.shape)}, is needed"
-            )
-        cos_at, sin_at, n_angle_rows = address_of("cos", cos), address_of("sin", sin), cos.shape[0]
+        angles = Angles.of(cos, sin, n_rows, n_new, head_dim, rotation)
     cache, length, start = (
         (appended.suffix, appended.suffix_len, appended.starts[1])
         if appended.in_suffix
@@ -73,11 +67,11 @@ def rotate_and_store(
             address,
             n_rows,
             n_new,
-            cos_at,
-            sin_at,
-            n_angle_rows,
-            n_rotary,
-            ROTATIONS[rotation],
+            angles.cos_at,
+            angles.sin_at,
+            angles.n_rows,
+            angles.n_rotary,
+            angles.kind,
             n_heads,
             record,
             SUFFIX if appended.in_suffix else PREFIX,
@@ -100,17 +94,68 @@ def rotate(
     if rotation not in ROTATIONS or rotation == "none":
         raise InvalidInput(f"rotation is {rotation!r}: half and interleaved are allowed")
     n_rows, n_new, _ = x.shape
-    check_floats("x", x)
-    address, step = address_of("x", x), _token_step(x)
-    cos, n_rotary = _angles("cos", cos, n_rows, n_new, head_dim, rotation)
-    sin, _ = _angles("sin", sin, n_rows, n_new, head_dim, rotation)
-    if cos.shape != sin.shape:
-        raise InvalidInput(f"sin has shape {tuple(sin.shape)}: that of cos, {tuple(cos.shape)}, is needed")
+    address, step = plain_address(x, None), x.shape[-1]
+    if not address:
+        check_floats("x", x)
+        address, step = address_of("x", x), _token_step(x)
+    angles = Angles.of(cos, sin, n_rows, n_new, head_dim, rotation)
     if x.numel():
-        prepare_threads()
-        sizes = n_rows, n_new, step, n_heads, head_dim
-        angles = address_of("cos", cos), address_of("sin", sin), cos.shape[0], n_rotary, ROTATIONS[rotation]
-        kernels.rotate(ELEMENTS[x.dtype], address, *sizes, *angles)
+        turn(x.dtype, address, n_rows, n_new, step, n_heads, head_dim, angles)
+
+
+class Angles(NamedTuple):
+    """Cosines and sines of tokens that have been checked, as kernels get them."""
+
+    tables: tuple[Tensor, ...]  # which have to be kept alive
+    cos_at: int  # address of float32 [n_rows, n_new, n_rotary], or n_rotary / 2 for "interleaved"
+    sin_at: int
+    n_rows: int  # 1 for the same ones in all
+    n_rotary: int
+    kind: int  # of `ROTATIONS`
+
+    @classmethod
+    def of(
+        cls, cos: Tensor | None, sin: Tensor | None, n_rows: int, n_new: int, head_dim: int, rotation: str
+    ) -> "Angles":
+        """For n_rows rows of n_new tokens, arguments as in `rotate_and_store`; raises `InvalidInput`."""
+        cos, cos_at, shape = _angles("cos", cos, n_rows, n_new, head_dim, rotation)
+        sin, sin_at, sin_shape = _angles("sin", sin, n_rows, n_new, head_dim, rotation)
+        if shape != sin_shape:
+            raise InvalidInput(f"sin has shape {tuple(sin_shape)}: that of cos, {tuple(shape)}, is needed")
+        n_rotary = shape[2] if rotation == "half" else 2 * shape[2]
+        return cls((cos, sin), cos_at, sin_at, shape[0], n_rotary, ROTATIONS[rotation])
+
+
+_NO_ANGLES = Angles((), 0, 0, 0, 0, kernels.NONE)
+
+
+def turn(
+    dtype: torch.dtype,
+    address: int,
+    n_rows: int,
+    n_new: int,
+    step: int,
+    n_heads: int,
+    head_dim: int,
+    angles: Angles,
+) -> None:
+    """The kernel of `rotate`, for what has been checked: tokens of this dtype at an address, `step` elements apart."""
+    prepare_threads()
+    _, cos_at, sin_at, n_angle_rows, n_rotary, kind = angles
+    kernels.rotate(
+        ELEMENTS[dtype],
+        address,
+        n_rows,
+        n_new,
+        step,
+        n_heads,
+        head_dim,
+        cos_at,
+        sin_at,
+        n_angle_rows,
+        n_rotary,
+        kind,
+    )
 
 
 def _token_step(x: Tensor) -> int:
@@ -216,11 +261,13 @@ def _check_scales(name: str, scales: np.ndarray | None, shape: tuple[int, ...]) 
 
 def _angles(
     name: str, tensor: Tensor | None, n_rows: int, n_new: int, head_dim: int, rotation: str
-) -> tuple[Tensor, int]:
-    """(contiguous float32 tensor, number of rotated channels)."""
+) -> tuple[Tensor, int, torch.Size]:
+    """(contiguous float32 tensor, its address, its shape)."""
     if tensor is None:
         raise InvalidInput(f"{name} is None: rotation {rotation!r} needs it")
-    check_floats(name, tensor)
+    address = plain_address(tensor, torch.float32)
+    if not address:
+        check_floats(name, tensor)
     shape = tensor.shape
     if len(shape) != 3 or shape[0] not in (1, n_rows) or shape[1] != n_new:
         raise InvalidInput(f"{name} has shape {tuple(shape)}: [1 or {n_rows}, {n_new}, angles] is needed")
@@ -230,7 +277,8 @@ def _angles(
             f"{name} has {shape[2]} angles: they turn {n_rotary} channels, "
             f"an even number up to {head_dim} is allowed"
         )
-    if tensor.dtype is not torch.float32 or not tensor.is_contiguous():
+    if not address:
         address_of(name, tensor)
         tensor = tensor.to(torch.float32).contiguous()
-    return tensor, n_rotary
+        address = tensor.data_ptr()
+    return tensor, address, shape

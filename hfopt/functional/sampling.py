@@ -6,7 +6,7 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 from hfopt.kernels import sampling as kernels
 
-from .checks import ELEMENTS, address_of, check_array, check_rows, prepare_threads
+from .checks import ELEMENTS, check_array, check_rows, prepare_threads
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def argmax(logits: Tensor) -> Tensor:
     logits [..., vocabulary], its last dimension contiguous, of one of `DTYPES`; returns int64 [...].
     Raises `InvalidInput`.
     """
-    logits = check_rows("logits", logits)
+    logits, address = check_rows("logits", logits)
     size = logits.shape[-1]
     if size == 0:
         raise InvalidInput(f"logits has shape {tuple(logits.shape)}: a vocabulary of at least 1 is needed")
@@ -23,7 +23,6 @@ def argmax(logits: Tensor) -> Tensor:
     n_rows = out.numel()
     if n_rows:
         prepare_threads()
-        address = address_of("logits", logits)
         kernels.argmax(ELEMENTS[logits.dtype], address, n_rows, size, out.data_ptr())
     return out
 
@@ -38,7 +37,7 @@ def log_softmax_top_k(
     [groups, k], beam * vocabulary + token): what `torch.topk` gives for the flattened groups, of equal
     scores the first ones. Raises `InvalidInput`.
     """
-    logits = check_rows("logits", logits)
+    logits, address = check_rows("logits", logits)
     if logits.ndim != 2:
         raise InvalidInput(f"logits has shape {tuple(logits.shape)}: [rows, vocabulary] is needed")
     n_rows, size = logits.shape
@@ -54,7 +53,7 @@ def log_softmax_top_k(
         prepare_threads()
         kernels.log_softmax_top_k(
             ELEMENTS[logits.dtype],
-            address_of("logits", logits),
+            address,
             n_rows,
             size,
             running,

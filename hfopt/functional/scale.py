@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hfopt.kernels import elementwise as kernels
 
-from .checks import ELEMENTS, address_of, check_rows, check_shape, prepare_threads
+from .checks import ELEMENTS, check_rows, check_shape, prepare_threads
 
 
 def scale(x: Tensor, factor: float, *, divide: bool = False, residual: Tensor | None = None) -> Tensor:
@@ -14,16 +14,13 @@ def scale(x: Tensor, factor: float, *, divide: bool = False, residual: Tensor | 
     In float32, with the bits of torch's own `residual + x * factor`; of bfloat16 the result is rounded, once. x and residual
     [..., size], the last dimension contiguous, float32, bfloat16 or float16, both the same. Raises `InvalidInput`.
     """
-    x = check_rows("x", x)
+    x, x_at = check_rows("x", x)
     address = 0
     if residual is not None:
-        residual = check_rows("residual", residual, x.dtype)
+        residual, address = check_rows("residual", residual, x.dtype)
         check_shape("residual", residual, tuple(x.shape))
-        address = address_of("residual", residual)
     out = torch.empty_like(x)
     if out.numel():
         prepare_threads()
-        kernels.scale(
-            ELEMENTS[x.dtype], address_of("x", x), out.numel(), float(factor), divide, address, out.data_ptr()
-        )
+        kernels.scale(ELEMENTS[x.dtype], x_at, out.numel(), float(factor), divide, address, out.data_ptr())
     return out

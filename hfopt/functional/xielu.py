@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hfopt.kernels import xielu as kernels
 
-from .checks import ELEMENTS, address_of, check_array, check_rows, prepare_threads
+from .checks import ELEMENTS, check_array, check_rows, prepare_threads
 
 
 class Xielu(NamedTuple):
@@ -29,10 +29,10 @@ class Xielu(NamedTuple):
 
 def xielu(x: Tensor, numbers: Xielu) -> Tensor:
     """The activation of x [..., size], the last dimension contiguous, of the dtype of its numbers. Raises `InvalidInput`."""
-    x = check_rows("x", x)
+    x, address = check_rows("x", x)
     addresses = numbers.addresses(x.dtype)
     out = torch.empty_like(x)
     if out.numel():
         prepare_threads()
-        kernels.xielu(ELEMENTS[x.dtype], address_of("x", x), out.numel(), *addresses.values(), out.data_ptr())
+        kernels.xielu(ELEMENTS[x.dtype], address, out.numel(), *addresses.values(), out.data_ptr())
     return out

@@ -1,12 +1,15 @@
 """transformers' `generate` with loops, a gate and a cache of ours."""
 
+from hfopt.host import generator_of
+
 from .conditions import obstacle
 from .generate import (
     cache_obstacle,
+    check_prefix_cache,
     generate,
-    generator_of,
     install,
     is_installed,
+    prefix_obstacle,
     prepare_cache,
     uninstall,
     window_of,
@@ -29,6 +32,7 @@ __all__ = [
     "StepRun",
     "Verdict",
     "cache_obstacle",
+    "check_prefix_cache",
     "generate",
     "generator_of",
     "hf_beam_sample",
@@ -42,6 +46,7 @@ __all__ = [
     "keep",
     "lookup_of",
     "obstacle",
+    "prefix_obstacle",
     "prepare_cache",
     "prove",
     "record_latency",

@@ -183,7 +183,7 @@ class Decoding:
             return None
         run, positions, appended, mask = room
         try:
-            logits = run.logits(given, positions, appended, mask)
+            logits = run.logits(given if n_new > 1 else tokens, positions, appended, mask)
         except BaseException:  # its columns have not been written, or nobody gets to know of them: Ctrl-C
             self._cache.crop(-n_new)
             raise

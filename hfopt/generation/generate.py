@@ -12,31 +12,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
 
 from hfopt import host
-from hfopt.cache import IndirectCache
+from hfopt.cache import IndirectCache, PrefixCache
+from hfopt.cache.prefix_state import obstacle
+from hfopt.errors import InvalidInput
 from hfopt.progress import compile_progress
 
 from ._types import Model
 from .binding import Bound
 from .inputs import check_inputs
 from .plan import our_cache, plan_of, takes_our_cache, their_plan
+from .prefixes import request
 from .prompt import share_prompts, unshare_prompts
 from .restart import Resumed, Rollback, Unfit
 from .state import NOTHING, Installed, installed, keep
 from .tokenizer import heal, stopping_criteria, tokenizer_of
 
 logger = logging.getLogger(__name__)
-
-
-def generator_of(model: nn.Module) -> Model | None:
-    """The outermost part that generates: the model itself, or the one that an adapter is wrapped around."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and isinstance(module, GenerationMixin):
-            return module if module.can_generate() else None
-    return None
 
 
 def install(model: Model, state: Installed = NOTHING) -> None:
@@ -98,13 +92,17 @@ def window_of(model: Model) -> int | None:
 def generate(model: Model, *args: Any, **kwargs: Any) -> Any:
     """`generate` of transformers: same arguments, same results.
 
-    Greedy search, sampling, beam search and beam sampling run in our loops, all else in transformers' own.
+    Greedy search, sampling, beam search and beam sampling run in our loops, all else in transformers' own. prefix_cache: a
+    `PrefixCache`, in place of that of the model, for requests in our loops.
 
     Raises InvalidInput for a prompt that the model cannot read, and HostError if transformers does what hfopt is not built
     for when some tokens have been given out.
     """
     if args:
         kwargs = host.generate_arguments(model, args, kwargs)
+    prefix_cache = kwargs.pop("prefix_cache", None)
+    check_prefix_cache(model, prefix_cache)
+    prefix_cache = prefix_cache or installed(model).prefix_cache
     if torch.is_autocast_enabled("cpu"):
         logger.warning(
             "The request runs under torch.autocast, and so in transformers' own code: leave that out, and load the model "
@@ -118,12 +116,28 @@ def generate(model: Model, *args: Any, **kwargs: Any) -> Any:
     else:
         check_inputs(model, kwargs)
         plan = plan_of(model, kwargs)
-    with compile_progress(), tokenizer_of(kwargs):
+    has_own_cache = host.cache_in(kwargs.values()) is None
+    with compile_progress(), tokenizer_of(kwargs), request(prefix_cache, has_own_cache=has_own_cache):
         if plan.loop is None:
             with our_cache(plan.takes_our_cache):
                 return type(model).generate(model, **kwargs)
         guessing = plan.guessing()
         return run(functools.partial(plan.loop, **guessing) if guessing else plan.loop, model, kwargs)
+
+
+def check_prefix_cache(model: Model, given: Any) -> None:
+    """Raises InvalidInput unless this is None or a PrefixCache for this model, which may be none that generates."""
+    if given is None:
+        return
+    if not isinstance(given, PrefixCache):
+        raise InvalidInput(f"prefix_cache is a {type(given).__name__}: a hfopt.PrefixCache is needed")
+    if given.model is not model:
+        raise InvalidInput(f"prefix_cache is for another model than this {type(model).__name__}")
+
+
+def prefix_obstacle(model: Model) -> str | None:
+    """In words, why no beginnings of prompts are kept for this model; None if they are."""
+    return cache_obstacle(model) or obstacle(model)
 
 
 def run_in(loop: Callable[..., Any], model: Model, arguments: Mapping[str, Any]) -> Any:

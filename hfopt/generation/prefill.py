@@ -14,6 +14,7 @@ from hfopt.cache import IndirectCache
 
 from ._types import Model, Outputs
 from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
+from .prefixes import Prompts
 from .prompt import one_row_per_prompt, repeat_rows, share_prompts, unshare_prompts
 from .protocols import StepProgram
 from .state import installed
@@ -40,6 +41,8 @@ class Prefill:
     def __init__(self, model: Model, cache: Any) -> None:
         self._model, self._cache = model, cache
         self._copies = 1  # of each prompt, of which one may be read
+        self._reads_beginnings = self._moves = False
+        self._mask: Tensor | None = None
         self.given = cache
 
     def read(
@@ -50,12 +53,17 @@ class Prefill:
         is_first = not generation_config.is_assistant
         if generation_config.prefill_chunk_size is None:
             self._copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+            self._reads_beginnings = is_first
+            self._moves = not generation_config.return_dict_in_generate
         arguments = input_ids, generation_config, model_kwargs
         theirs = getattr(GenerationMixin, host.PREFILL)
         if host.PREFILL in vars(model) or getattr(type(model), host.PREFILL) is not theirs:
             return getattr(model, host.PREFILL)(*arguments, is_first_iteration=is_first)
         stand_in: Any = self
-        return theirs(stand_in, *arguments, is_first_iteration=is_first)
+        outputs = theirs(stand_in, *arguments, is_first_iteration=is_first)
+        if self._mask is not None:
+            model_kwargs["attention_mask"] = self._mask
+        return outputs
 
     # `GenerationMixin._prefill` prepares the prompt, in chunks if that is asked for, and calls the model: `self(...)`. With
     # this object as its `self`, those calls come here, and whatever else it reads of `self` is the model's.
@@ -66,6 +74,19 @@ class Prefill:
     def __call__(self, **inputs: Any) -> Outputs:
         inputs = with_cache(self._model, inputs, self._cache)
         self.given = host.cache_in(inputs.values())
+        prompts = Prompts.of(self._model, inputs, moves=self._moves) if self._reads_beginnings else None
+        if prompts is None:
+            return self._outputs(inputs)
+        try:
+            outputs = self._outputs(prompts.begin(self._outputs))
+        except BaseException:
+            self.given.reset()
+            raise
+        prompts.keep()
+        self._mask = prompts.mask
+        return outputs
+
+    def _outputs(self, inputs: dict[str, Any]) -> Outputs:
         outputs = self._run(inputs) if self._is_plain(inputs) else self._run_shared(inputs)
         return self._model(**inputs) if outputs is None else outputs
 

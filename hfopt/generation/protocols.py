@@ -62,6 +62,10 @@ class StepProgram(Protocol):
     def layouts(self) -> Sequence[Layout]:
         """Of each layer of the cache: heads of keys and values, channels of one, and their type."""
 
+    @property
+    def ignores_columns(self) -> bool:
+        """Whether it makes no difference in which columns keys are: no distance between them counts, and no window."""
+
     def most_keys(self, *, has_positions: bool, has_gaps: bool, has_flags: bool) -> int:
         """How many keys a call may have at most; 0 if it takes none without positions, where keys are hidden behind one that
         is seen, or under masks that are no flags (of integers) but numbers that may be rounded.

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from hfopt import host
+from hfopt.cache.prefix import PrefixCache
 
 from .protocols import StepPrograms
 from .speculation import StepCosts
@@ -32,14 +33,15 @@ class Installed:
     """What requests of a model find on it, and copies and pickles of the model have too.
 
     programs: that prompts and decode steps are taken from, None if modules make them. kv_cache: of the caches that requests
-    get. verdict: on this model. lookup: how requests guess tokens that say nothing of it. costs: of steps, as far as they
-    are known; draft_costs: of those that guess for another model.
+    get. verdict: on this model. lookup: how requests guess tokens that say nothing of it. prefix_cache: that they take
+    beginnings of prompts from. costs: of steps, as far as they are known; draft_costs: of those that guess for others.
     """
 
     programs: StepPrograms | None = None
     kv_cache: str | None = None
     verdict: Verdict = UNKNOWN
     lookup: host.Lookup | None = None
+    prefix_cache: PrefixCache | None = None
     costs: StepCosts = field(default_factory=StepCosts, compare=False)
     draft_costs: StepCosts = field(default_factory=StepCosts, compare=False)
 

@@ -48,6 +48,7 @@ from hfopt.host.criteria import (  # noqa: E402
     PrefixConstrainedLogitsProcessor,
     is_repeatable,
 )
+from hfopt.host.generator import generator_of  # noqa: E402
 from hfopt.host.linear import LINEARS, Conv1D, Features, by_outputs, is_linear_class  # noqa: E402
 from hfopt.host.loops import (  # noqa: E402
     CRITERIA,
@@ -79,7 +80,13 @@ from hfopt.host.loops import (  # noqa: E402
     vocabulary,
 )
 from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
-from hfopt.host.rotary import begin_anew, frequencies, rewritten  # noqa: E402
+from hfopt.host.rotary import (  # noqa: E402
+    begin_anew,
+    frequencies,
+    has_fixed_angles,
+    rewritten,
+    steady_length,
+)
 from hfopt.host.streamers import only_hands_on  # noqa: E402
 
 __all__ = [
@@ -134,6 +141,8 @@ __all__ = [
     "fingerprint",
     "frequencies",
     "generate_arguments",
+    "generator_of",
+    "has_fixed_angles",
     "have_own_adapters",
     "holding",
     "installed",
@@ -158,6 +167,7 @@ __all__ = [
     "sample_output",
     "settings_in",
     "sorts_samples",
+    "steady_length",
     "switch_on",
     "takes_draft",
     "takes_positions",

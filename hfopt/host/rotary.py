@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -51,6 +52,27 @@ def kind_of(rotary: Any, layer_type: str | None = None) -> Kind | None:
     if name == _DYNAMIC and not isinstance(rotary.rope_type, dict) and isinstance(length, int):
         return Kind(last=length)
     return None
+
+
+def steady_length(modules: Iterable[nn.Module]) -> int:
+    """Tokens of the longest text in which all angles are what they were when its beginning was read alone; sys.maxsize if
+    that holds for any text, 0 if a rotary module among these is of a kind that is not known.
+    """
+    lengths = [sys.maxsize]
+    for module in modules:
+        names = vars(module).get("rope_type")
+        for layer_type in names if isinstance(names, dict) else () if names is None else (None,):
+            kind = kind_of(module, layer_type)
+            if kind is None:
+                return 0
+            lengths += [*kind.breaks, *(() if kind.last is None else (kind.last,))]
+    return min(lengths)
+
+
+def has_fixed_angles(module: Any) -> bool:
+    """Whether a module is no rotary one, or one whose angles follow from the position alone."""
+    name = vars(module).get("rope_type")
+    return name is None or set(name.values() if isinstance(name, dict) else (name,)) <= _STATIC
 
 
 def frequencies(

@@ -62,9 +62,9 @@ class FusedLinear(nn.Module):
             raise InvalidInput(f"x has shape {tuple(shape)}: [..., {weights.in_features}] is needed")
         if others:
             _check_others(others, (*shape[:-1], weights.sizes[0]), x.dtype)
-        added = [dense(name, each) for name, each in residuals.items()]
+        added = [dense(name, each)[0] for name, each in residuals.items()]
         epilogue = Epilogue(None if factor else self.activation, len(linears) == 2, added)
-        y = weights.multiply(dense("x", x), epilogue, "auto")
+        y = weights.multiply(dense("x", x)[0], epilogue, "auto")
         if factor:
             (by,) = factor.values()
             functional.activated_product(self.activation, y, by, out=y)

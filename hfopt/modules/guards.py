@@ -38,10 +38,19 @@ def is_plain_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def _needs_grad(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-    return any(value.requires_grad for value in inputs) or any(
-        weight.requires_grad for weight in module.parameters()
-    )
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            return True
+    return _learns(module)
+
+
+def _learns(module: nn.Module) -> bool:
+    """Whether one of `module.parameters()`, whose iterator takes longer than a small kernel, needs a gradient."""
+    for weight in module._parameters.values():
+        if weight is not None and weight.requires_grad:
+            return True
+    children = module._modules
+    return bool(children) and any(child is not None and _learns(child) for child in children.values())
 
 
 def is_bare(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hfopt import functional
 from hfopt.errors import InvalidInput
-from hfopt.functional.checks import check_beside, check_shape
+from hfopt.functional.checks import check_beside, check_shape, plain_address
 from hfopt.functional.norm import sizes_of
 from hfopt.functional.scalars import finite, integer
 from hfopt.modules.guards import are_readable, is_plain_call
@@ -121,13 +121,23 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 def _can_read(norm: RMSNorm | FastLayerNorm, x: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether kernels may stand for this call; raises for an x that does not fit."""
     weight = norm.weight
+    is_plain = not torch.compiler.is_compiling() and is_plain_call(norm, (x,), {})
+    # the usual case by one quick test, which asks the same
+    if (
+        is_plain
+        and type(x) is Tensor
+        and plain_address(x, None)
+        and x.dtype is weight.dtype
+        and weight.is_cpu
+        and x.shape[-len(shape) :] == shape
+    ):
+        return True
     check_beside("x", x, weight)
     fits = x.dtype is weight.dtype or (weight.dtype is torch.float32 and x.dtype in DTYPES)
     if not fits and not torch.is_autocast_enabled("cpu"):
         raise InvalidInput(f"x has dtype {x.dtype}: that of the weight, {weight.dtype}, is needed")
     if tuple(x.shape[-len(shape) :]) != shape:
         raise InvalidInput(f"x has shape {tuple(x.shape)}: the last dimensions are to be {shape}")
-    is_plain = not torch.compiler.is_compiling() and is_plain_call(norm, (x,), {})
     if is_plain and are_readable((x,), x.dtype):
         return True
     for name, each in norm.named_parameters(recurse=False):

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from hfopt import functional
 from hfopt.errors import InvalidInput
-from hfopt.functional.checks import address_of, check_floats
+from hfopt.functional.checks import address_of, check_floats, plain_address
 from hfopt.functional.gradients import without_gradients
-from hfopt.functional.rotary_embedding import check_positions
+from hfopt.functional.rotary import Angles, turn
+from hfopt.functional.rotary_embedding import check_positions, extremes
 from hfopt.functional.scalars import integer
 from hfopt.modules.frequencies import Frequencies
 
@@ -110,9 +111,13 @@ class RotaryEmbedding(nn.Module):
             raise InvalidInput(f"offset is {offset!r}: 1 or rotary_ndims // 2, {size // 2}, is allowed")
         rotation = "interleaved" if offset == 1 else "half"
         cos, sin = self._angles(position_ids, n_rows, n_tokens, seq_len, rotation)
-        out = x.detach().clone(memory_format=torch.contiguous_format).flatten(2)
-        functional.rotate(out, cos, sin, num_head + n_kv_heads, head_dim, rotation)
-        heads = out.view(n_rows, n_tokens, num_head + 2 * n_kv_heads, head_dim)
+        angles = Angles.of(cos, sin, n_rows, n_tokens, head_dim, rotation)
+        out = x.clone(memory_format=torch.contiguous_format)
+        n_heads = num_head + 2 * n_kv_heads
+        if out.numel():
+            at = out.data_ptr(), n_rows, n_tokens, n_heads * head_dim
+            turn(out.dtype, *at, num_head + n_kv_heads, head_dim, angles)
+        heads = out if out.ndim == 4 else out.view(n_rows, n_tokens, n_heads, head_dim)
         return heads if num_concats is None else heads.split((num_head, n_kv_heads, n_kv_heads), dim=2)
 
     @classmethod
@@ -142,7 +147,7 @@ class RotaryEmbedding(nn.Module):
         if positions is None:
             least, most = first, first + n_tokens - 1
         else:
-            least, most = (int(each) for each in positions.aminmax())
+            least, most = extremes(positions)
         length = self.frequencies.check_length(least, most, seq_len)
         variant = self.frequencies.variant(length)
         if self.frequencies.is_for_one_length(variant):
@@ -150,17 +155,20 @@ class RotaryEmbedding(nn.Module):
             return self._made(variant, where, rotation)
         cos, sin = self._table(variant, most + 1, rotation)
         if positions is None:
-            return cos[None, first : most + 1], sin[None, first : most + 1]
-        return cos[positions], sin[positions]
+            return cos.narrow(1, first, n_tokens), sin.narrow(1, first, n_tokens)
+        rows, shape = positions.flatten(), (*positions.shape, cos.shape[2])
+        return cos.index_select(1, rows).view(shape), sin.index_select(1, rows).view(shape)
 
     def _table(self, variant: int | None, n_positions: int, rotation: str) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of that many positions or more."""
+        """Cosines and sines [1, positions, angles] of that many positions or more."""
         known = self._tables.get((variant, rotation))
-        if known is not None and len(known[0]) >= n_positions:
+        if known is not None and known[0].shape[1] >= n_positions:
             return known
-        wanted = max(n_positions, _FIRST_ROWS, 2 * len(known[0]) if known is not None else 0)
-        made = self._made(variant, torch.arange(min(wanted, self.frequencies.limit), device="cpu"), rotation)
-        self._tables[variant, rotation] = made
+        wanted = max(n_positions, _FIRST_ROWS, 2 * known[0].shape[1] if known is not None else 0)
+        cos, sin = self._made(
+            variant, torch.arange(min(wanted, self.frequencies.limit), device="cpu"), rotation
+        )
+        self._tables[variant, rotation] = made = cos[None], sin[None]
         return made
 
     def _made(self, variant: int | None, positions: Tensor, rotation: str) -> tuple[Tensor, Tensor]:
@@ -178,8 +186,9 @@ class RotaryEmbedding(nn.Module):
 
 def _check_x(x: Tensor, num_head: int, head_dim: int, num_concats: int | None) -> int:
     """Number of heads of keys in x; raises `InvalidInput` for a shape that does not fit."""
-    check_floats("x", x)
-    address_of("x", x)
+    if not plain_address(x, None):
+        check_floats("x", x)
+        address_of("x", x)
     if num_concats is not None and integer("num_concats", num_concats) != 3:
         raise InvalidInput(f"num_concats is {num_concats}: None or 3 is allowed")
     if num_head < 1 or head_dim < 1:

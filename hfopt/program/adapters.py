@@ -89,6 +89,11 @@ class AdaptedProgram:
     def layouts(self) -> Sequence[Layout]:
         return self.program.layouts
 
+    @property
+    def ignores_columns(self) -> bool:
+        """See `Program.ignores_columns`."""
+        return self.program.ignores_columns
+
     def most_keys(self, **given: bool) -> int:
         """See `Program.most_keys`."""
         return self.program.most_keys(**given)

@@ -146,6 +146,11 @@ class Program(NamedTuple):
         return {each.window for each in self.listing.instructions if each.token_bytes}
 
     @property
+    def ignores_columns(self) -> bool:
+        """Whether it makes no difference in which columns keys are: no distance between them counts, and no window."""
+        return not self.has_slopes and not self.has_ranks and self.windows <= {sys.maxsize}
+
+    @property
     def is_quantized(self) -> bool:
         """Whether it has quantised layers."""
         return kernels.QUANTIZED_LINEAR in self.linears

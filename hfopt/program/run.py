@@ -148,10 +148,11 @@ class Run:
         the largest; appended: all layers after they made room for the tokens; mask: uint8 [n_rows, keys], 0 for what is
         hidden. Raises `InvalidInput`.
         """
+        if self.n_new != self.n_last:
+            raise InvalidInput(f"scratch is for {self.n_new} tokens of a prompt: it makes no step")
         if appended.first.n_new != self.n_new:
             raise InvalidInput(f"appended has {appended.first.n_new} tokens: {self.n_new} are needed")
         logits, chosen = _empty_logits(self), np.empty((0, self.n_rows), np.int64)
-        tokens = tokens.reshape(-1) if tokens.shape == (self.n_rows, self.n_new) else tokens
         hidden = self._checked(tokens, positions, appended, mask)
         if self.n_new > 1:
             if self.n_new > self.program.breaks.n_alike(int(positions.max())):
@@ -203,20 +204,17 @@ class Run:
     ) -> np.ndarray:
         """The mask of decode steps as the kernel reads it."""
         n_rows, first = self.n_rows, appended.first
-        if self.n_new != self.n_last:
-            raise InvalidInput(
-                f"scratch is for {self.n_new} tokens of a prompt: one is needed, or some to check"
-            )
-        for name, given, size in (("tokens", tokens, n_rows * self.n_new), ("positions", positions, n_rows)):
-            if given.dtype != np.int64 or given.shape != (size,):
-                raise InvalidInput(f"{name} is {given.dtype} {given.shape}: int64 {(size,)} is needed")
+        of_tokens = (n_rows, self.n_new) if self.n_new > 1 else (n_rows,)
+        for name, given, shape in (("tokens", tokens, of_tokens), ("positions", positions, (n_rows,))):
+            if given.dtype != np.int64 or given.shape != shape:
+                raise InvalidInput(f"{name} is {given.dtype} {given.shape}: int64 {shape} is needed")
         self.read(appended)
         if mask is None:
             return _NO_MASK
         n_keys = first.prefix_len + first.suffix_len
         if mask.dtype != np.uint8 or mask.ndim != 2 or len(mask) != n_rows or mask.shape[1] < n_keys:
-            shape = f"{mask.dtype} {mask.shape}"
-            raise InvalidInput(f"mask is {shape}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
+            is_given = f"{mask.dtype} {mask.shape}"
+            raise InvalidInput(f"mask is {is_given}: uint8 {(n_rows, n_keys)}, or more keys, is needed")
         return np.ascontiguousarray(mask)
 
     def call(

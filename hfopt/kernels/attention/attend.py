@@ -95,7 +95,7 @@ def _scratch_bytes(like, own, format, sizes):
     heads = own.n_heads, own.n_kv_heads, own.head_dim
     n_new = sizes.n // sizes.n_rows
     if n_new == 1 or sizes.n_last > 1:
-        return layout_of(sizes.n_rows, *heads, 4 // units_ratio(like), sizes.threads).n_bytes
+        return layout_of(sizes.n_rows, *heads, 4 // units_ratio(like), sizes.threads, False).n_bytes
     return most_scratch(like, sizes.n_rows, n_new, *heads, sizes.threads)
 
 

@@ -20,12 +20,20 @@ def list_keys(blocks, block_size, block_step, token_step, lengths, first, column
     n = rows.shape[1]
     for r in range(len(lengths)):
         start, end = columns[r], columns[r] + lengths[r] - first[r]
-        for c in range(n):
+        for c in range(start):
             rows[r, c] = n - c
-        for c in range(start, end):
+        for c in range(end, n):
+            rows[r, c] = n - c
+        c = start
+        while c < end:
             t = c - start + first[r]
             b = t // block_size
-            rows[r, c] = blocks[r, b] * block_step + (t - b * block_size) * token_step + n - c
+            within = t - b * block_size
+            count = min(block_size - within, end - c)
+            place = blocks[r, b] * block_step + within * token_step + n - c
+            for k in range(count):
+                rows[r, c + k] = place + k * (token_step - 1)
+            c += count
         if mask.shape[0] > 0:
             for c in range(n):
                 mask[r, 0, c] = c >= start and c < end

@@ -105,11 +105,11 @@ def _follow_each_other(problem, segment, place, token, count):
 
 @inlined
 def list_blocks(
-    problem, item, scales, place, first, n, last, to_next, keys, values, aheads, room, factors, distances
+    problem, item, scales, place, first, n, following, to_next, keys, values, aheads, room, factors, distances
 ):
     """Addresses of blocks of those of n keys from token `first` of an item's segment on that the row at a place sees.
 
-    Returns how many keys these are, and writes hidden ones nowhere. last: token behind those of the item; to_next: bytes
+    Returns how many keys these are, and writes hidden ones nowhere. following: the `Following` in the suffix; to_next: bytes
     from values to what is read next, if all blocks are in one row; aheads: of each block. room: for copies of n keys and
     values. scales: those of the segment; factors: see `stack_factors`. distances: room for those of the keys from the last
     key of the row, and of as many that were copied, or their ranks from its first key on; left alone where no score depends
@@ -140,10 +140,10 @@ def list_blocks(
             set_address(keys, n_blocks, address_of(key))
             set_address(values, n_blocks, address_of(shifted(key, segment.to_values)))
             ahead = to_next
-            later = first + t + problem.plan.chunk
-            if not in_prefix and later < last:
-                row = cache.table[problem.order[place] * cache.table_row + later]
-                ahead = address_of(key_of(segment, row, kv_head, later, size))
+            later = following.first + t
+            if not in_prefix and later < following.end:
+                row = cache.table[problem.order[following.place] * cache.table_row + later]
+                ahead = address_of(key_of(segment, row, following.kv_head, later, size))
                 ahead -= address_of(shifted(key, segment.to_values))
             set_address(aheads, n_blocks, ahead)
             if scales is not None:

@@ -106,6 +106,12 @@ def names_keys(segment, size):
 
 
 @body
+def names_all(cache):
+    """Whether there are no other keys than those that rows name."""
+    return cache.prefix.n_tokens == 0 and names_keys(cache.suffix, cache.size)
+
+
+@body
 def key_of(segment, row, kv_head, token, size):
     """Pointer to a key."""
     return shifted(segment.keys, row * segment.row + kv_head * segment.head + token * size)

@@ -44,12 +44,22 @@ class Item(NamedTuple):
     segment: Any
     in_prefix: Any
     row: Any  # physical, in the prefix
-    kv_head: Any
+    kv_head: Any  # the first one
+    end_head: Any  # the one behind the last, whose keys of a chunk are read one after the other
     begin: Any  # places of the rows that read it: begin ... end
     end: Any
     first: Any  # chunk
     last: Any  # chunk behind it
     slot: Any  # of the partials of a query
+
+
+class Following(NamedTuple):
+    """Keys of the suffix that are read next."""
+
+    place: Any
+    kv_head: Any
+    first: Any  # token
+    end: Any  # token behind the last one; none is read if it is the first
 
 
 class _Blocks(NamedTuple):
@@ -161,8 +171,11 @@ def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, p
 
 
 @inlined
-def attend_chunk(problem, item, chunk, next_key, room):
-    """One chunk of a span, for all rows that read it; next_key: address of the key that is read after that, or 0."""
+def attend_chunk(problem, item, chunk, following, next_key, room):
+    """One chunk of a span of the first head of an item, for all rows that read it.
+
+    following: the `Following` in the suffix; next_key: address of the key that is read next in the prefix, or 0.
+    """
     plan, size, segment = problem.plan, problem.cache.size, item.segment
     first = chunk * plan.chunk
     n = min(segment.n_tokens - first, plan.chunk)
@@ -182,8 +195,7 @@ def attend_chunk(problem, item, chunk, next_key, room):
     row = n_slots * partial_size
     for place in range(begin, end, together):
         lists = keys, values, aheads, held, factors, distances
-        bound = min(item.last * plan.chunk, segment.n_tokens)
-        n_seen = list_blocks(problem, item, segment.scales, place, first, n, bound, to_next, *lists)
+        n_seen = list_blocks(problem, item, segment.scales, place, first, n, following, to_next, *lists)
         n_blocks = (n_seen + BLOCK - 1) // BLOCK
         kinds = item.kv_head, held
         blocks = _Blocks(*kinds, keys, values, n_blocks, n_seen, to_values, aheads)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfopt.kernels.attention.cache_view import Cache, holds, key_of, open_cache, valid_rows
-from hfopt.kernels.attention.chunk import Item, attend_chunk
+from hfopt.kernels.attention.cache_view import Cache, holds, key_of, names_all, open_cache, valid_rows
+from hfopt.kernels.attention.chunk import Following, Item, attend_chunk
 from hfopt.kernels.attention.partials import join_partials
 from hfopt.kernels.attention.plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_prefix_row
 from hfopt.kernels.attention.scoring import Scoring, sink_of, skipped_keys
@@ -82,17 +82,19 @@ def item_of(problem, index):
         span = slot = index - stream * cut.n_spans
         kv_head = stream // problem.n_groups
         group = stream - kv_head * problem.n_groups
-        begin, end = starts[group], starts[group + 1]
+        end_head, begin, end = kv_head + 1, starts[group], starts[group + 1]
         row = cache.prefix_row[problem.order[begin]]
     else:
         cut, segment, in_prefix = plan.suffix, cache.suffix, False
         stream = (index - n_prefix_items) // cut.n_spans
         span = index - n_prefix_items - stream * cut.n_spans
         slot = plan.prefix.n_spans + span
-        begin = stream // cache.n_kv_heads
-        kv_head, end, row = stream - begin * cache.n_kv_heads, begin + 1, 0
+        n_streams = cache.n_kv_heads // plan.suffix_heads
+        begin = stream // n_streams
+        kv_head, end, row = (stream - begin * n_streams) * plan.suffix_heads, begin + 1, 0
+        end_head = kv_head + plan.suffix_heads
     first, last = span * cut.n_chunks // cut.n_spans, (span + 1) * cut.n_chunks // cut.n_spans
-    return Item(segment, in_prefix, row, kv_head, begin, end, first, last, slot)
+    return Item(segment, in_prefix, row, kv_head, end_head, begin, end, first, last, slot)
 
 
 @inlined
@@ -105,11 +107,35 @@ def _first_key(problem, item, chunk):
 
 
 @inlined
-def attend_item(problem, item, next_key, room):
-    """All chunks of an item, while what is read next in the prefix is asked for; next_key: what follows the item, or 0."""
-    for chunk in range(item.first, item.last):
+def _following(problem, item, index, after, follows):
+    """What is read next, if that is in the suffix: head and chunk `index` of an item, or the first ones of that after it, if
+    it follows.
+    """
+    n_heads, size, n_tokens = item.end_head - item.kv_head, problem.plan.chunk, item.segment.n_tokens
+    chunk = index // n_heads
+    if chunk < item.last:
+        return Following(item.begin, item.kv_head + index - chunk * n_heads, chunk * size, n_tokens)
+    first, is_read = after.first * size, follows and not after.in_prefix
+    return Following(after.begin, after.kv_head, first, n_tokens if is_read else first)
+
+
+@inlined
+def attend_item(problem, item, after, follows, room):
+    """All chunks of an item, while what is read next is asked for.
+
+    after: the next item, if one follows, or any.
+    """
+    next_key = _first_key(problem, after, after.first) if follows else 0
+    n_heads = item.end_head - item.kv_head
+    for index in range(item.first * n_heads, item.last * n_heads):
+        chunk = index // n_heads
+        kv_head = item.kv_head + index - chunk * n_heads
         key = _first_key(problem, item, chunk + 1) if chunk + 1 < item.last else next_key
-        attend_chunk(problem, item, chunk, key, room)
+        one = Item(
+            *(item.segment, item.in_prefix, item.row, kv_head, kv_head + 1, item.begin, item.end),
+            *(item.first, item.last, item.slot),
+        )
+        attend_chunk(problem, one, chunk, _following(problem, item, index + 1, after, follows), key, room)
 
 
 # ---- all items -------------------------------------------------------------------------------------------------------
@@ -142,11 +168,8 @@ def _attend_task(worker, problem, counters, rooms, room_size, out, out_row):
     index = next_index(counters)
     while index < n_items:
         following = next_index(counters)
-        next_key = 0
-        if following < n_items:
-            after = item_of(problem, following)
-            next_key = _first_key(problem, after, after.first)
-        attend_item(problem, item_of(problem, index), next_key, room)
+        after = item_of(problem, min(following, n_items - 1))
+        attend_item(problem, item_of(problem, index), after, following < n_items, room)
         n_done += 1
         index = following
     done, joined = shifted(counters, DONE), shifted(counters, JOINED)
@@ -173,7 +196,8 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scrat
     for so many threads, on a 64-byte boundary.
     """
     item_size = 4 // units_ratio(q)
-    places = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads)
+    sizes = n_heads, cache.n_kv_heads, cache.size, item_size, threads
+    places = layout_of(n_rows, *sizes, names_all(cache))
     counters, order = integers_at(scratch), integers_at(scratch + places.order)
     starts = shifted(order, n_rows)
     n_groups = sort_by_prefix_row(cache.prefix_row, n_rows, order, starts)
@@ -239,7 +263,8 @@ def attend_decode(
     if not holds(pointer(record), prefix_len, skipped) or not valid_rows(cache, n_rows):
         return 1
     threads, item_size = usable_threads(), 4 // units_ratio(q)
-    needed = layout_of(n_rows, n_heads, cache.n_kv_heads, cache.size, item_size, threads).n_bytes
+    sizes = n_heads, cache.n_kv_heads, cache.size, item_size, threads
+    needed = layout_of(n_rows, *sizes, names_all(cache)).n_bytes
     room = np.empty(needed // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + 63) // 64 * 64
     seen = address_of(pointer(mask)) + before if mask.size > 0 else 0, mask.shape[2]

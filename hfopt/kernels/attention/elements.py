@@ -29,14 +29,26 @@ _SHORTS = ir.VectorType(I16, 2 * LANES)
 _AGAIN = 4096  # bytes; measured: 2048 and 8192 are worse
 
 
-def emit_ahead(builder, row, index, ahead):
-    """Asks for the line `ahead` bytes behind unit `index` of a row, and again for the one 4 KiB behind it.
+def emit_ahead(builder, row, index, ahead, again):
+    """Asks for the line `ahead` bytes behind unit `index` of a row, and again for the one `again` bytes behind it.
 
     A core has room for few requests and drops those that find none; the second asks for what was dropped.
     """
     here = builder.bitcast(builder.gep(row, [index]), ir.IntType(8).as_pointer())
     simd.emit_prefetch(builder, here, ahead)
-    simd.emit_prefetch(builder, here, intp(_AGAIN))
+    simd.emit_prefetch(builder, here, again)
+
+
+def emit_again(builder, addresses, n_blocks, n_bytes):
+    """Bytes from a line of a block of n_bytes to the one that is asked for again: 4 KiB where blocks follow each other.
+
+    Else 0: what lies behind a block that may be anywhere is not read next.
+    """
+    second = builder.select(builder.icmp_signed(">", n_blocks, intp(1)), intp(1), intp(0))
+    first, other = (builder.load(builder.gep(addresses, [i])) for i in (intp(0), second))
+    apart = builder.sub(other, first)
+    follow = builder.icmp_signed("==", apart, builder.mul(n_bytes, second))
+    return builder.select(follow, intp(_AGAIN), intp(0))
 
 
 def emit_block(builder, addresses, index, unit):

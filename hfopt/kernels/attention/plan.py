@@ -8,7 +8,7 @@ number is bounded, and no cut depends on the number of threads.
 from typing import Any, NamedTuple
 
 from hfopt.kernels.attention.blocks import MAX_KEYS
-from hfopt.kernels.attention.cache_view import names_keys
+from hfopt.kernels.attention.cache_view import names_all
 from hfopt.kernels.attention.chunk import TOGETHER
 from hfopt.kernels.jit.parallel import body, threads_for
 from hfopt.kernels.simd.constants import LINE
@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     chunk: Any  # keys
     prefix: Cut
     suffix: Cut
+    suffix_heads: Any  # key heads whose keys of a chunk of the suffix are read one after the other
     n_items: Any
     threads: Any
 
@@ -54,8 +55,8 @@ class Layout(NamedTuple):
     n_bytes: Any
 
 
-def layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
-    """For as many keys as there may be; item_size: bytes of an element."""
+def layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads, are_named):
+    """For as many keys as there may be; item_size: bytes of an element; are_named: `names_all`."""
     units = 4 // item_size * LANES
     padded = (head_dim + units - 1) // units * units
     chunk = MAX_KEYS
@@ -66,6 +67,8 @@ def layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
     partial = (padded + LANES) * 4
     n_streams = n_kv_heads * n_rows
     n_spans = (_ITEMS + n_kv_heads - 1) // n_kv_heads + (_ITEMS + n_streams - 1) // n_streams
+    if are_named:
+        n_spans = max(n_spans, (_ITEMS + n_rows - 1) // n_rows)
     rooms = partials + n_rows * n_heads * n_spans * partial
     # keys and values that were gathered; queries, their weights, one with zeros behind it
     elements = 2 * chunk * padded + TOGETHER * (padded + MAX_KEYS) + padded
@@ -74,11 +77,11 @@ def layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
 
 
 def scratch_bytes(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
-    """Bytes with which `decode.attend_rows` does on so many threads, whatever the number of keys.
+    """Bytes with which `decode.attend_rows` does on so many threads over keys that are not named, whatever their number.
 
     item_size: bytes of an element, 4 or 2.
     """
-    return layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads).n_bytes
+    return layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads, False).n_bytes
 
 
 layout_of = body(layout)
@@ -113,19 +116,20 @@ def plan_rows(cache, n_rows, n_groups, n_heads, chunk, threads):
     """How `attend_rows` is to do its work; n_groups: of rows that share their prefix; at most `chunk` keys and so many
     threads."""
     prefix, suffix = cache.prefix, cache.suffix
-    n_streams = cache.n_kv_heads * n_groups
+    n_streams, suffix_heads = cache.n_kv_heads * n_groups, 1
     n_long, n_tokens = n_streams, prefix.n_tokens
-    if prefix.n_tokens == 0 and names_keys(suffix, cache.size):
-        n_long, n_tokens = cache.n_kv_heads * n_rows, suffix.n_tokens
+    if names_all(cache):
+        # all heads of a block of keys lie side by side: few keys, so that soon the next head is read
+        suffix_heads, chunk = cache.n_kv_heads, min(chunk, _MIN_KEYS)
     # many keys, but so few that there are chunks for many threads
     while chunk > _MIN_KEYS and n_long * ((n_tokens + chunk - 1) // chunk) < _ITEMS:
         chunk //= 2
     of_prefix = _cut(prefix.n_tokens, chunk, n_streams)
-    of_suffix = _cut(suffix.n_tokens, chunk, cache.n_kv_heads * n_rows)
-    n_items = cache.n_kv_heads * (n_groups * of_prefix.n_spans + n_rows * of_suffix.n_spans)
+    n_suffix_streams = cache.n_kv_heads // suffix_heads * n_rows
+    of_suffix = _cut(suffix.n_tokens, chunk, n_suffix_streams)
+    n_items = n_streams * of_prefix.n_spans + n_suffix_streams * of_suffix.n_spans
     n_multiply_adds = n_rows * n_heads * (prefix.n_tokens + suffix.n_tokens) * cache.size
     n_read = n_streams * prefix.n_tokens + cache.n_kv_heads * n_rows * suffix.n_tokens
     work = max(n_multiply_adds, n_read * cache.size * 2 * item_bytes(prefix.keys))
-    return Plan(
-        chunk, of_prefix, of_suffix, n_items, min(threads, threads_for(n_items, work, _PARALLEL_SIZE))
-    )
+    threads = min(threads, threads_for(n_items, work, _PARALLEL_SIZE))
+    return Plan(chunk, of_prefix, of_suffix, suffix_heads, n_items, threads)

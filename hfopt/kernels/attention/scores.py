@@ -9,6 +9,7 @@ from numba.extending import intrinsic
 from hfopt.kernels.attention.elements import (
     BLOCK,
     add_product,
+    emit_again,
     emit_ahead,
     emit_block,
     emit_narrow,
@@ -103,6 +104,8 @@ class _Tile:
         """All blocks, some keys at a time."""
         builder, a, shape, n_keys = self.builder, self.a, self.shape, self.shape.keys
         add = self._add_digits if shape.digits else self._add_narrow if shape.narrow else self._add_units
+        n_bytes = builder.mul(self.stride, intp(BLOCK * (shape.narrow or I32).width // 8))
+        self.again = emit_again(builder, a.keys, a.n_blocks, n_bytes)
         with compiler.for_range(builder, a.n_blocks) as blocks:
             block = emit_block(builder, a.keys, blocks.index, shape.narrow or self.unit)
             with compiler.for_range(builder, intp(BLOCK // n_keys)) as parts:
@@ -144,7 +147,7 @@ class _Tile:
         builder = self.builder
         for line in range(n_lines):
             place = builder.add(builder.mul(turn, intp(n_lines)), intp(line))
-            emit_ahead(builder, part, builder.mul(place, intp(of_line)), self.a.ahead)
+            emit_ahead(builder, part, builder.mul(place, intp(of_line)), self.a.ahead, self.again)
 
     def _add_digits(self, part, rows):
         builder, (_, tiles, *_), n_keys = self.builder, self.shape, self.shape.keys

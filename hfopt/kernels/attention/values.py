@@ -10,6 +10,7 @@ from numba.extending import intrinsic
 from hfopt.kernels.attention.elements import (
     BLOCK,
     add_product,
+    emit_again,
     emit_ahead,
     emit_block,
     emit_narrow,
@@ -112,6 +113,8 @@ class _Tile:
         """All blocks, and the sums of all queries."""
         builder, a, (queries, *_) = self.builder, self.a, self.shape
         width, ratio = self.shape.width, self.shape.ratio
+        n_bytes = builder.mul(self.stride, intp(BLOCK * (self.shape.narrow or I32).width // 8))
+        self.again = emit_again(builder, a.values, a.n_blocks, n_bytes)
         with compiler.for_range(builder, a.n_blocks) as blocks:
             block = emit_block(builder, a.values, blocks.index, self.shape.narrow or self.unit)
             self.ahead = builder.load(builder.gep(a.aheads, [blocks.index]))
@@ -139,12 +142,12 @@ class _Tile:
             of_line = line_elements(narrow)
             n = of_line // LANES
             for line in range(vectors // n) if vectors >= n else range(key % (n // vectors) == 0):
-                emit_ahead(builder, row, intp(line * of_line), self.ahead)
+                emit_ahead(builder, row, intp(line * of_line), self.ahead, self.again)
         for c in range(vectors // self.shape.ratio):
             if narrow:
                 yield emit_narrow(builder, row, intp(c * LANES * self.shape.ratio), pairs)
             else:
-                emit_ahead(builder, row, intp(c * LANES), self.ahead)
+                emit_ahead(builder, row, intp(c * LANES), self.ahead, self.again)
                 yield simd.emit_load(builder, row, intp(c * LANES), self.vector, 4)
 
     def _add_keys(self, block, weights, first, key):

@@ -1,0 +1,97 @@
+"""What keys and values depend on besides tokens: the weights of a model as they are now, its settings, its adapters."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfopt import host
+
+_PLAIN = (bool, int, float, str, type(None))
+_OF_EVERY_MODULE = frozenset(dir(nn.Module())) - {"training"}
+_NAMES = frozenset(
+    {"name_or_path", "_name_or_path", "transformers_version"}
+)  # of a config, which say where it is from
+_SAMPLES = 8  # about, along each dimension
+
+
+def obstacle(model: Any) -> str | None:
+    """In words, why keys and values of a model follow from more than the tokens so far; None if from those alone."""
+    config = model.config
+    if config.is_encoder_decoder:
+        return "it has an encoder"
+    if model.is_remote_code():
+        return "its code is not transformers' own"
+    if None in host.windows_of(config):
+        return "not all of its layers have full attention or that of a window"
+    if not all(map(host.has_fixed_angles, model.modules())):
+        return "its angles depend on how long a text is"
+    return None
+
+
+def state_of(model: nn.Module) -> bytes:
+    """A digest that differs once weights, settings or adapters have changed, in this process.
+
+    Weights are told by where they are, by torch's count of writes, and by a sample of what is in them: a change of a few
+    numbers past that count (`weight.data[3, 5] = 0`) is not seen.
+    """
+    facts: list[Any] = []
+    samples = hashlib.blake2b(digest_size=16)
+    for module in model.modules():
+        facts.append((id(type(module)), id(vars(module).get("forward")), *_attributes(module)))
+        for tensor in _tensors(module):
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+                facts.append(id(tensor))
+                continue
+            version = None if tensor.is_inference() else tensor._version
+            facts.append((tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape), tensor.stride()))
+            steps = tuple(slice(None, None, max(1, size // _SAMPLES)) for size in tensor.shape)
+            samples.update(_bytes(tensor.detach()[steps]))
+    facts.append(_settings(model))
+    samples.update(repr(facts).encode())
+    return samples.digest()
+
+
+def digest_of(model: nn.Module) -> str:
+    """The same for other processes: it holds every bit of the weights, and takes as long as to read them."""
+    digest = hashlib.blake2b(digest_size=32)
+    for name, module in model.named_modules():
+        digest.update(repr((name, *_attributes(module))).encode())
+        for tensor in _tensors(module):
+            digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(_bytes(tensor.detach()))
+    digest.update(repr(_settings(model)).encode())
+    return digest.hexdigest()
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return (
+        each for held in (module._parameters, module._buffers) for each in held.values() if each is not None
+    )
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Plain values that a module has of its own: factors, flags, names of adapters."""
+    for name, value in vars(module).items():
+        if name not in _OF_EVERY_MODULE and _is_plain(value):
+            yield name, value
+
+
+def _settings(model: nn.Module) -> list[tuple[str, Any]]:
+    fields = vars(getattr(model, "config", None) or model)
+    return sorted((name, value) for name, value in fields.items() if name not in _NAMES and _is_plain(value))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `repr` says all of it, alike in each process."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(each) for name, each in value.items())
+    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else type(value) in _PLAIN
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
