@@ -15,7 +15,7 @@ from ._types import Model
 from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
 from .protocols import StepProgram, StepPrograms, StepRun
 from .selection import argmax
-from .speculation import Speculation
+from .speculation import InTurn, Speculation
 from .state import installed
 
 _COLUMN_STEP = 256
@@ -39,7 +39,7 @@ class Pace(NamedTuple):
 
     is_alone: bool = False
     wait: float = CALL_SECONDS
-    speculation: Speculation | None = None
+    speculation: Speculation | InTurn | None = None
 
 
 class _Checked(NamedTuple):

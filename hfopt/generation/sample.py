@@ -12,6 +12,7 @@ from hfopt import host
 from ._types import Ids, Model, Outputs
 from .collected import Collected
 from .decoding import CALL_SECONDS, Greedy, Pace
+from .grammar import begun
 from .lookup import PromptLookup
 from .passes import Passes
 from .selection import argmax
@@ -49,7 +50,8 @@ def sample(
     if lookup is not None:
         guesser = PromptLookup(input_ids.numpy(), lookup.longest)
         speculation = Speculation(guesser, lookup.most, installed(model).costs)
-    passes = Passes(model, generation_config, model_kwargs, Pace(not is_foreign, wait, speculation))
+    logits_processor, guesses = begun(logits_processor, len(input_ids), speculation, installed(model).costs)
+    passes = Passes(model, generation_config, model_kwargs, Pace(not is_foreign, wait, guesses))
     pick = _Pick(logits_processor, generation_config.do_sample, collected)
     greedy = None
     if not (logits_processor or generation_config.do_sample) and collected.is_nothing:
