@@ -85,7 +85,7 @@ class Grammar(LogitsProcessor):
     def regex(
         cls, pattern: str, tokenizer: Any, *, eos_token_id: int | Sequence[int] | None = None
     ) -> Grammar:
-        """A text that a regular expression, in the syntax of Rust's crate `regex`, matches as a whole. Raises as `json` does."""
+        """A text that a regular expression (syntax: Rust's crate `regex`) matches as a whole. Raises as `json` does."""
         library = _library()
         _check_text("pattern", pattern)
         grammar = library.LLMatcher.grammar_from_regex(pattern)
