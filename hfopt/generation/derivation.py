@@ -83,35 +83,30 @@ class Derivation(LogitsProcessor):
         return limits[:, :n_logits]
 
     def guess(self, n: int) -> Guess | None:
-        """At most n tokens of each row that have to follow; None unless there are such in all rows that go on."""
-        forced = []
+        """At most n tokens of each row that have to follow; None unless all rows have such, and one of them goes on."""
+        rows = []
         for row in self._rows:
-            if row.has_ended or row.has_to_end:
-                continue
-            forced.append(row.forced())
-            n = min(n, len(forced[-1]))
+            rows.append(row.forced(n))
+            n = min(n, len(rows[-1]))
             if n == 0:
                 return None
-        if not forced:
+        if all(row.has_ended or row.has_to_end for row in self._rows):
             return None
-        answers = iter(forced)
-        tokens = [
-            [row.filler] * n if row.has_ended or row.has_to_end else next(answers)[:n] for row in self._rows
-        ]
-        return Guess(np.array(tokens, np.int64), chance=1.0)
+        return Guess(np.array([tokens[:n] for tokens in rows], np.int64), chance=1.0)
 
 
 class _Row:
-    """One answer. filler: what may follow its end."""
+    """One answer."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
         self._ends = frozenset(vocabulary.eos_tokens)
-        self.has_ended, self.filler = False, vocabulary.eos_token
+        self.has_ended = False
+        self._filler: int | None = None  # what follows the end, once that is known
 
     def copy(self) -> _Row:
         copy = _Row(self._matcher.deep_copy(), self._vocabulary)
-        copy.has_ended, copy.filler = self.has_ended, self.filler
+        copy.has_ended, copy._filler = self.has_ended, self._filler
         return copy
 
     @property
@@ -121,7 +116,7 @@ class _Row:
 
     def add(self, token: int) -> None:
         if self.has_ended:
-            self.filler = token
+            self._filler = token
         elif token in self._ends:
             self.has_ended = True
         elif not (0 <= token < self._vocabulary.vocab_size and self._matcher.try_consume_tokens([token])):
@@ -136,9 +131,13 @@ class _Row:
         fill_next_token_bitmask(self._matcher, mask, index)
         self._check()
 
-    def forced(self) -> list[int]:
-        """The tokens that have to follow, none if there is a choice."""
-        return self._matcher.compute_ff_tokens()
+    def forced(self, n: int) -> list[int]:
+        """The tokens that have to follow, at most n; none if there is a choice."""
+        if self.has_ended:
+            return [] if self._filler is None else [self._filler] * n
+        if self.has_to_end:
+            return list(self._ends) if len(self._ends) == 1 else []
+        return self._matcher.compute_ff_tokens()[:n]
 
     def _check(self) -> None:
         """Raises InvalidInput if the grammar has gone beyond a limit of llguidance."""

@@ -63,13 +63,13 @@ class Grammar(LogitsProcessor):
     @classmethod
     def json(
         cls,
-        schema: Mapping[str, Any] | str | bool,
+        schema: Mapping[str, Any] | str,
         tokenizer: Any,
         *,
         whitespace: bool = False,
         eos_token_id: int | Sequence[int] | None = None,
     ) -> Grammar:
-        """JSON by a schema: a dictionary, or its text; `True` is any JSON.
+        """JSON by a schema: a dictionary, or its text; `{}` is any JSON.
 
         tokenizer: a fast one of transformers. whitespace: whether any may stand between the parts; otherwise they are laid
         out as by Python's `json.dumps`, and more tokens are without a choice. eos_token_id: tokens that end an answer, that
@@ -177,14 +177,14 @@ def _vocabulary(tokenizer: Any, eos_token_id: int | Sequence[int] | None) -> LLT
 
 def _json_text(schema: Any) -> str:
     try:
-        if isinstance(schema, str):
-            json.loads(schema)
-            return schema
-        if isinstance(schema, Mapping | bool):
-            return json.dumps(schema if isinstance(schema, bool) else dict(schema))
+        text = schema if isinstance(schema, str) else json.dumps(dict(schema))
+        if isinstance(json.loads(text), dict):
+            return text
     except (TypeError, ValueError) as error:
-        raise InvalidInput(f"schema={_short(schema)} is not JSON: {error}") from error
-    raise InvalidInput(f"schema is a {type(schema).__name__}: a dictionary, its text, or a bool is needed")
+        raise InvalidInput(
+            f"schema={_short(schema)} is no dictionary of JSON, nor its text: {error}"
+        ) from error
+    raise InvalidInput(f"schema={_short(schema)} is no dictionary of JSON, nor its text")
 
 
 def _check_text(argument: str, value: Any) -> None:
