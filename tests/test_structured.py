@@ -309,10 +309,10 @@ def test_processors_of_others_run_in_our_loop(
         steps.append((len(tokens), made is not None))
         return made
 
-    monkeypatch.setattr(Decoding, "logits", counted)
     grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(SCHEMA))
     vocabulary = from_tokenizer(tokenizer, n_vocab=1800)
     stock, ours = _model(), hfopt.optimize(_model())
+    monkeypatch.setattr(Decoding, "logits", counted)
     for n_rows in (1, 3):
         tokens = []
         for model, more in ((stock, {}), (ours, options)):

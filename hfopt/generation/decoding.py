@@ -151,11 +151,12 @@ class Decoding:
         if checked is None:
             return None
         self._positions += 1
-        parts = checked.split(1, dim=1)
-        if guessed is not None:
-            self._n_right, self._n_guessed = 0, guessed.shape[1]
-            self._checked = [_Checked(*each) for each in zip(guessed.T, parts[1:], strict=True)]
-        return parts[0]
+        if guessed is None:
+            return checked
+        first, *others = checked.split(1, dim=1)
+        self._n_right, self._n_guessed = 0, guessed.shape[1]
+        self._checked = [_Checked(*each) for each in zip(guessed.T, others, strict=True)]
+        return first
 
     def _guessed(self, program: StepProgram, n_rows: int, most: int) -> np.ndarray | None:
         """Guesses of the tokens behind the next one, int64 [n_rows, n], as far as the program can check them; or None."""

@@ -127,6 +127,15 @@ class Grammar(LogitsProcessor):
         return followed.derivation(input_ids, scores)
 
 
+class _Processors(LogitsProcessorList):
+    """Without a look at the signature of each in every step, which takes as long as a mask."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        for each in self:
+            scores = each(input_ids, scores, **kwargs)
+        return scores
+
+
 def begun(
     processors: LogitsProcessorList, n_rows: int, speculation: Speculation | None, costs: StepCosts
 ) -> tuple[LogitsProcessorList, Speculation | InTurn | None]:
@@ -139,7 +148,7 @@ def begun(
         return processors, speculation
     if speculation is not None:
         guesses.append(speculation)
-    return LogitsProcessorList(parts), InTurn(guesses) if len(guesses) > 1 else guesses[0]
+    return _Processors(parts), InTurn(guesses) if len(guesses) > 1 else guesses[0]
 
 
 def _library() -> Any:
