@@ -2,8 +2,8 @@
 
     python scripts/structured.py                          llama-160m in bfloat16, JSON by a schema, greedy
 
-Contestants: the same number of tokens without a grammar (`plain`), and with a processor that does nothing; the grammar with and
-without guesses of the tokens that it leaves no choice about; and stock transformers with the same grammar. The weights are
+Contestants: the same number of tokens without a grammar (`plain`), and with a processor that does nothing; the grammar with
+and without guesses of the tokens that it leaves no choice about; and stock transformers with the same grammar. Weights are
 random, and so is what stands in the strings; the tokenizer, of 32,000 tokens, is trained on Python's standard library.
 """
 
@@ -99,7 +99,7 @@ def main() -> int:
     tokenizer = trained_tokenizer(config.vocab_size)
     grammar = hfopt.Grammar.json(_SCHEMA, tokenizer)
     stock = random_model(config, torch.bfloat16)
-    ours = hfopt.optimize(random_model(config, torch.bfloat16))
+    ours: Any = hfopt.optimize(random_model(config, torch.bfloat16))
     prompt = torch.arange(100, 100 + _PROMPT)[None]
     shown = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
 
@@ -114,7 +114,7 @@ def main() -> int:
             return answer(model)
 
     expected = answer(ours)
-    json.loads(tokenizer.decode(expected[:-1]))
+    json.loads(str(tokenizer.decode(expected[:-1])))
     n_tokens = len(expected)
     whole = {**shown, "eos_token_id": None, "max_new_tokens": n_tokens}
     contestants: dict[str, Callable[[], Any]] = {

@@ -37,6 +37,7 @@ MODES: list[dict[str, Any]] = [
     {"do_sample": False},
     {"do_sample": True, "top_k": 40},
     {"do_sample": False, "num_beams": 3},
+    {"do_sample": True, "num_beams": 2},
     {"do_sample": True, "num_return_sequences": 2},
 ]
 
@@ -355,25 +356,26 @@ def test_a_bad_schema(schema: Any, words: str, tokenizer: Any) -> None:
 
 
 def test_other_bad_arguments(tokenizer: Any) -> None:
-    with pytest.raises(InvalidInput, match="^pattern='\\('"):
+    with pytest.raises(InvalidInput, match=r"^pattern='\('"):
         hfopt.Grammar.regex("(", tokenizer)
-    with pytest.raises(InvalidInput, match="^pattern is a int"):
+    with pytest.raises(InvalidInput, match=r"^pattern is a int"):
         hfopt.Grammar.regex(3, tokenizer)  # type: ignore[arg-type]
-    with pytest.raises(InvalidInput, match="^grammar='start: foo'"):
+    with pytest.raises(InvalidInput, match=r"^grammar='start: foo'"):
         hfopt.Grammar.lark("start: foo", tokenizer)
-    with pytest.raises(InvalidInput, match="^tokenizer is a str"):
+    with pytest.raises(InvalidInput, match=r"^tokenizer is a str"):
         hfopt.Grammar.regex("a", "path")
     for ends in (99999, [], -1, [1.5]):
-        with pytest.raises(InvalidInput, match="^eos_token_id="):
+        with pytest.raises(InvalidInput, match=r"^eos_token_id="):
             hfopt.Grammar.regex("a", tokenizer, eos_token_id=ends)  # type: ignore[arg-type]
     endless = AutoTokenizer.from_pretrained(hfopt.embedded_model())
     endless.eos_token = None
-    with pytest.raises(InvalidInput, match="^eos_token_id=None"):
+    with pytest.raises(InvalidInput, match=r"^eos_token_id=None"):
         hfopt.Grammar.regex("a", endless)
 
 
 def test_any_json_and_text_of_a_schema(tokenizer: Any) -> None:
-    for schema in ({}, json.dumps(SCHEMA)):
+    schemas: list[Any] = [{}, json.dumps(SCHEMA)]
+    for schema in schemas:
         assert isinstance(hfopt.Grammar.json(schema, tokenizer), hfopt.Grammar)
 
 
