@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LogitsProcessor, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LogitsProcessor
 
 import hfopt
 from hfopt.errors import InvalidInput
@@ -43,7 +43,7 @@ MODES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(hfopt.embedded_model())
 
 
@@ -204,6 +204,27 @@ def test_other_processors_may_decide_otherwise(tokenizer: Any, checks: Checks) -
         **_prompts(1), do_sample=False, max_new_tokens=5, logits_processor=[grammar, _Longer(40)]
     )
     assert tokens[0, LENGTH:].tolist() == [40] * 5
+
+
+class _Shy(hfopt.Grammar):
+    """One of the user, that allows some tokens less."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = super().__call__(input_ids, scores)
+        place = input_ids.shape[1] % 97
+        return scores.masked_fill(
+            (scores.isfinite().cumsum(1) > 50) & (torch.arange(1800) % 97 == place), -torch.inf
+        )
+
+
+def test_a_subclass_is_a_processor_of_the_user(tokenizer: Any, checks: Checks) -> None:
+    stock, ours = _model(), hfopt.optimize(_model())
+    arguments = {**_prompts(2), "do_sample": False, "max_new_tokens": 80,
+                 "logits_processor": [_Shy.json(SCHEMA, tokenizer)]}  # fmt: skip
+    tokens = ours.generate(**arguments)
+    assert torch.equal(tokens, stock.generate(**arguments)) and checks.guessed == 0
+    for answer in _answers(tokenizer, tokens):
+        _check_json(answer)
 
 
 @needs_programs
