@@ -433,7 +433,7 @@ def test_without_llguidance(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_scores(dtype: torch.dtype, tokenizer: Any) -> None:
     grammar = hfopt.Grammar.regex("[a-z]+", tokenizer)
-    derivation = grammar.begin(2)
+    derivation = grammar._begin(2)
     scores = torch.randn(2, 1800).to(dtype)
     before = scores.clone()
     result = derivation(torch.zeros(2, 0, dtype=torch.int64), scores)
@@ -448,6 +448,13 @@ def test_scores(dtype: torch.dtype, tokenizer: Any) -> None:
     assert kept[0].nonzero()[:, 0].tolist() == kept[1].nonzero()[:, 0].tolist() == expected
 
 
+def test_a_grammar_beyond_limits(tokenizer: Any) -> None:
+    derivation = hfopt.Grammar.regex("[a-z]+", tokenizer)._begin(2)
+    derivation._rows[1]._matcher.consume_token(len(tokenizer) - 1)  # as other errors, it cannot be undone
+    with pytest.raises(InvalidInput, match=r"^the grammar cannot go on \(\w+\): [^\n]+$"):
+        derivation(torch.zeros(2, 0), torch.zeros(2, 1800))
+
+
 def test_rows_in_another_order(tokenizer: Any) -> None:
     """As beams have them: each row has the state of its own text."""
     grammar = hfopt.Grammar.regex("(ab|cd|ef)+", tokenizer)
@@ -457,7 +464,7 @@ def test_rows_in_another_order(tokenizer: Any) -> None:
     def step(*texts: str) -> np.ndarray:
         return np.concatenate([prompt, np.array([[one[each] for each in text] for text in texts])], 1)
 
-    followed = Followed(grammar.begin(3), prompt)
+    followed = Followed(grammar._begin(3), prompt)
     for texts in (
         ("a", "c", "e"),
         ("ef", "ef", "ab"),
@@ -467,7 +474,7 @@ def test_rows_in_another_order(tokenizer: Any) -> None:
     ):
         assert followed.follow(step(*texts))
         scores = followed.derivation(torch.zeros(3, 0), torch.zeros(3, 1800))
-        fresh = grammar.begin(3)
+        fresh = grammar._begin(3)
         for tokens in step(*texts)[:, 2:].T:
             fresh.add(tokens)
         assert torch.equal(scores, fresh(torch.zeros(3, 0), torch.zeros(3, 1800)))
@@ -478,7 +485,7 @@ def test_rows_in_another_order(tokenizer: Any) -> None:
 
 
 def test_guesses_of_rows_that_end(tokenizer: Any) -> None:
-    derivation = hfopt.Grammar.regex("x(abcdefgh|y)", tokenizer).begin(2)
+    derivation = hfopt.Grammar.regex("x(abcdefgh|y)", tokenizer)._begin(2)
     x, y, a = (tokenizer.encode(each, add_special_tokens=False)[0] for each in "xya")
     forced = derivation.guess(9)
     assert forced is not None and forced.tokens.tolist() == [[x], [x]] and forced.chance == 1

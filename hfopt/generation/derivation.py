@@ -142,9 +142,8 @@ class _Row:
     def _check(self) -> None:
         """Raises InvalidInput if the grammar has gone beyond a limit of llguidance."""
         if self._matcher.is_error():
-            raise InvalidInput(
-                f"the grammar cannot go on ({self._matcher.stop_reason()}): {self._matcher.get_error()}"
-            )
+            reason = self._matcher.get_error().partition("\n")[0]
+            raise InvalidInput(f"the grammar cannot go on ({self._matcher.stop_reason()}): {reason}")
 
 
 class Followed:

@@ -108,7 +108,7 @@ class Grammar(LogitsProcessor):
             raise InvalidInput(f"{argument}={_short(value)} is no form of an answer: {matcher.get_error()}")
         return cls(matcher, vocabulary)
 
-    def begin(self, n_rows: int) -> Derivation:
+    def _begin(self, n_rows: int) -> Derivation:
         """The answers of a request, of which there is nothing yet."""
         return Derivation(self._matcher, self._vocabulary, n_rows)
 
@@ -122,7 +122,7 @@ class Grammar(LogitsProcessor):
             recent = self._threads.recent = deque(maxlen=_RECENT)
         followed = next((each for each in recent if each.follow(ids)), None)
         if followed is None:
-            followed = Followed(self.begin(len(ids)), ids)
+            followed = Followed(self._begin(len(ids)), ids)
             recent.appendleft(followed)
         return followed.derivation(input_ids, scores)
 
@@ -142,7 +142,7 @@ def begun(
     """The processors of a request that begins, with a derivation for each grammar, and what guesses its tokens: the grammars
     before the speculation of the request.
     """
-    parts = [each.begin(n_rows) if type(each) is Grammar else each for each in processors]
+    parts = [each._begin(n_rows) if type(each) is Grammar else each for each in processors]
     guesses = [Speculation(each, MOST, costs) for each in parts if isinstance(each, Derivation)]
     if not guesses:
         return processors, speculation
