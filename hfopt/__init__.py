@@ -19,7 +19,7 @@ from hfopt.errors import (
     UnsupportedDevice,
     UnsupportedModel,
 )
-from hfopt.generation import record_latency
+from hfopt.generation import Grammar, record_latency
 from hfopt.load import load
 from hfopt.optimize import optimize, restore
 from hfopt.report import Report, explain
@@ -33,6 +33,7 @@ __all__ = [
     "Chat",
     "CorruptCheckpoint",
     "ForkedProcess",
+    "Grammar",
     "HfoptConfig",
     "HfoptError",
     "HostError",

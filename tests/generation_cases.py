@@ -247,8 +247,8 @@ DISTANT: dict[str, Callable[..., Model]] = {
 
 def _random(model_class: Any, config_class: Any, **sizes: Any) -> Model:
     torch.manual_seed(7)
-    ids = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-    config = config_class(vocab_size=VOCABULARY, **{"initializer_range": 0.3, **ids, **sizes})
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    config = config_class(**{"initializer_range": 0.3, **tokens, **sizes})
     return model_class(config).eval()
 
 

@@ -14,6 +14,7 @@ from .generate import (
     uninstall,
     window_of,
 )
+from .grammar import Grammar
 from .latency import Latency, record_latency
 from .loops import hf_beam_sample, hf_beam_search, hf_greedy_search, hf_sample
 from .plan import lookup_of
@@ -25,6 +26,7 @@ from .state import NOTHING, Installed, Verdict, installed, keep
 __all__ = [
     "MODES",
     "NOTHING",
+    "Grammar",
     "Installed",
     "Latency",
     "StepProgram",

@@ -15,7 +15,7 @@ from ._types import Model
 from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
 from .protocols import StepProgram, StepPrograms, StepRun
 from .selection import argmax
-from .speculation import Speculation
+from .speculation import InTurn, Speculation
 from .state import installed
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Pace(NamedTuple):
 
     is_alone: bool = False
     wait: float = CALL_SECONDS
-    speculation: Speculation | None = None
+    speculation: Speculation | InTurn | None = None
 
 
 class _Checked(NamedTuple):
@@ -159,11 +159,12 @@ class Decoding:
         if checked is None:
             return None
         self._positions += 1
-        parts = checked.split(1, dim=1)
-        if guessed is not None:
-            self._n_right, self._n_guessed = 0, guessed.shape[1]
-            self._checked = [_Checked(*each) for each in zip(guessed.T, parts[1:], strict=True)]
-        return parts[0]
+        if guessed is None:
+            return checked
+        first, *others = checked.split(1, dim=1)
+        self._n_right, self._n_guessed = 0, guessed.shape[1]
+        self._checked = [_Checked(*each) for each in zip(guessed.T, others, strict=True)]
+        return first
 
     def _guessed(self, program: StepProgram, n_rows: int, most: int) -> np.ndarray | None:
         """Guesses of the tokens behind the next one, int64 [n_rows, n], as far as the program can check them; or None."""

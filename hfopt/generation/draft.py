@@ -23,7 +23,6 @@ from .sequences import Sequences
 from .speculation import Guess
 from .state import installed
 
-MOST = 31  # tokens of a guess
 _GREEDY = Greedy(np.empty(0, np.int64), 0)
 
 

@@ -12,12 +12,13 @@ from hfopt import host
 from ._types import Ids, Model, Outputs
 from .collected import Collected
 from .decoding import CALL_SECONDS, Greedy, Pace
-from .draft import MOST, Choice, DraftModel
+from .draft import Choice, DraftModel
+from .grammar import begun
 from .lookup import PromptLookup
 from .passes import Passes
 from .selection import argmax, drawn
 from .sequences import Sequences
-from .speculation import Speculation
+from .speculation import MOST, Speculation
 from .state import installed
 from .stopping import Stopping, runs_foreign_code
 
@@ -56,7 +57,8 @@ def sample(
     elif lookup is not None:
         lookup_guesser = PromptLookup(input_ids.numpy(), lookup.longest)
         speculation = Speculation(lookup_guesser, lookup.most, installed(model).costs)
-    passes = Passes(model, generation_config, model_kwargs, Pace(not is_foreign, wait, speculation))
+    logits_processor, guesses = begun(logits_processor, len(input_ids), speculation, installed(model).costs)
+    passes = Passes(model, generation_config, model_kwargs, Pace(not is_foreign, wait, guesses))
     pick = _Pick(logits_processor, generation_config.do_sample, collected)
     greedy = None
     if not (logits_processor or generation_config.do_sample) and collected.is_nothing:

@@ -7,25 +7,30 @@ for so many tokens have cost, and from how many guessed tokens have been right.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 _SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)  # tokens of a call, the first of them known
+MOST = _SIZES[-1] - 1  # tokens of a guess
 _SLOPE = 0.06  # of a step, for each token more: until it has been measured
 _NEWS = 0.2  # weight of the last call in costs
 _MEMORY = 0.9  # weight of what was right and wrong before a guess
-_PRIOR = 0.7, 3.0  # part of guesses that are right, and weight of this belief
+_CHANCE, _BELIEF = 0.7, 3.0  # part of guesses that are right, and weight of this belief
 _FIRST_PAUSE, _LAST_PAUSE = 4, 256  # steps without a guess behind one that has not paid
 _FEW, _SELDOM = 3, 64  # plain steps before the first guess on a model, and guesses before the next one
 _MOST_AHEAD = 32  # steps of a call where nothing can be guessed
 
 
 class Guess(NamedTuple):
-    """Of the next tokens, int64 [n_rows, n]; kind: guesses of one kind are right about as often."""
+    """Of the next tokens, int64 [n_rows, n]. kind: guesses of one kind are right about as often. chance: of one token to be
+    right, as long as none of the kind has been tried.
+    """
 
     tokens: np.ndarray
     kind: int = 0
+    chance: float = _CHANCE
 
 
 class Guesser(Protocol):
@@ -88,7 +93,7 @@ class Speculation:
         self._right: dict[
             int, tuple[float, float]
         ] = {}  # by kind: of so many that were tried, with less weight each time
-        self._kind = 0
+        self._guess = Guess(np.zeros((0, 0), np.int64))  # the last one
         self._pause, self._left = _FIRST_PAUSE, 0  # steps without a guess: from now on, and still
         self._n_ahead = 1
         self._n_guesses = 0
@@ -108,7 +113,7 @@ class Speculation:
         guess = self._guesser.guess(most if is_free else self._wanted(n_rows, most))
         if guess is None:
             return None
-        self._kind = guess.kind
+        self._guess = guess
         n = guess.tokens.shape[1]
         self._n_ahead = 1
         self._n_guesses += 1
@@ -127,9 +132,9 @@ class Speculation:
 
     def note(self, n_guessed: int, n_right: int) -> None:
         """So many of the guessed tokens were right, before one that was not or none was needed."""
-        right, tried = self._right.get(self._kind, (_PRIOR[0] * _PRIOR[1], _PRIOR[1]))
+        right, tried = self._record()
         right, tried = right * _MEMORY + n_right, tried * _MEMORY + min(n_right + 1, n_guessed)
-        self._right[self._kind] = right, tried
+        self._right[self._guess.kind] = right, tried
         # what is right need not pay where it costs something
         if n_right == n_guessed and self._guesser.seconds == 0:
             self._pause, self._left = _FIRST_PAUSE, 0
@@ -148,9 +153,13 @@ class Speculation:
             self._pause = _FIRST_PAUSE
         return max(n, 1)
 
+    def _record(self) -> tuple[float, float]:
+        """Of the last guess's kind: how many were right, of how many that were tried."""
+        return self._right.get(self._guess.kind, (self._guess.chance * _BELIEF, _BELIEF))
+
     def _worth(self, n_rows: int, most: int) -> int:
         """How many guessed tokens make most tokens a second; 0 if none does."""
-        right, tried = self._right.get(self._kind, (_PRIOR[0] * _PRIOR[1], _PRIOR[1]))
+        right, tried = self._record()
         chance, costs = right / tried, self._costs
         step, guessed = costs.seconds(n_rows, 1), self._guesser.seconds or 0.0
         best, best_rate = 0, 1.0
@@ -164,3 +173,31 @@ class Speculation:
             if n == most:
                 break
         return best
+
+
+class InTurn:
+    """Several in place of one `Speculation`: the first of them that has a guess is asked."""
+
+    def __init__(self, parts: Sequence[Speculation]) -> None:
+        self._parts, self._asked = parts, parts[0]
+
+    def add(self, tokens: np.ndarray) -> None:
+        for each in self._parts:
+            each.add(tokens)
+
+    def guess(self, n_rows: int, most: int) -> np.ndarray | None:
+        for each in self._parts:
+            guess = each.guess(n_rows, most)
+            if guess is not None:
+                self._asked = each
+                return guess
+        return None
+
+    def ahead(self, most: int) -> int:
+        return min(each.ahead(most) for each in self._parts)
+
+    def note(self, n_guessed: int, n_right: int) -> None:
+        self._asked.note(n_guessed, n_right)
+
+    def note_call(self, n_rows: int, n_tokens: int, seconds: float) -> None:
+        self._parts[0].note_call(n_rows, n_tokens, seconds)  # they share the costs
