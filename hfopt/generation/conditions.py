@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hfopt import host
+from hfopt.cache import IndirectCache
 
 from ._types import Model
 from .prompt import share_prompts, unshare_prompts
@@ -67,3 +68,8 @@ def positions_of(model: Model, given: Any, n_past: int, n_new: int) -> Any:
     if host.takes_positions(type(model).forward):
         return given
     return torch.arange(n_past, n_past + n_new, device="cpu")[None] if given is None else None
+
+
+def spans(mask: Tensor | None, cache: IndirectCache) -> bool:
+    """Whether a mask [n_rows, keys] is over what the cache holds and one token more; None is over all that there is."""
+    return mask is None or mask.shape == (cache.n_rows * cache.copies, cache.get_seq_length() + 1)

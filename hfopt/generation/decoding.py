@@ -12,7 +12,7 @@ from torch import Tensor
 from hfopt.cache import AppendedEverywhere, IndirectCache
 
 from ._types import Model
-from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
+from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, spans, wanted
 from .protocols import StepProgram, StepPrograms, StepRun
 from .selection import argmax
 from .speculation import InTurn, Speculation
@@ -101,7 +101,7 @@ class Decoding:
             if positions.dim() != 2 or not are_near(positions[:, -1], cache.get_seq_length() + 1):
                 return None
             last = positions[:, -1].numpy().astype(np.int64)
-        if not _spans(mask, cache):
+        if not spans(mask, cache):
             return None
         shown = None if mask is None or bool((mask != 0).all()) else (mask != 0).numpy().astype(np.uint8)
         return cls(model, programs, cache, last, shown, has_flags(mask), pace)
@@ -119,7 +119,7 @@ class Decoding:
             return False
         if positions is not None and not (positions[:, -1].numpy() == self._positions).all():
             return False
-        if mask is None or not _spans(mask, self._cache):
+        if mask is None or not spans(mask, self._cache):
             return mask is None and self._mask is None
         if mask.is_floating_point() and self._has_flags:
             return False
@@ -344,8 +344,3 @@ class Decoding:
         if mask is not None and mask.shape[1] < n_keys:
             mask = self._mask = np.pad(mask, ((0, 0), (0, _COLUMN_STEP)), constant_values=1)
         return mask
-
-
-def _spans(mask: Tensor | None, cache: IndirectCache) -> bool:
-    """Whether a mask [n_rows, keys] is over what the cache holds and one token more; None is over all that there is."""
-    return mask is None or mask.shape == (cache.n_rows * cache.copies, cache.get_seq_length() + 1)
