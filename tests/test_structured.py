@@ -326,8 +326,8 @@ def test_processors_of_others_run_in_our_loop(
     steps = []
     logits = Decoding.logits
 
-    def counted(decoding: Decoding, tokens: np.ndarray, most: int = 1) -> Tensor | None:
-        made = logits(decoding, tokens, most)
+    def counted(decoding: Decoding, tokens: np.ndarray, *args: Any) -> Tensor | None:
+        made = logits(decoding, tokens, *args)
         steps.append((len(tokens), made is not None))
         return made
 
