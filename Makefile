@@ -9,7 +9,8 @@ PROMPT ?= Read up to
 HOSTS ?= 5.23.0 4.57.6
 # What depends on the release: names and roles, loops, modes of generate, families, and releases that do not exist yet.
 HOST_TESTS := tests/test_host.py tests/test_generation_proof.py tests/test_generation_modes.py tests/test_step.py \
-	tests/test_optimize.py tests/test_tomorrow.py tests/test_modules_rotary.py tests/test_modules_moe.py tests/test_chat.py
+	tests/test_optimize.py tests/test_tomorrow.py tests/test_modules_rotary.py tests/test_modules_moe.py tests/test_chat.py \
+	tests/test_generation_devices.py tests/test_generation_text.py tests/test_generation_streams.py
 
 # Tests run in two processes at a time, but for those that begin processes of their own beside all others.
 ASKING := tests/test_tomorrow.py tests/test_other_machines.py
