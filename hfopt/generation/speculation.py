@@ -19,7 +19,8 @@ _NEWS = 0.2  # weight of the last call in costs
 _MEMORY = 0.9  # weight of what was right and wrong before a guess
 _CHANCE, _BELIEF = 0.7, 3.0  # part of guesses that are right, and weight of this belief
 _FIRST_PAUSE, _LAST_PAUSE = 4, 256  # steps without a guess behind one that has not paid
-_FEW, _SELDOM = 3, 64  # plain steps before the first guess on a model, and guesses before the next one
+_FEW = 3  # calls of a kind before their cost is known; plain steps before the first guess of a model that costs something
+_SELDOM = 64  # such guesses before the next plain step
 _MOST_AHEAD = 32  # steps of a call where nothing can be guessed
 
 
@@ -56,7 +57,7 @@ class StepCosts:
 
     def note(self, n_rows: int, n_tokens: int, seconds: float) -> None:
         """A call for so many tokens in each row has taken this long."""
-        known = self.seconds(n_rows, n_tokens) or seconds
+        known = self._seconds.get((n_rows, n_tokens)) or self.seconds(n_rows, n_tokens) or seconds
         # calls are slow at times for reasons of others, and the first one of its kind is
         weight = _NEWS if seconds > known else 2 * _NEWS
         self._seconds[n_rows, n_tokens] = known + weight * (min(seconds, 2 * known) - known)
@@ -67,11 +68,16 @@ class StepCosts:
         return self._n_noted.get((n_rows, n_tokens), 0)
 
     def seconds(self, n_rows: int, n_tokens: int) -> float:
-        """What such a call may take; 0 if none has been measured for so many rows."""
+        """What such a call may take; 0 if none has been measured for so many rows.
+
+        One that was measured only a few times may have been slow by chance: what others say counts more, so that it is tried
+        again.
+        """
         known = self._seconds
-        if (n_rows, n_tokens) in known:
-            return known[n_rows, n_tokens]
         measured = [size for rows, size in list(known) if rows == n_rows]
+        measured = [size for size in measured if self.n_noted(n_rows, size) >= _FEW] or measured
+        if n_tokens in measured:
+            return known[n_rows, n_tokens]
         below = max((size for size in measured if size < n_tokens), default=0)
         above = min((size for size in measured if size > n_tokens), default=0)
         if below and above:
