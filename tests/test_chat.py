@@ -240,7 +240,8 @@ def test_recurrent_states_are_read_anew(tokenizer: Any) -> None:
     model, stock = (model_types.random_model(kind) for _ in range(2))
     chat = hfopt.Chat(hfopt.optimize(model), tokenizer, **OPTIONS)
     found = read_by(model, lambda: [said(chat, question) for question in QUESTIONS])
-    assert found == lengths_of(chat)
+    # transformers 5.23 names no cache of these models: our loop hands the request over, and its prompt is read again
+    assert [length for length, _ in itertools.groupby(found)] == lengths_of(chat)
     check_history(chat, stock)
 
 

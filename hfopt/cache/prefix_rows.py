@@ -56,9 +56,9 @@ def put(cache: IndirectCache, row: int, first: int, parts: Parts) -> None:
 def blank(cache: IndirectCache, row: int, first: int, end: int) -> None:
     """Write zeros into the columns [first, end) of a row, which no token is to see."""
     for elements, scales in held(cache, row, first, end):
-        elements.zero_()
+        bits_of(elements).numpy()[...] = 0
         if scales is not None:
-            scales.zero_()
+            scales.numpy()[...] = 0
 
 
 def layouts_of(parts: Parts, dtype: torch.dtype) -> list[tuple[int, int, torch.dtype]]:
