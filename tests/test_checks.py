@@ -14,8 +14,8 @@ from hfopt.program.program import Program
 from hfopt.program.run import Run
 from tests.generation_cases import FAMILIES, Model, llama, mistral, one_thread
 from tests.reference import DTYPES
+from tests.speculation_cases import pair
 from tests.step_cases import bits, programs_of, proven_family
-from tests.test_speculation import _pair
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -77,7 +77,7 @@ def test_families(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_codes_and_windows(dtype: torch.dtype) -> None:
-    _, model = _pair(mistral, sliding_window=9)
+    _, model = pair(mistral, sliding_window=9)
     model.to(dtype)
     _assert_same(model, _program(model), n_past=30)
     _assert_same(model, _program(model, "int8"), "int8", n_past=30)
@@ -94,7 +94,7 @@ def test_as_many_as_have_the_bits_of_steps() -> None:
 
 
 def test_bad_input() -> None:
-    _, model = _pair(llama)
+    _, model = pair(llama)
     program = _program(model)
     assert installed(model).programs is not None
     cache = IndirectCache(model.config)

@@ -16,16 +16,15 @@ from hfopt.cache import IndirectCache
 from hfopt.errors import InvalidInput
 from hfopt.generation.lookup import PromptLookup
 from hfopt.generation.speculation import Guess, Speculation, StepCosts
-from hfopt.program.run import Run
 from tests.generation_cases import (
     CACHE,
     FAMILIES,
-    Model,
     llama,
     mistral,
     one_thread,
     prompts,
 )
+from tests.speculation_cases import Checks, cycling, pair, steady_costs
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
@@ -33,44 +32,10 @@ LOOKUP = {"prompt_lookup_num_tokens": 6}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-class Checks:
-    """Guessed tokens of all checks while it is installed, and how many were right."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.guessed = self.right = self.checked = 0
-        note, logits = Speculation.note, Run.logits
-
-        def counted(speculation: Speculation, n_guessed: int, n_right: int) -> None:
-            self.guessed += n_guessed
-            self.right += n_right
-            note(speculation, n_guessed, n_right)
-
-        def checking(run: Run, *args: Any, **kwargs: Any) -> Tensor:
-            self.checked += run.n_new - 1
-            return logits(run, *args, **kwargs)
-
-        monkeypatch.setattr(Speculation, "note", counted)
-        monkeypatch.setattr(Run, "logits", checking)
-        # what is guessed must not depend on how busy the machine is
-        monkeypatch.setattr(StepCosts, "seconds", lambda costs, n_rows, n_tokens: 1 + 0.05 * (n_tokens - 1))
-
-
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
+    steady_costs(monkeypatch)
     return Checks(monkeypatch)
-
-
-def _cycling(model: Model, share: float = 0.2) -> Model:
-    """The model with layers that hardly matter: what follows a token is almost always the same, so that texts repeat."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and any(part.isdigit() for part in name.split(".")):
-                parameter.mul_(share)
-    return model
-
-
-def _pair(make: Any, share: float = 0.2, **changes: Any) -> tuple[Model, Model]:
-    return _cycling(make(**changes), share), hfopt.optimize(_cycling(make(**changes), share))
 
 
 def _repeating(n_rows: int, length: int = 24) -> dict[str, Tensor]:
@@ -83,7 +48,7 @@ def _repeating(n_rows: int, length: int = 24) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_tokens_are_those_without_guesses(name: str, checks: Checks) -> None:
-    stock, ours = _pair(FAMILIES[name])
+    stock, ours = pair(FAMILIES[name])
     for n_rows in (1, 3):
         for options in (
             {"do_sample": False},
@@ -104,7 +69,7 @@ def test_tokens_are_those_without_guesses(name: str, checks: Checks) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kv_cache", [None, "int8"])
 def test_a_check_has_the_bits_of_steps(dtype: torch.dtype, kv_cache: str | None, checks: Checks) -> None:
-    model = hfopt.optimize(_cycling(llama()).to(dtype), kv_cache=kv_cache)
+    model = hfopt.optimize(cycling(llama()).to(dtype), kv_cache=kv_cache)
     arguments = {**_repeating(2), "max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True,
                  "output_logits": True, "output_scores": True}  # fmt: skip
     plain, guessed = model.generate(**arguments), model.generate(**arguments, **LOOKUP)
@@ -117,14 +82,14 @@ def test_a_check_has_the_bits_of_steps(dtype: torch.dtype, kv_cache: str | None,
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
 def test_quantised_models(quantization: str, checks: Checks) -> None:
-    model = hfopt.optimize(_cycling(llama(hidden_size=128)), quantization=quantization)
+    model = hfopt.optimize(cycling(llama(hidden_size=128)), quantization=quantization)
     arguments = {**_repeating(1), "max_new_tokens": 40, "do_sample": False}
     assert torch.equal(model.generate(**arguments), model.generate(**arguments, **LOOKUP))
     assert checks.right > 0
 
 
 def test_windows_that_a_text_outgrows(checks: Checks) -> None:
-    stock, ours = _pair(mistral, 0.05, sliding_window=9)
+    stock, ours = pair(mistral, 0.05, sliding_window=9)
     for n_rows in (1, 2):
         arguments = {**_repeating(n_rows, 40), "max_new_tokens": 50, "do_sample": False}
         assert torch.equal(ours.generate(**arguments, **LOOKUP), stock.generate(**arguments))
@@ -133,7 +98,7 @@ def test_windows_that_a_text_outgrows(checks: Checks) -> None:
 
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_a_cache_of_the_user_ends_as_without_guesses(do_sample: bool, checks: Checks) -> None:
-    model = hfopt.optimize(_cycling(llama()))
+    model = hfopt.optimize(cycling(llama()))
     arguments = {**_repeating(1), "max_new_tokens": 17, "do_sample": do_sample, "temperature": 0.1}
     caches = [IndirectCache(model.config) for _ in range(2)]
     tokens = []
@@ -147,7 +112,7 @@ def test_a_cache_of_the_user_ends_as_without_guesses(do_sample: bool, checks: Ch
 
 
 def test_an_end_within_a_guess(checks: Checks) -> None:
-    stock, ours = _pair(llama)
+    stock, ours = pair(llama)
     arguments = {**_repeating(3), "max_new_tokens": 40, "do_sample": False}
     free = stock.generate(**arguments)
     for place in range(26, 60, 3):
@@ -176,7 +141,7 @@ class _Kept:
 
 
 def test_streamers_get_each_token(checks: Checks) -> None:
-    model = hfopt.optimize(_cycling(llama()))
+    model = hfopt.optimize(cycling(llama()))
     arguments = {**_repeating(1), "max_new_tokens": 30, "do_sample": False}
     plain, guessed = _Kept(), _Kept()
     model.generate(**arguments, streamer=plain)
@@ -187,7 +152,7 @@ def test_streamers_get_each_token(checks: Checks) -> None:
 
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_an_exception_leaves_no_guess_in_the_cache(do_sample: bool, checks: Checks) -> None:
-    model = hfopt.optimize(_cycling(llama()))
+    model = hfopt.optimize(cycling(llama()))
     for n in range(3, 30, 4):
         cache = IndirectCache(model.config)
         arguments = {**_repeating(1), "max_new_tokens": 40, "do_sample": do_sample, "temperature": 0.05}
@@ -209,7 +174,7 @@ class _Forbid(LogitsProcessor):
 
 
 def test_code_of_the_user(checks: Checks) -> None:
-    stock, ours = _pair(llama)
+    stock, ours = pair(llama)
     arguments = {**_repeating(1), "max_new_tokens": 50, "do_sample": False, "stopping_criteria": [_Halt()],
                  "logits_processor": LogitsProcessorList([_Forbid()])}  # fmt: skip
     expected = stock.generate(**arguments)
@@ -220,7 +185,7 @@ def test_code_of_the_user(checks: Checks) -> None:
 
 def test_the_last_positions_of_a_table(checks: Checks) -> None:
     """Nothing is guessed beyond what the model has rows for, or the request asks for."""
-    stock, ours = _pair(FAMILIES["opt"])
+    stock, ours = pair(FAMILIES["opt"])
     for n_new in (1, 2, 7, 72):
         arguments = {**_repeating(1), "max_new_tokens": n_new, "do_sample": False}
         assert torch.equal(ours.generate(**arguments, **LOOKUP), stock.generate(**arguments))
@@ -228,7 +193,7 @@ def test_the_last_positions_of_a_table(checks: Checks) -> None:
 
 
 def test_optimize_with_lookup(checks: Checks) -> None:
-    stock, ours = _cycling(llama()), hfopt.optimize(_cycling(llama()), speculation="lookup")
+    stock, ours = cycling(llama()), hfopt.optimize(cycling(llama()), speculation="lookup")
     arguments = {**_repeating(1), "max_new_tokens": 50}
     for options in ({"do_sample": False}, {"num_beams": 3}, {"do_sample": False, "use_cache": False}):
         assert torch.equal(ours.generate(**arguments, **options), stock.generate(**arguments, **options))
@@ -242,13 +207,13 @@ def test_optimize_with_lookup(checks: Checks) -> None:
 
 def test_several_prompts_of_one_row_each_raise_nothing() -> None:
     """transformers takes one row at a time only."""
-    _, ours = _pair(llama)
+    _, ours = pair(llama)
     with pytest.raises(ValueError, match="num_return_sequences"):
         ours.generate(**_repeating(1), num_return_sequences=2, do_sample=True, **LOOKUP)
 
 
 def test_threads(checks: Checks) -> None:
-    model = hfopt.optimize(_cycling(llama()))
+    model = hfopt.optimize(cycling(llama()))
     cases = [{**_repeating(n), "max_new_tokens": 30, "do_sample": False} for n in (1, 2, 3)]
     expected = [model.generate(**each) for each in cases]
     results: dict[int, Tensor] = {}

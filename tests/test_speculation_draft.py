@@ -20,7 +20,6 @@ import hfopt
 from hfopt.cache import IndirectCache
 from hfopt.generation.draft import DraftModel
 from hfopt.generation.speculation import Guess, Speculation, StepCosts
-from hfopt.program.run import Run
 from tests.generation_cases import (
     CACHE,
     FAMILIES,
@@ -33,6 +32,7 @@ from tests.generation_cases import (
     one_thread,
     prompts,
 )
+from tests.speculation_cases import Checks
 
 pytestmark = [
     pytest.mark.usefixtures(one_thread.__name__),
@@ -65,32 +65,12 @@ DRAFTS: dict[str, Any] = {
 }
 
 
-class Checks:
-    """What programs checked while it is installed: tokens that were guessed, and how many of those were right."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.guessed = self.right = self.calls = 0
-        note, logits = Speculation.note, Run.logits
-
-        def counted(speculation: Speculation, n_guessed: int, n_right: int) -> None:
-            self.guessed += n_guessed
-            self.right += n_right
-            note(speculation, n_guessed, n_right)
-
-        def checking(run: Run, *args: Any, **kwargs: Any) -> Tensor:
-            self.calls += run.n_new > 1
-            return logits(run, *args, **kwargs)
-
-        def theirs(*args: Any, **kwargs: Any) -> Any:
-            raise AssertionError("transformers' own assisted loop runs")
-
-        monkeypatch.setattr(Speculation, "note", counted)
-        monkeypatch.setattr(Run, "logits", checking)
-        monkeypatch.setattr(GenerationMixin, "_assisted_decoding", theirs)
-
-
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("transformers' own assisted loop runs")
+
+    monkeypatch.setattr(GenerationMixin, "_assisted_decoding", theirs)
     return Checks(monkeypatch)
 
 

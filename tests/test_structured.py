@@ -18,7 +18,7 @@ from hfopt.generation.decoding import Decoding
 from hfopt.generation.derivation import Derivation, Followed
 from hfopt.generation.speculation import InTurn, Speculation, StepCosts
 from tests.generation_cases import FAMILIES, Model, llama, needs_programs, one_thread
-from tests.test_speculation import Checks
+from tests.speculation_cases import Checks, steady_costs
 
 llguidance = pytest.importorskip("llguidance")
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
@@ -49,6 +49,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> Checks:
+    steady_costs(monkeypatch)
     return Checks(monkeypatch)
 
 
