@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ def obstacle(model: Any) -> str | None:
         return "its code is not transformers' own"
     if None in host.windows_of(config):
         return "not all of its layers have full attention or that of a window"
-    if not all(map(host.has_fixed_angles, model.modules())):
+    if host.steady_length(model.modules()) < sys.maxsize:
         return "its angles depend on how long a text is"
     return None
 

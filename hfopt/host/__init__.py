@@ -83,7 +83,6 @@ from hfopt.host.roles import ROLES, Arguments, takes_positions  # noqa: E402
 from hfopt.host.rotary import (  # noqa: E402
     begin_anew,
     frequencies,
-    has_fixed_angles,
     rewritten,
     steady_length,
 )
@@ -142,7 +141,6 @@ __all__ = [
     "frequencies",
     "generate_arguments",
     "generator_of",
-    "has_fixed_angles",
     "have_own_adapters",
     "holding",
     "installed",

@@ -69,12 +69,6 @@ def steady_length(modules: Iterable[nn.Module]) -> int:
     return min(lengths)
 
 
-def has_fixed_angles(module: Any) -> bool:
-    """Whether a module is no rotary one, or one whose angles follow from the position alone."""
-    name = vars(module).get("rope_type")
-    return name is None or set(name.values() if isinstance(name, dict) else (name,)) <= _STATIC
-
-
 def frequencies(
     kind: str, settings: Mapping[str, Any], size: int, base: float, max_length: int, length: int | None = None
 ) -> tuple[Tensor, float]:
