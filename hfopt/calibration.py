@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hfopt.errors import InvalidInput
-from hfopt.host import Features
+from hfopt.host import Features, vocabulary
 from hfopt.progress import progress
 from hfopt.quantization import InputStatistics, block_inputs
 from hfopt.words import first_line
@@ -170,8 +170,7 @@ def _token_ids(
     model: PreTrainedModel, texts: Sequence[Any], options: Mapping[str, Any]
 ) -> Iterator[torch.Tensor]:
     """Token ids of every text, [1, tokens]."""
-    table: Any = model.get_input_embeddings()
-    n_ids = len(table.weight)
+    n_ids = vocabulary(model)
     tokenizer: Any = None
     for index, text in enumerate(texts):
         name = f"calibration[{index}]"

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from hfopt import generation
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.generation import Installed, StepProgram, StepPrograms, Verdict
-from hfopt.host import is_capture
+from hfopt.host import is_capture, vocabulary
 from hfopt.patches.probe import allowed
 from hfopt.patches.scene import shaken
 from hfopt.patches.shadow import shadow
@@ -49,13 +49,13 @@ def verdict_on(walk: Walk, model: Any) -> Verdict:
 
     original, unsteady = (shadow(model, is_original=True, is_short=True, is_exact=True) for _ in range(2))
     _shake(unsteady)
-    if walk.swapped_now and (reason := trial(_read).difference(model)) is not None:
+    if walk.swapped_now and (reason := walk.agree(trial(_read).difference(model))) is not None:
         walk.refuse(f"the model as a whole {reason}")
     asked = _Asked()
     requests = trial(_generated, programs=asked)
     if isinstance(requests.expected, Exception):
         return Verdict()
-    if (reason := requests.difference(model)) is not None:
+    if (reason := walk.agree(requests.difference(model))) is not None:
         verdict = Verdict(refusal=f"in hfopt's loops, over its cache, it {reason}")
         logger.warning("%s runs in transformers' own loops: %s.", type(model).__name__, verdict.refusal)
         return verdict
@@ -102,8 +102,7 @@ class _Chosen(LogitsProcessor):
 
 def _prompts(model: Any) -> dict[str, Tensor]:
     """Two, one of them padded."""
-    n_tokens = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(1, n_tokens, (2, _LENGTH), generator=torch.Generator().manual_seed(7))
+    ids = torch.randint(1, vocabulary(model), (2, _LENGTH), generator=torch.Generator().manual_seed(7))
     mask = torch.ones_like(ids)
     mask[1, :_N_PADDED] = 0
     return {"input_ids": ids, "attention_mask": mask}

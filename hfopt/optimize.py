@@ -18,7 +18,9 @@ from hfopt.cache import PrefixCache
 from hfopt.cache.codes import check_kv_cache
 from hfopt.calibration import Calibration, Calibrator
 from hfopt.checkpoints.hf_quantizer import declare
+from hfopt.distributed.ranks import Ranks
 from hfopt.errors import InvalidInput, UnsupportedDevice, UnsupportedModel
+from hfopt.host import sharding_of
 from hfopt.machine import env
 from hfopt.machine.cores import fit_threads
 from hfopt.progress import compile_progress, progress
@@ -27,6 +29,7 @@ from hfopt.report import Report
 from hfopt.words import DTYPES, dtypes_in_words
 
 if TYPE_CHECKING:
+    from hfopt.functional import Kernels
     from hfopt.generation import Verdict
     from hfopt.patches.walk import Walk
     from hfopt.program.programs import Programs
@@ -94,6 +97,7 @@ def optimize(
         from hfopt.functional.choice import check_kernels
         from hfopt.model_proof import verdict_on
         from hfopt.patches.packing import Packing
+        from hfopt.patches.sharding import give_back_parts
         from hfopt.patches.walk import Walk
         from hfopt.program.programs import Programs
 
@@ -113,8 +117,10 @@ def optimize(
         calibrator = None if calibration is None else Calibrator(model, calibration)
         if dtype is not None:
             _convert(model, dtype)
+        ranks = _together(model, kernels)
+        agreed = () if ranks is None else (ranks.agree,)
         packing = None if config is None else Packing(model, config)
-        walk, programs = Walk(model), Programs(kernels, kv_cache)
+        walk, programs = Walk(model, *agreed), Programs(kernels, kv_cache, *agreed)
         with compile_progress():
             walk.apply()
             verdict = None if generator is None else verdict_on(walk, generator)
@@ -123,7 +129,7 @@ def optimize(
             _check_whole(walk, programs, verdict)
         if generator is not None:
             verdict = verdict or generation.Verdict()
-            state = generation.Installed(programs, kv_cache, verdict, lookup, prefix_cache)
+            state = generation.Installed(programs, kv_cache, verdict, lookup, prefix_cache, ranks)
             generation.install(generator, state)
         batches: Iterable[Mapping[str, InputStatistics | None]] = ()
         if packing is not None:
@@ -131,6 +137,7 @@ def optimize(
             batches = [dict.fromkeys(linears)] if calibrator is None else calibrator.measure(linears)
     except BaseException:
         walk.undo()
+        give_back_parts(model)
         raise
     walk.use(kernels)
     if packing is not None:
@@ -164,6 +171,7 @@ def restore(model: Model) -> Model:
         <class 'torch.nn.modules.linear.Linear'>
     """
     from hfopt.patches.packing import check_originals, unpack
+    from hfopt.patches.sharding import give_back_parts
     from hfopt.patches.walk import restore_classes
 
     if not isinstance(model, nn.Module):
@@ -171,6 +179,7 @@ def restore(model: Model) -> Model:
     check_originals(model)
     restore_classes(model)
     unpack(model)
+    give_back_parts(model)
     for module in model.modules():
         if isinstance(module.__dict__.get("hfopt"), Report):
             del module.__dict__["hfopt"]
@@ -208,6 +217,31 @@ def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
             continue
         where = "has no storage (meta device)" if parameter.is_meta else f"is on {parameter.device}"
         raise UnsupportedDevice(f"parameter {name} {where}: all parameters have to be in CPU memory")
+
+
+def _together(model: nn.Module, kernels: Kernels) -> Ranks | None:
+    """The processes that transformers has split the model over, once its layers are ours; None if there are none, or if
+    they stay what they are.
+    """
+    from hfopt.functional.choice import settle
+    from hfopt.patches.sharding import ranks_of, take_parts
+
+    ranks = ranks_of(model)
+    if ranks is None:
+        sharding = sharding_of(model)
+        if sharding is None:
+            return None
+        if isinstance(sharding, str):
+            logger.warning("%s stays split as it is: %s.", type(model).__name__, sharding)
+            return None
+        ranks = Ranks(sharding.group)
+        flaw = take_parts(model, sharding, ranks)
+        if flaw is not None:
+            logger.warning("%s stays split as it is: %s.", type(model).__name__, flaw)
+            return None
+    if kernels == "auto":
+        settle(next(model.parameters()).dtype, ranks.first)
+    return ranks
 
 
 def _is_offloaded(model: nn.Module, name: str) -> bool:

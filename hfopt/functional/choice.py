@@ -233,6 +233,19 @@ def choose_all() -> None:
         takes_torch("auto", operation, dtype, CLASSES[operation][place - 1].first)
 
 
+def settle(dtype: torch.dtype, first: Callable[[int], int]) -> None:
+    """Take in each class of this dtype what `first` makes of the answer here, for the rest of the process: processes that
+    have a model together must not differ.
+    """
+    n_threads = torch.get_num_threads()
+    for operation, each, place in _classes():
+        if each is dtype:
+            size = CLASSES[operation][place - 1].first
+            is_torch = bool(first(takes_torch("auto", operation, dtype, size)))
+            key = operation, dtype, place, n_threads
+            _used[key] = _used[key]._replace(is_torch=is_torch)
+
+
 def _classes() -> Iterator[tuple[str, torch.dtype, int]]:
     for operation, classes in CLASSES.items():
         for dtype in DTYPES:

@@ -86,7 +86,7 @@ def check_inputs(model: Model, arguments: Mapping[str, Any]) -> None:
     prompt = _Prompt.of(arguments, table)
     if prompt is None:
         return
-    _check_new(prompt, table)
+    _check_new(prompt, None if table is None else host.vocabulary(model))
     if _option("prefill_chunk_size", model, arguments) is None:  # each chunk is given positions of its own
         _check_shapes(model, prompt)
         _check_positions(model, prompt, arguments)
@@ -144,7 +144,7 @@ def _check_mask(mask: Any) -> None:
         raise InvalidInput(f"attention_mask of shape {tuple(mask.shape)}: must be [batch, length]")
 
 
-def _check_new(prompt: _Prompt, table: Tensor | None) -> None:
+def _check_new(prompt: _Prompt, n_known: int | None) -> None:
     """Check that there are new tokens, and in the embedding; it does not look up the others."""
     tokens, new = prompt.tokens, prompt.new
     given = f"{prompt.name} of shape {tuple(tokens.shape)}"
@@ -155,14 +155,14 @@ def _check_new(prompt: _Prompt, table: Tensor | None) -> None:
             f"{given}: taken for all tokens, and the cache holds {prompt.n_past}; new ones alone need an "
             "attention_mask over all"
         )
-    if prompt.name != "input_ids" or table is None:
+    if prompt.name != "input_ids" or n_known is None:
         return
     smallest, largest = new.aminmax()
-    if smallest < 0 or largest >= len(table):
-        row, column = ((new < 0) | (new >= len(table))).nonzero()[0].tolist()
+    if smallest < 0 or largest >= n_known:
+        row, column = ((new < 0) | (new >= n_known)).nonzero()[0].tolist()
         column += tokens.shape[1] - new.shape[1]
         raise InvalidInput(
-            f"input_ids[{row}, {column}]={int(tokens[row, column])}: must be from 0 to {len(table) - 1}, "
+            f"input_ids[{row}, {column}]={int(tokens[row, column])}: must be from 0 to {n_known - 1}, "
             "the rows of the model's token embedding"
         )
 

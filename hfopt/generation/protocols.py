@@ -102,3 +102,12 @@ class StepPrograms(Protocol):
 
     def holds(self, program: StepProgram) -> bool:
         """Whether this is still the model's program, for the next step of a request that runs no code of its user."""
+
+
+class Ranks(Protocol):
+    """The processes that have a model together. They make the same requests; what may differ between them is as it is in
+    the first one.
+    """
+
+    def first(self, value: int) -> int:
+        """What the first of them has given."""

@@ -8,7 +8,7 @@ from torch import nn
 from hfopt import host
 from hfopt.cache.prefix import PrefixCache
 
-from .protocols import StepPrograms
+from .protocols import Ranks, StepPrograms
 from .speculation import StepCosts
 
 _ATTRIBUTE = "_hfopt_generation"  # of an optimized model
@@ -34,7 +34,7 @@ class Installed:
 
     programs: that prompts and decode steps are taken from, None if modules make them. kv_cache: of the caches that requests
     get. verdict: on this model. lookup: how requests guess tokens that say nothing of it. prefix_cache: that they take
-    beginnings of prompts from. costs: of steps, as far as they are known; draft_costs: of those that guess for others.
+    beginnings of prompts from. ranks: the processes that have the model together, None if this one has all of it. costs: of steps, as far as they are known; draft_costs: of those that guess for others.
     """
 
     programs: StepPrograms | None = None
@@ -42,6 +42,7 @@ class Installed:
     verdict: Verdict = UNKNOWN
     lookup: host.Lookup | None = None
     prefix_cache: PrefixCache | None = None
+    ranks: Ranks | None = None
     costs: StepCosts = field(default_factory=StepCosts, compare=False)
     draft_costs: StepCosts = field(default_factory=StepCosts, compare=False)
 

@@ -86,6 +86,7 @@ from hfopt.host.rotary import (  # noqa: E402
     rewritten,
     steady_length,
 )
+from hfopt.host.sharding import Sharding, Split, is_sharded, local_part, sharding_of  # noqa: E402
 from hfopt.host.streamers import only_hands_on  # noqa: E402
 
 __all__ = [
@@ -117,6 +118,8 @@ __all__ = [
     "MaxLengthCriteria",
     "MaxTimeCriteria",
     "PrefixConstrainedLogitsProcessor",
+    "Sharding",
+    "Split",
     "WindowedLayer",
     "adapter_modules",
     "adapter_names",
@@ -148,8 +151,10 @@ __all__ = [
     "is_capture",
     "is_linear_class",
     "is_repeatable",
+    "is_sharded",
     "knows_causal_output",
     "layer_kinds",
+    "local_part",
     "lookup_in",
     "loop_of",
     "methods",
@@ -164,6 +169,7 @@ __all__ = [
     "rewritten",
     "sample_output",
     "settings_in",
+    "sharding_of",
     "sorts_samples",
     "steady_length",
     "switch_on",

@@ -90,8 +90,10 @@ def takes_draft(settings: Any, model: Any, assistant: Any) -> bool:
 
 
 def vocabulary(model: Any) -> int:
-    """Tokens that a model has embeddings of."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    """Tokens that a model has embeddings of, all processes together that have parts of it."""
+    embedding = model.get_input_embeddings()
+    part = vars(embedding).get("shard")
+    return int(embedding.weight.shape[0] if part is None else part.n)
 
 
 def prompt_inputs(

@@ -36,6 +36,7 @@ from hfopt.kernels.move import PERMUTE, TAKE_LAST
 from hfopt.kernels.norm import HEAD_NORM, LAYER_NORM, RMS_NORM
 from hfopt.kernels.rope import ROTATE, ROTATE_AND_STORE
 from hfopt.kernels.sampling import argmax
+from hfopt.kernels.shared.instructions import ALL_REDUCE, GATHER, LOOK_UP_PART, TAKE_PART
 from hfopt.kernels.simd.pointer import address_of, pointer, shifted
 from hfopt.kernels.xielu import XIELU
 
@@ -59,6 +60,10 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     XIELU,
     ADD_DELTAS,
     ACTIVATE,
+    LOOK_UP_PART,
+    TAKE_PART,
+    ALL_REDUCE,
+    GATHER,
 )
 COLUMNS = OWN + max(len(each.columns) for each in INSTRUCTIONS)
 

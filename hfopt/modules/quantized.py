@@ -81,6 +81,13 @@ class QuantizedLinear(nn.Linear):
             super().__setattr__(name, value)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        shard = self.__dict__.get("shard")
+        if shard is None:
+            return self._multiply(input)
+        y: torch.Tensor = shard.join(self._multiply(shard.cut(input)))
+        return y
+
+    def _multiply(self, input: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling() and is_plain_inference(self, (input,), {}):
             weights = read_quantized(self._own, "own", (self,))
             if weights is not None and is_readable(input, weights.dtype or input.dtype):

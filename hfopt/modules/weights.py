@@ -8,9 +8,10 @@ from torch import nn
 from hfopt.errors import InvalidInput
 from hfopt.functional import LinearWeights, MixedWeights, QuantizedWeights, Weights
 from hfopt.functional.linear import Rows
-from hfopt.host import Conv1D, by_outputs, is_linear_class
+from hfopt.host import Conv1D, Features, by_outputs, is_linear_class
 from hfopt.modules.quantized import QuantizedLinear, read_quantized
 from hfopt.modules.records import Records
+from hfopt.modules.sharded import ShardedLinear, is_part
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -24,7 +25,13 @@ def is_linear(module: nn.Module | None) -> bool:
     if module is None:
         return False
     kind: Any = original_class(module)
-    return kind in (QuantizedLinear, Conv1D) or is_linear_class(kind)
+    return kind in (QuantizedLinear, ShardedLinear, Conv1D) or is_linear_class(kind)
+
+
+def features_of(linear: Any) -> Features:
+    """Sizes of a linear layer as the modules around it see them."""
+    own = Features.of(linear)
+    return linear.shard.features(own) if is_part(linear) else own
 
 
 def read_weights(record: Records, role: str, linears: Sequence[Any], rows: Rows = ()) -> Weights | None:

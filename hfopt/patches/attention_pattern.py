@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hfopt.functional.linear import Rows
-from hfopt.host import Arguments, Features, base_layer
-from hfopt.modules.weights import original_class
+from hfopt.host import Arguments, base_layer
+from hfopt.modules.weights import features_of, original_class
 from hfopt.patches.attention import (
     SCALES,
     AlibiAttention,
@@ -205,7 +205,7 @@ def _sizes(module: Any, parts: AttentionParts) -> tuple[int, int, int, int] | st
     wrapped = next((name for name in names if not is_read_as_linear(module._modules[name])), None)
     if wrapped is not None:
         return f"{wrapped} is a {type(module._modules[wrapped]).__name__}, not a plain Linear"
-    *inputs, output = (Features.of(base_layer(module._modules[name])) for name in names)
+    *inputs, output = (features_of(base_layer(module._modules[name])) for name in names)
     head_dim = next(vars(module)[name] for name in _HEAD_DIMS if name in vars(module))
     hidden_size = output.outputs
     n_heads, n_all = output.inputs // head_dim, sum(each.outputs for each in inputs)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from hfopt.functional import Epilogue
-from hfopt.host import Features
-from hfopt.modules.weights import is_linear
+from hfopt.modules.weights import features_of, is_linear
 from hfopt.patches.block import Block
 from hfopt.patches.ops import Ops, X
 from hfopt.patches.pattern import Pattern
@@ -36,7 +35,7 @@ class Linear(Block):
 def _recognise(module: Any) -> LinearSpec | None:
     if not is_linear(module):
         return None
-    return LinearSpec(*Features.of(module), module.bias is not None)
+    return LinearSpec(*features_of(module), module.bias is not None)
 
 
 def _trial(call: Any, spec: LinearSpec, scene: Any) -> list[torch.Tensor]:

@@ -9,8 +9,9 @@ import torch
 
 from hfopt.functional import Epilogue
 from hfopt.functional.linear import Rows
-from hfopt.host import Features, base_layer
+from hfopt.host import base_layer
 from hfopt.modules.guards import DO_NOTHING
+from hfopt.modules.weights import features_of
 from hfopt.patches.activation import match_activation
 from hfopt.patches.block import Block
 from hfopt.patches.families.family import MlpParts
@@ -83,7 +84,7 @@ def _recognise(parts: MlpParts, module: Any) -> MlpSpec | str | None:
     if wrapped is not None:
         return f"{wrapped} is a {type(module._modules[wrapped]).__name__}, not a plain Linear"
     first, output = (
-        Features.of(base_layer(module._modules[name])) for name in (parts.inputs[0], parts.output)
+        features_of(base_layer(module._modules[name])) for name in (parts.inputs[0], parts.output)
     )
     n = output.inputs
     rows = ((0, n), (n, n)) if parts.is_fused else ()

@@ -1,8 +1,8 @@
 """Find, prove, swap, undo: from a model to a list of what was swapped and what was kept."""
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,10 +48,13 @@ class Kept:
 
 
 class Walk:
-    """One pass over a model. `swapped_now` are the modules whose class this pass has changed."""
+    """One pass over a model. `swapped_now` are the modules whose class this pass has changed.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    agree: what makes of a flaw that this process has found, or of None, what all processes of the model go by.
+    """
+
+    def __init__(self, model: nn.Module, agree: Callable[[str | None], str | None] = lambda flaw: flaw) -> None:
+        self.model, self.agree = model, agree
         self.swapped_now: list[nn.Module] = []
         self._laid: list[nn.Module] = []  # whose weights this pass has laid otherwise
         self._modules = dict(model.named_modules())
@@ -144,6 +147,7 @@ class Walk:
         if proof is None:
             rotary = next(self._rotaries_above(path), None)
             proof = prove(pattern, module, spec, dtype, rotary)
+            proof = replace(proof, flaw=self.agree(proof.flaw))
             if proof.is_general:
                 self._proofs[key] = proof
         return proof

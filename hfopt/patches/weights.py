@@ -9,9 +9,11 @@ from hfopt.functional import Weights
 from hfopt.functional.linear import Rows
 from hfopt.host import base_layer
 from hfopt.modules.guards import is_bare
+from hfopt.modules.sharded import is_part
 from hfopt.modules.weights import is_linear, read_weights
 from hfopt.patches.adapters import AdaptedWeights
 from hfopt.patches.replacement import Replacement
+from hfopt.patches.sharded import ShardedWeights
 
 
 def is_read_as_linear(module: nn.Module | None) -> bool:
@@ -40,13 +42,31 @@ def read_children(module: Replacement, role: str, names: Sequence[str], rows: Ro
     """The weights of these children, or None if one has to be called itself (a hook, an adapter of an unknown kind); without
     names those of the module itself."""
     if not names:
-        return read_weights(module._hfopt, role, (module,), rows)
+        return _read(module, role, (module,), rows)
     children = module._modules
     given: list[Any] = [children[name] for name in names]
     linears: list[Any] = [each if each is None else base_layer(each) for each in given]
     for linear in linears:
         if not is_linear(linear) or not is_bare(linear):
             return None
-    found = read_weights(module._hfopt, role, linears, rows)
+    found = _read(module, role, linears, rows)
     layers = tuple(None if each is base else each for each, base in zip(given, linears, strict=True))
     return found if found is None or layers == (None,) * len(layers) else AdaptedWeights(found, layers, rows)
+
+
+def _read(module: Replacement, role: str, linears: Sequence[Any], rows: Rows) -> Weights | None:
+    """The weights of these Linears, of which this process may have parts; None also where parts of several would have to be
+    put together.
+    """
+    shards = [each.shard for each in linears if is_part(each)]
+    joined = [each for each in shards if each.sums or each.gathers]
+    if not joined:
+        return read_weights(module._hfopt, role, linears, rows)
+    if len(linears) > 1:
+        return None
+    (shard,), ends = joined, [first + n for first, n in rows]
+    # what is put together is in the order of rows
+    if rows and (shard.sums or [first for first, _ in rows] != [0, *ends[:-1]] or ends[-1] != shard.n):
+        return None
+    found = read_weights(module._hfopt, role, linears)
+    return None if found is None else ShardedWeights(found, shard, tuple(n for _, n in rows))

@@ -25,6 +25,7 @@ from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import NONE
 from hfopt.kernels.linear.blocks import RESIDUALS
 from hfopt.patches.adapters import AdaptedWeights
+from hfopt.patches.sharded import ShardedWeights
 from hfopt.program.layout import (
     Value,
     format_of,
@@ -167,6 +168,8 @@ class Builder(Pointwise):
         """`functional.linear`, over matrices of floats, of one format, or of several, or with adapters around them."""
         if isinstance(weights, AdaptedWeights):
             return self._adapted(x, weights, epilogue)
+        if isinstance(weights, ShardedWeights):
+            return self._sharded(x, weights, epilogue)
         if weights.dtype not in (None, self.dtype) or weights.in_features != x.size:
             given = f"{weights.dtype} with {weights.in_features} features"
             raise InvalidInput(f"weights are {given}: {self.dtype} with {x.size} are needed")
@@ -195,6 +198,22 @@ class Builder(Pointwise):
         self.add_deltas(x, out, weights)
         out = self.activate(out, epilogue.activation, gated=epilogue.gated)
         for each in residuals:
+            out = self.scale(out, 1.0, each)
+        return out
+
+    def _sharded(self, x: Value, weights: ShardedWeights, epilogue: Epilogue[Value]) -> Value:
+        """`ShardedWeights.multiply`."""
+        shard, is_plain = weights.shard, epilogue.activation is None and not epilogue.gated
+        if shard.cuts:
+            x = self.take_part(x, shard)
+        if is_plain and shard.sums:
+            own = Epilogue(residuals=epilogue.residuals if shard.leads else ())
+            return self.all_reduce(self.linear(x, weights.base, own), shard)
+        out = self.linear(x, weights.base)
+        out = self.all_reduce(out, shard) if shard.sums else self.gather(out, shard)
+        if not is_plain:
+            out = self.activate(out, epilogue.activation, gated=epilogue.gated)
+        for each in epilogue.residuals:
             out = self.scale(out, 1.0, each)
         return out
 

@@ -19,9 +19,15 @@ _POSITIONS = "position_ids"
 def token_table(name: str, module: Any, scale: str | None) -> Table:
     """What `module` looks up, which is torch's own, or multiplies by its attribute `scale` besides."""
     _check(name, module)
-    if type(module) is not nn.Embedding and not (scale is not None and _scales(module, scale)):
+    if _class_of(module) is not nn.Embedding and not (scale is not None and _scales(module, scale)):
         raise _does_more(name, module)
-    return Table(module.weight.detach())
+    return Table(module.weight.detach(), shard=vars(module).get("shard"))
+
+
+def _class_of(module: Any) -> type[nn.Embedding]:
+    """That of the whole, of one that processes have parts of."""
+    kind: type[nn.Embedding] = getattr(module, "host_class", type(module))
+    return kind
 
 
 def scale_of(module: Any, name: str | None) -> float | None:
@@ -62,10 +68,10 @@ def _does_more(name: str, module: Any) -> UnsupportedModel:
 
 def _scales(module: Any, name: str) -> bool:
     """Whether it looks up, and multiplies by what it has under this name."""
-    ids = torch.arange(min(module.num_embeddings, _N_TRIED), device="cpu")
+    ids = torch.arange(min(len(module.weight), _N_TRIED), device="cpu")
     factor = torch.as_tensor(getattr(module, name, torch.nan)).to(module.weight.dtype)
     with torch.no_grad():
-        return torch.equal(type(module).forward(module, ids), module.weight[ids] * factor)
+        return torch.equal(_class_of(module).forward(module, ids), module.weight[ids] * factor)
 
 
 def _positions(name: str, module: nn.Module, n: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hfopt.errors import InvalidInput
+from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import Norm, Weights, Xielu
 from hfopt.functional.activation import CODES
 from hfopt.functional.limit import check_limit
@@ -17,6 +17,7 @@ from hfopt.functional.linear import width_of
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import NONE, Instruction
 from hfopt.kernels.linear.blocks import RESIDUALS
+from hfopt.modules.sharded import Ranks, Shard
 from hfopt.patches.adapters import AdaptedWeights
 from hfopt.program.layout import Value, Written
 from hfopt.program.program import Table
@@ -38,6 +39,7 @@ class Pointwise:
         self._per_row = False
         self._tables: list[Table] = []
         self._kept: list[Weights | Tensor] = []
+        self.ranks: Ranks | None = None  # that have the model together
         self._adapted_layers: list[tuple[Any, ...]] = []
         self._cached: dict[int, tuple[int, int]] = {}  # layer -> heads of keys, channels of one
 
@@ -67,10 +69,15 @@ class Pointwise:
     def look_up(self, table: Table, by: Index) -> Value:
         """The table's row for each token or position."""
         size, n_bytes = table.rows.shape[1], table.rows.shape[1] * table.rows.element_size()
-        out = Value(size, table.rows.dtype)
+        out, shard = Value(size, table.rows.dtype), table.shard
         columns = {"SIZE": n_bytes, "table": self._table(table), "by": _INDICES[by]}
-        self._add(kernels.LOOK_UP, f"[{size}]", {"OUT": out}, columns, n_bytes={"row_bytes": n_bytes})
-        return out
+        more = {"n_bytes": {"row_bytes": n_bytes}}
+        if shard is None:
+            self._add(kernels.LOOK_UP, f"[{size}]", {"OUT": out}, columns, **more)
+            return out
+        columns |= {"first": shard.first, "n_all": shard.n}
+        self._add(kernels.LOOK_UP_PART, f"[{size}]", {"OUT": out}, columns, **more)
+        return self.all_reduce(out, shard)
 
     def add_looked_up(self, table: Table, by: Index, x: Value) -> None:
         """x plus such a row, in place."""
@@ -81,6 +88,43 @@ class Pointwise:
         columns = {"SIZE": size, "table": self._table(table), "by": _INDICES[by]}
         n_bytes = {"row_bytes": size * dtype.itemsize}
         self._add(kernels.ADD_LOOKED_UP, f"[{size}]", {"OUT": x}, columns, n_bytes=n_bytes)
+
+    # ---- what several processes make together -------------------------------------------------------------------------
+
+    def all_reduce(self, x: Value, shard: Shard) -> Value:
+        """The sum over the processes, in place; x itself."""
+        self._check(x)
+        columns = {"SIZE": x.size, **self._member(shard)}
+        self._add(kernels.ALL_REDUCE, f"[{x.size}]", {"IN": x}, columns)
+        return x
+
+    def gather(self, x: Value, shard: Shard) -> Value:
+        """What the processes have, side by side."""
+        self._check(x)
+        if x.size != shard.n_own:
+            raise InvalidInput(f"x has {x.size} values: {shard.n_own} are needed")
+        out = Value(shard.n, self.dtype)
+        columns = {"SIZE": x.size, "first": shard.first, "width": shard.n, **self._member(shard)}
+        self._add(kernels.GATHER, f"{x.size} → {shard.n}", {"IN": x, "OUT": out}, columns)
+        return out
+
+    def take_part(self, x: Value, shard: Shard) -> Value:
+        """The inputs of this process."""
+        self._check(x)
+        if x.size != shard.n:
+            raise InvalidInput(f"x has {x.size} values: {shard.n} are needed")
+        out = Value(shard.n_own, self.dtype)
+        columns = {"SIZE": out.size, "first": shard.first, "width": x.size}
+        self._add(kernels.TAKE_PART, f"{x.size} → {out.size}", {"IN": x, "OUT": out}, columns)
+        return out
+
+    def _member(self, shard: Shard) -> dict[str, int]:
+        """What collectives are told of the group; raises UnsupportedModel for processes of several hosts."""
+        member = shard.ranks.member
+        if member is None:
+            raise UnsupportedModel("processes of several hosts have the model together")
+        self.ranks = shard.ranks
+        return {"member": member.address, "status": member.status_address}
 
     # ---- adapters -------------------------------------------------------------------------------------------------------
 

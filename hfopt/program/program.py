@@ -21,6 +21,7 @@ from hfopt.functional.linear import Weights
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import Instruction
 from hfopt.kernels.linear.rows import ROW_LIMIT
+from hfopt.modules.sharded import Shard
 from hfopt.patches.angles import AngleTables
 from hfopt.program.listing import Listing
 from hfopt.program.run import Run, prefill
@@ -59,14 +60,18 @@ class Table:
     """Contiguous [n, size] of which instructions look up rows.
 
     build(n): the table with at least n rows, if it can grow. breaks: with more rows than these it is another table, in all
-    rows.
+    rows. shard: which rows of a table these are that several processes have together.
     """
 
     def __init__(
-        self, rows: Tensor, build: Callable[[int], Tensor] | None = None, breaks: Breaks = _NO_BREAKS
+        self,
+        rows: Tensor,
+        build: Callable[[int], Tensor] | None = None,
+        breaks: Breaks = _NO_BREAKS,
+        shard: Shard | None = None,
     ) -> None:
         _check_rows(rows)
-        self._build, self.breaks = build, breaks
+        self._build, self.breaks, self.shard = build, breaks, shard
         self._rows = {0: rows}  # by stretch
 
     @classmethod
@@ -84,6 +89,10 @@ class Table:
     def rows(self) -> Tensor:
         """The table as it is for the first rows."""
         return self._rows[0]
+
+    def __len__(self) -> int:
+        """Rows of it as it is for the first ones, of all processes."""
+        return len(self.rows) if self.shard is None else self.shard.n
 
     @property
     def grows(self) -> bool:

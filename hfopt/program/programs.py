@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -51,12 +52,17 @@ class _Made:
 class Programs:
     """Makes the program of a model when it is first asked for, and anew when the model has changed.
 
-    Copies and pickles start empty. kv_cache: of the caches that requests of this model get.
+    Copies and pickles start empty. kv_cache: of the caches that requests of this model get. agree: see `patches.walk.Walk`.
     """
 
-    def __init__(self, kernels: Kernels, kv_cache: str | None = None) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        kv_cache: str | None = None,
+        agree: Callable[[str | None], str | None] = lambda flaw: flaw,
+    ) -> None:
         self._kernels: Kernels = kernels
-        self._kv_cache = kv_cache
+        self._kv_cache, self._agree = kv_cache, agree
         self._lock = threading.Lock()
         self._made: _Made | None = None
 
@@ -138,7 +144,7 @@ class Programs:
             with self._lock:
                 program = made.program
                 if program is not None and kv_cache not in made.rehearsed:
-                    reason = difference(model, program, kv_cache)
+                    reason = self._agree(difference(model, program, kv_cache))
                     made.rehearsed.add(kv_cache)
                     if reason is not None:
                         made.program, made.reason = None, reason

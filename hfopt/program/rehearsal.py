@@ -174,7 +174,7 @@ class _Stage(NamedTuple):
     @property
     def _n_indices(self) -> int:
         """Tokens and positions below this are in all tables."""
-        return min(len(table.rows) for table in self.program.tables if not table.grows)
+        return min(len(table) for table in self.program.tables if not table.grows)
 
     @property
     def farthest(self) -> int:

@@ -1,0 +1,1 @@
+"""Processes that have a model together."""

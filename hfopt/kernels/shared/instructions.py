@@ -1,0 +1,133 @@
+"""What processes that have a model together do in the middle of a program."""
+
+from typing import NamedTuple
+
+from hfopt.kernels.embedding import TABLE_ADDRESS, TABLE_FIELDS, TABLE_ROWS
+from hfopt.kernels.instruction import UNKNOWN_INDEX, Instruction, read_fields
+from hfopt.kernels.jit.parallel import body
+from hfopt.kernels.move import copy_bytes
+from hfopt.kernels.shared.collectives import all_gather, all_reduce
+from hfopt.kernels.shared.member import DONE, NOT_YET, member_at
+from hfopt.kernels.simd.memory import item_bytes
+from hfopt.kernels.simd.pointer import bytes_at, integers_at, shifted
+
+# ---- collectives ------------------------------------------------------------------------------------------------------
+
+
+class _AllReduce(NamedTuple):
+    member: int  # address, see `Member`
+    status: int  # address of what a collective has returned that was not done
+
+
+@body
+def _sum(like, member, status, x, n):
+    """The sum of n elements at x, unless a collective before has not been done."""
+    status = integers_at(status)
+    if status[0] == DONE:
+        found = NOT_YET
+        while found == NOT_YET:
+            found = all_reduce(like, member, x, n)
+        status[0] = found
+
+
+@body
+def _all_reduce(like, held, operands, step):
+    own = read_fields(operands.own, _AllReduce)
+    _sum(like, own.member, own.status, operands.x, operands.n * operands.size)
+
+
+# IN = the sum of the IN of all processes, SIZE values
+ALL_REDUCE = Instruction("all-reduce", _AllReduce._fields, _all_reduce)
+
+
+class _Gather(NamedTuple):
+    member: int  # as above
+    status: int
+    first: int  # of the values in OUT that are those of this process
+    width: int  # values of all
+
+
+@body
+def _clear(n_bytes, target):
+    target = bytes_at(target)
+    for k in range(n_bytes):
+        target[k] = 0
+
+
+@body
+def _gather(like, held, operands, step):
+    own, n, size = read_fields(operands.own, _Gather), operands.n, operands.size * item_bytes(like)
+    m, status = member_at(own.member), integers_at(own.status)
+    if operands.size * m.size == own.width:
+        if status[0] == DONE:
+            found = NOT_YET
+            while found == NOT_YET:
+                found = all_gather(own.member, operands.x, n, size, operands.out)
+            status[0] = found
+        return
+    # parts of different sizes: all others are 0 here
+    width = own.width * item_bytes(like)
+    _clear(n * width, operands.out)
+    for row in range(n):
+        target = operands.out + row * width + own.first * item_bytes(like)
+        copy_bytes(operands.x + row * size, size, target)
+    _sum(like, own.member, own.status, operands.out, n * own.width)
+
+
+# OUT = IN, SIZE values, of all processes side by side
+GATHER = Instruction("gather", _Gather._fields, _gather)
+
+
+# ---- parts ------------------------------------------------------------------------------------------------------------
+
+
+class _TakePart(NamedTuple):
+    first: int  # value
+    width: int  # values of IN
+
+
+@body
+def _take_part(like, held, operands, step):
+    own, size = read_fields(operands.own, _TakePart), operands.size * item_bytes(like)
+    source = operands.x + own.first * item_bytes(like)
+    for row in range(operands.n):
+        copy_bytes(source + row * own.width * item_bytes(like), size, operands.out + row * size)
+
+
+# OUT = SIZE values of IN, from `first` on
+TAKE_PART = Instruction("take part", _TakePart._fields, _take_part)
+
+
+class _LookUpPart(NamedTuple):
+    table: int  # its number
+    by: int  # TOKENS or POSITIONS
+    first: int  # of the rows of all processes that it has
+    n_all: int  # rows of all processes
+
+
+@body
+def _check(held, own, step):
+    """0 if a table of some process has a row for each token."""
+    own = read_fields(own, _LookUpPart)
+    for token in range(step.n_tokens):
+        index = step.ids[own.by * step.n_tokens + token]
+        if index < 0 or index >= own.n_all:
+            return UNKNOWN_INDEX
+    return 0
+
+
+@body
+def _look_up_part(like, held, operands, step):
+    own, size = read_fields(operands.own, _LookUpPart), operands.size
+    table = shifted(step.tables, own.table * TABLE_FIELDS)
+    indices = shifted(step.ids, own.by * step.n_tokens)
+    for token in range(step.n_tokens):
+        place, target = indices[token] - own.first, operands.out + token * size
+        if place < 0 or place >= table[TABLE_ROWS]:
+            _clear(size, target)
+        else:
+            copy_bytes(table[TABLE_ADDRESS] + place * size, size, target)
+
+
+# OUT = a row of the table, SIZE bytes of whatever type, or 0 for those of other processes
+LOOK_UP_PART = Instruction("embedding", _LookUpPart._fields, _look_up_part, check=_check)
