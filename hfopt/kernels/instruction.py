@@ -37,7 +37,7 @@ class Instruction:
         scratch(like, own, format, sizes: Sizes)           bytes of scratch that it needs, at most
         check(held, own, step: Step)                       0, UNKNOWN_INDEX or UNKNOWN_ROW, before anything is written
 
-    needs_formats: it reads `Operands.format`; programs without formats do not compile it.
+    needs_formats: it reads `Operands.format`; needs_group: it reads `Step.group`. Programs without do not compile it.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Instruction:
     scratch: Callable[..., Any] | None = None
     check: Callable[..., Any] | None = None
     needs_formats: bool = False
+    needs_group: bool = False
 
     def row(self, op: int, **columns: int) -> list[int]:
         """The row of a program that does this; IN and OUT are no slots, SIZE and PER_ROW 0 unless they are given.
@@ -102,6 +103,14 @@ class Step(NamedTuple):
     scratch: Any  # address
     threads: Any  # that it is made for
     deltas: Any  # pointer to `deltas.Deltas`, of the adapters of the request
+    group: Any  # pointer to `Group`, of processes that have the model together, or None
+
+
+class Group(NamedTuple):
+    """Addresses of what collectives are told, see `shared.member`, and of the first status of theirs that was not DONE."""
+
+    member: Any
+    status: Any
 
 
 class Sizes(NamedTuple):
@@ -139,6 +148,18 @@ def format_at(typingctx, formats, i):
         return builder.gep(first, [builder.mul(args[1], ir.Constant(INTP, FORMAT_COLUMNS))])
 
     return types.CPointer(types.int64)(formats, i), codegen
+
+
+@intrinsic
+def pointer_or_none(typingctx, array):
+    """Pointer to the first element; None if that is None."""
+    if array is types.none:
+        return types.none(array), lambda context, builder, sig, args: context.get_dummy_value()
+
+    def codegen(context, builder, sig, args):
+        return compiler.array_data(context, builder, sig.args[0], args[0])
+
+    return types.CPointer(array.dtype)(array), codegen
 
 
 @intrinsic

@@ -26,6 +26,7 @@ from hfopt.kernels.instruction import (
     Sizes,
     Step,
     format_at,
+    pointer_or_none,
 )
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body
@@ -67,6 +68,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
 )
 COLUMNS = OWN + max(len(each.columns) for each in INSTRUCTIONS)
 
+_FORMATS, _GROUP = range(2)  # places in what a switch is given
 UNKNOWN_OPERATION = 3  # what `run_step` returns less: this, and the number of the row
 
 
@@ -81,7 +83,8 @@ def row_of(instruction: Instruction, **columns: int) -> np.ndarray:
 def _switch(part: str):
     """The bodies of this name of all instructions."""
     bodies = [getattr(each, part) for each in INSTRUCTIONS]
-    return switch(bodies, [each.needs_formats for each in INSTRUCTIONS])
+    needs = [_FORMATS if each.needs_formats else _GROUP if each.needs_group else None for each in INSTRUCTIONS]
+    return switch(bodies, needs)
 
 
 _scratch, _check, _run = (_switch(part) for part in ("scratch", "check", "run"))
@@ -100,16 +103,16 @@ def scratch_bytes(like, code, formats, n_rows, n_new, n_last, threads):
         n = n_rows * (n_last if row[PER_ROW] != 0 else n_new)
         sizes = Sizes(n, row[SIZE], n_rows, n_new, n_last, threads)
         arguments = pointer(like), shifted(row, OWN), format_at(formats, i), sizes
-        most = max(most, _scratch(row[OP], formats, arguments))
+        most = max(most, _scratch(row[OP], (formats, None), arguments))
     return most
 
 
 @body
-def _check_all(held, code, formats, step):
+def _check_all(held, code, formats, group, step):
     """0 if all instructions are known and find what they need; what is wrong otherwise."""
     for i in range(code.shape[0]):
         row = shifted(pointer(code), i * COLUMNS)
-        wrong = _check(row[OP], formats, (held, shifted(row, OWN), step))
+        wrong = _check(row[OP], (formats, group), (held, shifted(row, OWN), step))
         if wrong == UNKNOWN:
             return UNKNOWN_OPERATION + i
         if wrong != 0:
@@ -118,7 +121,7 @@ def _check_all(held, code, formats, step):
 
 
 @body
-def _run_all(like, held, code, formats, scalars, step, logits):
+def _run_all(like, held, code, formats, group, scalars, step, logits):
     """Runs instructions that were checked."""
     for i in range(code.shape[0]):
         row = shifted(pointer(code), i * COLUMNS)
@@ -126,7 +129,7 @@ def _run_all(like, held, code, formats, scalars, step, logits):
         out = logits if row[OUT] == LOGITS else step.arena + row[OUT] * step.n_tokens
         n = step.n_rows * step.n_last if row[PER_ROW] != 0 else step.n_tokens
         operands = Operands(x, out, n, row[SIZE], scalars[i], shifted(row, OWN), format_at(formats, i))
-        _run(row[OP], formats, (like, held, operands, step))
+        _run(row[OP], (formats, group), (like, held, operands, step))
 
 
 @body
@@ -175,6 +178,7 @@ def run_step(
     pad,
     ends,
     deltas,
+    group,
 ):
     """Runs a program for n_new tokens in each of n_rows rows; or for one, and again for the tokens that it chooses itself.
     n_last is 1, or n_new for tokens that are checked: each is computed as in a step of its own, with the same bits.
@@ -192,7 +196,7 @@ def run_step(
     logits [n_rows n_last, n_logits], of the element type. chosen int64 [n_steps, n_rows]: their `sampling.argmax` each
     time, or no rows if the logits are wanted; behind it `pad` in rows that are finished, bool [n_rows]. The last time is
     one that chooses any of `ends`, int64 [n], for another row. deltas int64 [4]: `deltas.Deltas`, all 0 if no row has an
-    adapter.
+    adapter. group: `instruction.Group`, int64 [2], or None without instructions that need it.
     """
     elements, cached = pointer(like), pointer(held)
     rows = pointer(prefix_row), pointer(table), table.shape[1]
@@ -205,12 +209,21 @@ def run_step(
         part, last = (SUFFIX, lengths[1]) if in_suffix else (PREFIX, lengths[0])
         cache = Cached(pointer(records), *lengths, *rows, part, last - n_new)
         step = Step(
-            *sizes, arena, pointer(tables), pointer(ids), cache, *masked, scratch, threads, pointer(deltas)
+            *sizes,
+            arena,
+            pointer(tables),
+            pointer(ids),
+            cache,
+            *masked,
+            scratch,
+            threads,
+            pointer(deltas),
+            pointer_or_none(group),
         )
-        wrong = _check_all(cached, code, formats, step)
+        wrong = _check_all(cached, code, formats, group, step)
         if wrong != 0:
             return k if k > 0 else -wrong
-        _run_all(elements, cached, code, formats, scalars, step, logits)
+        _run_all(elements, cached, code, formats, group, scalars, step, logits)
         if chosen.shape[0] > 0:
             _argmax(like, logits, n_rows, n_logits, address_of(pointer(chosen)) + 8 * n_rows * k)
             if not _follow(ids, chosen[k], finished, pad, ends):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +28,13 @@ class Ranks(Protocol):
     @property
     def size(self) -> int:
         """How many there are."""
+
+    @property
+    def words(self) -> np.ndarray | None:
+        """`kernels.instruction.Group`, int64 [2], of processes of one host."""
+
+    def check(self) -> None:
+        """Raises RankError if a collective of a program has not been done."""
 
     def all_reduce(self, tensor: Tensor) -> None:
         """The sum over all, in place, with the same bits everywhere: contiguous, float."""

@@ -311,5 +311,6 @@ class Builder(Pointwise):
             has_slopes=self._has_slopes,
             has_ranks=self._has_ranks,
             adapted=tuple(self._adapted_layers),
+            ranks=self.ranks,
             is_exact=not any(each.columns.get("smooth") for each in self._written),
         )

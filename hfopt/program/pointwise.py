@@ -94,8 +94,8 @@ class Pointwise:
     def all_reduce(self, x: Value, shard: Shard) -> Value:
         """The sum over the processes, in place; x itself."""
         self._check(x)
-        columns = {"SIZE": x.size, **self._member(shard)}
-        self._add(kernels.ALL_REDUCE, f"[{x.size}]", {"IN": x}, columns)
+        self._note(shard)
+        self._add(kernels.ALL_REDUCE, f"[{x.size}]", {"IN": x}, {"SIZE": x.size})
         return x
 
     def gather(self, x: Value, shard: Shard) -> Value:
@@ -104,7 +104,8 @@ class Pointwise:
         if x.size != shard.n_own:
             raise InvalidInput(f"x has {x.size} values: {shard.n_own} are needed")
         out = Value(shard.n, self.dtype)
-        columns = {"SIZE": x.size, "first": shard.first, "width": shard.n, **self._member(shard)}
+        self._note(shard)
+        columns = {"SIZE": x.size, "first": shard.first, "width": shard.n}
         self._add(kernels.GATHER, f"{x.size} → {shard.n}", {"IN": x, "OUT": out}, columns)
         return out
 
@@ -118,13 +119,11 @@ class Pointwise:
         self._add(kernels.TAKE_PART, f"{x.size} → {out.size}", {"IN": x, "OUT": out}, columns)
         return out
 
-    def _member(self, shard: Shard) -> dict[str, int]:
-        """What collectives are told of the group; raises UnsupportedModel for processes of several hosts."""
-        member = shard.ranks.member
-        if member is None:
+    def _note(self, shard: Shard) -> None:
+        """Raises UnsupportedModel for processes of several hosts."""
+        if shard.ranks.words is None:
             raise UnsupportedModel("processes of several hosts have the model together")
         self.ranks = shard.ranks
-        return {"member": member.address, "status": member.status_address}
 
     # ---- adapters -------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from hfopt.functional.linear import Weights
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import Instruction
 from hfopt.kernels.linear.rows import ROW_LIMIT
-from hfopt.modules.sharded import Shard
+from hfopt.modules.sharded import Ranks, Shard
 from hfopt.patches.angles import AngleTables
 from hfopt.program.listing import Listing
 from hfopt.program.run import Run, prefill
@@ -147,6 +147,7 @@ class Program(NamedTuple):
     adapted: tuple[
         tuple[Any, ...], ...
     ]  # of each place where adapters add something: of each matrix, its layer or None
+    ranks: Ranks | None  # the processes that have the model together
     is_exact: bool  # whether logits have the bits of the model's own, which takes torch's tanh to limit them
 
     @property

@@ -270,7 +270,10 @@ class Run:
             pad,
             eos,
             self._given,
+            None if program.ranks is None else program.ranks.words,
         )
+        if program.ranks is not None:
+            program.ranks.check()
         if outcome <= -kernels.UNKNOWN_OPERATION:
             number = -kernels.UNKNOWN_OPERATION - outcome
             raise InvalidInput(

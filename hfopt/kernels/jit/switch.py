@@ -11,18 +11,19 @@ from hfopt.kernels.jit import compiler
 UNKNOWN = -1  # what a switch returns for a number that is not one of a body
 
 
-def switch(bodies: Sequence[Callable | None], needs_given: Sequence[bool]):
+def switch(bodies: Sequence[Callable | None], needs: Sequence[int | None]):
     """An intrinsic (number, given, arguments) -> int64 that calls a body.
 
     It returns what bodies[number](*arguments) does, 0 if that is nothing or None stands there, and UNKNOWN for any other
-    number. Where `given` is None, bodies that need it are not compiled, and their numbers are unknown.
+    number. needs: the place in the tuple `given` of what a body needs. Where None stands there, it is not compiled, and its
+    number is unknown.
     """
 
     @intrinsic
     def call_one(typingctx, number, given, arguments):
         argument_types, known = tuple(arguments), {}
-        for n, (body, is_needed) in enumerate(zip(bodies, needs_given, strict=True)):
-            if is_needed and given is types.none:
+        for n, (body, place) in enumerate(zip(bodies, needs, strict=True)):
+            if place is not None and given[place] is types.none:
                 continue
             if body is None:
                 known[n] = None, types.none

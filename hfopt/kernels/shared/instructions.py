@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from hfopt.kernels.embedding import TABLE_ADDRESS, TABLE_FIELDS, TABLE_ROWS
-from hfopt.kernels.instruction import UNKNOWN_INDEX, Instruction, read_fields
+from hfopt.kernels.instruction import UNKNOWN_INDEX, Group, Instruction, read_fields
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.move import copy_bytes
 from hfopt.kernels.shared.collectives import all_gather, all_reduce
@@ -14,35 +14,28 @@ from hfopt.kernels.simd.pointer import bytes_at, integers_at, shifted
 # ---- collectives ------------------------------------------------------------------------------------------------------
 
 
-class _AllReduce(NamedTuple):
-    member: int  # address, see `Member`
-    status: int  # address of what a collective has returned that was not done
-
-
 @body
-def _sum(like, member, status, x, n):
+def _sum(like, group, x, n):
     """The sum of n elements at x, unless a collective before has not been done."""
-    status = integers_at(status)
+    group = read_fields(group, Group)
+    status = integers_at(group.status)
     if status[0] == DONE:
         found = NOT_YET
         while found == NOT_YET:
-            found = all_reduce(like, member, x, n)
+            found = all_reduce(like, group.member, x, n)
         status[0] = found
 
 
 @body
 def _all_reduce(like, held, operands, step):
-    own = read_fields(operands.own, _AllReduce)
-    _sum(like, own.member, own.status, operands.x, operands.n * operands.size)
+    _sum(like, step.group, operands.x, operands.n * operands.size)
 
 
 # IN = the sum of the IN of all processes, SIZE values
-ALL_REDUCE = Instruction("all-reduce", _AllReduce._fields, _all_reduce)
+ALL_REDUCE = Instruction("all-reduce", (), _all_reduce, needs_group=True)
 
 
 class _Gather(NamedTuple):
-    member: int  # as above
-    status: int
     first: int  # of the values in OUT that are those of this process
     width: int  # values of all
 
@@ -57,12 +50,13 @@ def _clear(n_bytes, target):
 @body
 def _gather(like, held, operands, step):
     own, n, size = read_fields(operands.own, _Gather), operands.n, operands.size * item_bytes(like)
-    m, status = member_at(own.member), integers_at(own.status)
-    if operands.size * m.size == own.width:
+    group = read_fields(step.group, Group)
+    status = integers_at(group.status)
+    if operands.size * member_at(group.member).size == own.width:
         if status[0] == DONE:
             found = NOT_YET
             while found == NOT_YET:
-                found = all_gather(own.member, operands.x, n, size, operands.out)
+                found = all_gather(group.member, operands.x, n, size, operands.out)
             status[0] = found
         return
     # parts of different sizes: all others are 0 here
@@ -71,11 +65,11 @@ def _gather(like, held, operands, step):
     for row in range(n):
         target = operands.out + row * width + own.first * item_bytes(like)
         copy_bytes(operands.x + row * size, size, target)
-    _sum(like, own.member, own.status, operands.out, n * own.width)
+    _sum(like, step.group, operands.out, n * own.width)
 
 
 # OUT = IN, SIZE values, of all processes side by side
-GATHER = Instruction("gather", _Gather._fields, _gather)
+GATHER = Instruction("gather", _Gather._fields, _gather, needs_group=True)
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------------
@@ -95,7 +89,7 @@ def _take_part(like, held, operands, step):
 
 
 # OUT = SIZE values of IN, from `first` on
-TAKE_PART = Instruction("take part", _TakePart._fields, _take_part)
+TAKE_PART = Instruction("take part", _TakePart._fields, _take_part, needs_group=True)
 
 
 class _LookUpPart(NamedTuple):
@@ -130,4 +124,4 @@ def _look_up_part(like, held, operands, step):
 
 
 # OUT = a row of the table, SIZE bytes of whatever type, or 0 for those of other processes
-LOOK_UP_PART = Instruction("embedding", _LookUpPart._fields, _look_up_part, check=_check)
+LOOK_UP_PART = Instruction("embedding", _LookUpPart._fields, _look_up_part, check=_check, needs_group=True)
