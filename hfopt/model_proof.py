@@ -20,6 +20,7 @@ from hfopt.host import is_capture, vocabulary
 from hfopt.patches.probe import allowed
 from hfopt.patches.scene import shaken
 from hfopt.patches.shadow import shadow
+from hfopt.patches.sharding import ranks_of
 from hfopt.patches.walk import Walk
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def _generated(model: Any, programs: StepPrograms | None = None) -> Logits | Exc
     )
     generation.uninstall(model)
     if programs is not None:
-        generation.install(model, Installed(programs))
+        generation.install(model, Installed(programs, ranks=ranks_of(model)))
     generate = model.generate if programs is not None else functools.partial(type(model).generate, model)
     chosen = LogitsProcessorList([_Chosen()])
     return _outcome(lambda: tuple(generate(**_prompts(model), logits_processor=chosen).logits))

@@ -18,7 +18,6 @@ from hfopt.cache import PrefixCache
 from hfopt.cache.codes import check_kv_cache
 from hfopt.calibration import Calibration, Calibrator
 from hfopt.checkpoints.hf_quantizer import declare
-from hfopt.distributed.ranks import Ranks
 from hfopt.errors import InvalidInput, UnsupportedDevice, UnsupportedModel
 from hfopt.host import sharding_of
 from hfopt.machine import env
@@ -29,6 +28,7 @@ from hfopt.report import Report
 from hfopt.words import DTYPES, dtypes_in_words
 
 if TYPE_CHECKING:
+    from hfopt.distributed.ranks import Ranks
     from hfopt.functional import Kernels
     from hfopt.generation import Verdict
     from hfopt.patches.walk import Walk
@@ -223,6 +223,7 @@ def _together(model: nn.Module, kernels: Kernels) -> Ranks | None:
     """The processes that transformers has split the model over, once its layers are ours; None if there are none, or if
     they stay what they are.
     """
+    from hfopt.distributed.ranks import Ranks
     from hfopt.functional.choice import settle
     from hfopt.patches.sharding import ranks_of, take_parts
 

@@ -19,6 +19,7 @@ from .decoding import Pace
 from .passes import Passes
 from .selection import continuations, select
 from .sequences import Sequences
+from .state import installed
 from .stopping import Stopping, runs_foreign_code
 
 DEAD = np.float32(-1e9)  # added to the score of what must not be chosen, as in transformers
@@ -46,7 +47,7 @@ def beam_search(
     n_candidates = max(2, 1 + (0 if ends is None else ends.shape[0])) * num_beams
     fill = int(pad or ends[0]) if ends is not None else -1
 
-    stopping = Stopping(stopping_criteria)
+    stopping = Stopping(stopping_criteria, installed(model).ranks)
     is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria])
     passes = Passes(model, generation_config, model_kwargs, Pace(not is_foreign))
     beams = Beams(n_rows // num_beams, generation_config, prompt_length)

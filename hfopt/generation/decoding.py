@@ -12,6 +12,7 @@ from torch import Tensor
 from hfopt.cache import AppendedEverywhere, IndirectCache
 
 from ._types import Model
+from .agreement import elapsed
 from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, spans, wanted
 from .protocols import StepProgram, StepPrograms, StepRun
 from .selection import argmax
@@ -79,6 +80,7 @@ class Decoding:
         # no program that is not given positions reads these
         self._positions, self._mask = np.zeros(1, np.int64) if positions is None else positions, mask
         self._is_alone, self._wait, self._speculation = pace
+        self._ranks = installed(model).ranks
         self._program: StepProgram | None = None
         self._run: StepRun | None = None
         self._checks: dict[int, StepRun] = {}  # by tokens of a row
@@ -189,7 +191,7 @@ class Decoding:
             self._cache.crop(-n_new)
             raise
         if self._speculation is not None:
-            self._speculation.note_call(n_rows, n_new, time.perf_counter() - begin)
+            self._speculation.note_call(n_rows, n_new, elapsed(self._ranks, begin))
         return logits
 
     def _end_check(self) -> None:
@@ -279,7 +281,7 @@ class Decoding:
         except BaseException:  # its columns have not been written, or nobody gets to know of them: Ctrl-C
             self._cache.crop(-n_steps)
             raise
-        self._n_steps, self._seconds = len(chosen), (time.perf_counter() - begin) / len(chosen)
+        self._n_steps, self._seconds = len(chosen), elapsed(self._ranks, begin) / len(chosen)
         if self._speculation is not None:
             self._speculation.note_call(len(tokens), 1, self._seconds)
         if len(chosen) < n_steps:

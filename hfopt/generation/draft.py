@@ -16,8 +16,10 @@ from hfopt.cache import IndirectCache
 from hfopt.errors import HfoptError
 
 from ._types import Ids, Model
+from .agreement import elapsed
 from .decoding import Decoding, Greedy, Pace
 from .prefill import Prefill
+from .protocols import Ranks
 from .selection import argmax, drawn
 from .sequences import Sequences
 from .speculation import Guess
@@ -90,7 +92,7 @@ class DraftModel:
 
     model: the draft. Its prompt is read when it is first asked, and what has been chosen otherwise than guessed is taken
     back from its cache. input_ids: int64 [n_rows, length]; mask: [n_rows, at least length], 0 for what is hidden, or None;
-    max_length: of the request; vocabulary: tokens that the request's model can read.
+    max_length: of the request; vocabulary: tokens that the request's model can read; ranks: that have it together.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class DraftModel:
         choice: Choice,
         max_length: int,
         vocabulary: int,
+        ranks: Ranks | None,
     ) -> None:
+        self._ranks = ranks
         self._model, self._choice, self._vocabulary = model, choice, vocabulary
         self._mask = None if mask is None else mask[:, mask.shape[1] - input_ids.shape[1] :]
         self._sequences = Sequences(input_ids)
@@ -137,7 +141,7 @@ class DraftModel:
         guessed = self._guessed = np.stack(made, 1)
         if not is_first and n_unread <= 2:  # as many calls as tokens
             costs = installed(self._model).draft_costs
-            costs.note(self._n_rows, 1, (time.perf_counter() - begin) / len(made))
+            costs.note(self._n_rows, 1, elapsed(self._ranks, begin) / len(made))
         n_known = int((guessed < self._vocabulary).all(0).cumprod().sum())
         return Guess(guessed[:, :n_known]) if n_known else None
 

@@ -21,6 +21,7 @@ from hfopt.errors import InvalidInput
 from hfopt.progress import compile_progress
 
 from ._types import Model
+from .agreement import one_request
 from .binding import Bound
 from .inputs import check_inputs
 from .plan import our_cache, plan_of, takes_our_cache, their_plan
@@ -117,7 +118,12 @@ def generate(model: Model, *args: Any, **kwargs: Any) -> Any:
         check_inputs(model, kwargs)
         plan = plan_of(model, kwargs)
     has_own_cache = host.cache_in(kwargs.values()) is None
-    with compile_progress(), tokenizer_of(kwargs), request(prefix_cache, has_own_cache=has_own_cache):
+    with (
+        one_request(model, kwargs),
+        compile_progress(),
+        tokenizer_of(kwargs),
+        request(prefix_cache, has_own_cache=has_own_cache),
+    ):
         if plan.loop is None:
             with our_cache(plan.takes_our_cache):
                 return type(model).generate(model, **kwargs)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -109,5 +110,12 @@ class Ranks(Protocol):
     the first one.
     """
 
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Held while a request runs."""
+
     def first(self, value: int) -> int:
         """What the first of them has given."""
+
+    def told(self, value: Any) -> list[Any]:
+        """What each of them has given, in order."""

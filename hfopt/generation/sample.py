@@ -41,7 +41,8 @@ def sample(
 
     lookup: how tokens are guessed from the text; draft: the model that guesses them. Neither changes any.
     """
-    stopping = Stopping(stopping_criteria)
+    ranks = installed(model).ranks
+    stopping = Stopping(stopping_criteria, ranks)
     is_foreign = runs_foreign_code([*logits_processor, *stopping_criteria])
     if streamer is not None and not host.only_hands_on(streamer):
         is_foreign = True
@@ -52,7 +53,7 @@ def sample(
     if draft is not None:
         choice = Choice(logits_processor, generation_config.do_sample)
         mask, n_known = model_kwargs.get("attention_mask"), host.vocabulary(model)
-        guesser = DraftModel(draft, input_ids, mask, choice, generation_config.max_length, n_known)
+        guesser = DraftModel(draft, input_ids, mask, choice, generation_config.max_length, n_known, ranks)
         speculation = Speculation(guesser, MOST, installed(model).costs)
     elif lookup is not None:
         lookup_guesser = PromptLookup(input_ids.numpy(), lookup.longest)

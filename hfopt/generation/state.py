@@ -34,7 +34,8 @@ class Installed:
 
     programs: that prompts and decode steps are taken from, None if modules make them. kv_cache: of the caches that requests
     get. verdict: on this model. lookup: how requests guess tokens that say nothing of it. prefix_cache: that they take
-    beginnings of prompts from. ranks: the processes that have the model together, None if this one has all of it. costs: of steps, as far as they are known; draft_costs: of those that guess for others.
+    beginnings of prompts from. ranks: the processes that have the model together, None if this one has all of it. costs: of
+    steps, as far as they are known; draft_costs: of those that guess for others.
     """
 
     programs: StepPrograms | None = None

@@ -10,7 +10,9 @@ from transformers import StoppingCriteriaList
 
 from hfopt.host import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, PrefixConstrainedLogitsProcessor
 
+from .agreement import agreed
 from .latency import TokenClock
+from .protocols import Ranks
 
 
 def runs_foreign_code(parts: Iterable[Any]) -> bool:
@@ -27,10 +29,12 @@ class Stopping:
 
     A limit of length is one comparison, an end token one look at the new tokens, and criteria that read
     nothing but the shape get a view of the right one. So sequences are only built for criteria that read
-    them (`reads_sequences`: those of a user).
+    them (`reads_sequences`: those of a user). ranks: the processes that have the model together; of criteria that may
+    differ in them, those of the first one count.
     """
 
-    def __init__(self, stopping_criteria: StoppingCriteriaList):
+    def __init__(self, stopping_criteria: StoppingCriteriaList, ranks: Ranks | None = None):
+        self._ranks = ranks
         by_type: dict[type, list] = {
             MaxLengthCriteria: [],
             EosTokenCriteria: [],
@@ -87,7 +91,7 @@ class Stopping:
             hits = _either(hits, clock(_shaped(tokens, length), scores).numpy())
         if self._readers:
             hits = _either(hits, self._readers(sequences, scores).cpu().numpy())
-        return hits
+        return agreed(self._ranks, hits, len(tokens)) if self._times or self._readers else hits
 
 
 def _shaped(tokens: np.ndarray, length: int) -> Tensor:

@@ -83,7 +83,9 @@ def row_of(instruction: Instruction, **columns: int) -> np.ndarray:
 def _switch(part: str):
     """The bodies of this name of all instructions."""
     bodies = [getattr(each, part) for each in INSTRUCTIONS]
-    needs = [_FORMATS if each.needs_formats else _GROUP if each.needs_group else None for each in INSTRUCTIONS]
+    needs = [
+        _FORMATS if each.needs_formats else _GROUP if each.needs_group else None for each in INSTRUCTIONS
+    ]
     return switch(bodies, needs)
 
 

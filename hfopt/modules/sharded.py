@@ -14,7 +14,9 @@ from hfopt.errors import UnsupportedModel
 from hfopt.host import Features, Split, is_sharded, local_part
 
 _THEIRS = "_hfopt_theirs"
-_NO_LOADING = "a model that is split over processes takes no state dict: load it by from_pretrained, then optimise"
+_NO_LOADING = (
+    "a model that is split over processes takes no state dict: load it by from_pretrained, then optimise"
+)
 _CHANGED = ("forward", "in_features", "out_features", "_parameters")
 
 
@@ -115,7 +117,9 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise UnsupportedModel("gradients do not go through layers that are split over processes: hfopt.restore the model")
+        raise UnsupportedModel(
+            "gradients do not go through layers that are split over processes: hfopt.restore the model"
+        )
 
 
 class ShardedLinear(nn.Linear):

@@ -45,7 +45,7 @@ class ShardedWeights:
     def multiply(
         self, hidden_states: Tensor, epilogue: Epilogue[Tensor] = PLAIN, by: Kernels = "hfopt"
     ) -> Tensor:
-        """See `functional.linear`; rounded once more where an activation or a gate follows, or residuals do what is gathered."""
+        """See `functional.linear`; rounded once more before an activation, a gate, and residuals of what is gathered."""
         shard = self.shard
         with torch.no_grad():
             if epilogue.activation is None and not epilogue.gated and shard.sums:

@@ -1,8 +1,8 @@
-"""A model that transformers has split over processes: its layers as ours, after a proof that all processes have agreed on."""
+"""A model that transformers has split over processes: its layers become ours, after a proof that all have agreed on."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,8 @@ def give_back_parts(model: nn.Module) -> None:
         give_back(module)
 
 
-def ranks_of(model: nn.Module) -> Any:
+def ranks_of(model: nn.Module) -> Ranks | None:
     """The processes that have parts of the layers of a model, this one among them; None if it has all of it."""
-    return next((each.__dict__["shard"].ranks for each in model.modules() if is_part(each)), None)
+    return next(
+        (cast(Ranks, each.__dict__["shard"].ranks) for each in model.modules() if is_part(each)), None
+    )

@@ -53,7 +53,9 @@ class Walk:
     agree: what makes of a flaw that this process has found, or of None, what all processes of the model go by.
     """
 
-    def __init__(self, model: nn.Module, agree: Callable[[str | None], str | None] = lambda flaw: flaw) -> None:
+    def __init__(
+        self, model: nn.Module, agree: Callable[[str | None], str | None] = lambda flaw: flaw
+    ) -> None:
         self.model, self.agree = model, agree
         self.swapped_now: list[nn.Module] = []
         self._laid: list[nn.Module] = []  # whose weights this pass has laid otherwise

@@ -8,8 +8,7 @@ from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.move import copy_bytes
 from hfopt.kernels.shared.collectives import all_gather, all_reduce
 from hfopt.kernels.shared.member import DONE, NOT_YET, member_at
-from hfopt.kernels.simd.memory import item_bytes
-from hfopt.kernels.simd.pointer import bytes_at, integers_at, shifted
+from hfopt.kernels.simd.pointer import bytes_at, integers_at, item_bytes, shifted
 
 # ---- collectives ------------------------------------------------------------------------------------------------------
 
