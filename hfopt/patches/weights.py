@@ -59,14 +59,14 @@ def _read(module: Replacement, role: str, linears: Sequence[Any], rows: Rows) ->
     put together.
     """
     shards = [each.shard for each in linears if is_part(each)]
-    joined = [each for each in shards if each.sums or each.gathers]
-    if not joined:
+    if not any(each.sums or each.gathers for each in shards):
         return read_weights(module._hfopt, role, linears, rows)
-    if len(linears) > 1:
+    gather = len(shards) == len(linears) and all(each.gathers for each in shards)
+    if not gather and len(linears) > 1:
         return None
-    (shard,), ends = joined, [first + n for first, n in rows]
+    ends = [first + n for first, n in rows]
     # what is put together is in the order of rows
-    if rows and (shard.sums or [first for first, _ in rows] != [0, *ends[:-1]] or ends[-1] != shard.n):
+    if rows and (not gather or [first for first, _ in rows] != [0, *ends[:-1]] or ends[-1] != shards[0].n):
         return None
     found = read_weights(module._hfopt, role, linears)
-    return None if found is None else ShardedWeights(found, shard, tuple(n for _, n in rows))
+    return None if found is None else ShardedWeights(found, tuple(shards), tuple(n for _, n in rows))

@@ -210,7 +210,7 @@ class Builder(Pointwise):
             own = Epilogue(residuals=epilogue.residuals if shard.leads else ())
             return self.all_reduce(self.linear(x, weights.base, own), shard)
         out = self.linear(x, weights.base)
-        out = self.all_reduce(out, shard) if shard.sums else self.gather(out, shard)
+        out = self.all_reduce(out, shard) if shard.sums else self.gather(out, weights)
         if not is_plain:
             out = self.activate(out, epilogue.activation, gated=epilogue.gated)
         for each in epilogue.residuals:

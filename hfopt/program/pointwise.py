@@ -19,6 +19,7 @@ from hfopt.kernels.instruction import NONE, Instruction
 from hfopt.kernels.linear.blocks import RESIDUALS
 from hfopt.modules.sharded import Ranks, Shard
 from hfopt.patches.adapters import AdaptedWeights
+from hfopt.patches.sharded import ShardedWeights
 from hfopt.program.layout import Value, Written
 from hfopt.program.program import Table
 
@@ -98,15 +99,16 @@ class Pointwise:
         self._add(kernels.ALL_REDUCE, f"[{x.size}]", {"IN": x}, {"SIZE": x.size})
         return x
 
-    def gather(self, x: Value, shard: Shard) -> Value:
-        """What the processes have, side by side."""
+    def gather(self, x: Value, weights: ShardedWeights) -> Value:
+        """What the processes have made of their parts of these matrices, side by side."""
         self._check(x)
-        if x.size != shard.n_own:
-            raise InvalidInput(f"x has {x.size} values: {shard.n_own} are needed")
-        out = Value(shard.n, self.dtype)
-        self._note(shard)
-        columns = {"SIZE": x.size, "first": shard.first, "width": shard.n}
-        self._add(kernels.GATHER, f"{x.size} → {shard.n}", {"IN": x, "OUT": out}, columns)
+        if x.size != sum(weights.base.sizes):
+            raise InvalidInput(f"x has {x.size} values: {sum(weights.base.sizes)} are needed")
+        self._note(weights.shard)
+        pieces, out = torch.from_numpy(weights.pieces), Value(sum(weights.sizes), self.dtype)
+        self._kept.append(pieces)
+        columns = {"SIZE": x.size, "pieces": pieces.data_ptr(), "n_pieces": len(pieces), "width": out.size}
+        self._add(kernels.GATHER, f"{x.size} → {out.size}", {"IN": x, "OUT": out}, columns)
         return out
 
     def take_part(self, x: Value, shard: Shard) -> Value:

@@ -35,8 +35,9 @@ ALL_REDUCE = Instruction("all-reduce", (), _all_reduce, needs_group=True)
 
 
 class _Gather(NamedTuple):
-    first: int  # of the values in OUT that are those of this process
-    width: int  # values of all
+    pieces: int  # address of int64 [n_pieces, 3]: first value in IN, in OUT, and how many
+    n_pieces: int
+    width: int  # values of OUT
 
 
 @body
@@ -51,19 +52,21 @@ def _gather(like, held, operands, step):
     own, n, size = read_fields(operands.own, _Gather), operands.n, operands.size * item_bytes(like)
     group = read_fields(step.group, Group)
     status = integers_at(group.status)
-    if operands.size * member_at(group.member).size == own.width:
+    if own.n_pieces == 1 and operands.size * member_at(group.member).size == own.width:
         if status[0] == DONE:
             found = NOT_YET
             while found == NOT_YET:
                 found = all_gather(group.member, operands.x, n, size, operands.out)
             status[0] = found
         return
-    # parts of different sizes: all others are 0 here
-    width = own.width * item_bytes(like)
-    _clear(n * width, operands.out)
+    # what others have is 0 here
+    item, pieces = item_bytes(like), integers_at(own.pieces)
+    _clear(n * own.width * item, operands.out)
     for row in range(n):
-        target = operands.out + row * width + own.first * item_bytes(like)
-        copy_bytes(operands.x + row * size, size, target)
+        x, out = operands.x + row * size, operands.out + row * own.width * item
+        for k in range(own.n_pieces):
+            piece = shifted(pieces, 3 * k)
+            copy_bytes(x + piece[0] * item, piece[2] * item, out + piece[1] * item)
     _sum(like, step.group, operands.out, n * own.width)
 
 
