@@ -7,6 +7,7 @@
     ├── CacheFull (MemoryError)     the keys and values of a request do not fit into memory
     ├── CorruptCheckpoint           a checkpoint folder that cannot be read
     ├── ForkedProcess               a kernel needs threads that do not exist in a child of `fork`
+    ├── RankError                   a process of a group has ended, did not come, or called something else
     ├── KernelError                 the kernels cannot be compiled or run on this machine
     └── HostError                   the installed transformers did what hfopt is not built for, in the middle of a request
 
@@ -52,6 +53,13 @@ class KernelError(HfoptError, RuntimeError):
     All of them are refused, at `optimize` or the first other use, where Numba is another release than those that they are
     written for (the message names both): they reach into its compiler, which changes. `import hfopt` works there, and
     `hfopt doctor` says the same.
+    """
+
+
+class RankError(HfoptError, RuntimeError):
+    """A process of a group has ended, did not come, or called something else; or a group cannot be made of these processes.
+
+    The message names ranks. The group cannot be used any more.
     """
 
 

@@ -1,1 +1,6 @@
-"""Processes that have a model together."""
+"""Processes that have one model together: their memory, and what they do with it."""
+
+from hfopt.distributed.group import SharedGroup
+from hfopt.distributed.ranks import Ranks
+
+__all__ = ["Ranks", "SharedGroup"]

@@ -87,6 +87,7 @@ def _as_written(method, flag, doc):
     return intrinsic(typed)
 
 
+added = _as_written("fadd", "contract", "a + b, in the order in which sums are written.")
 product = _as_written("fmul", "afn", "a * b, rounded before it is added to anything.")
 quotient = _as_written("fdiv", "contract", "a / b, rounded as IEEE 754 says.")
 

@@ -1,0 +1,286 @@
+"""The processes of one machine that work on a model together, and their collectives."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hfopt.distributed.failures import failure_in_words
+from hfopt.distributed.segment import FOLDER, Segment
+from hfopt.errors import InvalidInput, RankError
+from hfopt.functional.checks import (
+    ELEMENTS,
+    address_of,
+    check_contiguous,
+    check_floats,
+    plain_address,
+    prepare_threads,
+)
+from hfopt.kernels.shared import launches as kernels
+from hfopt.kernels.shared import member as layout
+from hfopt.kernels.shared import system
+from hfopt.machine.cores import cores_of_process
+from hfopt.machine.process import Watched, place_of_process
+
+_CAPACITY = 1 << 18  # bytes of a buffer: what is larger goes in parts, which stay in the cores' own caches
+_SPIN = 50_000  # nanoseconds that a rank waits awake where each thread has a core, hardly at all elsewhere
+_SHORT_SPIN = 2_000
+_PATIENCE = 100_000_000  # nanoseconds after which Python may look after signals and the other processes
+_LIMIT = 60.0  # seconds
+
+
+class _Facts(NamedTuple):
+    """What the ranks have to know of each other."""
+
+    process: int
+    user: int
+    place: tuple[str, ...]
+    cores: frozenset[int]
+    quota: float | None
+    threads: int
+
+
+class SharedGroup:
+    """The ranks of a process group, all of them processes of this machine, over memory that they share.
+
+    All ranks make it at the same time, and then call the same methods in the same order, with tensors of the same sizes and
+    dtypes. Results have the same bits on all ranks and in every run. When a rank ends, does not come, or calls something
+    else, all others raise `RankError`, and the group cannot be used any more.
+
+    group: of torch.distributed, which must be initialised; None: all ranks. limit: seconds to wait for a rank that lives.
+
+    rank, size: of this process, and of the group. address: of this rank's record, for the bodies in
+    `kernels.shared.collectives`, whose statuses other than 0 are given to `look`; held as long as this object.
+    lock: to be held while bodies run; methods take it themselves.
+
+    Raises `RankError` on all ranks where they cannot share memory: several machines, containers or users, no room in
+    /dev/shm, not Linux.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, limit: float = _LIMIT) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise InvalidInput("torch.distributed is not initialised: call init_process_group first")
+        if not (isinstance(limit, int | float) and 0 < limit <= 1e9):
+            raise InvalidInput(f"limit is {limit!r}: seconds are needed, more than 0")
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.lock = threading.RLock()
+        self._process = os.getpid()
+        self._facts = _exchange(_facts(), self.size, group)
+        _check_facts(self._facts)
+        self._segment: Segment | None = _shared_segment(self.rank, self.size, group)
+        self._watched = [Watched(facts.process) for facts in self._facts]
+        self._failure: str | None = None
+        self._record = np.zeros(layout.MEMBER_WORDS, np.int64)
+        numbers = (self._segment.address, self.rank, self.size, _CAPACITY)
+        times = (_spin(self._facts), _PATIENCE, int(limit * 1e9))
+        member = layout.Member(*numbers, *times)
+        self._record[: len(member)] = member
+        self.address: int = self._record.ctypes.data
+        self._segment.rank_words(self.rank)[layout.PROCESS] = self._process
+
+    # ---- collectives ------------------------------------------------------------------------------------------
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """x = its sum over ranks, in place: added in float32 in the order of ranks, and rounded once.
+
+        x: float32, bfloat16 or float16, contiguous. Returns x. Raises `InvalidInput`, `RankError`.
+        """
+        address = _address("x", x)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise InvalidInput("x requires a gradient: sums over ranks carry none")
+        self._run(kernels.all_reduce, ELEMENTS[x.dtype], self.address, address, x.numel())
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The tensors of all ranks behind each other along a dimension, as `torch.cat` does it.
+
+        x: contiguous, of any dtype. Raises `InvalidInput`, `RankError`.
+        """
+        address = _bytes_at("x", x)
+        if not -x.ndim <= dim < x.ndim:
+            raise InvalidInput(f"dim is {dim} and x has {x.ndim} dimensions: one of them is needed")
+        dim %= x.ndim
+        shape = list(x.shape)
+        shape[dim] *= self.size
+        out = torch.empty(shape, dtype=x.dtype)
+        n_rows = int(np.prod(x.shape[:dim], dtype=np.int64))
+        n_bytes = x.numel() * x.itemsize
+        row_bytes = n_bytes // n_rows if n_rows else 0
+        self._run(kernels.all_gather, self.address, address, n_rows, row_bytes, out.data_ptr())
+        return out
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """x = that of rank 0, in place.
+
+        x: contiguous, of any dtype. Returns x. Raises `InvalidInput`, `RankError`.
+        """
+        address = _bytes_at("x", x)
+        self._run(kernels.broadcast, self.address, address, x.numel() * x.itemsize)
+        return x
+
+    def arg_max(self, values: Tensor, indices: Tensor) -> None:
+        """In each row, the largest value of all ranks and its index, in place; of equal ones the lowest index.
+
+        values: float32, contiguous; a NaN is larger than all numbers. indices: int64, of the same shape. Raises
+        `InvalidInput`, `RankError`.
+        """
+        address = _address("values", values, torch.float32)
+        indices_at = _bytes_at("indices", indices)
+        if indices.dtype != torch.int64 or indices.shape != values.shape:
+            given = f"{indices.dtype} of shape {tuple(indices.shape)}"
+            raise InvalidInput(f"indices are {given}: torch.int64 of shape {tuple(values.shape)} is needed")
+        self._run(kernels.arg_max, self.address, address, indices_at, values.numel())
+
+    def barrier(self) -> None:
+        """Wait until all ranks have called it. Raises `RankError`."""
+        self._run(kernels.barrier, self.address)
+
+    def _run(self, kernel: Any, *arguments: Any) -> None:
+        if not self.lock.acquire(blocking=False):
+            raise InvalidInput("another thread is in a call of this group: the order of calls would be left to chance")
+        try:
+            self.check()
+            prepare_threads()
+            while status := kernel(*arguments):
+                self.look(status)
+        except BaseException:
+            self._leave(layout.INTERRUPTED)
+            raise
+        finally:
+            self.lock.release()
+
+    # ---- failures ---------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `RankError` if the group has failed or was closed, or in a child of `fork`: before bodies run."""
+        if self._failure is not None:
+            raise RankError(self._failure)
+        if self._segment is None:
+            raise RankError("the group is closed")
+        if os.getpid() != self._process:
+            raise RankError(f"the group is that of process {self._process}, from which this one was forked")
+
+    def look(self, status: int) -> None:
+        """See after a status of a body that is not 0: returns if it is to be called again with the same arguments.
+
+        Raises `RankError`, which all ranks will do then. Who does not call a body again that has to be, because of an
+        interrupt, has to call `close`.
+        """
+        self.check()
+        assert self._segment is not None
+        ended = [rank for rank, process in enumerate(self._watched) if process.has_ended()]
+        if status == layout.NOT_YET and not ended:
+            return
+        processes = [facts.process for facts in self._facts]
+        limit = float(self._record[layout.Member._fields.index("limit")]) / 1e9
+        message = failure_in_words(self._segment, self.rank, processes, status, ended, limit)
+        self._leave(layout.ENDED if ended else layout.GIVEN_UP)
+        self._failure = message
+        raise RankError(message)
+
+    def _leave(self, reason: int) -> None:
+        """Tell the other ranks that this one does not come any more; the first reason stays."""
+        if self._segment is not None and os.getpid() == self._process and self._failure is None:
+            self._failure = "the group has failed before"
+            self._segment.fail(reason, self.rank)
+
+    def close(self) -> None:
+        """Give the memory back. Ranks that wait for this one raise `RankError`; bodies return CLOSED."""
+        if self._segment is None:
+            return
+        self._leave(layout.LEFT)  # ends the waiting of other threads
+        with self.lock:
+            self._record[layout.Member._fields.index("segment")] = 0
+            self._segment = self._failure = None
+        for process in self._watched:
+            process.close()
+
+
+# ---- how a group comes about ---------------------------------------------------------------------------------
+
+
+def _facts() -> _Facts:
+    cores = cores_of_process()
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(cores.online)
+    user = os.geteuid() if hasattr(os, "geteuid") else -1
+    place = place_of_process(FOLDER) if system.IS_KNOWN else ()
+    return _Facts(os.getpid(), user, place, frozenset(allowed), cores.quota, torch.get_num_threads())
+
+
+def _exchange(mine: Any, size: int, group: dist.ProcessGroup | None) -> list[Any]:
+    """What each rank has to say."""
+    found: list[Any] = [None] * size
+    dist.all_gather_object(found, mine, group)
+    return found
+
+
+def _check_facts(ranks: Sequence[_Facts]) -> None:
+    """Raise `RankError`, on all ranks or none, unless all are processes of one machine and user."""
+    first = ranks[0]
+    for rank, facts in enumerate(ranks):
+        if not facts.place:
+            raise RankError(f"rank {rank} runs on a system without futexes: ranks share memory on Linux alone")
+        if facts.user != first.user:
+            raise RankError(f"rank {rank} is of user {facts.user} and rank 0 of {first.user}: they share no memory")
+        if facts.place != first.place:
+            raise RankError(f"ranks 0 and {rank} run on different machines or in different containers: {first.place[0]}"
+                            f" and {facts.place[0]}; they share no {FOLDER}, or do not see each other")  # fmt: skip
+
+
+def _spin(ranks: Sequence[_Facts]) -> int:
+    """Nanoseconds to wait awake: long only where no thread takes another one's core by that."""
+    cores = float(len(frozenset[int]().union(*(facts.cores for facts in ranks))))
+    quotas = [facts.quota for facts in ranks if facts.quota is not None]
+    return _SPIN if min([cores, *quotas]) >= sum(facts.threads for facts in ranks) else _SHORT_SPIN
+
+
+def _shared_segment(rank: int, size: int, group: dist.ProcessGroup | None) -> Segment:
+    """The memory of a group, of which no file is left; raises `RankError` on all ranks or none."""
+    segment, error = None, None
+    try:
+        if rank == 0:
+            try:
+                segment = Segment.create(size, _CAPACITY)
+            except RankError as failure:
+                error = str(failure)
+        said = _exchange((segment.name if segment else None, error), size, group)
+        name, error = said[0]
+        if rank > 0 and name is not None:
+            try:
+                segment = Segment.open(name, size, _CAPACITY)
+            except RankError as failure:
+                error = str(failure)
+        errors = _exchange(error, size, group)
+    finally:
+        if rank == 0 and segment is not None:
+            segment.unlink()
+    for other, error in enumerate(errors):
+        if error is not None:
+            raise RankError(f"rank {other}: {error}")
+    assert segment is not None
+    return segment
+
+
+def _address(name: str, x: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Address of a contiguous tensor of one of `DTYPES`, or just `dtype`; raises `InvalidInput` for anything else."""
+    address = plain_address(x, dtype)
+    if address:
+        return address
+    check_floats(name, x, dtype)
+    check_contiguous(name, x)
+    return address_of(name, x)
+
+
+def _bytes_at(name: str, x: Tensor) -> int:
+    """Address of a tensor whose bytes lie behind each other in CPU memory; raises `InvalidInput` for anything else."""
+    if not isinstance(x, Tensor) or not x.is_cpu or x.layout is not torch.strided or x.is_neg() or x.is_conj():
+        raise InvalidInput(f"{name} is {x!r:.80}: a plain tensor in CPU memory is needed")
+    check_contiguous(name, x)
+    return address_of(name, x)

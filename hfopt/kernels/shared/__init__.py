@@ -1,0 +1,1 @@
+"""Collectives of the processes of one machine, over memory that all of them have mapped."""

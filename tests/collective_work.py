@@ -1,0 +1,201 @@
+"""What the ranks of `test_collectives` do: functions that return what the tests look at."""
+
+import hashlib
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hfopt.distributed import SharedGroup
+from hfopt.errors import RankError
+
+SIZES = (0, 1, 15, 16, 17, 33, 4096, 16385, 32768, 32769, 100_003, 131_072, 262_145, 1_000_003)
+
+
+def part_of(rank: int, seed: int, n: int, dtype: torch.dtype) -> Tensor:
+    """What a rank has before a sum."""
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    return (torch.randn(n, generator=generator) * 3).to(dtype)
+
+
+def oracle(size: int, seed: int, n: int, dtype: torch.dtype) -> Tensor:
+    """The sum over ranks: float32 in the order of ranks, rounded once. By numpy."""
+    total = part_of(0, seed, n, dtype).float().numpy()
+    for rank in range(1, size):
+        total = total + part_of(rank, seed, n, dtype).float().numpy()
+    return torch.from_numpy(total).to(dtype)
+
+
+def sums() -> bool:
+    group = SharedGroup()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for seed, n in enumerate(SIZES):
+            x = part_of(group.rank, seed, n, dtype)
+            assert group.all_reduce(x) is x
+            assert torch.equal(x, oracle(group.size, seed, n, dtype)), (dtype, n)
+    group.close()
+    return True
+
+
+def rounds(count: int) -> str:
+    """Digest of sums of random sizes, the ranks coming at random times."""
+    group = SharedGroup()
+    sizes, delays = random.Random(1), random.Random(group.rank)
+    digest = hashlib.sha256()
+    for seed in range(count):
+        n = sizes.choice((1, 100, 2048, 5000, 40_000))
+        if delays.random() < 0.05:
+            time.sleep(delays.random() * 0.002)
+        x = part_of(group.rank, seed, n, torch.bfloat16)
+        group.all_reduce(x)
+        if seed % 50 == 0:
+            assert torch.equal(x, oracle(group.size, seed, n, torch.bfloat16))
+        digest.update(x.view(torch.int16).numpy().tobytes())
+    group.close()
+    return digest.hexdigest()
+
+
+def others() -> bool:
+    """Everything but sums."""
+    group = SharedGroup()
+    rank, size = group.rank, group.size
+    for shape in ((), (1,), (3, 5), (2, 3, 70_001)):
+        for dtype in (torch.bfloat16, torch.int64, torch.bool):
+            parts = [_random(r, shape, dtype) for r in range(size)]
+            x = parts[rank].clone()
+            group.broadcast(x)
+            assert torch.equal(x, parts[0])
+            for dim in range(-len(shape), len(shape)):
+                assert torch.equal(group.all_gather(parts[rank], dim), torch.cat(parts, dim))
+    group.barrier()
+    for n in (0, 1, 5, 50_000):
+        generator = torch.Generator().manual_seed(n)
+        values = torch.randint(0, 4, (size, n), generator=generator).float()
+        values[torch.rand(size, n, generator=generator) < 0.05] = torch.nan
+        indices = torch.stack([torch.randperm(1000 * (n + 1), generator=generator)[:n] for _ in range(size)])
+        expected = _best(values.numpy(), indices.numpy())
+        own = values[rank].clone(), indices[rank].clone()
+        group.arg_max(*own)
+        assert np.array_equal(own[0].numpy(), expected[0], equal_nan=True)
+        assert np.array_equal(own[1].numpy(), expected[1])
+    group.close()
+    return True
+
+
+def _random(rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randint(0, 2 if dtype is torch.bool else 200, tuple(shape), generator=generator).to(dtype)
+
+
+def _best(values: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each column the largest value, NaN before all, and the lowest of its indices."""
+    keys = np.where(np.isnan(values), np.inf, values)
+    is_best = keys == keys.max(0)
+    place = np.where(is_best, indices, np.iinfo(np.int64).max).argmin(0)
+    columns = np.arange(values.shape[1])
+    return values[place, columns], indices[place, columns]
+
+
+def different(calls: Sequence[tuple[str, int]]) -> list[str]:
+    """What a rank is told when it calls something else than others, twice."""
+    group = SharedGroup()
+    group.barrier()
+    method, n = calls[group.rank]
+    said = []
+    for _ in range(2):
+        try:
+            if method == "barrier":
+                group.barrier()
+            else:
+                getattr(group, method)(torch.zeros(n))
+        except RankError as error:
+            said.append(str(error))
+    return said
+
+
+def killed(rank: int, n: int) -> tuple[str, float]:
+    """A rank kills itself in the middle."""
+    group = SharedGroup()
+    x = torch.zeros(n)
+    for _ in range(3):
+        group.all_reduce(x)
+    begin = time.monotonic()
+    if group.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        group.all_reduce(x)
+    except RankError as error:
+        return str(error), time.monotonic() - begin
+    return "", 0.0
+
+
+def late(limit: float) -> str:
+    """The last rank does not come in time."""
+    group = SharedGroup(limit=limit)
+    group.barrier()
+    if group.rank == group.size - 1:
+        time.sleep(3 * limit)
+    try:
+        group.all_reduce(torch.zeros(8))
+    except RankError as error:
+        return str(error)
+    return ""
+
+
+def left() -> str:
+    """The last rank closes the group, right behind an operation."""
+    group = SharedGroup()
+    group.all_reduce(torch.zeros(8))
+    if group.rank == group.size - 1:
+        group.close()
+    try:
+        group.all_reduce(torch.zeros(8))
+    except RankError as error:
+        return str(error)
+    return ""
+
+
+def interrupted() -> tuple[str, float]:
+    """Rank 0 waits, and gets Ctrl-C."""
+    group = SharedGroup()
+    group.barrier()
+    if group.rank == 1:
+        time.sleep(0.5)
+        os.kill(int(group._facts[0].process), signal.SIGINT)
+        time.sleep(1.0)
+    begin = time.monotonic()
+    try:
+        group.barrier()
+    except (KeyboardInterrupt, RankError) as error:
+        return f"{type(error).__name__} {error}", time.monotonic() - begin
+    return "", 0.0
+
+
+def leftovers(folder_of: Any = None) -> list[str]:
+    """Names in /dev/shm while a group is in use."""
+    group = SharedGroup()
+    group.barrier()
+    names = [name for name in os.listdir("/dev/shm") if name.startswith("hfopt-")]
+    group.barrier()
+    return names
+
+
+def several() -> bool:
+    """Groups of some of the ranks beside the one of all."""
+    everyone = SharedGroup()
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = SharedGroup(pairs[everyone.rank // 2])
+    assert (pair.rank, pair.size) == (everyone.rank % 2, 2)
+    x = torch.tensor([float(everyone.rank)])
+    pair.all_reduce(x)
+    assert x.item() == (1.0 if everyone.rank < 2 else 5.0)
+    everyone.all_reduce(x)
+    assert x.item() == 12.0
+    return True
