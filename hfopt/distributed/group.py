@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,18 +144,36 @@ class SharedGroup:
         self._run(kernels.barrier, self.address)
 
     def _run(self, kernel: Any, *arguments: Any) -> None:
-        if not self.lock.acquire(blocking=False):
-            raise InvalidInput("another thread is in a call of this group: the order of calls would be left to chance")
-        try:
-            self.check()
+        with self.used():
             prepare_threads()
             while status := kernel(*arguments):
                 self.look(status)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """In the block bodies run, of this thread alone; an exception there ends the group."""
+        if not self.lock.acquire(blocking=False):
+            raise InvalidInput(
+                "another thread is in a call of this group: the order of calls would be left to chance"
+            )
+        try:
+            self.check()
+            yield
         except BaseException:
             self._leave(layout.INTERRUPTED)
             raise
         finally:
             self.lock.release()
+
+    @contextmanager
+    def limited(self, limit: float) -> Iterator[None]:
+        """In the block, so many seconds to wait for a rank that lives."""
+        place = layout.Member._fields.index("limit")
+        before, self._record[place] = int(self._record[place]), int(limit * 1e9)
+        try:
+            yield
+        finally:
+            self._record[place] = before
 
     # ---- failures ---------------------------------------------------------------------------------------------
 
@@ -166,6 +185,16 @@ class SharedGroup:
             raise RankError("the group is closed")
         if os.getpid() != self._process:
             raise RankError(f"the group is that of process {self._process}, from which this one was forked")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the group cannot be used any more."""
+        return self._segment is None or self._failure is not None
+
+    def watch(self) -> None:
+        """End the waiting in bodies of this process, and of the others, if a process has ended."""
+        if not self.is_over and any(process.has_ended() for process in self._watched):
+            kernels.fail(self.address, layout.ENDED)
 
     def look(self, status: int) -> None:
         """See after a status of a body that is not 0: returns if it is to be called again with the same arguments.
@@ -226,9 +255,13 @@ def _check_facts(ranks: Sequence[_Facts]) -> None:
     first = ranks[0]
     for rank, facts in enumerate(ranks):
         if not facts.place:
-            raise RankError(f"rank {rank} runs on a system without futexes: ranks share memory on Linux alone")
+            raise RankError(
+                f"rank {rank} runs on a system without futexes: ranks share memory on Linux alone"
+            )
         if facts.user != first.user:
-            raise RankError(f"rank {rank} is of user {facts.user} and rank 0 of {first.user}: they share no memory")
+            raise RankError(
+                f"rank {rank} is of user {facts.user} and rank 0 of {first.user}: they share no memory"
+            )
         if facts.place != first.place:
             raise RankError(f"ranks 0 and {rank} run on different machines or in different containers: {first.place[0]}"
                             f" and {facts.place[0]}; they share no {FOLDER}, or do not see each other")  # fmt: skip
@@ -280,7 +313,13 @@ def _address(name: str, x: Tensor, dtype: torch.dtype | None = None) -> int:
 
 def _bytes_at(name: str, x: Tensor) -> int:
     """Address of a tensor whose bytes lie behind each other in CPU memory; raises `InvalidInput` for anything else."""
-    if not isinstance(x, Tensor) or not x.is_cpu or x.layout is not torch.strided or x.is_neg() or x.is_conj():
+    if (
+        not isinstance(x, Tensor)
+        or not x.is_cpu
+        or x.layout is not torch.strided
+        or x.is_neg()
+        or x.is_conj()
+    ):
         raise InvalidInput(f"{name} is {x!r:.80}: a plain tensor in CPU memory is needed")
     check_contiguous(name, x)
     return address_of(name, x)

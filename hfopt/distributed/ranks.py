@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +22,10 @@ from hfopt.kernels.shared.member import DONE
 
 logger = logging.getLogger(__name__)
 
+LIMIT = 10.0  # seconds after which a rank that has not come is taken for one that hangs
+_BETWEEN_REQUESTS = 1800.0  # the same while all wait for the next request
+_WATCH = 0.5  # seconds from look to look at the other processes
+
 
 class Ranks:
     """The ranks of a process group, of which this process is one; each has to make the same calls in the same order.
@@ -24,9 +33,9 @@ class Ranks:
     Sums go through memory that the ranks share, or, of several machines, through the process group itself.
 
     rank, size: of this process, and how many there are. words: for the collectives of a program, int64 [2], see
-    `kernels.instruction.Group`; None of several machines. lock: held while a program or a request runs.
+    `kernels.instruction.Group`; None of several machines. lock: held while a request runs.
 
-    Methods raise `RankError` when a rank has ended or does something else.
+    Methods raise `RankError` when a rank has ended, does not come within `LIMIT`, or does something else.
     """
 
     def __init__(self, group: Any) -> None:
@@ -36,12 +45,16 @@ class Ranks:
         self._status = np.full(1, DONE, np.int64)
         self.words: np.ndarray | None = None
         try:
-            self._shared: SharedGroup | None = SharedGroup(group)
+            self._shared: SharedGroup | None = SharedGroup(group, limit=LIMIT)
         except RankError as error:  # on all ranks
             logger.info("Sums go through torch.distributed: %s.", error)
             self._shared = None
         if self._shared is not None:
             self.words = np.array([self._shared.address, self._status.ctypes.data], np.int64)
+            watch = threading.Thread(target=_watch, args=(weakref.ref(self._shared),), daemon=True)
+            watch.start()
+
+    # ---- sums -----------------------------------------------------------------------------------------------------------
 
     def all_reduce(self, tensor: Tensor) -> None:
         """The sum over all ranks, in place, with the same bits on all of them: contiguous float32, bfloat16 or float16."""
@@ -49,6 +62,18 @@ class Ranks:
             self._shared.all_reduce(tensor)
         else:
             dist.all_reduce(tensor, group=self._group)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """In the block a program runs, whose collectives use `words`."""
+        assert self._shared is not None, "programs are for ranks of one machine"
+        with self._shared.used():
+            yield
+        status, self._status[0] = int(self._status[0]), DONE
+        if status != DONE:
+            self._shared.look(status)
+
+    # ---- decisions ------------------------------------------------------------------------------------------------------
 
     def first(self, value: int) -> int:
         """What the first of them has given."""
@@ -59,21 +84,39 @@ class Ranks:
             dist.broadcast(told, group=self._group, group_src=0)
         return int(told)
 
-    def told(self, value: Any) -> list[Any]:
+    def agree(self, reason: str | None) -> str | None:
+        """The reason against something that the first rank with one has given, in words; None if none has."""
+        given = ((rank, each) for rank, each in enumerate(self._told(reason)) if each is not None)
+        rank, found = next(given, (None, None))
+        return found if rank in (None, self.rank) else f"{found} (in rank {rank})"
+
+    def different(self, parts: dict[str, str]) -> tuple[int, str] | None:
+        """Begin a request: (a rank, the name of a part that is another than that of the first one), None if all are equal."""
+        if self._shared is not None:  # without words as long as all are equal
+            digest = hashlib.blake2b(repr(sorted(parts.items())).encode(), digest_size=16).digest()
+            own = torch.frombuffer(bytearray(digest), dtype=torch.long)[None]
+            with self._shared.limited(_BETWEEN_REQUESTS):
+                told = self._shared.all_gather(own)
+            if bool((told == told[0]).all()):
+                return None
+        first, *_ = given = self._told(parts)
+        for rank, others in enumerate(given):
+            names = sorted(others.keys() | first.keys())
+            name = next((name for name in names if others.get(name) != first.get(name)), None)
+            if name is not None:
+                return rank, name
+        return None
+
+    def _told(self, value: Any) -> list[Any]:
         """What each of them has given, in order."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def agree(self, reason: str | None) -> str | None:
-        """The reason against something that the first rank with one has given, in words; None if none has."""
-        given = ((rank, each) for rank, each in enumerate(self.told(reason)) if each is not None)
-        rank, found = next(given, (None, None))
-        return found if rank in (None, self.rank) else f"{found} (in rank {rank})"
 
-    def check(self) -> None:
-        """Raises RankError if a collective of a program has not been done."""
-        status = int(self._status[0])
-        if status != DONE and self._shared is not None:
-            self._status[0] = DONE
-            self._shared.look(status)
+def _watch(group: weakref.ref[SharedGroup]) -> None:
+    """End the waiting of this process for one that has ended, as long as the group is used."""
+    while (shared := group()) is not None and not shared.is_over:
+        shared.watch()
+        del shared
+        time.sleep(_WATCH)

@@ -60,13 +60,12 @@ def _check_same(ranks: Ranks, model: Model, arguments: Mapping[str, Any]) -> Non
     parts["generation_config"] = _digest(settings)
     if is_random:
         parts["the random state of torch"] = _digest(torch.get_rng_state())
-    told = ranks.told(parts)
-    for rank, others in enumerate(told):
-        for name in sorted(others.keys() | told[0].keys()):
-            if others.get(name) != told[0].get(name):
-                raise InvalidInput(
-                    f"{name} of rank {rank} is another than that of rank 0: all ranks have to make the same request"
-                )
+    different = ranks.different(parts)
+    if different is not None:
+        rank, name = different
+        raise InvalidInput(
+            f"{name} of rank {rank} is another than that of rank 0: all ranks have to make the same request"
+        )
 
 
 def _digest(value: Any) -> str:

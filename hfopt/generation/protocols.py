@@ -117,5 +117,5 @@ class Ranks(Protocol):
     def first(self, value: int) -> int:
         """What the first of them has given."""
 
-    def told(self, value: Any) -> list[Any]:
-        """What each of them has given, in order."""
+    def different(self, parts: dict[str, str]) -> tuple[int, str] | None:
+        """Begin a request: (a process, the name of a part that is another than that of the first), None if all are equal."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -35,8 +36,8 @@ class Ranks(Protocol):
     def words(self) -> np.ndarray | None:
         """`kernels.instruction.Group`, int64 [2], of processes of one host."""
 
-    def check(self) -> None:
-        """Raises RankError if a collective of a program has not been done."""
+    def running(self) -> AbstractContextManager[None]:
+        """In the block a program with collectives runs; raises RankError if one has not been done."""
 
     def all_reduce(self, tensor: Tensor) -> None:
         """The sum over all, in place, with the same bits everywhere: contiguous, float."""

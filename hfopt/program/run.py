@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from typing import TYPE_CHECKING
@@ -241,39 +242,38 @@ class Run:
         self.reach(int(ids[1].max()) + n_steps)
         in_prefix = 0 if first.in_suffix else n_ahead
         prepare_threads()
-        outcome: int = kernels.run_step(
-            ELEMENTS[program.dtype],
-            self.held,
-            program.code,
-            program.formats if program.is_quantized else None,
-            program.scalars,
-            n_rows,
-            self.n_new,
-            self.n_last,
-            self.arena,
-            self.scratch,
-            self.threads,
-            self.tables,
-            ids,
-            self.records,
-            first.prefix_len - in_prefix,
-            first.suffix_len - (n_ahead - in_prefix),
-            first.in_suffix,
-            first.prefix_row,
-            first.table,
-            kind,
-            hidden,
-            logits.data_ptr(),
-            program.n_logits,
-            chosen,
-            self.none_finished if finished is None else finished,
-            pad,
-            eos,
-            self._given,
-            None if program.ranks is None else program.ranks.words,
-        )
-        if program.ranks is not None:
-            program.ranks.check()
+        with contextlib.nullcontext() if program.ranks is None else program.ranks.running():
+            outcome: int = kernels.run_step(
+                ELEMENTS[program.dtype],
+                self.held,
+                program.code,
+                program.formats if program.is_quantized else None,
+                program.scalars,
+                n_rows,
+                self.n_new,
+                self.n_last,
+                self.arena,
+                self.scratch,
+                self.threads,
+                self.tables,
+                ids,
+                self.records,
+                first.prefix_len - in_prefix,
+                first.suffix_len - (n_ahead - in_prefix),
+                first.in_suffix,
+                first.prefix_row,
+                first.table,
+                kind,
+                hidden,
+                logits.data_ptr(),
+                program.n_logits,
+                chosen,
+                self.none_finished if finished is None else finished,
+                pad,
+                eos,
+                self._given,
+                None if program.ranks is None else program.ranks.words,
+            )
         if outcome <= -kernels.UNKNOWN_OPERATION:
             number = -kernels.UNKNOWN_OPERATION - outcome
             raise InvalidInput(
