@@ -21,9 +21,10 @@ from hfopt.checkpoints.foreign import READERS
 from hfopt.checkpoints.hf_config import HfoptConfig
 from hfopt.checkpoints.reader import FLOATS, Checkpoint
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
-from hfopt.host import Config
+from hfopt.host import Config, split_options
 from hfopt.machine.cores import fit_threads
 from hfopt.optimize import optimize
+from hfopt.patches.tensor_plan import plan_for
 from hfopt.progress import progress
 from hfopt.words import DTYPES, dtypes_in_words, in_words
 
@@ -46,6 +47,7 @@ def load(
     kv_cache: str | None = None,
     speculation: Literal["lookup"] | None = None,
     calibration: Calibration | None = None,
+    tensor_parallel: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """A causal language model from safetensors, optimised; beside the result it takes less than 1 GB of memory.
@@ -59,6 +61,8 @@ def load(
         kv_cache, speculation: as in `optimize`.
         calibration: as for `hfopt.optimize`. The model that has been quantised without it reads the texts, and then the
             checkpoint is read a second time.
+        tensor_parallel: split the layers over the processes that torchrun has started, each of which reads its own part: a
+            checkpoint of floats, by the plan of transformers, or that of hfopt where it has none.
         kwargs: revision, token, cache_dir, subfolder, local_files_only, force_download and proxies, of the Hub;
             attn_implementation and trust_remote_code.
 
@@ -93,7 +97,13 @@ def load(
     stored = _stored_quantization(source, config)
     checkpoint = Checkpoint(source, hub)
     dtype = dtype or _dtype_of(source, config, checkpoint)
-    model = _empty_model(source, config, dtype, trust | {n: kwargs[n] for n in _MODEL[:1] if n in kwargs})
+    options = trust | {n: kwargs[n] for n in _MODEL[:1] if n in kwargs}
+    if tensor_parallel:
+        if stored or calibration is not None:
+            raise UnsupportedModel(f"{source}: tensor_parallel is for checkpoints of floats, without calibration")
+        model = _split_model(source, config, dtype, {**hub, **options})
+        return optimize(model, quantization=quantization, kv_cache=kv_cache, speculation=speculation)
+    model = _empty_model(source, config, dtype, options)
     fit_threads()  # before the kernels that pack
     weights = Weights(model, checkpoint, dtype, stored, wanted)
     calibrator = None
@@ -166,6 +176,24 @@ def _empty_model(source: str, config: Config, dtype: torch.dtype, options: dict[
     model.tie_weights()  # moving a parameter to `meta` has parted it from the other names it had
     model.config._name_or_path = source
     return model
+
+
+def _split_model(source: str, config: Config, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    """The part that this one of torchrun's processes has of the model, read by transformers."""
+    size = int(os.environ.get("WORLD_SIZE", "0"))
+    if size < 1:
+        raise InvalidInput("tensor_parallel=True needs processes: start the script with torchrun --nproc-per-node N")
+    own = {name: options[name] for name in _MODEL if name in options}
+    empty = _empty_model(source, config, dtype, own)
+    split = split_options(empty, plan_for(empty), size)
+    if split is None:
+        raise UnsupportedModel("tensor_parallel=True: the installed transformers splits no models")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **split)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{source} cannot be split over {size} processes ({in_words(error)})") from error
+    found: PreTrainedModel = model.eval()
+    return found
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:

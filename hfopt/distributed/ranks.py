@@ -91,7 +91,7 @@ class Ranks:
         return found if rank in (None, self.rank) else f"{found} (in rank {rank})"
 
     def different(self, parts: dict[str, str]) -> tuple[int, str] | None:
-        """Begin a request: (a rank, the name of a part that is another than that of the first one), None if all are equal."""
+        """Begin a request: (a rank, the name of a part that is another than in the first one), None if all are equal."""
         if self._shared is not None:  # without words as long as all are equal
             digest = hashlib.blake2b(repr(sorted(parts.items())).encode(), digest_size=16).digest()
             own = torch.frombuffer(bytearray(digest), dtype=torch.long)[None]

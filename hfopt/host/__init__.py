@@ -86,7 +86,7 @@ from hfopt.host.rotary import (  # noqa: E402
     rewritten,
     steady_length,
 )
-from hfopt.host.sharding import Sharding, Split, is_sharded, local_part, sharding_of  # noqa: E402
+from hfopt.host.sharding import Sharding, Split, is_sharded, local_part, sharding_of, split_options  # noqa: E402
 from hfopt.host.streamers import only_hands_on  # noqa: E402
 
 __all__ = [
@@ -171,6 +171,7 @@ __all__ = [
     "settings_in",
     "sharding_of",
     "sorts_samples",
+    "split_options",
     "steady_length",
     "switch_on",
     "takes_draft",

@@ -1,11 +1,13 @@
 """Tensor parallelism of transformers: how it has split the layers of a model over processes."""
 
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.distributed import DistributedConfig
 
 # number of a layer -> what plans write in its place
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -73,6 +75,17 @@ def sharding_of(model: nn.Module) -> Sharding | str | None:
     if len(meshes) > 1 or (mesh := meshes.pop()).ndim != 1:
         return "its weights are split in several ways"
     return Sharding(mesh.get_group(), splits)
+
+
+def split_options(model: Any, plan: dict[str, str] | None, n: int) -> dict[str, Any] | None:
+    """Arguments of `from_pretrained` that split a model like this one over n processes; None if this release has none.
+
+    plan: where its class has none of its own.
+    """
+    if "tp_plan" not in inspect.signature(DistributedConfig).parameters:
+        return None
+    plan = "auto" if getattr(model, "tp_plan", None) else plan
+    return {"distributed_config": DistributedConfig(tp_size=n, tp_plan=plan)}
 
 
 def _sharded(model: nn.Module) -> Iterator[tuple[str, list[Any]]]:

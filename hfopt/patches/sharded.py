@@ -51,7 +51,7 @@ class ShardedWeights:
 
     @property
     def pieces(self) -> np.ndarray:
-        """int64 [matrices, 3]: the first one of the outputs of each in those of the base, and in the result, and how many."""
+        """int64 [matrices, 3]: where the outputs of each begin in those of the base, and in the result, and how many."""
         own, all_of_them = (
             np.array([getattr(each, name) for each in self.shards]) for name in ("n_own", "n")
         )
