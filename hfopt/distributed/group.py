@@ -144,7 +144,9 @@ class SharedGroup:
 
     def _run(self, kernel: Any, *arguments: Any) -> None:
         if not self.lock.acquire(blocking=False):
-            raise InvalidInput("another thread is in a call of this group: the order of calls would be left to chance")
+            raise InvalidInput(
+                "another thread is in a call of this group: the order of calls would be left to chance"
+            )
         try:
             self.check()
             prepare_threads()
@@ -226,9 +228,13 @@ def _check_facts(ranks: Sequence[_Facts]) -> None:
     first = ranks[0]
     for rank, facts in enumerate(ranks):
         if not facts.place:
-            raise RankError(f"rank {rank} runs on a system without futexes: ranks share memory on Linux alone")
+            raise RankError(
+                f"rank {rank} runs on a system without futexes: ranks share memory on Linux alone"
+            )
         if facts.user != first.user:
-            raise RankError(f"rank {rank} is of user {facts.user} and rank 0 of {first.user}: they share no memory")
+            raise RankError(
+                f"rank {rank} is of user {facts.user} and rank 0 of {first.user}: they share no memory"
+            )
         if facts.place != first.place:
             raise RankError(f"ranks 0 and {rank} run on different machines or in different containers: {first.place[0]}"
                             f" and {facts.place[0]}; they share no {FOLDER}, or do not see each other")  # fmt: skip
@@ -280,7 +286,13 @@ def _address(name: str, x: Tensor, dtype: torch.dtype | None = None) -> int:
 
 def _bytes_at(name: str, x: Tensor) -> int:
     """Address of a tensor whose bytes lie behind each other in CPU memory; raises `InvalidInput` for anything else."""
-    if not isinstance(x, Tensor) or not x.is_cpu or x.layout is not torch.strided or x.is_neg() or x.is_conj():
+    if (
+        not isinstance(x, Tensor)
+        or not x.is_cpu
+        or x.layout is not torch.strided
+        or x.is_neg()
+        or x.is_conj()
+    ):
         raise InvalidInput(f"{name} is {x!r:.80}: a plain tensor in CPU memory is needed")
     check_contiguous(name, x)
     return address_of(name, x)

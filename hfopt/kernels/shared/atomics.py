@@ -6,7 +6,7 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
-from hfopt.kernels.jit.compiler import BYTES, I32, INTP, emit_call
+from hfopt.kernels.jit.compiler import BYTES, I32, emit_call
 
 _WORDS = types.CPointer(types.int64)
 

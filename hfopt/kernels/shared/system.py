@@ -21,7 +21,9 @@ from hfopt.kernels.jit.compiler import (
 )
 
 _CLOCK, _SYSCALL, _YIELD = "hfopt_clock_gettime", "hfopt_syscall", "hfopt_sched_yield"
-_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(platform.machine(), 0)  # its number as a system call
+_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(
+    platform.machine(), 0
+)  # its number as a system call
 IS_KNOWN = sys.platform == "linux" and sys.byteorder == "little" and _FUTEX != 0
 _WAIT, _WAKE = 0, 1
 _ALL = 2**31 - 1
@@ -83,9 +85,7 @@ def sleep_while(typingctx, p, value, span):
             lower = builder.and_(value, ir.Constant(INTP, 0xFFFFFFFF))  # a futex is of 32 bits
             numbers = [ir.Constant(INTP, n) for n in (_FUTEX, _WAIT, 0)]
             rest = [lower, builder.ptrtoint(time, INTP), numbers[2], numbers[2]]
-            emit_call(
-                builder, _SYSCALL, INTP, [numbers[0], builder.ptrtoint(word, INTP), numbers[1], *rest]
-            )
+            emit_call(builder, _SYSCALL, INTP, [numbers[0], builder.ptrtoint(word, INTP), numbers[1], *rest])
         return context.get_dummy_value()
 
     return types.void(types.CPointer(types.int64), types.int64, types.int64), codegen
