@@ -16,6 +16,7 @@ from hfopt.errors import (
     HostError,
     InvalidInput,
     KernelError,
+    RankError,
     UnsupportedDevice,
     UnsupportedModel,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "InvalidInput",
     "KernelError",
     "PrefixCache",
+    "RankError",
     "Report",
     "UnsupportedDevice",
     "UnsupportedModel",

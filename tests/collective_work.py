@@ -4,19 +4,22 @@ import hashlib
 import os
 import random
 import signal
+import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hfopt.distributed import SharedGroup
-from hfopt.errors import RankError
+from hfopt.distributed.segment import FOLDER, Segment
+from hfopt.errors import InvalidInput, RankError
 
-SIZES = (0, 1, 15, 16, 17, 33, 4096, 16385, 32768, 32769, 100_003, 131_072, 262_145, 1_000_003)
+SIZES = (0, 1, 15, 16, 17, 33, 4096, 16385, 32769, 100_003, 131_072, 400_001)
 
 
 def part_of(rank: int, seed: int, n: int, dtype: torch.dtype) -> Tensor:
@@ -79,7 +82,7 @@ def others() -> bool:
         generator = torch.Generator().manual_seed(n)
         values = torch.randint(0, 4, (size, n), generator=generator).float()
         values[torch.rand(size, n, generator=generator) < 0.05] = torch.nan
-        indices = torch.stack([torch.randperm(1000 * (n + 1), generator=generator)[:n] for _ in range(size)])
+        indices = torch.randint(0, 1 << 40, (size, n), generator=generator)
         expected = _best(values.numpy(), indices.numpy())
         own = values[rank].clone(), indices[rank].clone()
         group.arg_max(*own)
@@ -178,13 +181,81 @@ def interrupted() -> tuple[str, float]:
     return "", 0.0
 
 
-def leftovers(folder_of: Any = None) -> list[str]:
+def leftovers() -> list[str]:
     """Names in /dev/shm while a group is in use."""
     group = SharedGroup()
     group.barrier()
     names = [name for name in os.listdir("/dev/shm") if name.startswith("hfopt-")]
     group.barrier()
     return names
+
+
+def refused() -> bool:
+    """What no collective takes."""
+    group = SharedGroup()
+    for x in (torch.zeros(4, 4).T, torch.zeros(4, dtype=torch.int64), torch.zeros(4, device="meta"), [1.0]):
+        with pytest.raises(InvalidInput, match=r"^x "):
+            group.all_reduce(x)  # type: ignore[arg-type]
+    for x in (torch.zeros(4, 4).T, torch.zeros(4, device="meta"), torch.zeros(4).to_sparse()):
+        for method in (group.broadcast, group.all_gather):
+            with pytest.raises(InvalidInput, match=r"^x "):
+                method(x)
+    with pytest.raises(InvalidInput, match="requires a gradient"):
+        group.all_reduce(torch.zeros(4, requires_grad=True))
+    with pytest.raises(InvalidInput, match="dim is 1"):
+        group.all_gather(torch.zeros(4), 1)
+    with pytest.raises(InvalidInput, match="indices are"):
+        group.arg_max(torch.zeros(4), torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(InvalidInput, match="limit is 0"):
+        SharedGroup(limit=0)
+    with group.lock:
+        thread = threading.Thread(target=lambda: found.append(_error_of(group.barrier)))
+        found: list[str] = []
+        thread.start()
+        thread.join()
+    assert "another thread" in found[0]
+    x = torch.ones(3)
+    group.all_reduce(x)
+    assert torch.equal(x, torch.ones(3))
+    group.close()
+    group.close()
+    assert "closed" in _error_of(group.barrier)
+    return True
+
+
+def _error_of(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except (InvalidInput, RankError) as error:
+        return str(error)
+    return ""
+
+
+def foreign() -> bool:
+    """Files in the place of a segment that are none."""
+    segment = Segment.create(2, 4096)
+    path = FOLDER / segment.name
+    try:
+        assert path.stat().st_mode & 0o777 == 0o600
+        Segment.open(segment.name, 2, 4096)
+        for size, capacity in ((3, 4096), (2, 8192)):
+            assert "is not what rank 0 has made" in _error_of(
+                partial(Segment.open, segment.name, size, capacity)
+            )
+        path.chmod(0o644)
+        assert "is not what rank 0 has made" in _error_of(partial(Segment.open, segment.name, 2, 4096))
+        path.chmod(0o600)
+        segment._head()[4] += 1
+        assert "of another group" in _error_of(partial(Segment.open, segment.name, 2, 4096))
+    finally:
+        segment.unlink()
+    assert "cannot be opened" in _error_of(partial(Segment.open, segment.name, 2, 4096))
+    path.symlink_to("/etc/passwd")
+    try:
+        assert "cannot be opened" in _error_of(partial(Segment.open, segment.name, 2, 4096))
+    finally:
+        path.unlink()
+    return True
 
 
 def several() -> bool:

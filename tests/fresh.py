@@ -30,6 +30,7 @@ def run(code: str, *arguments: str, **variables: str | None) -> str:
 class Process:
     """Runs Python code beside the tests.
 
+    id: its number.
     Its global `n_threads_of_import` says how many threads importing hfopt has started.
 
     arguments: `sys.argv[1:]`.
@@ -42,11 +43,11 @@ class Process:
         self._folder = tempfile.TemporaryDirectory()
         merged: dict[str, str | None] = {**os.environ, **variables}
         environment = {name: value for name, value in merged.items() if value is not None}
-        self._id = _ask([code, arguments, environment, self._folder.name])
+        self.id = _ask([code, arguments, environment, self._folder.name])
 
     def wait(self) -> subprocess.CompletedProcess[str]:
         """How it ended, and what it printed."""
-        status = _ask(self._id)
+        status = _ask(self.id)
         with self._folder:
             printed = [Path(self._folder.name, name).read_text() for name in ("stdout", "stderr")]
         return subprocess.CompletedProcess(self._arguments, status, *printed)

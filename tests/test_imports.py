@@ -29,6 +29,7 @@ IMPORTS: dict[str, set[str]] = {
     "model_proof": {"errors", "generation", "host", "patches"},
     "checkpoints": {"errors", "host", "machine", "modules", "quantization", "words"},
     "console": {"cache", "errors", "host", "quantization", "words"},
+    "distributed": {"errors", "functional", "kernels", "machine", "words"},
     "functional": {"cache", "errors", "kernels", "machine", "quantization", "words"},
     "generation": {"cache", "errors", "functional", "host", "machine", "progress", "words"},
     "modules": {"errors", "functional", "host", "quantization", "words"},

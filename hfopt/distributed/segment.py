@@ -1,8 +1,8 @@
 """Memory that the processes of a group have mapped, and that nobody else can reach.
 
-It is a file in /dev/shm of a name that nobody can guess, mode 0600, which is deleted as soon as all have mapped it: nothing is
-left of it, however the processes end. What is left where they end before that is deleted by the next segment of
-the same user.
+It is a file in /dev/shm of a name that nobody can guess, mode 0600, which is deleted as soon as all have mapped it: nothing
+is left of it, however the processes end. What is left where they end before that is deleted by the next segment of the
+same user.
 """
 
 from __future__ import annotations

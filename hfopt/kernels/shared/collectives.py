@@ -14,7 +14,6 @@ from hfopt.kernels.shared.member import (
     ARG_MAX,
     BARRIER,
     BROADCAST,
-    CLOSED,
     DONE,
     EXCHANGE,
     INPUT,
@@ -22,6 +21,7 @@ from hfopt.kernels.shared.member import (
     RESULT,
     SEQUENCE,
     arrive,
+    begin,
     buffer,
     elements_of,
     member_at,
@@ -118,8 +118,8 @@ def _reduce_shares(like, m, state, x, n, what):
         threads = threads_for(n_pieces, (n_copied + n_summed) * item_bytes(like), _PARALLEL_SIZE)
         if state[IS_WAITING] == 0:
             sequence = state[SEQUENCE] + 1
-            arguments = like, m, sequence, x, n_copied, copied_at, n_summed, summed_at
-            parallel_for(_first_half, threads, (n_copied + piece - 1) // piece + n_pieces, arguments)
+            halves = like, m, sequence, x, n_copied, copied_at, n_summed, summed_at
+            parallel_for(_first_half, threads, (n_copied + piece - 1) // piece + n_pieces, halves)
             arrive(m, state, what)
         status = wait(m, state, what)
         if status != DONE:
@@ -138,8 +138,9 @@ def all_reduce(like, member, x, n):
     Address of n elements of the type of the pointer `like`: float32, bfloat16, float16.
     """
     m, state = member_at(member), state_at(member)
-    if m.segment == 0:
-        return CLOSED
+    status = begin(m, state)
+    if status != DONE:
+        return status
     what = what_of(ALL_REDUCE, elements_of(like), n)
     if n * item_bytes(like) <= min(WHOLE, m.capacity):
         return _reduce_whole(like, m, state, x, n, what)
@@ -168,8 +169,9 @@ def all_gather(member, x, n_rows, row_bytes, out):
     Addresses of x [n_rows, row_bytes] and out [n_rows, ranks, row_bytes], bytes, which do not overlap.
     """
     m, state = member_at(member), state_at(member)
-    if m.segment == 0:
-        return CLOSED
+    status = begin(m, state)
+    if status != DONE:
+        return status
     n = n_rows * row_bytes
     what = what_of(ALL_GATHER, ANY, n)
     while state[EXCHANGE] * m.capacity < n or state[EXCHANGE] == 0:
@@ -193,8 +195,9 @@ def all_gather(member, x, n_rows, row_bytes, out):
 def broadcast(member, x, n_bytes):
     """x = that of rank 0. Address of n_bytes."""
     m, state = member_at(member), state_at(member)
-    if m.segment == 0:
-        return CLOSED
+    status = begin(m, state)
+    if status != DONE:
+        return status
     what = what_of(BROADCAST, ANY, n_bytes)
     while state[EXCHANGE] * m.capacity < n_bytes or state[EXCHANGE] == 0:
         first = state[EXCHANGE] * m.capacity
@@ -217,8 +220,9 @@ def broadcast(member, x, n_bytes):
 def barrier(member):
     """Wait until all ranks are here."""
     m, state = member_at(member), state_at(member)
-    if m.segment == 0:
-        return CLOSED
+    status = begin(m, state)
+    if status != DONE:
+        return status
     what = what_of(BARRIER, ANY, 0)
     if state[IS_WAITING] == 0:
         arrive(m, state, what)
@@ -249,8 +253,9 @@ def arg_max(member, values, indices, n):
     Addresses of values float32 [n] and indices int64 [n].
     """
     m, state = member_at(member), state_at(member)
-    if m.segment == 0:
-        return CLOSED
+    status = begin(m, state)
+    if status != DONE:
+        return status
     what, part = what_of(ARG_MAX, ANY, n), m.capacity // _PAIR
     while state[EXCHANGE] * part < n or state[EXCHANGE] == 0:
         first = state[EXCHANGE] * part

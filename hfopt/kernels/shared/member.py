@@ -127,6 +127,17 @@ def _line(m, rank):
 
 
 @body
+def begin(m, state):
+    """A status before anything is done: whether the group can be used."""
+    if m.segment == 0:
+        return CLOSED
+    # who waits already may yet find that all have come: a rank may leave right behind its last operation
+    if state[IS_WAITING] == 0 and load_acquire(integers_at(m.segment + FAILURE)) != 0:
+        return FAILED
+    return DONE
+
+
+@body
 def arrive(m, state, what):
     """Raise this rank's sequence: its buffers are written."""
     line, sequence = _line(m, m.rank), state[SEQUENCE] + 1
@@ -146,7 +157,7 @@ def _look(m, state, rank, seen, since):
         state[BEGIN] = now
     line = _line(m, rank)
     if load_acquire(integers_at(m.segment + FAILURE)) != 0:
-        # a rank that has all it needs may close the group right behind its last operation
+        # see `begin`
         return DONE if load_acquire(line) >= state[SEQUENCE] else FAILED
     if now - state[BEGIN] > m.limit:
         return LATE | rank << 8
