@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,13 @@ def different_requests() -> list[str]:
     return said
 
 
-def one_is_killed(after: int) -> str:
-    """What another one says of a process that is killed after so many steps of a request."""
+def one_is_killed(after: int) -> tuple[str, float]:
+    """What another one says of a process that is killed after so many steps of a request, and seconds after that."""
     model = hfopt.optimize(model_of("llama"))
+    last = [0.0]
 
     def steps(ids: Tensor, scores: Tensor) -> Tensor:
+        last[0] = time.monotonic()
         if dist.get_rank() == 1 and ids.shape[1] == PROMPT.shape[1] + after:
             os.kill(os.getpid(), signal.SIGKILL)
         return scores
@@ -130,8 +133,8 @@ def one_is_killed(after: int) -> str:
     try:
         model.generate(PROMPT, **STEPS, logits_processor=[steps])
     except RankError as error:
-        return str(error)
-    return "nothing"
+        return str(error), time.monotonic() - last[0]
+    return "nothing", 0.0
 
 
 def saved() -> bool:

@@ -11,7 +11,7 @@ from tests import fresh
 
 _CODE = """
 import importlib, os, pickle, signal, sys, traceback
-signal.alarm(120)
+signal.alarm(300)
 import torch
 import torch.distributed as dist
 torch.set_num_threads(1)

@@ -193,8 +193,9 @@ class SharedGroup:
 
     def watch(self) -> None:
         """End the waiting in bodies of this process, and of the others, if a process has ended."""
-        if not self.is_over and any(process.has_ended() for process in self._watched):
-            kernels.fail(self.address, layout.ENDED)
+        segment = self._segment
+        if segment is not None and any(process.has_ended() for process in self._watched):
+            segment.fail(layout.ENDED, self.rank)
 
     def look(self, status: int) -> None:
         """See after a status of a body that is not 0: returns if it is to be called again with the same arguments.

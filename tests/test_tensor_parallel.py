@@ -1,0 +1,61 @@
+"""Models that transformers has split over processes."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parallel_work import FAMILIES
+from tests.ranks import Ranks, results
+
+QUICK = ("llama", "opt")
+
+
+def call(name: str, *arguments: Any) -> tuple[str, tuple[Any, ...]]:
+    return f"tests.parallel_work:{name}", arguments
+
+
+def tokens_of(size: int, *names: str) -> None:
+    for name, found in zip(names, results(size, *(call("tokens_are_theirs", each) for each in names)), strict=True):
+        assert found == [[True] * 4] * size, name
+
+
+def test_tokens_are_those_of_transformers() -> None:
+    tokens_of(2, *QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - set(QUICK)))
+def test_tokens_of_other_families(name: str) -> None:
+    tokens_of(2, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_of_four_processes(name: str) -> None:
+    tokens_of(4, name)
+
+
+def test_bits_are_the_same_in_all_processes_and_in_each_run() -> None:
+    options = ({}, {"quantization": "int8", "kv_cache": "int8"})
+    calls = [call("logits", "llama", torch.bfloat16, each) for each in options]
+    for found in results(2, *calls):
+        first, *others = (each for of_rank in found for each in of_rank)
+        assert all(torch.equal(first, each) for each in others)
+
+
+def test_processes_that_ask_for_different_things_are_told_so() -> None:
+    ((found, other),) = results(2, call("different_requests"))
+    assert found == other
+    for name, said in zip(("inputs", "max_new_tokens", "the random state of torch"), found, strict=True):
+        assert said.startswith(f"{name} of rank 1 is another than that of rank 0")
+
+
+def test_a_process_that_is_killed_ends_the_request_of_the_others() -> None:
+    (((said, seconds),), nothing) = Ranks(2, call("one_is_killed", 7)).wait(killed=[1])
+    assert said.startswith("rank 1 (pid ") and "has ended" in said and not nothing
+    assert seconds < 10
+
+
+def test_what_is_saved_is_the_whole_model() -> None:
+    assert results(2, call("saved")) == [[True, True]]
