@@ -100,7 +100,9 @@ def load(
     options = trust | {n: kwargs[n] for n in _MODEL[:1] if n in kwargs}
     if tensor_parallel:
         if stored or calibration is not None:
-            raise UnsupportedModel(f"{source}: tensor_parallel is for checkpoints of floats, without calibration")
+            raise UnsupportedModel(
+                f"{source}: tensor_parallel is for checkpoints of floats, without calibration"
+            )
         model = _split_model(source, config, dtype, {**hub, **options})
         return optimize(model, quantization=quantization, kv_cache=kv_cache, speculation=speculation)
     model = _empty_model(source, config, dtype, options)
@@ -182,7 +184,9 @@ def _split_model(source: str, config: Config, dtype: torch.dtype, options: dict[
     """The part that this one of torchrun's processes has of the model, read by transformers."""
     size = int(os.environ.get("WORLD_SIZE", "0"))
     if size < 1:
-        raise InvalidInput("tensor_parallel=True needs processes: start the script with torchrun --nproc-per-node N")
+        raise InvalidInput(
+            "tensor_parallel=True needs processes: start the script with torchrun --nproc-per-node N"
+        )
     own = {name: options[name] for name in _MODEL if name in options}
     empty = _empty_model(source, config, dtype, own)
     split = split_options(empty, plan_for(empty), size)
@@ -191,7 +195,9 @@ def _split_model(source: str, config: Config, dtype: torch.dtype, options: dict[
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **split)
     except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{source} cannot be split over {size} processes ({in_words(error)})") from error
+        raise UnsupportedModel(
+            f"{source} cannot be split over {size} processes ({in_words(error)})"
+        ) from error
     found: PreTrainedModel = model.eval()
     return found
 

@@ -28,7 +28,7 @@ from hfopt.report import Report
 from hfopt.words import DTYPES, dtypes_in_words
 
 if TYPE_CHECKING:
-    from hfopt.distributed.ranks import Ranks
+    from hfopt.distributed import Ranks
     from hfopt.functional import Kernels
     from hfopt.generation import Verdict
     from hfopt.patches.walk import Walk
@@ -223,7 +223,7 @@ def _together(model: nn.Module, kernels: Kernels) -> Ranks | None:
     """The processes that transformers has split the model over, once its layers are ours; None if there are none, or if
     they stay what they are.
     """
-    from hfopt.distributed.ranks import Ranks
+    from hfopt.distributed import Ranks
     from hfopt.functional.choice import settle
     from hfopt.patches.sharding import ranks_of, take_parts
 

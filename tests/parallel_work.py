@@ -60,8 +60,8 @@ def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
         folders = [tempfile.mkdtemp()]
         model.save_pretrained(folders[0])
     dist.broadcast_object_list(folders)
-    options = split_options(model, plan_for(model), dist.get_world_size())
-    return AutoModelForCausalLM.from_pretrained(folders[0], dtype=dtype, **options).eval()
+    options: Any = split_options(model, plan_for(model), dist.get_world_size())
+    return AutoModelForCausalLM.from_pretrained(str(folders[0]), dtype=dtype, **options).eval()
 
 
 def _requests(model: Any) -> list[Tensor]:
@@ -95,7 +95,12 @@ def logits(name: str, dtype: torch.dtype, options: dict[str, Any]) -> list[Tenso
     found = []
     for _ in range(2):
         outputs = model.generate(
-            PROMPT, attention_mask=MASK, **STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True
+            PROMPT,
+            attention_mask=MASK,
+            **STEPS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         found.append(torch.stack(outputs.logits).float())
     return found

@@ -50,6 +50,7 @@ def run(
             0,
             np.empty(0, np.int64),
             np.zeros(4, np.int64),
+            None,
         ),
     )
     assert outcome == 1

@@ -16,7 +16,9 @@ def call(name: str, *arguments: Any) -> tuple[str, tuple[Any, ...]]:
 
 
 def tokens_of(size: int, *names: str) -> None:
-    for name, found in zip(names, results(size, *(call("tokens_are_theirs", each) for each in names)), strict=True):
+    for name, found in zip(
+        names, results(size, *(call("tokens_are_theirs", each) for each in names)), strict=True
+    ):
         assert found == [[True] * 4] * size, name
 
 
@@ -37,7 +39,7 @@ def test_tokens_of_four_processes(name: str) -> None:
 
 
 def test_bits_are_the_same_in_all_processes_and_in_each_run() -> None:
-    options = ({}, {"quantization": "int8", "kv_cache": "int8"})
+    options: tuple[dict[str, Any], ...] = ({}, {"quantization": "int8", "kv_cache": "int8"})
     calls = [call("logits", "llama", torch.bfloat16, each) for each in options]
     for found in results(2, *calls):
         first, *others = (each for of_rank in found for each in of_rank)

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from transformers import GenerationConfig
 from hfopt.errors import InvalidInput
 
 from ._types import Model
-from .protocols import Ranks
 from .state import installed
+
+if TYPE_CHECKING:  # it loads Numba
+    from hfopt.distributed import Ranks
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 

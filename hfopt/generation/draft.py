@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from ._types import Ids, Model
 from .agreement import elapsed
 from .decoding import Decoding, Greedy, Pace
 from .prefill import Prefill
-from .protocols import Ranks
 from .selection import argmax, drawn
 from .sequences import Sequences
 from .speculation import Guess
 from .state import installed
+
+if TYPE_CHECKING:  # it loads Numba
+    from hfopt.distributed import Ranks
 
 _GREEDY = Greedy(np.empty(0, np.int64), 0)
 

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -103,19 +102,3 @@ class StepPrograms(Protocol):
 
     def holds(self, program: StepProgram) -> bool:
         """Whether this is still the model's program, for the next step of a request that runs no code of its user."""
-
-
-class Ranks(Protocol):
-    """The processes that have a model together. They make the same requests; what may differ between them is as it is in
-    the first one.
-    """
-
-    @property
-    def lock(self) -> AbstractContextManager[Any]:
-        """Held while a request runs."""
-
-    def first(self, value: int) -> int:
-        """What the first of them has given."""
-
-    def different(self, parts: dict[str, str]) -> tuple[int, str] | None:
-        """Begin a request: (a process, the name of a part that is another than that of the first), None if all are equal."""

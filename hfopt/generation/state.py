@@ -1,15 +1,20 @@
 """What is left on a model for its requests."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
 from hfopt import host
 from hfopt.cache.prefix import PrefixCache
 
-from .protocols import Ranks, StepPrograms
+from .protocols import StepPrograms
 from .speculation import StepCosts
+
+if TYPE_CHECKING:  # it loads Numba
+    from hfopt.distributed import Ranks
 
 _ATTRIBUTE = "_hfopt_generation"  # of an optimized model
 

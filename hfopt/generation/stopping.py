@@ -1,7 +1,9 @@
 """When a row stops: transformers' criteria, most of them answered from the last token alone."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +14,9 @@ from hfopt.host import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, Pre
 
 from .agreement import agreed
 from .latency import TokenClock
-from .protocols import Ranks
+
+if TYPE_CHECKING:  # it loads Numba
+    from hfopt.distributed import Ranks
 
 
 def runs_foreign_code(parts: Iterable[Any]) -> bool:

@@ -84,8 +84,8 @@ def split_options(model: Any, plan: dict[str, str] | None, n: int) -> dict[str, 
     """
     if "tp_plan" not in inspect.signature(DistributedConfig).parameters:
         return None
-    plan = "auto" if getattr(model, "tp_plan", None) else plan
-    return {"distributed_config": DistributedConfig(tp_size=n, tp_plan=plan)}
+    rules: Any = "auto" if getattr(model, "tp_plan", None) else plan
+    return {"distributed_config": DistributedConfig(tp_size=n, tp_plan=rules)}
 
 
 def _sharded(model: nn.Module) -> Iterator[tuple[str, list[Any]]]:

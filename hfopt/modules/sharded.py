@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hfopt.distributed import Ranks
 from hfopt.errors import UnsupportedModel
 from hfopt.host import Features, Split, is_sharded, local_part
 
@@ -19,34 +18,6 @@ _NO_LOADING = (
     "a model that is split over processes takes no state dict: load it by from_pretrained, then optimise"
 )
 _CHANGED = ("forward", "in_features", "out_features", "_parameters")
-
-
-class Ranks(Protocol):
-    """The processes that have a model together."""
-
-    @property
-    def rank(self) -> int:
-        """Of this process."""
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-
-    @property
-    def words(self) -> np.ndarray | None:
-        """`kernels.instruction.Group`, int64 [2], of processes of one host."""
-
-    def running(self) -> AbstractContextManager[None]:
-        """In the block a program with collectives runs; raises RankError if one has not been done."""
-
-    def all_reduce(self, tensor: Tensor) -> None:
-        """The sum over all, in place, with the same bits everywhere: contiguous, float."""
-
-    def first(self, value: int) -> int:
-        """What the first of them has given."""
-
-    def agree(self, reason: str | None) -> str | None:
-        """The reason against something that one of them has given, in words."""
 
 
 class Shard:
@@ -167,7 +138,7 @@ def _save(module: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
 
 
 @functools.cache
-def _embedding_class(kind: type[nn.Embedding]) -> type[nn.Embedding]:
+def _embedding_class(kind: Any) -> Any:
     return type(kind.__name__, (_ShardedRows, kind), {"__module__": kind.__module__, "host_class": kind})
 
 
@@ -194,7 +165,8 @@ def take_part(module: Any, split: Split | None, ranks: Ranks, parts: dict[int, n
     shard = state["shard"] = Shard(ranks, split, whole[split.axis], own[split.axis], weights)
     state["_parameters"] = {name: _own(weight, parts) for name, weight in weights.items()}
     if isinstance(module, nn.Embedding):
-        module.__class__ = _embedding_class(type(module))
+        kind: Any = type(module)
+        module.__class__ = _embedding_class(kind)
         return
     bias = module._parameters["bias"]
     if bias is not None and shard.sums and not shard.leads:

@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hfopt.distributed import Ranks
 from hfopt.host import Sharding, Split, local_part
-from hfopt.modules.sharded import Ranks, give_back, is_part, take_part
+from hfopt.modules.sharded import give_back, is_part, take_part
 
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of the largest output
 _N_TRIED = 3  # tokens

@@ -20,7 +20,9 @@ def plan_for(model: nn.Module) -> dict[str, str] | None:
     """
     for family in dict.fromkeys((*families_of(model), *FAMILIES)):
         plan = dict(_rules(model, family))
-        linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+        linears = {
+            path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)
+        }
         layer = f"{_prefix(family)}{family.decoder.layers}.*"
         if plan and all(path.replace(layer, layer[:-1] + "0") in linears for path in plan):
             return plan
@@ -38,8 +40,9 @@ def _rules(model: Any, family: Family) -> Iterator[tuple[str, str]]:
     for name in attention.inputs:
         yield f"{prefix}{layer.attention}.{name}", _ROWS_GATHERED
     yield f"{prefix}{layer.attention}.{attention.output}", _COLUMNS_CUT
+    inputs: tuple[str, ...]
     if isinstance(layer.mlp, tuple):
-        around, inputs, output, is_fused = "", layer.mlp[:1], layer.mlp[2], False
+        around, inputs, output, is_fused = "", (layer.mlp[0],), layer.mlp[2], False
     elif family.mlp is not None:
         around, inputs, output = f"{layer.mlp}.", family.mlp.inputs, family.mlp.output
         is_fused = family.mlp.is_fused

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hfopt.distributed import Ranks
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import Norm, Weights, Xielu
 from hfopt.functional.activation import CODES
@@ -17,7 +18,7 @@ from hfopt.functional.linear import width_of
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import NONE, Instruction
 from hfopt.kernels.linear.blocks import RESIDUALS
-from hfopt.modules.sharded import Ranks, Shard
+from hfopt.modules.sharded import Shard
 from hfopt.patches.adapters import AdaptedWeights
 from hfopt.patches.sharded import ShardedWeights
 from hfopt.program.layout import Value, Written

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hfopt.distributed import Ranks
 from hfopt.errors import InvalidInput
 from hfopt.functional.attention import Mask
 from hfopt.functional.checks import check_contiguous, check_floats
@@ -21,7 +22,7 @@ from hfopt.functional.linear import Weights
 from hfopt.kernels import step as kernels
 from hfopt.kernels.instruction import Instruction
 from hfopt.kernels.linear.rows import ROW_LIMIT
-from hfopt.modules.sharded import Ranks, Shard
+from hfopt.modules.sharded import Shard
 from hfopt.patches.angles import AngleTables
 from hfopt.program.listing import Listing
 from hfopt.program.run import Run, prefill
