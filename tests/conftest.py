@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # times as much where other work runs on the machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,19 @@ from hfopt.bench import roofline
 from hfopt.functional import choice, choice_file
 from hfopt.machine import env
 from tests import other_machines, tomorrow_answers
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make the cases slow that `thinned` leaves out."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("thinned")
+        if mark is not None:
+            name = item.nodeid.partition("[")[0]
+            if seen[name] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[name] += 1
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

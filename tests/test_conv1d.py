@@ -76,6 +76,7 @@ def test_restore_brings_the_same_layers_back(is_copy: bool) -> None:
     assert_same(greedy(model), expected)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_every_way_leads_to_the_same_model(format: Format, tmp_path: Path) -> None:
     model = tiny("gpt2")

@@ -73,6 +73,7 @@ def noted(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return calls
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", DECODERS)
 def test_greedy_tokens_come_from_the_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(name)
@@ -88,6 +89,7 @@ def test_greedy_tokens_come_from_the_program(name: str, monkeypatch: pytest.Monk
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("name", "mode"), some_of(DECODERS, [mode for mode in MODES if mode != "greedy"]))
 def test_tokens_are_those_of_transformers(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(name)
@@ -109,6 +111,7 @@ def test_halves_are_as_close_to_float32_as_those_of_transformers(name: str, dtyp
     ("name", "quantization", "kv_cache", "dtype"),
     some_of(DECODERS, (None, *FORMATS), [None, "int8"], [torch.float32, *HALVES], every=3, first=1),
 )
+@pytest.mark.thinned(3)
 def test_the_program_has_the_bits_of_the_modules(
     name: str, quantization: str | None, kv_cache: str | None, dtype: torch.dtype
 ) -> None:

@@ -44,6 +44,7 @@ CHANGES: dict[str, tuple[str, Callable[[Model], None]]] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_after_optimize(change: str) -> None:
     name, apply = CHANGES[change]

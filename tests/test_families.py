@@ -45,6 +45,7 @@ FORMATS = ("int8", "int4", "nf4")
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("name", "mode"), list(itertools.product(MODELS, MODES)))
 def test_fifty_tokens_are_those_of_transformers(name: str, mode: str, passes: list[int]) -> None:
     model = MODELS[name]()
@@ -64,6 +65,7 @@ def test_16_bits_are_as_close_to_float32_as_those_of_transformers(name: str, dty
     assert_as_close_as_stock(MODELS[name](), dtype, prompts(3, 20))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("name", "dtype", "mode"), pairs_of(MODELS, DTYPES, MODES))
 def test_the_program_has_the_bits_of_the_modules(
     name: str, dtype: torch.dtype, mode: str, passes: list[int]

@@ -48,6 +48,7 @@ __all__ = ["passes", "rehearsals"]  # fixtures
 pytestmark = [pytest.mark.usefixtures(one_thread.__name__), needs_programs]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("name", "mode"), list(itertools.product(DISTANT, MODES)))
 def test_fifty_tokens_are_those_of_transformers(name: str, mode: str, passes: list[int]) -> None:
     model = DISTANT[name]()
@@ -69,6 +70,7 @@ def test_16_bits_are_as_close_to_float32_as_those_of_transformers(name: str, dty
     assert_as_close_as_stock(DISTANT[name](), dtype, prompts(3, 20))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("name", "dtype", "mode"), pairs_of(DISTANT, DTYPES, MODES))
 def test_the_program_has_the_bits_of_the_modules(
     name: str, dtype: torch.dtype, mode: str, passes: list[int]
@@ -210,6 +212,7 @@ LONG: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("name", "mode"), pairs_of(FALCONS, LONG))
 def test_more_tokens_than_bfloat16_counts_one_by_one(name: str, mode: str, passes: list[int]) -> None:
     model, stock = optimized(falcon_alibi(**FALCONS[name])), falcon_alibi(**FALCONS[name])

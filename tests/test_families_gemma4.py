@@ -84,6 +84,7 @@ def gemma4(**changes: Any) -> Model:
     return model
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("name", "mode"), list(itertools.product(MODELS, MODES)))
 def test_fifty_tokens_are_those_of_transformers(name: str, mode: str, passes: list[int]) -> None:
     model = gemma4(**MODELS[name])

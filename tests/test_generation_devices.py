@@ -54,6 +54,7 @@ def elsewhere(model: Model, given: dict[str, Any], options: dict[str, Any]) -> A
         return tokens(model, given, options)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("prompt", list(PROMPTS))
 @pytest.mark.parametrize("mode", list(MODES))
 def test_results_are_those_of_transformers(stock: Model, mode: str, prompt: str) -> None:

@@ -89,6 +89,7 @@ def test_beams_of_equal_scores(n_equal: int, options: dict[str, Any]) -> None:
     compare(model, **prompts(), max_new_tokens=12, num_beams=4, do_sample=False, **options)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mode", MODES)
 def test_fifty_tokens_with_all_outputs(model: Model, mode: str) -> None:
     result = compare(model, **prompts(), max_new_tokens=50, **MODES[mode], **EVERYTHING)
@@ -158,6 +159,7 @@ def test_rows_end_at_different_steps(small: Model, mode: str, ends: Any) -> None
     compare(small, **prompts(), max_new_tokens=40, eos_token_id=ends, **MODES[mode], **EVERYTHING)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 3.0])
 @pytest.mark.parametrize("do_sample", [False, True])

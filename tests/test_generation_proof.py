@@ -154,6 +154,7 @@ def _longer_penalty(loop: Loop) -> Loop:
         ("_beam_search", _longer_penalty, {"beam search", "beam sampling"}),
     ],
 )
+@pytest.mark.thinned(3)
 def test_a_loop_that_does_something_else_is_used(
     name: str,
     change: Callable[[Loop], Loop],

@@ -53,6 +53,7 @@ def test_the_folder_is_private(filled: Path) -> None:
     assert filled.stat().st_mode & 0o777 == 0o700 and folder.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty index"])
 def test_a_damaged_entry_is_compiled_again(filled: Path, damage: str) -> None:
     suffix = "*/*.nbi" if damage == "empty index" else "*/*.nbc"

@@ -113,6 +113,7 @@ _WIDER = (coded_cache, 1, (128, 128, 32)), (coded_cache, 1, (384, 128, 32))
         *pairs_of(DTYPES, _WIDER, (1023, 1024, 1025)),
     ],
 )
+@pytest.mark.thinned(3)
 def test_decode_around_blocks_and_chunks(
     dtype: torch.dtype, of: tuple[MakeCache, int, tuple[int, int, int]], length: int
 ) -> None:
@@ -146,6 +147,7 @@ def _padded(n_rows: int, n_keys: int, chunk: int) -> Iterator[Tensor]:
     + [(2, (3, 1, 24), (length, 70), 64) for length in (127 * 64, 128 * 64, 128 * 64 + 1, 260 * 64 + 5)]
     + [(128, (1, 1, 24), (3, length), 64) for length in (64, 65, 129)],
 )
+@pytest.mark.thinned(3)
 def test_decode_around_spans(
     dtype: torch.dtype, n_rows: int, heads: tuple[int, int, int], lengths: tuple[int, int], chunk: int
 ) -> None:

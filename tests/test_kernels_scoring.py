@@ -80,6 +80,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize(
     ("make", "dtype", "heads", "rows", "options"), pairs_of(CACHES, DTYPES, HEADS, ROWS, OPTIONS)
 )
+@pytest.mark.thinned(3)
 def test_scores(
     make: MakeCache, dtype: torch.dtype, heads: Heads, rows: Rows, options: dict[str, Any]
 ) -> None:

@@ -143,6 +143,7 @@ def test_16_bits_are_as_near_as_the_stock_model(name: str, dtype: torch.dtype) -
     assert (mine - best).abs().mean() <= 1.5 * (his - best).abs().mean()
 
 
+@pytest.mark.thinned(3)
 @needs_programs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [*FAMILIES, "llama, heads of 24", "llama, a key head each"])

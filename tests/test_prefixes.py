@@ -123,6 +123,7 @@ def pair(name: str, **options: Any) -> tuple[Model, Model]:
 # ---- known beginnings ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_are_those_of_the_stock_model(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +216,7 @@ def test_kinds_of_caches_are_kept_apart() -> None:
     assert torch.equal(generated(model, inputs, prefix_cache=prefix_cache), generated(stock, inputs))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", SHARING)
 def test_rows_begin_behind_their_own_padding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows known, some of them, and to different lengths."""
@@ -403,6 +405,7 @@ def test_arguments_are_checked() -> None:
 # ---- what rows of a request have in common ------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SHARING)
 def test_a_common_beginning_is_read_once(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,7 @@ def test_halves_of_a_fused_weight_are_read_in_place(name: str) -> None:
 # ---- in one call ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("family", "name", "dtype"), pairs_of(FAMILIES, FORMATS, DTYPES))
 def test_the_program_has_the_bits_of_the_modules(
     family: str, name: str, dtype: torch.dtype, passes: list[int]
@@ -204,6 +205,7 @@ def test_whose_kernels_has_no_meaning_for_quantised_layers(kernels: Any, passes:
 KINDS = (Int8(), Int4(group=32, symmetric=False), None, NF4(group=32, compute="float"))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("first", [0, 2])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -108,6 +108,7 @@ def seeded(model: Model, **arguments: Any) -> Any:
     return tokens, torch.rand(1)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("n_rows", [1, 3])
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_are_those_without_a_draft(

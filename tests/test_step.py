@@ -89,6 +89,7 @@ def small() -> Model:
     return proven_family("llama")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_fifty_steps(name: str, dtype: torch.dtype, passes: list[int]) -> None:

@@ -282,6 +282,7 @@ def test_a_cause_before_a_request(name: str, passes: list[int]) -> None:
     assert_program_is_the_modules(model, passes, **given)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("by", ["streamer", "criterion"])
 @pytest.mark.parametrize("name", IN_BETWEEN)
 def test_a_cause_in_between(name: str, by: str, passes: list[int], rehearsals: list[str | None]) -> None:

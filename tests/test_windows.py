@@ -69,6 +69,7 @@ MODELS: dict[str, Callable[..., Model]] = {
 LENGTHS = {"longer than the window": 30, "shorter": 4}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("name", "mode", "length"), pairs_of(MODELS, MODES, LENGTHS))
 def test_sixty_tokens_are_those_of_transformers(name: str, mode: str, length: str, passes: list[int]) -> None:
     """Rows are padded on the left by more than a window."""
@@ -87,6 +88,7 @@ def test_sixty_tokens_are_those_of_transformers(name: str, mode: str, length: st
     ("name", "dtype", "mode", "kv_cache"),
     pairs_of(MODELS, (torch.float32, torch.bfloat16), MODES, (None, "int8")),
 )
+@pytest.mark.thinned(3)
 def test_the_program_has_the_bits_of_the_modules(
     name: str, dtype: torch.dtype, mode: str, kv_cache: str | None, passes: list[int]
 ) -> None:
@@ -99,6 +101,7 @@ def test_the_program_has_the_bits_of_the_modules(
     assert_program_is_the_modules(model, passes, **arguments)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prompt_in_chunks(name: str) -> None:
     """Each of which sees a window of those before it."""
@@ -142,6 +145,7 @@ def test_a_cache_that_a_user_gives_for_less() -> None:
     assert not any(given.is_sliding) and given.layers[0].keys.shape[2] == 49
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("window", [2, 3, 63, 64, 200])
 def test_other_windows(window: int, passes: list[int]) -> None:
     model = qwen2(**_MIXED, sliding_window=window)
@@ -156,6 +160,7 @@ def test_other_windows(window: int, passes: list[int]) -> None:
 # ---- what is rehearsed -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("change", [-1, 1])
 @pytest.mark.parametrize("window", [WINDOW, 100, 5000])
 @pytest.mark.parametrize("name", MODELS)
