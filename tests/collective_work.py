@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hfopt.distributed import SharedGroup
+from hfopt.distributed import ClusterGroup, SharedGroup, facts
 from hfopt.distributed.segment import FOLDER, Segment
 from hfopt.errors import InvalidInput, RankError
 
@@ -255,6 +255,37 @@ def foreign() -> bool:
         assert "cannot be opened" in _error_of(partial(Segment.open, segment.name, 2, 4096))
     finally:
         path.unlink()
+    return True
+
+
+def machines() -> bool:
+    """As if ranks 0 and 2 ran on one machine, and 1 and 3 on another one."""
+    here = facts.place_of_process
+    try:
+        facts.place_of_process = lambda folder: (*here(folder), str(dist.get_rank() % 2))
+        with pytest.raises(RankError, match="ranks 0 and 1 run on different machines"):
+            SharedGroup()
+        group = ClusterGroup()
+    finally:
+        facts.place_of_process = here
+    rank, size = group.rank, group.size
+    assert group.n_machines == 2 and group.shared.size == 2
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = [part_of(r, 1, 5000, dtype) for r in range(size)]
+        x = parts[rank].clone()
+        assert group.all_reduce(x) is x
+        a, b, c, d = (part.float() for part in parts)
+        assert torch.equal(x, ((a + c) + (b + d)).to(dtype))
+        assert torch.equal(group.broadcast(parts[rank].clone()), parts[0])
+        assert torch.equal(
+            group.all_gather(parts[rank].view(50, 100), 1), torch.cat([p.view(50, 100) for p in parts], 1)
+        )
+    values = torch.tensor([1.0, float(rank == 2), torch.nan if rank == 1 else 9.0, -torch.inf])
+    indices = torch.tensor([5 - rank, rank, rank, 10 - rank])
+    group.arg_max(values, indices)
+    assert indices.tolist() == [2, 2, 1, 7] and values[2].isnan() and values[:2].tolist() == [1.0, 1.0]
+    group.barrier()
+    group.close()
     return True
 
 

@@ -1,5 +1,6 @@
 """Processes that work on one model together: their memory, and what they do with it."""
 
+from hfopt.distributed.cluster import ClusterGroup
 from hfopt.distributed.group import SharedGroup
 
-__all__ = ["SharedGroup"]
+__all__ = ["ClusterGroup", "SharedGroup"]
