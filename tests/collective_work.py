@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from torch import Tensor
 from hfopt.distributed import ClusterGroup, SharedGroup, facts
 from hfopt.distributed.segment import FOLDER, Segment
 from hfopt.errors import InvalidInput, RankError
+from hfopt.functional.checks import ELEMENTS
+from hfopt.kernels.shared import launches as kernels
+from hfopt.machine.process import place_of_process
 
 SIZES = (0, 1, 15, 16, 17, 33, 4096, 16385, 32769, 100_003, 131_072, 400_001)
 
@@ -43,6 +47,11 @@ def sums() -> bool:
             x = part_of(group.rank, seed, n, dtype)
             assert group.all_reduce(x) is x
             assert torch.equal(x, oracle(group.size, seed, n, dtype)), (dtype, n)
+    x = torch.ones(40_000)
+    with group.lock:
+        group.check()
+        assert kernels.all_reduce_again(ELEMENTS[x.dtype], group.address, x.data_ptr(), len(x), 3) == 0
+    assert torch.equal(x, torch.full_like(x, group.size**3))
     group.close()
     return True
 
@@ -232,7 +241,8 @@ def _error_of(work: Callable[[], object]) -> str:
 
 
 def foreign() -> bool:
-    """Files in the place of a segment that are none."""
+    """Files in the place of a segment that are none, and one for which there is no room."""
+    assert "has no" in _error_of(partial(Segment.create, 2, 1 << 45))
     segment = Segment.create(2, 4096)
     path = FOLDER / segment.name
     try:
@@ -260,14 +270,11 @@ def foreign() -> bool:
 
 def machines() -> bool:
     """As if ranks 0 and 2 ran on one machine, and 1 and 3 on another one."""
-    here = facts.place_of_process
-    try:
-        facts.place_of_process = lambda folder: (*here(folder), str(dist.get_rank() % 2))
+    place = (*place_of_process(FOLDER), str(dist.get_rank() % 2))
+    with mock.patch.object(facts, "place_of_process", lambda folder: place):
         with pytest.raises(RankError, match="ranks 0 and 1 run on different machines"):
             SharedGroup()
         group = ClusterGroup()
-    finally:
-        facts.place_of_process = here
     rank, size = group.rank, group.size
     assert group.n_machines == 2 and group.shared.size == 2
     for dtype in (torch.float32, torch.bfloat16):

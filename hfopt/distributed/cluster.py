@@ -23,6 +23,16 @@ class ClusterGroup:
 
     rank, size: of this process, and of all. shared: the ranks of this machine, with the bodies for compiled steps where
     n_machines is 1. limit: as in `SharedGroup`; between machines the process group's own time holds.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> from hfopt.distributed import ClusterGroup
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: without arguments
+    >>> group = ClusterGroup()
+    >>> group.n_machines, group.all_gather(torch.ones(2))
+    (1, tensor([1., 1.]))
+    >>> group.close()
+    >>> dist.destroy_process_group()
     """
 
     def __init__(self, *, limit: float = 60.0) -> None:

@@ -47,6 +47,16 @@ class SharedGroup:
 
     Raises `RankError` on all ranks where they cannot share memory: several machines, containers or users, no room in
     /dev/shm, not Linux.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> from hfopt.distributed import SharedGroup
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: without arguments
+    >>> group = SharedGroup()
+    >>> group.all_reduce(torch.ones(3))
+    tensor([1., 1., 1.])
+    >>> group.close()
+    >>> dist.destroy_process_group()
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, limit: float = _LIMIT) -> None:
@@ -61,6 +71,7 @@ class SharedGroup:
         check_one_machine(self._facts)
         self._segment: Segment | None = _shared_segment(self.rank, self.size, group)
         self._watched = [Watched(facts.process) for facts in self._facts]
+        self._had_ended = False  # a process, when that was looked after
         self._failure: str | None = None
         self._record = np.zeros(layout.MEMBER_WORDS, np.int64)
         numbers = (self._segment.address, self.rank, self.size, _CAPACITY)
@@ -163,7 +174,9 @@ class SharedGroup:
         self.check()
         assert self._segment is not None
         ended = [rank for rank, process in enumerate(self._watched) if process.has_ended()]
-        if status == layout.NOT_YET and not ended:
+        # a rank may end right behind its last operation, which this one has not left yet: so it is called once more
+        had_ended, self._had_ended = self._had_ended, bool(ended)
+        if status == layout.NOT_YET and not (ended and had_ended):
             return
         processes = [facts.process for facts in self._facts]
         limit = float(self._record[layout.Member._fields.index("limit")]) / 1e9
