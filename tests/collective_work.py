@@ -56,6 +56,45 @@ def sums() -> bool:
     return True
 
 
+def threads() -> bool:
+    """Parts that are shared out among threads."""
+    torch.set_num_threads(2)
+    try:
+        group = SharedGroup()
+        x = part_of(group.rank, 1, 400_001, torch.bfloat16)
+        group.all_reduce(x)
+        assert torch.equal(x, oracle(group.size, 1, 400_001, torch.bfloat16))
+        group.close()
+    finally:
+        torch.set_num_threads(1)
+    return True
+
+
+def stopped() -> int:
+    """Rank 1 stands still at times, in the middle of sums that take several exchanges; how often rank 0 looked after it."""
+    group = SharedGroup()
+    expected = float(sum(range(1, group.size + 1)))
+
+    def stop() -> None:
+        for _ in range(3):
+            time.sleep(0.05)
+            os.kill(group._facts[1].process, signal.SIGSTOP)
+            time.sleep(0.3)
+            os.kill(group._facts[1].process, signal.SIGCONT)
+
+    thread = threading.Thread(target=stop)
+    with mock.patch.object(group, "look", wraps=group.look) as look:
+        goes_on = torch.ones(1)
+        if group.rank == 0:
+            thread.start()
+        while group.broadcast(goes_on).item():
+            x = torch.full((1_000_003,), group.rank + 1.0)
+            assert (group.all_reduce(x) == expected).all()
+            goes_on.fill_(thread.is_alive())
+    group.close()
+    return look.call_count
+
+
 def rounds(count: int) -> str:
     """Digest of sums of random sizes, the ranks coming at random times."""
     group = SharedGroup()
@@ -226,6 +265,9 @@ def refused() -> bool:
     x = torch.ones(3)
     group.all_reduce(x)
     assert torch.equal(x, torch.ones(3))
+    with mock.patch("os.getpid", return_value=1):
+        assert "was forked" in _error_of(group.barrier)
+    group.barrier()
     group.close()
     group.close()
     assert "closed" in _error_of(group.barrier)

@@ -37,6 +37,8 @@ def pair() -> dict[str, list[Any]]:
     calls = {
         "sums": call("sums"),
         "others": call("others"),
+        "threads": call("threads"),
+        "stopped": call("stopped"),
         "rounds": call("rounds", 1000),
         "again": call("rounds", 1000),
         "late": call("late", 0.5),
@@ -54,13 +56,17 @@ def test_one_rank() -> None:
     assert results(1, *map(call, ("sums", "others", "refused", "foreign"))) == [[True]] * 4
 
 
-@pytest.mark.parametrize("name", ["sums", "others"])
+@pytest.mark.parametrize("name", ["sums", "others", "threads"])
 def test_two_ranks(pair: dict[str, list[Any]], name: str) -> None:
     assert pair[name] == [True, True]
 
 
 def test_two_ranks_say_the_same_at_any_time(pair: dict[str, list[Any]]) -> None:
     assert len({*pair["rounds"], *pair["again"]}) == 1
+
+
+def test_sums_go_on_where_they_were(pair: dict[str, list[Any]]) -> None:
+    assert pair["stopped"][0] >= 1
 
 
 def test_four_ranks() -> None:
