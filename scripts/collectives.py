@@ -5,7 +5,8 @@
     python scripts/collectives.py --pin                          each rank on a core of its own
 
 Each round measures all sizes with one and with the other, from Python, and ours in a compiled loop as in a program: the
-median of a round's calls, and of the rounds the median and the best, since others may use the machine.
+median of a round's calls, of the loop that of five means, and of the rounds the median and the best, since others may use
+the machine.
 """
 
 import argparse

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hfopt.distributed.facts import exchange, facts_of_process
-from hfopt.distributed.group import SharedGroup
+from hfopt.distributed.group import SharedGroup, address_of_sum
 from hfopt.errors import InvalidInput, RankError
 
 
@@ -52,12 +52,9 @@ class ClusterGroup:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """As `SharedGroup.all_reduce`."""
-        if self.n_machines == 1 or x.dtype not in (torch.bfloat16, torch.float16):
+        address_of_sum(x)
+        if self.n_machines == 1 or x.dtype is torch.float32:
             return self._all_reduce(x)
-        if not x.is_contiguous():
-            raise InvalidInput(
-                f"x has strides {x.stride()} with shape {tuple(x.shape)}: it must be contiguous"
-            )
         return x.copy_(self._all_reduce(x.float()))
 
     def _all_reduce(self, x: Tensor) -> Tensor:

@@ -88,9 +88,7 @@ class SharedGroup:
 
         x: float32, bfloat16 or float16, contiguous. Returns x. Raises `InvalidInput`, `RankError`.
         """
-        address = _address("x", x)
-        if x.requires_grad and torch.is_grad_enabled():
-            raise InvalidInput("x requires a gradient: sums over ranks carry none")
+        address = address_of_sum(x)
         self._run(kernels.all_reduce, ELEMENTS[x.dtype], self.address, address, x.numel())
         return x
 
@@ -231,6 +229,14 @@ def _shared_segment(rank: int, size: int, group: dist.ProcessGroup | None) -> Se
             raise RankError(f"rank {other}: {error}")
     assert segment is not None
     return segment
+
+
+def address_of_sum(x: Tensor) -> int:
+    """Address of what can be added up in place; raises `InvalidInput` for anything else."""
+    address = _address("x", x)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise InvalidInput("x requires a gradient: sums over ranks carry none")
+    return address
 
 
 def _address(name: str, x: Tensor, dtype: torch.dtype | None = None) -> int:
