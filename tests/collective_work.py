@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hfopt.distributed import SharedGroup
+from hfopt.distributed import ClusterGroup, SharedGroup, facts
 from hfopt.distributed.segment import FOLDER, Segment
 from hfopt.errors import InvalidInput, RankError
+from hfopt.functional.checks import ELEMENTS
+from hfopt.kernels.shared import launches as kernels
+from hfopt.machine.process import place_of_process
 
 SIZES = (0, 1, 15, 16, 17, 33, 4096, 16385, 32769, 100_003, 131_072, 400_001)
 
@@ -43,8 +47,52 @@ def sums() -> bool:
             x = part_of(group.rank, seed, n, dtype)
             assert group.all_reduce(x) is x
             assert torch.equal(x, oracle(group.size, seed, n, dtype)), (dtype, n)
+    x = torch.ones(40_000)
+    with group.lock:
+        group.check()
+        assert kernels.all_reduce_again(ELEMENTS[x.dtype], group.address, x.data_ptr(), len(x), 3) == 0
+    assert torch.equal(x, torch.full_like(x, group.size**3))
     group.close()
     return True
+
+
+def threads() -> bool:
+    """Parts that are shared out among threads."""
+    torch.set_num_threads(2)
+    try:
+        group = SharedGroup()
+        x = part_of(group.rank, 1, 400_001, torch.bfloat16)
+        group.all_reduce(x)
+        assert torch.equal(x, oracle(group.size, 1, 400_001, torch.bfloat16))
+        group.close()
+    finally:
+        torch.set_num_threads(1)
+    return True
+
+
+def stopped() -> int:
+    """Rank 1 stands still at times, in the middle of sums that take several exchanges; how often rank 0 looked after it."""
+    group = SharedGroup()
+    expected = float(sum(range(1, group.size + 1)))
+
+    def stop() -> None:
+        for _ in range(3):
+            time.sleep(0.05)
+            os.kill(group._facts[1].process, signal.SIGSTOP)
+            time.sleep(0.3)
+            os.kill(group._facts[1].process, signal.SIGCONT)
+
+    thread = threading.Thread(target=stop)
+    with mock.patch.object(group, "look", wraps=group.look) as look:
+        goes_on = torch.ones(1)
+        if group.rank == 0:
+            thread.start()
+        while group.broadcast(goes_on).item():
+            x = torch.full((1_000_003,), group.rank + 1.0)
+            assert (group.all_reduce(x) == expected).all()
+            goes_on.fill_(thread.is_alive())
+    group.close()
+    return look.call_count
 
 
 def rounds(count: int) -> str:
@@ -217,6 +265,9 @@ def refused() -> bool:
     x = torch.ones(3)
     group.all_reduce(x)
     assert torch.equal(x, torch.ones(3))
+    with mock.patch("os.getpid", return_value=1):
+        assert "was forked" in _error_of(group.barrier)
+    group.barrier()
     group.close()
     group.close()
     assert "closed" in _error_of(group.barrier)
@@ -232,7 +283,8 @@ def _error_of(work: Callable[[], object]) -> str:
 
 
 def foreign() -> bool:
-    """Files in the place of a segment that are none."""
+    """Files in the place of a segment that are none, and one for which there is no room."""
+    assert "has no" in _error_of(partial(Segment.create, 2, 1 << 45))
     segment = Segment.create(2, 4096)
     path = FOLDER / segment.name
     try:
@@ -255,6 +307,34 @@ def foreign() -> bool:
         assert "cannot be opened" in _error_of(partial(Segment.open, segment.name, 2, 4096))
     finally:
         path.unlink()
+    return True
+
+
+def machines() -> bool:
+    """As if ranks 0 and 2 ran on one machine, and 1 and 3 on another one."""
+    place = (*place_of_process(FOLDER), str(dist.get_rank() % 2))
+    with mock.patch.object(facts, "place_of_process", lambda folder: place):
+        with pytest.raises(RankError, match="ranks 0 and 1 run on different machines"):
+            SharedGroup()
+        group = ClusterGroup()
+    rank, size = group.rank, group.size
+    assert group.n_machines == 2 and group.shared.size == 2
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = [part_of(r, 1, 5000, dtype) for r in range(size)]
+        x = parts[rank].clone()
+        assert group.all_reduce(x) is x
+        a, b, c, d = (part.float() for part in parts)
+        assert torch.equal(x, ((a + c) + (b + d)).to(dtype))
+        assert torch.equal(group.broadcast(parts[rank].clone()), parts[0])
+        assert torch.equal(
+            group.all_gather(parts[rank].view(50, 100), 1), torch.cat([p.view(50, 100) for p in parts], 1)
+        )
+    values = torch.tensor([1.0, float(rank == 2), torch.nan if rank == 1 else 9.0, -torch.inf])
+    indices = torch.tensor([5 - rank, rank, rank, 10 - rank])
+    group.arg_max(values, indices)
+    assert indices.tolist() == [2, 2, 1, 7] and values[2].isnan() and values[:2].tolist() == [1.0, 1.0]
+    group.barrier()
+    group.close()
     return True
 
 

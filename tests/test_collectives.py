@@ -31,38 +31,78 @@ def _nothing_is_left() -> Iterator[None]:
     assert {path.name for path in SHARED.glob("hfopt-*")} <= before
 
 
+@pytest.fixture(scope="module")
+def pair() -> dict[str, list[Any]]:
+    """What two ranks have found; processes take seconds to start."""
+    calls = {
+        "sums": call("sums"),
+        "others": call("others"),
+        "threads": call("threads"),
+        "stopped": call("stopped"),
+        "rounds": call("rounds", 1000),
+        "again": call("rounds", 1000),
+        "late": call("late", 0.5),
+        "left": call("left"),
+        "interrupted": call("interrupted"),
+        **{f"different {place}": call("different", calls) for place, (calls, _) in enumerate(DIFFERENT[2])},
+    }
+    return dict(zip(calls, results(2, *calls.values()), strict=True))
+
+
 # ---- results ----------------------------------------------------------------------------------------------------------
 
 
 def test_one_rank() -> None:
-    assert results(1, call("sums"), call("others")) == [[True], [True]]
+    assert results(1, *map(call, ("sums", "others", "refused", "foreign"))) == [[True]] * 4
 
 
-def test_two_ranks() -> None:
-    *right, rounds, again = results(
-        2, call("sums"), call("others"), call("rounds", 1000), call("rounds", 1000)
-    )
-    assert right == [[True] * 2] * 2
-    assert len({*rounds, *again}) == 1
+@pytest.mark.parametrize("name", ["sums", "others", "threads"])
+def test_two_ranks(pair: dict[str, list[Any]], name: str) -> None:
+    assert pair[name] == [True, True]
+
+
+def test_two_ranks_say_the_same_at_any_time(pair: dict[str, list[Any]]) -> None:
+    assert len({*pair["rounds"], *pair["again"]}) == 1
+
+
+def test_sums_go_on_where_they_were(pair: dict[str, list[Any]]) -> None:
+    assert pair["stopped"][0] >= 1
 
 
 def test_four_ranks() -> None:
-    calls = call("sums"), call("others"), call("several"), call("rounds", 200), call("rounds", 200)
+    calls = (
+        call("sums"),
+        call("others"),
+        call("several"),
+        call("machines"),
+        call("rounds", 100),
+        call("rounds", 100),
+    )
     *right, rounds, again = results(4, *calls)
-    assert right == [[True] * 4] * 3
+    assert right == [[True] * 4] * 4
     assert len({*rounds, *again}) == 1
 
 
 # ---- failures ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", DIFFERENT)
-def test_different_calls_are_named_on_all_ranks(size: int) -> None:
-    found = results(size, *(call("different", calls) for calls, _ in DIFFERENT[size]))
-    for (_, words), ranks in zip(DIFFERENT[size], found, strict=True):
-        for first, again in ranks:
-            assert first == again and first.count("rank") == 2
-            assert all(word in first for word in words), first
+def _assert_named(said: list[str], words: list[str]) -> None:
+    first, again = said
+    assert first == again and first.count("rank") == 2
+    assert all(word in first for word in words), first
+
+
+@pytest.mark.parametrize("place", range(len(DIFFERENT[2])))
+def test_different_calls_are_named_on_both_ranks(pair: dict[str, list[Any]], place: int) -> None:
+    for said in pair[f"different {place}"]:
+        _assert_named(said, DIFFERENT[2][place][1])
+
+
+def test_different_calls_are_named_on_all_ranks() -> None:
+    ((calls, words),) = DIFFERENT[3]
+    (found,) = results(3, call("different", calls))
+    for said in found:
+        _assert_named(said, words)
 
 
 @pytest.mark.parametrize(("size", "n"), [(2, 8), (3, 3_000_000)])
@@ -75,19 +115,22 @@ def test_a_killed_rank_is_named(size: int, n: int) -> None:
             assert seconds < 10
 
 
-def test_ranks_that_do_not_come_are_named() -> None:
-    late, left, interrupted = results(2, call("late", 0.5), call("left"), call("interrupted"))
-    assert "rank 1 (pid" in late[0] and "did not come within 0.5 s" in late[0]
-    assert "rank 0 (pid" in late[1] and "has given up" in late[1]
-    assert "rank 1 (pid" in left[0] and "has closed the group" in left[0]
-    assert left[1] == "the group is closed"
-    (first, seconds), (second, _) = interrupted
+def test_a_late_rank_is_named(pair: dict[str, list[Any]]) -> None:
+    first, second = pair["late"]
+    assert "rank 1 (pid" in first and "did not come within 0.5 s" in first
+    assert "rank 0 (pid" in second and "has given up" in second
+
+
+def test_a_rank_that_has_left_is_named(pair: dict[str, list[Any]]) -> None:
+    first, second = pair["left"]
+    assert "rank 1 (pid" in first and "has closed the group" in first
+    assert second == "the group is closed"
+
+
+def test_an_interrupt_ends_the_waiting(pair: dict[str, list[Any]]) -> None:
+    (first, seconds), (second, _) = pair["interrupted"]
     assert first.startswith("KeyboardInterrupt") and seconds < 10
     assert "rank 0 (pid" in second and "was interrupted" in second
-
-
-def test_wrong_tensors_are_refused() -> None:
-    assert results(1, call("refused")) == [[True]]
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------
@@ -103,7 +146,3 @@ def test_no_file_is_there_while_a_group_is_used_and_leftovers_are_deleted() -> N
     finally:
         (SHARED / other).unlink()
         (SHARED / dead).unlink(missing_ok=True)
-
-
-def test_segments_of_others_are_refused() -> None:
-    assert results(1, call("foreign")) == [[True]]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import hfopt
-from hfopt import functional, generation, modules, quantization
+from hfopt import distributed, functional, generation, modules, quantization
 from hfopt.quantization import FORMATS
 
 
@@ -40,6 +40,7 @@ OPERATIONS = (
     "silu_mul",
     "varlen_attention",
 )
+PUBLIC |= {f"distributed.{name}": getattr(distributed, name) for name in distributed.__all__}
 PUBLIC |= {f"functional.{name}": getattr(functional, name) for name in OPERATIONS}
 PUBLIC = {name: thing for name, thing in PUBLIC.items() if not is_exception(thing)}
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

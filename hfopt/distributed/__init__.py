@@ -1,6 +1,7 @@
 """Processes that have one model together: their memory, and what they do with it."""
 
+from hfopt.distributed.cluster import ClusterGroup
 from hfopt.distributed.group import SharedGroup
 from hfopt.distributed.ranks import Ranks
 
-__all__ = ["Ranks", "SharedGroup"]
+__all__ = ["ClusterGroup", "Ranks", "SharedGroup"]

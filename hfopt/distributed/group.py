@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hfopt.distributed.facts import check_one_machine, exchange, facts_of_process, spin_of
 from hfopt.distributed.failures import failure_in_words
-from hfopt.distributed.segment import FOLDER, Segment
+from hfopt.distributed.segment import Segment
 from hfopt.errors import InvalidInput, RankError
 from hfopt.functional.checks import (
     ELEMENTS,
@@ -26,26 +27,11 @@ from hfopt.functional.checks import (
 )
 from hfopt.kernels.shared import launches as kernels
 from hfopt.kernels.shared import member as layout
-from hfopt.kernels.shared import system
-from hfopt.machine.cores import cores_of_process
-from hfopt.machine.process import Watched, place_of_process
+from hfopt.machine.process import Watched
 
 _CAPACITY = 1 << 18  # bytes of a buffer: what is larger goes in parts, which stay in the cores' own caches
-_SPIN = 50_000  # nanoseconds that a rank waits awake where each thread has a core, hardly at all elsewhere
-_SHORT_SPIN = 2_000
 _PATIENCE = 100_000_000  # nanoseconds after which Python may look after signals and the other processes
 _LIMIT = 60.0  # seconds
-
-
-class _Facts(NamedTuple):
-    """What the ranks have to know of each other."""
-
-    process: int
-    user: int
-    place: tuple[str, ...]
-    cores: frozenset[int]
-    quota: float | None
-    threads: int
 
 
 class SharedGroup:
@@ -63,6 +49,16 @@ class SharedGroup:
 
     Raises `RankError` on all ranks where they cannot share memory: several machines, containers or users, no room in
     /dev/shm, not Linux.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> from hfopt.distributed import SharedGroup
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun: without arguments
+    >>> group = SharedGroup()
+    >>> group.all_reduce(torch.ones(3))
+    tensor([1., 1., 1.])
+    >>> group.close()
+    >>> dist.destroy_process_group()
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, limit: float = _LIMIT) -> None:
@@ -73,14 +69,15 @@ class SharedGroup:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.lock = threading.RLock()
         self._process = os.getpid()
-        self._facts = _exchange(_facts(), self.size, group)
-        _check_facts(self._facts)
+        self._facts = exchange(facts_of_process(), self.size, group)
+        check_one_machine(self._facts)
         self._segment: Segment | None = _shared_segment(self.rank, self.size, group)
         self._watched = [Watched(facts.process) for facts in self._facts]
+        self._had_ended = False  # a process, when that was looked after
         self._failure: str | None = None
         self._record = np.zeros(layout.MEMBER_WORDS, np.int64)
         numbers = (self._segment.address, self.rank, self.size, _CAPACITY)
-        times = (_spin(self._facts), _PATIENCE, int(limit * 1e9))
+        times = (spin_of(self._facts), _PATIENCE, int(limit * 1e9))
         member = layout.Member(*numbers, *times)
         self._record[: len(member)] = member
         self.address: int = self._record.ctypes.data
@@ -93,9 +90,7 @@ class SharedGroup:
 
         x: float32, bfloat16 or float16, contiguous. Returns x. Raises `InvalidInput`, `RankError`.
         """
-        address = _address("x", x)
-        if x.requires_grad and torch.is_grad_enabled():
-            raise InvalidInput("x requires a gradient: sums over ranks carry none")
+        address = address_of_sum(x)
         self._run(kernels.all_reduce, ELEMENTS[x.dtype], self.address, address, x.numel())
         return x
 
@@ -206,7 +201,9 @@ class SharedGroup:
         self.check()
         assert self._segment is not None
         ended = [rank for rank, process in enumerate(self._watched) if process.has_ended()]
-        if status == layout.NOT_YET and not ended:
+        # a rank may end right behind its last operation, which this one has not left yet: so it is called once more
+        had_ended, self._had_ended = self._had_ended, bool(ended)
+        if status == layout.NOT_YET and not (ended and had_ended):
             return
         processes = [facts.process for facts in self._facts]
         limit = float(self._record[layout.Member._fields.index("limit")]) / 1e9
@@ -236,45 +233,6 @@ class SharedGroup:
 # ---- how a group comes about ---------------------------------------------------------------------------------
 
 
-def _facts() -> _Facts:
-    cores = cores_of_process()
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(cores.online)
-    user = os.geteuid() if hasattr(os, "geteuid") else -1
-    place = place_of_process(FOLDER) if system.IS_KNOWN else ()
-    return _Facts(os.getpid(), user, place, frozenset(allowed), cores.quota, torch.get_num_threads())
-
-
-def _exchange(mine: Any, size: int, group: dist.ProcessGroup | None) -> list[Any]:
-    """What each rank has to say."""
-    found: list[Any] = [None] * size
-    dist.all_gather_object(found, mine, group)
-    return found
-
-
-def _check_facts(ranks: Sequence[_Facts]) -> None:
-    """Raise `RankError`, on all ranks or none, unless all are processes of one machine and user."""
-    first = ranks[0]
-    for rank, facts in enumerate(ranks):
-        if not facts.place:
-            raise RankError(
-                f"rank {rank} runs on a system without futexes: ranks share memory on Linux alone"
-            )
-        if facts.user != first.user:
-            raise RankError(
-                f"rank {rank} is of user {facts.user} and rank 0 of {first.user}: they share no memory"
-            )
-        if facts.place != first.place:
-            raise RankError(f"ranks 0 and {rank} run on different machines or in different containers: {first.place[0]}"
-                            f" and {facts.place[0]}; they share no {FOLDER}, or do not see each other")  # fmt: skip
-
-
-def _spin(ranks: Sequence[_Facts]) -> int:
-    """Nanoseconds to wait awake: long only where no thread takes another one's core by that."""
-    cores = float(len(frozenset[int]().union(*(facts.cores for facts in ranks))))
-    quotas = [facts.quota for facts in ranks if facts.quota is not None]
-    return _SPIN if min([cores, *quotas]) >= sum(facts.threads for facts in ranks) else _SHORT_SPIN
-
-
 def _shared_segment(rank: int, size: int, group: dist.ProcessGroup | None) -> Segment:
     """The memory of a group, of which no file is left; raises `RankError` on all ranks or none."""
     segment, error = None, None
@@ -284,14 +242,14 @@ def _shared_segment(rank: int, size: int, group: dist.ProcessGroup | None) -> Se
                 segment = Segment.create(size, _CAPACITY)
             except RankError as failure:
                 error = str(failure)
-        said = _exchange((segment.name if segment else None, error), size, group)
+        said = exchange((segment.name if segment else None, error), size, group)
         name, error = said[0]
         if rank > 0 and name is not None:
             try:
                 segment = Segment.open(name, size, _CAPACITY)
             except RankError as failure:
                 error = str(failure)
-        errors = _exchange(error, size, group)
+        errors = exchange(error, size, group)
     finally:
         if rank == 0 and segment is not None:
             segment.unlink()
@@ -300,6 +258,14 @@ def _shared_segment(rank: int, size: int, group: dist.ProcessGroup | None) -> Se
             raise RankError(f"rank {other}: {error}")
     assert segment is not None
     return segment
+
+
+def address_of_sum(x: Tensor) -> int:
+    """Address of what can be added up in place; raises `InvalidInput` for anything else."""
+    address = _address("x", x)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise InvalidInput("x requires a gradient: sums over ranks carry none")
+    return address
 
 
 def _address(name: str, x: Tensor, dtype: torch.dtype | None = None) -> int:

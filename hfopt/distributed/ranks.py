@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import threading
 import time
 import weakref
@@ -16,11 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hfopt.distributed.cluster import ClusterGroup
 from hfopt.distributed.group import SharedGroup
-from hfopt.errors import RankError
 from hfopt.kernels.shared.member import DONE
-
-logger = logging.getLogger(__name__)
 
 LIMIT = 10.0  # seconds after which a rank that has not come is taken for one that hangs
 _BETWEEN_REQUESTS = 1800.0  # the same while all wait for the next request
@@ -30,7 +27,7 @@ _WATCH = 0.5  # seconds from look to look at the other processes
 class Ranks:
     """The ranks of a process group, of which this process is one; each has to make the same calls in the same order.
 
-    Sums go through memory that the ranks share, or, of several machines, through the process group itself.
+    Sums go through memory that the ranks of a machine share.
 
     rank, size: of this process, and how many there are. words: for the collectives of a program, int64 [2], see
     `kernels.instruction.Group`; None of several machines. lock: held while a request runs.
@@ -44,29 +41,26 @@ class Ranks:
         self.lock = threading.RLock()
         self._status = np.full(1, DONE, np.int64)
         self.words: np.ndarray | None = None
-        try:
-            self._shared: SharedGroup | None = SharedGroup(group, limit=LIMIT)
-        except RankError as error:  # on all ranks
-            logger.info("Sums go through torch.distributed: %s.", error)
-            self._shared = None
-        if self._shared is not None:
+        # the ranks of a part of all processes have to be of one machine
+        is_whole = self.size == dist.get_world_size()
+        self._collectives = ClusterGroup(limit=LIMIT) if is_whole else SharedGroup(group, limit=LIMIT)
+        self._shared = (
+            self._collectives.shared if isinstance(self._collectives, ClusterGroup) else self._collectives
+        )
+        if self._shared.size == self.size:
             self.words = np.array([self._shared.address, self._status.ctypes.data], np.int64)
-            watch = threading.Thread(target=_watch, args=(weakref.ref(self._shared),), daemon=True)
-            watch.start()
+        watch = threading.Thread(target=_watch, args=(weakref.ref(self._shared),), daemon=True)
+        watch.start()
 
     # ---- sums -----------------------------------------------------------------------------------------------------------
 
     def all_reduce(self, tensor: Tensor) -> None:
         """The sum over all ranks, in place, with the same bits on all of them: contiguous float32, bfloat16 or float16."""
-        if self._shared is not None:
-            self._shared.all_reduce(tensor)
-        else:
-            dist.all_reduce(tensor, group=self._group)
+        self._collectives.all_reduce(tensor)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """In the block a program runs, whose collectives use `words`."""
-        assert self._shared is not None, "programs are for ranks of one machine"
         with self._shared.used():
             yield
         status, self._status[0] = int(self._status[0]), DONE
@@ -78,11 +72,7 @@ class Ranks:
     def first(self, value: int) -> int:
         """What the first of them has given."""
         told = torch.tensor([value], dtype=torch.long, device="cpu")
-        if self._shared is not None:
-            self._shared.broadcast(told)
-        else:
-            dist.broadcast(told, group=self._group, group_src=0)
-        return int(told)
+        return int(self._collectives.broadcast(told))
 
     def agree(self, reason: str | None) -> str | None:
         """The reason against something that the first rank with one has given, in words; None if none has."""
@@ -92,13 +82,13 @@ class Ranks:
 
     def different(self, parts: dict[str, str]) -> tuple[int, str] | None:
         """Begin a request: (a rank, the name of a part that is another than in the first one), None if all are equal."""
-        if self._shared is not None:  # without words as long as all are equal
-            digest = hashlib.blake2b(repr(sorted(parts.items())).encode(), digest_size=16).digest()
-            own = torch.frombuffer(bytearray(digest), dtype=torch.long)[None]
-            with self._shared.limited(_BETWEEN_REQUESTS):
-                told = self._shared.all_gather(own)
-            if bool((told == told[0]).all()):
-                return None
+        # without words as long as all are equal
+        digest = hashlib.blake2b(repr(sorted(parts.items())).encode(), digest_size=16).digest()
+        own = torch.frombuffer(bytearray(digest), dtype=torch.long)[None]
+        with self._shared.limited(_BETWEEN_REQUESTS):
+            told = self._collectives.all_gather(own)
+        if bool((told == told[0]).all()):
+            return None
         first, *_ = given = self._told(parts)
         for rank, others in enumerate(given):
             names = sorted(others.keys() | first.keys())

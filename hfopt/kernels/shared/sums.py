@@ -1,4 +1,7 @@
-"""Sums of what ranks have written, one value after the other in the order of ranks, in float32, rounded once."""
+"""Sums of what ranks have written, one value after the other in the order of ranks, in float32, rounded once.
+
+Where instructions of AVX-512 round to bfloat16, what is smaller than its normal numbers becomes 0.
+"""
 
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.shared.member import INPUT, buffer
