@@ -133,11 +133,7 @@ def prepared_plan(model: Model, settings: GenerationConfig) -> Plan:
 
 def _is_elsewhere(model: Model) -> bool:
     """Whether this model, or this release, or what runs beside this process, is nothing that our loops are made for."""
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and installed(model).ranks is None
-    ):
+    if installed(model).ranks is None and host.keeps_step(model):
         return True
     return bool(host.missing() or model.config.is_encoder_decoder or model.device.type not in ("cpu", "meta"))
 

@@ -86,7 +86,15 @@ from hfopt.host.rotary import (  # noqa: E402
     rewritten,
     steady_length,
 )
-from hfopt.host.sharding import Sharding, Split, is_sharded, local_part, sharding_of, split_options  # noqa: E402
+from hfopt.host.sharding import (  # noqa: E402
+    Sharding,
+    Split,
+    is_sharded,
+    keeps_step,
+    local_part,
+    sharding_of,
+    split_options,
+)
 from hfopt.host.streamers import only_hands_on  # noqa: E402
 
 __all__ = [
@@ -152,6 +160,7 @@ __all__ = [
     "is_linear_class",
     "is_repeatable",
     "is_sharded",
+    "keeps_step",
     "knows_causal_output",
     "layer_kinds",
     "local_part",

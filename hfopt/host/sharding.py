@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers.distributed import DistributedConfig
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 # number of a layer -> what plans write in its place
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -86,6 +88,18 @@ def split_options(model: Any, plan: dict[str, str] | None, n: int) -> dict[str, 
         return None
     rules: Any = "auto" if getattr(model, "tp_plan", None) else plan
     return {"distributed_config": DistributedConfig(tp_size=n, tp_plan=rules)}
+
+
+def keeps_step(model: Any) -> bool:
+    """Whether processes beside this one have parts of the model, or gather its weights for each call: they have to make as
+    many calls as this one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return (
+        is_deepspeed_zero3_enabled()
+        or is_fsdp_managed_module(model)
+        or any(map(is_sharded, model.parameters()))
+    )
 
 
 def _sharded(model: nn.Module) -> Iterator[tuple[str, list[Any]]]:

@@ -1,0 +1,137 @@
+"""A model split over the ranks of this machine, and the whole of it in one process with as many threads, in turn.
+
+    python scripts/ranks.py                           2 ranks of one thread, Llama-3.2-1B's shape, bfloat16
+    python scripts/ranks.py --layers 4 --prompt 128   less of it
+
+Each round times a greedy request with the whole model (rank 0, one thread a rank; the others sleep) and one with its parts
+(one thread each): the prompt's first token, and the tokens behind it. Printed are medians and the median of the rounds'
+ratios, and what sums of a step cost by themselves.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+import hfopt
+from hfopt.console.models import named_config, random_model
+from hfopt.distributed import SharedGroup
+from hfopt.machine import env
+
+
+def timed(model: Any, prompt: torch.Tensor, n_new: int) -> tuple[float, float]:
+    """Seconds to the first token, and for each of those behind it."""
+    begin = time.perf_counter()
+    model.generate(prompt, max_new_tokens=1, min_new_tokens=1, do_sample=False, pad_token_id=0)
+    first = time.perf_counter() - begin
+    begin = time.perf_counter()
+    model.generate(
+        prompt, max_new_tokens=n_new + 1, min_new_tokens=n_new + 1, do_sample=False, pad_token_id=0
+    )
+    return first, (time.perf_counter() - begin - first) / n_new
+
+
+def sums(model: Any, group: SharedGroup, dtype: torch.dtype) -> float:
+    """Seconds of the sums of a step, by themselves."""
+    config = model.config.get_text_config()
+    x = torch.zeros(config.hidden_size, dtype=dtype)
+    spans = []
+    for _ in range(5):
+        group.barrier()
+        begin = time.perf_counter()
+        for _ in range(200):
+            group.all_reduce(x)
+        spans.append((time.perf_counter() - begin) / 200)
+    return statistics.median(spans) * (2 * config.num_hidden_layers + 1)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """In each rank."""
+    dist.init_process_group("gloo")
+    rank, size, dtype = dist.get_rank(), dist.get_world_size(), getattr(torch, options.dtype)
+    torch.set_num_threads(1)
+    whole = None
+    if rank == 0:
+        torch.set_num_threads(size)
+        whole = hfopt.optimize(
+            AutoModelForCausalLM.from_pretrained(options.folder, dtype=dtype).eval(),
+            quantization=options.quantization,
+        )
+        torch.set_num_threads(1)
+    dist.barrier()
+    parts = hfopt.load(options.folder, dtype=dtype, tensor_parallel=True, quantization=options.quantization)
+    group = SharedGroup()
+    prompt = torch.randint(
+        5, parts.config.vocab_size, (1, options.prompt), generator=torch.Generator().manual_seed(0)
+    )
+    taken: dict[str, list[tuple[float, float]]] = {"whole": [], "parts": []}
+    for k in range(options.rounds + 1):  # the first one compiles
+        if whole is not None:
+            torch.set_num_threads(size)
+            found = timed(whole, prompt, options.new)
+            torch.set_num_threads(1)
+            if k:
+                taken["whole"].append(found)
+        dist.barrier()
+        found = timed(parts, prompt, options.new)
+        if k:
+            taken["parts"].append(found)
+        dist.barrier()
+    seconds = sums(parts, group, dtype)
+    if rank == 0:
+        shape = f"{options.shape}, {parts.config.num_hidden_layers} layers, {options.dtype}"
+        print(f"{size} ranks of one thread; {shape}, quantization {options.quantization}; {env.cpu_model()}")
+        print(f"prompt of {options.prompt}, {options.new} new tokens, {options.rounds} rounds")
+        for place, name in enumerate((f"first token of {options.prompt}", "a token")):
+            one, all_of_them = ([each[place] for each in times] for times in taken.values())
+            ratios = [b / a for a, b in zip(one, all_of_them, strict=True)]
+            print(
+                f"{name}: one process, {size} threads {1e3 * statistics.median(one):.2f} ms, "
+                f"{size} ranks {1e3 * statistics.median(all_of_them):.2f} ms, ratio {statistics.median(ratios):.3f} "
+                f"({min(ratios):.3f} to {max(ratios):.3f})"
+            )
+        print(f"sums of a step by themselves: {1e3 * seconds:.3f} ms")
+    dist.barrier()
+    os._exit(0)  # gloo's threads may wait
+
+
+def main() -> None:
+    """Make the model, and start the ranks."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--shape", default="llama-3.2-1b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        measure(options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        config = named_config(options.shape, options.layers)
+        random_model(config, getattr(torch, options.dtype)).save_pretrained(folder)
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.ranks}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [*launcher, __file__, *sys.argv[1:], "--folder", folder]
+        sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+
+
+if __name__ == "__main__":
+    main()
