@@ -153,7 +153,7 @@ class PrefixCache:
         """What is known of the beginning of a prompt, int64 [n]."""
         return self._tree.find(key, tokens)
 
-    def keep(self, key: Key, tokens: np.ndarray, read: Callable[[int, int], Parts]) -> None:
+    def keep(self, key: Key, tokens: np.ndarray, read: Callable[[int, int], list[Parts]]) -> None:
         """Hold a prompt; see `PrefixTree.add`."""
         self._tree.add(key, tokens, read)
 

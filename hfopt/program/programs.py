@@ -70,17 +70,25 @@ class Programs:
 
         It has given the bits of the modules, with this kind of cache.
         """
+        program = self.at_all(model, kv_cache)
+        plain: Program | None
+        if isinstance(program, AdaptedProgram):
+            # for another number of rows, peft's own layers say what is wrong
+            plain = program.program if program.choice.fits(n_rows) else None
+        else:
+            plain = program
+        return None if plain is None or self._leaves_to_torch(plain, n_rows, n_new) else program
+
+    def at_all(self, model: nn.Module, kv_cache: str | None = None) -> Program | AdaptedProgram | None:
+        """The program of the model for what it may be used for, whichever calls torch's kernels are quicker for; None if
+        there is none."""
         if not is_plain_inference(model, (), {}) or captured_outputs() is not None:
             return None
         made = self._rehearsed(model, kv_cache)
-        if made.program is None or self._leaves_to_torch(made.program, n_rows, n_new):
-            return None
         try:
-            program = made.with_adapters()
+            return made.with_adapters()
         except Unreadable:
             return None
-        # for another number of rows, peft's own layers say what is wrong
-        return None if isinstance(program, AdaptedProgram) and not program.choice.fits(n_rows) else program
 
     def _leaves_to_torch(self, program: Program, n_rows: int, n_new: int) -> bool:
         """Whether modules would compute something in torch's kernels: there may be one answer for all tokens and another
