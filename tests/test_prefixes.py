@@ -22,6 +22,7 @@ from hfopt.cache.prefix_tree import Parts, PrefixTree
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.generation import prefixes
 from hfopt.generation.prefill import Prefill
+from hfopt.program.programs import Programs
 from tests import fresh
 from tests.generation_cases import (
     CACHE,
@@ -187,6 +188,65 @@ def test_logits_have_the_bits_of_a_cache_that_goes_on() -> None:
         given = generated(model, inputs, prefix_cache=prefix_cache, **options).logits
         assert len(given) == 10 and all(map(torch.equal, given, expected))
     assert prefix_cache.use.known_tokens == 3 * 128
+
+
+@contextlib.contextmanager
+def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[hfopt.IndirectCache]]:
+    """The caches of requests, as they are when what is known has been put into them."""
+    found: list[hfopt.IndirectCache] = []
+    begin = prefixes.Prompts.begin
+
+    def noting(self: Any, read: Any) -> Any:
+        rest = begin(self, read)
+        found.append(copy.copy(self._cache))
+        found[-1].layers = [copy.copy(layer) for layer in self._cache.layers]
+        return rest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefixes.Prompts, "begin", noting)
+        yield found
+
+
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
+def test_a_known_beginning_is_read_where_it_is_held(
+    kv_cache: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is copied, nor moved for another question, nor written to, whatever requests do with their caches."""
+    _, model = pair("llama", kv_cache=kv_cache)
+    prefix_cache = hfopt.PrefixCache(model)
+    for seed in (2, 3):
+        generated(model, prompt(tokens(DOCUMENT, 1), tokens(6, seed)), prefix_cache=prefix_cache)
+    (root,) = prefix_cache._tree.roots.values()
+    (block,) = root.children.values()
+    assert len(block.tokens) == DOCUMENT
+    places = [each.data_ptr() for part in block.parts for each in part if each is not None]
+    before = [each.clone() for part in block.parts for each in part if each is not None]
+    lookup: dict[str, Any] = {"prompt_lookup_num_tokens": 4, "do_sample": False}
+    for seed, options in enumerate([*MODES.values(), lookup], 4):
+        inputs = prompt(tokens(DOCUMENT, 1), tokens(6, seed))
+        with begun(monkeypatch) as caches:
+            given = generated(model, inputs, prefix_cache=prefix_cache, **options)
+        expected = generated(model, inputs, **options)
+        assert torch.equal(given, expected)
+        held = [each for layer in caches[0].layers for each in (layer.prefix, layer.prefix_scales)]
+        assert [each.data_ptr() for each in held if each is not None] == places
+        assert block.parts and root.children[int(block.tokens[0])] is block
+    after = [each for part in block.parts for each in part if each is not None]
+    assert all(map(torch.equal, after, before))
+
+
+def test_a_cache_that_others_see_has_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They might write to it."""
+    _, model = pair("llama")
+    prefix_cache = hfopt.PrefixCache(model)
+    generated(model, prompt(tokens(DOCUMENT, 1)), prefix_cache=prefix_cache)
+    (root,) = prefix_cache._tree.roots.values()
+    (block,) = root.children.values()
+    inputs, place = prompt(tokens(DOCUMENT, 1), tokens(6, 2)), block.parts[0][0].data_ptr()
+    for options in ({}, {"return_dict_in_generate": True}, {CACHE: hfopt.IndirectCache(model.config)}):
+        with begun(monkeypatch) as caches:
+            generated(model, inputs, prefix_cache=prefix_cache, **options)
+        assert (caches[0].layers[0].prefix.data_ptr() == place) is (not options)
 
 
 @pytest.mark.parametrize("name", ["llama", "gptj"])
@@ -448,20 +508,23 @@ def test_beginnings_within_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_common_beginning_is_stored_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the order of columns is nobody's business; and where it is, each row has its own."""
     _, model = pair("llama")
-    inputs, made = padded(questions(3, 11, 7, 20)), []
-    begin = prefixes.Prompts.begin
+    inputs = padded(questions(3, 11, 7, 20))
+    with begun(monkeypatch) as caches:
+        generated(model, inputs)
+        generated(model, inputs, return_dict_in_generate=True)
+        generated(model, inputs, **{CACHE: hfopt.IndirectCache(model.config)})
+    assert [each.layers[0].prefix.shape[1] for each in caches] == [1, 4, 4]
 
-    def noting(self: Any, read: Any) -> Any:
-        rest = begin(self, read)
-        made.append(self._cache.layers[0].prefix.shape[1])
-        return rest
 
-    monkeypatch.setattr(prefixes.Prompts, "begin", noting)
-    generated(model, inputs)
-    generated(model, inputs, return_dict_in_generate=True)
-    cache = hfopt.IndirectCache(model.config)
-    generated(model, inputs, **{CACHE: cache})
-    assert made == [1, 4, 4]
+def test_it_is_stored_once_too_where_steps_go_module_by_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for many rows, where torch's kernels are quicker."""
+    stock, model = pair("llama")
+    monkeypatch.setattr(Programs, "of", lambda *arguments: None)
+    inputs = padded(questions(3, 11, 7, 20))
+    for options in MODES.values():
+        with begun(monkeypatch) as caches:
+            assert torch.equal(generated(model, inputs, **options), generated(stock, inputs, **options))
+        assert caches[0].layers[0].prefix.shape[1] == 1
 
 
 def test_a_cache_that_is_handed_back_goes_on() -> None:
@@ -553,6 +616,21 @@ def parts_of(texts: np.ndarray) -> Parts:
     """Keys that are the tokens themselves."""
     keys = torch.from_numpy(texts.copy()).float()[None, None, :, None].repeat(2, 1, 1, 2)
     return [(keys, None), (keys + 0.5, None)]
+
+
+def test_a_split_moves_the_short_half_alone() -> None:
+    text, tree = np.arange(100), PrefixTree(1 << 20)
+    tree.add(0, text, pieces_of(text))
+    for length, is_there in ((90, True), (85, True), (20, False)):
+        place = tree.find(0, text).blocks[0][0][0].data_ptr()
+        other = np.concatenate([text[:length], [1000 + length]])
+        tree.add(0, other, pieces_of(other))
+        first = tree.find(0, other)
+        assert len(first.blocks) == 2 and torch.equal(first.blocks[0][0][0], parts_of(text[:length])[0][0])
+        assert (first.blocks[0][0][0].data_ptr() == place) is is_there
+        assert tree.find(0, text).length == 100
+    held = [part[0].untyped_storage().nbytes() for block in tree.blocks(0) for part in block.parts]
+    assert tree.n_bytes == sum(held) + 8 * tree.n_tokens
 
 
 def pieces_of(text: np.ndarray) -> Any:
