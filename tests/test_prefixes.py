@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import pickle
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 import hfopt
 from hfopt.cache import prefix_tree
+from hfopt.cache.prefix_state import state_of
 from hfopt.cache.prefix_tree import Parts, PrefixTree
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.generation import prefixes
@@ -388,6 +390,30 @@ def test_a_changed_weight_is_no_hit() -> None:
         assert prefix_cache.use.known_tokens == before
         generated(model, inputs, prefix_cache=prefix_cache)
         assert prefix_cache.use.known_tokens == before + DOCUMENT - 1
+
+
+@pytest.mark.parametrize(
+    "shape", [(96,), (64, 96), (96, 64), (5, 3), (1, 40), (40, 1), (9, 10, 40), (200, 150)]
+)
+def test_a_sample_of_a_weight_is_from_all_of_it(shape: tuple[int, ...]) -> None:
+    """An eighth of its rows or columns cannot change past torch's count without being seen, nor every other column."""
+    module = torch.nn.Module()
+    whole = torch.arange(1, 1 + math.prod(shape)).float().reshape(shape)
+    for weight in (whole, whole.movedim(0, -1)):
+        module.register_buffer("weight", weight)
+        before = state_of(module)
+        for dimension, size in enumerate(weight.shape):
+            eighth = -(-size // 8)
+            parts = [slice(first, first + eighth + 1) for first in range(0, size, eighth)]
+            if weight.dim() == 2 and dimension and size >= 64 and len(weight) > 1:
+                parts += [slice(None, None, 2), slice(1, None, 2)]
+            for part in parts:
+                changed = weight.data.movedim(dimension, 0)[part]
+                if len(changed) > eighth or part.step:
+                    changed.neg_()
+                    assert state_of(module) != before
+                    changed.neg_()
+        assert state_of(module) == before
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -255,7 +255,8 @@ def test_few_tokens_where_torchs_kernels_are_quicker(
 
 def test_a_program_is_timed_beside_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     model = proven(llama())
-    program, race, taken = programs_of(model)._made.program, rehearsal._Stage.race, iter(())
+    program, race = programs_of(model)._made.program, rehearsal._Stage.race
+    taken: Iterator[tuple[float, float]] = iter(())
 
     def timed(self: Any, n_new: int) -> tuple[float, float]:
         assert all(seconds > 0 for seconds in race(self, n_new))

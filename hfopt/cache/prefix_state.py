@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import marshal
-import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +20,8 @@ _OF_EVERY_MODULE = frozenset(dir(nn.Module())) - {"training"}
 _NAMES = frozenset(
     {"name_or_path", "_name_or_path", "transformers_version"}
 )  # of a config, which say where it is from
-_SAMPLES = 128  # of each tensor, at least where it has as many
+_SAMPLES = 8  # at least, along each dimension
+_WIDE = 64  # columns of which there are others for each row
 
 
 def obstacle(model: Any) -> str | None:
@@ -61,8 +62,10 @@ def state_of(model: nn.Module) -> bytes:
                     facts.append(id(tensor))
                     continue
                 version = None if tensor.is_inference() else tensor._version
-                facts += (tensor.data_ptr(), version, id(tensor.dtype), tuple(tensor.shape), tensor.stride())
-                samples.setdefault(tensor.dtype, []).append(_sample(tensor))
+                shape, strides, dtype = tuple(tensor.shape), tensor.stride(), tensor.dtype
+                facts += (tensor.data_ptr(), version, id(dtype), shape, strides)
+                sample = tensor.as_strided(*_sample(shape, strides)).reshape(-1)
+                samples.setdefault(dtype, []).append(sample)
         facts.append(repr(_settings(model)))
         # of the forms that tell 1 from True and 1.0 the quickest; later ones depend on what else refers to a value
         digest = hashlib.blake2b(marshal.dumps(facts, 2), digest_size=16)
@@ -83,15 +86,19 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
                 waiting.append(child)
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    """Some of the elements, evenly from all of its memory and in other columns from row to row: one dimension."""
-    size, is_matrix = tensor.numel(), tensor.dim() == 2
-    if not (tensor.is_contiguous() or (is_matrix and tensor.t().is_contiguous())):
-        tensor = tensor.contiguous()
-    step = max(1, size // _SAMPLES)
-    while is_matrix and step > 1 and any(math.gcd(step, each) > 1 for each in tensor.shape):
-        step += 1
-    return tensor.as_strided((-(-size // step),), (step,))
+@functools.lru_cache(1024)
+def _sample(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Shape and strides of some elements of a tensor: every so many along each dimension, of a wide matrix other columns
+    from row to row."""
+    steps = [max(1, size // _SAMPLES) for size in shape]
+    counts = [-(-size // step) for size, step in zip(shape, steps, strict=True)]
+    distances = [stride * step for stride, step in zip(strides, steps, strict=True)]
+    if len(shape) == 2 and counts[0] > 1 and shape[1] >= _WIDE:
+        step = (shape[1] - counts[0]) // _SAMPLES
+        n_left = shape[1] - 1 - _SAMPLES * step  # columns behind the last one
+        counts[1] = _SAMPLES + 1
+        distances = [distances[0] + n_left // (counts[0] - 1) * strides[1], step * strides[1]]
+    return counts, distances
 
 
 def digest_of(model: nn.Module) -> str:
