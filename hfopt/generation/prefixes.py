@@ -243,7 +243,10 @@ class Prompts:
         """Let the cache begin with one row of these tokens: where they are, if that is one place, and nobody can write there
         by way of the cache."""
         buffers = buffers_of(pieces[0][1]) if len(pieces) == 1 and self._moves else None
-        if buffers is not None:
+        if buffers is not None and all(
+            elements.dtype is (torch.int8 if scales is not None else layout[2])
+            for (elements, scales), layout in zip(buffers, layouts, strict=True)
+        ):
             cache.adopt(buffers, trunk, layouts)
             return
         cache.append_everywhere(1, trunk, layouts)
