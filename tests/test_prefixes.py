@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import pickle
 import threading
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 import hfopt
 from hfopt.cache import prefix_tree
+from hfopt.cache.prefix_state import state_of
 from hfopt.cache.prefix_tree import Parts, PrefixTree
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.generation import prefixes
 from hfopt.generation.prefill import Prefill
+from hfopt.program.programs import Programs
 from tests import fresh
 from tests.generation_cases import (
     CACHE,
@@ -190,6 +193,65 @@ def test_logits_have_the_bits_of_a_cache_that_goes_on() -> None:
     assert prefix_cache.use.known_tokens == 3 * 128
 
 
+@contextlib.contextmanager
+def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[hfopt.IndirectCache]]:
+    """The caches of requests, as they are when what is known has been put into them."""
+    found: list[hfopt.IndirectCache] = []
+    begin = prefixes.Prompts.begin
+
+    def noting(self: Any, read: Any) -> Any:
+        rest = begin(self, read)
+        found.append(copy.copy(self._cache))
+        found[-1].layers = [copy.copy(layer) for layer in self._cache.layers]
+        return rest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefixes.Prompts, "begin", noting)
+        yield found
+
+
+@pytest.mark.parametrize("kv_cache", [None, "int8"])
+def test_a_known_beginning_is_read_where_it_is_held(
+    kv_cache: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is copied, nor moved for another question, nor written to, whatever requests do with their caches."""
+    _, model = pair("llama", kv_cache=kv_cache)
+    prefix_cache = hfopt.PrefixCache(model)
+    for seed in (2, 3):
+        generated(model, prompt(tokens(DOCUMENT, 1), tokens(6, seed)), prefix_cache=prefix_cache)
+    (root,) = prefix_cache._tree.roots.values()
+    (block,) = root.children.values()
+    assert len(block.tokens) == DOCUMENT
+    places = [each.data_ptr() for part in block.parts for each in part if each is not None]
+    before = [each.clone() for part in block.parts for each in part if each is not None]
+    lookup: dict[str, Any] = {"prompt_lookup_num_tokens": 4, "do_sample": False}
+    for seed, options in enumerate([*MODES.values(), lookup], 4):
+        inputs = prompt(tokens(DOCUMENT, 1), tokens(6, seed))
+        with begun(monkeypatch) as caches:
+            given = generated(model, inputs, prefix_cache=prefix_cache, **options)
+        expected = generated(model, inputs, **options)
+        assert torch.equal(given, expected)
+        held = [each for layer in caches[0].layers for each in (layer.prefix, layer.prefix_scales)]
+        assert [each.data_ptr() for each in held if each is not None] == places
+        assert block.parts and root.children[int(block.tokens[0])] is block
+    after = [each for part in block.parts for each in part if each is not None]
+    assert all(map(torch.equal, after, before))
+
+
+def test_a_cache_that_others_see_has_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They might write to it."""
+    _, model = pair("llama")
+    prefix_cache = hfopt.PrefixCache(model)
+    generated(model, prompt(tokens(DOCUMENT, 1)), prefix_cache=prefix_cache)
+    (root,) = prefix_cache._tree.roots.values()
+    (block,) = root.children.values()
+    inputs, place = prompt(tokens(DOCUMENT, 1), tokens(6, 2)), block.parts[0][0].data_ptr()
+    for options in ({}, {"return_dict_in_generate": True}, {CACHE: hfopt.IndirectCache(model.config)}):
+        with begun(monkeypatch) as caches:
+            generated(model, inputs, prefix_cache=prefix_cache, **options)
+        assert (caches[0].layers[0].prefix.data_ptr() == place) is (not options)
+
+
 @pytest.mark.parametrize("name", ["llama", "gptj"])
 def test_codes_are_kept_as_codes(name: str) -> None:
     _, model = pair(name, kv_cache="int8")
@@ -332,6 +394,30 @@ def test_a_changed_weight_is_no_hit() -> None:
         assert prefix_cache.use.known_tokens == before + DOCUMENT - 1
 
 
+@pytest.mark.parametrize(
+    "shape", [(96,), (64, 96), (96, 64), (5, 3), (1, 40), (40, 1), (9, 10, 40), (200, 150)]
+)
+def test_a_sample_of_a_weight_is_from_all_of_it(shape: tuple[int, ...]) -> None:
+    """An eighth of its rows or columns cannot change past torch's count without being seen, nor every other column."""
+    module = torch.nn.Module()
+    whole = torch.arange(1, 1 + math.prod(shape)).float().reshape(shape)
+    for weight in (whole, whole.movedim(0, -1)):
+        module.register_buffer("weight", weight)
+        before = state_of(module)
+        for dimension, size in enumerate(weight.shape):
+            eighth = -(-size // 8)
+            parts = [slice(first, first + eighth + 1) for first in range(0, size, eighth)]
+            if weight.dim() == 2 and dimension and size >= 64 and len(weight) > 1:
+                parts += [slice(None, None, 2), slice(1, None, 2)]
+            for part in parts:
+                changed = weight.data.movedim(dimension, 0)[part]
+                if len(changed) > eighth or part.step:
+                    changed.neg_()
+                    assert state_of(module) != before
+                    changed.neg_()
+        assert state_of(module) == before
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_an_adapter_has_beginnings_of_its_own() -> None:
     peft = pytest.importorskip("peft")
@@ -451,20 +537,23 @@ def test_beginnings_within_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_common_beginning_is_stored_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the order of columns is nobody's business; and where it is, each row has its own."""
     _, model = pair("llama")
-    inputs, made = padded(questions(3, 11, 7, 20)), []
-    begin = prefixes.Prompts.begin
+    inputs = padded(questions(3, 11, 7, 20))
+    with begun(monkeypatch) as caches:
+        generated(model, inputs)
+        generated(model, inputs, return_dict_in_generate=True)
+        generated(model, inputs, **{CACHE: hfopt.IndirectCache(model.config)})
+    assert [each.layers[0].prefix.shape[1] for each in caches] == [1, 4, 4]
 
-    def noting(self: Any, read: Any) -> Any:
-        rest = begin(self, read)
-        made.append(self._cache.layers[0].prefix.shape[1])
-        return rest
 
-    monkeypatch.setattr(prefixes.Prompts, "begin", noting)
-    generated(model, inputs)
-    generated(model, inputs, return_dict_in_generate=True)
-    cache = hfopt.IndirectCache(model.config)
-    generated(model, inputs, **{CACHE: cache})
-    assert made == [1, 4, 4]
+def test_it_is_stored_once_too_where_steps_go_module_by_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for many rows, where torch's kernels are quicker."""
+    stock, model = pair("llama")
+    monkeypatch.setattr(Programs, "of", lambda *arguments: None)
+    inputs = padded(questions(3, 11, 7, 20))
+    for options in MODES.values():
+        with begun(monkeypatch) as caches:
+            assert torch.equal(generated(model, inputs, **options), generated(stock, inputs, **options))
+        assert caches[0].layers[0].prefix.shape[1] == 1
 
 
 def test_a_cache_that_is_handed_back_goes_on() -> None:
@@ -558,6 +647,31 @@ def parts_of(texts: np.ndarray) -> Parts:
     return [(keys, None), (keys + 0.5, None)]
 
 
+def test_a_split_moves_the_short_half_alone() -> None:
+    text, tree = np.arange(100), PrefixTree(1 << 20)
+    tree.add(0, text, pieces_of(text))
+    for length, is_there in ((90, True), (85, True), (20, False)):
+        place = tree.find(0, text).blocks[0][0][0].data_ptr()
+        other = np.concatenate([text[:length], [1000 + length]])
+        tree.add(0, other, pieces_of(other))
+        first = tree.find(0, other)
+        assert len(first.blocks) == 2 and torch.equal(first.blocks[0][0][0], parts_of(text[:length])[0][0])
+        assert (first.blocks[0][0][0].data_ptr() == place) is is_there
+        assert tree.find(0, text).length == 100
+    held = [part[0].untyped_storage().nbytes() for block in tree.blocks(0) for part in block.parts]
+    assert tree.n_bytes == sum(held) + 8 * tree.n_tokens
+
+
+def pieces_of(text: np.ndarray) -> Any:
+    """What `PrefixTree.add` reads a text by, in two pieces."""
+
+    def read(first: int, end: int) -> list[Parts]:
+        middle = (first + end) // 2
+        return [parts_of(text[low:high]) for low, high in ((first, middle), (middle, end)) if low < high]
+
+    return read
+
+
 def test_a_tree_finds_what_was_added_whatever_has_gone() -> None:
     """Random texts of few different tokens, in little memory."""
     generator = np.random.default_rng(5)
@@ -573,11 +687,13 @@ def test_a_tree_finds_what_was_added_whatever_has_gone() -> None:
             n_tokens = parts[0][0].shape[2]
             expected = parts_of(text[first : first + n_tokens])
             assert all(torch.equal(one[0], other[0]) for one, other in zip(parts, expected, strict=True))
-        tree.add(key, text, lambda first, end, text=text: parts_of(text[first:end]))  # type: ignore[misc]
+        tree.add(key, text, pieces_of(text))
         blocks = [block for each in (0, 1) for block in tree.blocks(each)]
         assert tree.n_tokens == sum(len(block.tokens) for block in blocks)
-        held = sum(block.tokens.nbytes + sum(part[0].nbytes for part in block.parts) for block in blocks)
-        assert tree.n_bytes == held <= 60_000
+        held = [part[0].untyped_storage() for block in blocks for part in block.parts]
+        assert len({each.data_ptr() for each in held}) == len(held)
+        n_bytes = sum(each.nbytes() for each in held) + sum(block.tokens.nbytes for block in blocks)
+        assert tree.n_bytes == n_bytes <= 60_000
     assert n_found > 5000
 
 
@@ -585,6 +701,7 @@ def test_nothing_is_kept_that_does_not_fit_into_memory(monkeypatch: pytest.Monke
     stock, model = pair("llama")
     prefix_cache, inputs = hfopt.PrefixCache(model), prompt(tokens(DOCUMENT, 1))
     monkeypatch.setattr(prefix_tree, "available_memory", lambda: 1000)
+    monkeypatch.setattr(prefix_tree, "_UNCHECKED_BYTES", 0)
     assert torch.equal(generated(model, inputs, prefix_cache=prefix_cache), generated(stock, inputs))
     assert prefix_cache.n_tokens == 0
 
@@ -628,7 +745,7 @@ def test_a_file_is_read_by_another_cache_of_the_model(kv_cache: str | None, tmp_
     assert [each.name for each in tmp_path.iterdir()] == ["prefixes"]
     other = hfopt.PrefixCache(model)
     assert other.load(tmp_path / "prefixes") == prefix_cache.n_tokens == other.n_tokens == 620
-    assert other.n_bytes == prefix_cache.n_bytes
+    assert other.n_bytes <= prefix_cache.n_bytes  # without the room of what was split off
     for inputs, each in zip(wanted, expected, strict=True):
         assert torch.equal(generated(model, inputs, prefix_cache=other), each)
     assert other.use == (4, 4 * 304, 4)

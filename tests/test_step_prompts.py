@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from hfopt.errors import CacheFull, InvalidInput
 from hfopt.functional import Mask
 from hfopt.generation import prefill as generation
 from hfopt.kernels.linear.rows import ROW_LIMIT
-from hfopt.program import programs
+from hfopt.program import programs, rehearsal
 from hfopt.program import run as program_run
 from hfopt.program.program import Program
 from tests.generation_cases import (
@@ -226,6 +226,50 @@ def test_torchs_kernels(
     monkeypatch.setattr(programs, "takes_torch", takes_torch)
     prompt_by_modules(model, passes)
     assert (operation, size) in asked
+
+
+@pytest.mark.parametrize("is_quicker", [True, False])
+def test_few_tokens_where_torchs_kernels_are_quicker(
+    is_quicker: bool, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between those, modules take time: the whole call is measured, once for a number of threads."""
+    model, asked = proven(llama()), []
+
+    def measured(*arguments: Any) -> bool:
+        asked.append(arguments)
+        return is_quicker
+
+    def of(n_rows: int, n_new: int) -> bool:
+        with torch.no_grad():
+            return programs_of(model).of(model, n_rows, n_new) is not None
+
+    monkeypatch.setattr(programs, "takes_torch", lambda by, *what: by == "torch" or what[2] > 8)
+    monkeypatch.setattr(programs, "is_quicker", measured)
+    for by, is_program in (("auto", is_quicker), ("torch", False), ("hfopt", True)):
+        monkeypatch.setattr(programs_of(model), "_kernels", by)
+        assert of(1, 16) is of(2, 16) is of(16, 1) is is_program
+    monkeypatch.setattr(programs_of(model), "_kernels", "auto")
+    assert of(1, 8) and not of(1, 33) and not of(33, 1)
+    assert len(asked) == 1
+
+
+def test_a_program_is_timed_beside_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = proven(llama())
+    program, race = programs_of(model)._made.program, rehearsal._Stage.race
+    taken: Iterator[tuple[float, float]] = iter(())
+
+    def timed(self: Any, n_new: int) -> tuple[float, float]:
+        assert all(seconds > 0 for seconds in race(self, n_new))
+        return next(taken)
+
+    monkeypatch.setattr(rehearsal._Stage, "race", timed)
+    # the first pair compiles, and of the others the shortest counts
+    for ours, is_quicker in ((1.5, True), (2.5, False)):
+        taken = iter([(0.1, 9.0), (ours, 3.0), (4.0, 2.0), (5.0, 5.0)])
+        assert rehearsal.is_quicker(model, program) is is_quicker
+    taken = iter(())
+    monkeypatch.setattr(rehearsal, "_RACED_BYTES", 0)
+    assert not rehearsal.is_quicker(model, program)
 
 
 def test_attention_of_others(passes: list[int]) -> None:

@@ -22,7 +22,7 @@ from hfopt.cache.appended import Appended, AppendedEverywhere, Buffers
 from hfopt.cache.codes import KV_CACHES, check_kv_cache
 from hfopt.cache.layer import IndirectLayer
 from hfopt.cache.row_map import RowMap
-from hfopt.cache.storage import Layout
+from hfopt.cache.storage import Layout, Segment
 from hfopt.cache.window import WindowLayer
 from hfopt.errors import InvalidInput
 from hfopt.host import Config, holding, window_of
@@ -140,6 +140,17 @@ class IndirectCache(DynamicCache):
             else:
                 layer.append(n_rows, n_new, *layout)
         return AppendedEverywhere(first, [layer.buffers for layer in layers])
+
+    def adopt(self, segments: Sequence[Segment], length: int, layouts: Sequence[Layout]) -> None:
+        """Let one row of an empty cache begin with as many tokens that others hold, and read them where they are.
+
+        segments: contiguous buffers of one row for each layer, of these layouts, with as many columns or more. They are
+        never written to: what comes behind them goes into the suffix.
+        """
+        self._rows.start(1)
+        self._rows.is_identity = False
+        for layer, segment, layout in zip(self._indirect(), segments, layouts, strict=True):
+            layer.adopt(segment, length, layout)
 
     def n_keys(self, layer_idx: int, n_new: int) -> int:
         """Tokens that attention of so many more in this layer is over."""

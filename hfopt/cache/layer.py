@@ -125,6 +125,15 @@ class IndirectLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return super().get_seq_length() if self.prefix is None else self.prefix_len + self.suffix_len
 
+    def adopt(self, segment: Segment, length: int, layout: Layout) -> None:
+        """See `IndirectCache.adopt`."""
+        self._drop()
+        self.prefix, self.prefix_scales = segment
+        self.suffix, self.suffix_scales = no_columns(1, layout, self.kv_cache)
+        self.prefix_len, self._layout = length, layout
+        self.dtype, self.device, self.is_initialized = layout[2], segment[0].device, True
+        self._view()
+
     # New tokens
 
     def append(self, n_rows: int, n_new: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Appended:

@@ -36,7 +36,7 @@ class PrefixCache:
 
     For `generate(prefix_cache=...)` of an optimised model, or for all of its requests by `optimize(prefix_cache=...)`: of
     each prompt the longest beginning that an earlier one had too (a system prompt, examples, a document, a chat so far) is
-    copied from here, and only the rest goes through the model. Several threads may use one.
+    taken from here, and only the rest goes through the model. Several threads may use one.
 
     Args:
         model: the causal language model of transformers whose requests it is for.
@@ -153,7 +153,7 @@ class PrefixCache:
         """What is known of the beginning of a prompt, int64 [n]."""
         return self._tree.find(key, tokens)
 
-    def keep(self, key: Key, tokens: np.ndarray, read: Callable[[int, int], Parts]) -> None:
+    def keep(self, key: Key, tokens: np.ndarray, read: Callable[[int, int], list[Parts]]) -> None:
         """Hold a prompt; see `PrefixTree.add`."""
         self._tree.add(key, tokens, read)
 

@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hfopt.cache.codes import KV_CACHES
-from hfopt.cache.prefix_tree import Block, Parts, cut, joined
+from hfopt.cache.prefix_tree import Block, Parts, cut
 from hfopt.cache.storage import DTYPES
 from hfopt.errors import CorruptCheckpoint, InvalidInput
 
 _FORMAT = "hfopt prefixes 1"
 Kind: TypeAlias = tuple[str | None, torch.dtype]  # of the cache, of what it holds or stands for
-Text: TypeAlias = tuple[np.ndarray, Callable[[int, int], Parts]]  # as `PrefixTree.add` takes it
+Text: TypeAlias = tuple[np.ndarray, Callable[[int, int], list[Parts]]]  # as `PrefixTree.add` takes it
 
 
 def write(path: str, model: str, texts: Mapping[Any, Iterable[Block]]) -> None:
@@ -35,9 +35,9 @@ def write(path: str, model: str, texts: Mapping[Any, Iterable[Block]]) -> None:
             entries.append({"kv_cache": kv_cache, "dtype": str(dtype), "parent": parent, "layers": layers})
             tensors[f"{number}.tokens"] = torch.from_numpy(block.tokens)
             for layer, (elements, scales) in enumerate(block.parts):
-                tensors[f"{number}.{layer}"] = elements
+                tensors[f"{number}.{layer}"] = elements.contiguous()
                 if scales is not None:
-                    tensors[f"{number}.{layer}.scales"] = scales
+                    tensors[f"{number}.{layer}.scales"] = scales.contiguous()
     metadata = {"format": _FORMAT, "model": model, "blocks": json.dumps(entries), "content": _digest(tensors)}
     unfinished = f"{path}.{os.getpid()}.tmp"
     try:
@@ -114,15 +114,15 @@ def _check(parts: Parts, tokens: np.ndarray, kind: Kind) -> None:
             raise ValueError(f"a block has scales {scales.dtype} {tuple(scales.shape)}")
 
 
-def _reader(pieces: list[Parts]) -> Callable[[int, int], Parts]:
-    def read(first: int, end: int) -> Parts:
+def _reader(pieces: list[Parts]) -> Callable[[int, int], list[Parts]]:
+    def read(first: int, end: int) -> list[Parts]:
         start, wanted = 0, []
         for piece in pieces:
             n_tokens = piece[0][0].shape[2]
             if start < end and first < start + n_tokens:
                 wanted.append(cut(piece, max(first - start, 0), min(end - start, n_tokens)))
             start += n_tokens
-        return joined(wanted)
+        return wanted
 
     return read
 

@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hfopt.cache.storage import empty
 from hfopt.machine.memory import available_memory
 
 # of some tokens in one layer: [2, n_kv_heads, n_tokens, head_dim], keys then values, and of codes [2, n_kv_heads, n_tokens]
 Part: TypeAlias = tuple[Tensor, Tensor | None]
 Parts: TypeAlias = list[Part]  # of all layers
 
-_BLOCK = 256  # tokens at most, of which a split copies some
+_UNCHECKED_BYTES = 1 << 26  # that are too few to ask the system about
+_TOKEN_BYTES = 8  # of its number
+_SLACK = 4  # a block may hold one column for tokens that it has lost to each four that it has
 
 
 class Node:
@@ -30,8 +33,9 @@ class Node:
 
     @property
     def n_bytes(self) -> int:
-        """Memory of its keys and values, and of its tokens."""
-        return bytes_of(self.parts) + self.tokens.nbytes
+        """Memory of its keys and values, with columns that it does not need any more, and of its tokens."""
+        held = (each for part in self.parts for each in part if each is not None)
+        return sum(each.untyped_storage().nbytes() for each in held) + self.tokens.nbytes
 
 
 class Block(NamedTuple):
@@ -52,11 +56,10 @@ class Found(NamedTuple):
         """Place of the first token, and keys and values, of pieces of the tokens [first, end)."""
         start = 0
         for block in self.blocks:
-            n_tokens = block[0][0].shape[2]
-            low, high = max(first - start, 0), min(end - start, n_tokens)
+            low, high = max(first - start, 0), min(end - start, n_tokens(block))
             if low < high:
                 yield start + low, cut(block, low, high)
-            start += n_tokens
+            start += n_tokens(block)
 
 
 class PrefixTree:
@@ -83,32 +86,42 @@ class PrefixTree:
                 left -= len(node.tokens)
             return Found(length, blocks)
 
-    def add(self, key: Any, tokens: np.ndarray, read: Callable[[int, int], Parts]) -> int:
+    def add(self, key: Any, tokens: np.ndarray, read: Callable[[int, int], list[Parts]]) -> int:
         """Hold a text as well, from its beginning on as far as there is room; how many tokens are new.
 
-        Of the machine's memory, no more is taken than there is. read(first, end): keys and values of these of its tokens.
+        Of the machine's memory, no more is taken than there is. read(first, end): keys and values of these of its tokens,
+        in pieces that follow each other.
         """
         with self._lock:
             path, length = self._walk(key, tokens)
             for node in path:
                 node.pins += 1
-        made: list[tuple[int, Parts]] = []
+        made: list[Parts] = []
         try:
             # outside of the lock, because it takes a while
-            for first in range(length, len(tokens), _BLOCK):
-                parts = read(first, min(first + _BLOCK, len(tokens)))
-                size = bytes_of(parts) + 8 * _BLOCK
-                if self.max_bytes is not None and (
-                    (len(made) + 1) * size > self.max_bytes or size > available_memory()
-                ):
-                    break
-                made.append((first, parts if self.max_bytes is None else copied(parts)))
+            if length < len(tokens):
+                pieces = read(length, len(tokens))
+                made = pieces if self.max_bytes is None else self._in_one(pieces)
         finally:
             with self._lock:
                 for node in path:
                     node.pins -= 1
-                n_new = sum(self._hang(key, tokens, first, parts) for first, parts in made)
+                n_new = 0
+                for parts in made:
+                    n_new += self._hang(key, tokens, length, parts)
+                    length += n_tokens(parts)
         return n_new
+
+    def _in_one(self, pieces: list[Parts]) -> list[Parts]:
+        """As many of the tokens as could be held, in one piece of memory of its own; none without memory."""
+        assert self.max_bytes is not None
+        length = sum(map(n_tokens, pieces))
+        token_bytes = sum(map(bytes_of, pieces)) // length
+        fitting = min(length, self.max_bytes // (token_bytes + _TOKEN_BYTES))
+        n_bytes = fitting * token_bytes
+        if not fitting or (n_bytes > _UNCHECKED_BYTES and n_bytes > available_memory()):
+            return []
+        return [copied(pieces, fitting)]
 
     def clear(self) -> None:
         """Forget all texts."""
@@ -145,25 +158,27 @@ class PrefixTree:
         return path, length
 
     def _hang(self, key: Any, tokens: np.ndarray, first: int, parts: Parts) -> int:
-        """Put a block behind the first tokens of a text, or what is not there yet; how many tokens that are."""
-        path, length = self._walk(key, tokens[: first + parts[0][0].shape[2]])
-        n_known = length - first
-        if n_known < 0 or length == first + parts[0][0].shape[2]:
+        """Put a block behind the first tokens of a text, as far as it is not there yet and has room; how many tokens
+        that are."""
+        end = first + n_tokens(parts)
+        path, length = self._walk(key, tokens[:end])
+        if length < first or length == end:
             return 0  # the tokens before it are gone, or another thread was quicker
-        if n_known:
-            parts = cut(parts, n_known, parts[0][0].shape[2])
-            parts = parts if self.max_bytes is None else copied(parts)
-        new = tokens[length : first + n_known + parts[0][0].shape[2]].copy()
+        inside = length - sum(len(each.tokens) for each in path[:-1])
+        tail = path[-1].tokens[inside:] if path else tokens[:0]
         for node in path:
             node.pins += 1
-        has_room = self._make_room(bytes_of(parts) + new.nbytes)
+        fitting = self._fitting(end - length, len(tail), bytes_of(parts) // (end - first) + _TOKEN_BYTES)
         for node in path:
             node.pins -= 1
-        if not has_room:
+        if not fitting:
             return 0
+        if fitting < end - first:
+            parts = cut(parts, length - first, length - first + fitting)
+            parts = parts if self.max_bytes is None else copied([parts], fitting)
+        new = tokens[length : length + fitting].copy()
         parent = path[-1] if path else self.roots.setdefault(key, Node(None, new[:0], []))
-        inside = length - sum(len(each.tokens) for each in path[:-1])
-        if path and inside < len(parent.tokens):
+        if len(tail):
             parent = self._split(parent, inside)
         node = parent.children[int(new[0])] = Node(parent, new, parts)
         node.used = self._time
@@ -171,26 +186,40 @@ class PrefixTree:
         self.n_tokens += len(new)
         return len(new)
 
+    def _fitting(self, n_new: int, n_split: int, token_bytes: int) -> int:
+        """How many of so many new tokens have room beside those that a split copies, when others have gone."""
+        if self.max_bytes is None:
+            return n_new
+        self._make_room((n_new + n_split) * token_bytes)
+        return max(min(n_new, (self.max_bytes - self.n_bytes) // token_bytes - n_split), 0)
+
     def _split(self, node: Node, length: int) -> Node:
-        """Cut a block in two, of which the first is returned; the other one stays the object that it was."""
-        parent = node.parent
+        """Cut a block in two, of which the first is returned; the other one stays the object that it was.
+
+        The first stays in its place if that has not become much too large, so that a long text is not moved.
+        """
+        parent, n_bytes = node.parent, node.n_bytes
         assert parent is not None
         halves = [cut(node.parts, 0, length), cut(node.parts, length, len(node.tokens))]
         if self.max_bytes is not None:
-            halves = [copied(each) for each in halves]
+            elements = node.parts[0][0]
+            columns = elements.untyped_storage().nbytes() * len(node.tokens) // elements.nbytes
+            if (columns - length) * _SLACK > length:
+                halves[0] = copied(halves[:1], length)
+            halves[1] = copied(halves[1:], len(node.tokens) - length)
         first = Node(parent, node.tokens[:length].copy(), halves[0])
         first.used = node.used
         parent.children[int(first.tokens[0])] = first
         node.parent, node.tokens, node.parts = first, node.tokens[length:].copy(), halves[1]
         first.children[int(node.tokens[0])] = node
+        self.n_bytes += first.n_bytes + node.n_bytes - n_bytes
         return first
 
-    def _make_room(self, n_bytes: int) -> bool:
-        """Let go of blocks until so many bytes more may be held; False if that cannot be."""
-        if self.max_bytes is None:
-            return True
+    def _make_room(self, n_bytes: int) -> None:
+        """Let go of blocks until so many bytes more may be held, as far as that can be."""
+        assert self.max_bytes is not None
         if self.n_bytes + n_bytes <= self.max_bytes:
-            return True
+            return
         leaves = [
             (node.used, id(node), key, node) for key, root in self.roots.items() for node in _leaves(root)
         ]
@@ -208,7 +237,6 @@ class PrefixTree:
                 del self.roots[key]
             else:
                 heapq.heappush(leaves, (parent.used, id(parent), key, parent))
-        return self.n_bytes + n_bytes <= self.max_bytes
 
 
 def _leaves(root: Node) -> Iterator[Node]:
@@ -236,29 +264,29 @@ def cut(parts: Parts, first: int, end: int) -> Parts:
     ]
 
 
-def joined(pieces: Sequence[Parts]) -> Parts:
-    """Keys and values of tokens that follow each other."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return [
-        (
-            torch.cat([elements for elements, _ in layer], 2),
-            None
-            if layer[0][1] is None
-            else torch.cat([scales for _, scales in layer if scales is not None], 2),
-        )
-        for layer in zip(*pieces, strict=True)
-    ]
+def copied(pieces: Sequence[Parts], length: int) -> Parts:
+    """Keys and values of the first `length` of tokens that follow each other, in one piece of memory of its own."""
 
+    def copy(layer: Sequence[Tensor]) -> Tensor:
+        first, place = layer[0], 0
+        made = empty((*first.shape[:2], length, *first.shape[3:]), first.dtype)
+        for each in layer:
+            end = min(place + each.shape[2], length)
+            made[:, :, place:end] = each[:, :, : end - place]
+            place = end
+        return made
 
-def copied(parts: Parts) -> Parts:
-    """The same in memory of its own."""
+    def part(layer: Sequence[Part]) -> Part:
+        scales = [each for _, each in layer if each is not None]
+        return copy([elements for elements, _ in layer]), copy(scales) if scales else None
+
     with torch.inference_mode(False), torch.no_grad():
-        return [(_copy(elements), None if scales is None else _copy(scales)) for elements, scales in parts]
+        return [part(layer) for layer in zip(*pieces, strict=True)]
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
+def n_tokens(parts: Parts) -> int:
+    """Tokens that these are keys and values of."""
+    return parts[0][0].shape[2]
 
 
 def bytes_of(parts: Parts) -> int:

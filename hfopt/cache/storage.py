@@ -41,8 +41,8 @@ def no_columns(n_rows: int, layout: Layout, kv_cache: str | None) -> Segment:
     n_kv_heads, head_dim, dtype = layout
     shape = 2, n_rows, n_kv_heads, 0
     if kv_cache is None:
-        return _empty((*shape, head_dim), dtype), None
-    return _empty((*shape, head_dim), torch.int8), _empty(shape, torch.float32)
+        return empty((*shape, head_dim), dtype), None
+    return empty((*shape, head_dim), torch.int8), empty(shape, torch.float32)
 
 
 def grown(elements: Tensor, scales: Tensor | None, n_rows: int, length: int, n_following: int) -> Segment:
@@ -90,7 +90,7 @@ def moved(
 
     def copied(part: Tensor) -> Tensor:
         target, source = (
-            _empty((2, n_rows, n_kv_heads, columns, *part.shape[4:]), part.dtype),
+            empty((2, n_rows, n_kv_heads, columns, *part.shape[4:]), part.dtype),
             part[:, :, :, kept],
         )
         target[:, :old_rows, :, : source.shape[3]] = source
@@ -119,7 +119,8 @@ def bits(part: Tensor | None) -> Any:
     return None if part is None else bits_of(part).numpy()
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for keys and values, which may be written to at any time."""
     # An inference tensor could not be written to any more after the caller has left `torch.inference_mode`.
     with torch.inference_mode(False):
         buffer = torch.empty(shape, dtype=dtype, device="cpu")

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from hfopt import host
-from hfopt.cache import IndirectCache
+from hfopt.cache import IndirectCache, Layout
 from hfopt.cache.prefix import Key, PrefixCache
-from hfopt.cache.prefix_rows import blank, held, layouts_of, put
+from hfopt.cache.prefix_rows import blank, buffers_of, held, layouts_of, put
 from hfopt.cache.prefix_state import obstacle
-from hfopt.cache.prefix_tree import Found, Parts, PrefixTree, joined
+from hfopt.cache.prefix_tree import Found, Parts, PrefixTree, n_tokens
 
 from ._types import Model, Outputs
 from .conditions import LOOKS_INSIDE, has_flags, has_hooks
@@ -140,16 +140,16 @@ class Prompts:
             if len(tokens) >= _LEAST_KNOWN:
                 prefix_cache.keep(self._key, tokens, self._reader(row, tokens, pad))
 
-    def _reader(self, row: int, tokens: np.ndarray, pad: int) -> Callable[[int, int], Parts]:
+    def _reader(self, row: int, tokens: np.ndarray, pad: int) -> Callable[[int, int], list[Parts]]:
         n_filled = max(self._column - pad, self._trunk, 0)
         found = self._tree.find(None, tokens[:n_filled])
 
-        def read(first: int, end: int) -> Parts:
+        def read(first: int, end: int) -> list[Parts]:
             pieces = [parts for _, parts in found.parts(first, min(end, n_filled))]
             begin = max(first, n_filled)
             if begin < end:
                 pieces.append(held(self._cache, row, pad + begin, pad + end))
-            return joined(pieces)
+            return pieces
 
         return read
 
@@ -189,22 +189,29 @@ class Prompts:
         if not cache.is_even(1) or cache.get_seq_length() != len(text):
             return  # it is not stored in a form that can be taken over
         self._dtype = cache.layers[0].dtype
-        self._tree.add(None, text, lambda first, end: held(cache, 0, first, end))
+        self._tree.add(None, text, lambda first, end: [held(cache, 0, first, end)])
 
     def _trunk_of(self, found: list[Found]) -> int:
-        """Tokens that all rows read in one place of the cache, before their padding; 0 if each row has its own."""
-        n_rows = len(self._tokens)
-        trunk = min(common_to_all(self._tokens), *(each.length for each in found)) if n_rows > 1 else 0
-        if trunk < LEAST_SHARED:
-            return 0
-        return trunk if not any(self._pads) or (self._moves and self._may_have_gaps()) else 0
+        """Tokens that all rows read in one place of the cache, before their padding; 0 if each row has its own.
+
+        Of one row, those that lie in one place already.
+        """
+        if len(self._tokens) > 1:
+            trunk = min(common_to_all(self._tokens), *(each.length for each in found))
+            is_shared = not any(self._pads) or self._may_have_gaps()
+        else:
+            trunk = n_tokens(found[0].blocks[0])
+            is_shared = self._may_have_gaps() and buffers_of(found[0].blocks[0]) is not None
+        return trunk if trunk >= LEAST_SHARED and is_shared else 0
 
     def _may_have_gaps(self) -> bool:
-        """Whether it makes no difference in which columns keys are."""
+        """Whether it makes no difference in which columns keys are, and kernels read them anywhere."""
         model, cache = self._model, self._cache
+        if not self._moves or not cache.sees_all:
+            return False
         programs = installed(model).programs
-        program = None if programs is None else programs.of(model, len(self._tokens), 1, cache.kv_cache)
-        return program is not None and program.ignores_columns and cache.sees_all
+        program = None if programs is None else programs.at_all(model, cache.kv_cache)
+        return program is not None and program.ignores_columns
 
     def _fill(
         self, cache: IndirectCache, found: list[Found], pads: list[int], trunk: int, column: int, length: int
@@ -218,9 +225,7 @@ class Prompts:
         block = next(each.blocks[0] for each in found if each.length)
         layouts = layouts_of(block, self._dtype)
         if trunk:
-            cache.append_everywhere(1, trunk, layouts)
-            for place, parts in found[0].parts(0, trunk):
-                put(cache, 0, place, parts)
+            self._begin_with(cache, list(found[0].parts(0, trunk)), trunk, layouts)
             cache.share(len(found))
         if column > trunk:
             # with room for what is read next, or the buffers would have to grow at once
@@ -231,6 +236,22 @@ class Prompts:
                     blank(cache, row, trunk, min(trunk + pad, column))
                 for place, parts in each.parts(trunk, column - pad):
                     put(cache, row, pad + place, parts)
+
+    def _begin_with(
+        self, cache: IndirectCache, pieces: list[tuple[int, Parts]], trunk: int, layouts: list[Layout]
+    ) -> None:
+        """Let the cache begin with one row of these tokens: where they are, if that is one place, and nobody can write there
+        by way of the cache."""
+        buffers = buffers_of(pieces[0][1]) if len(pieces) == 1 and self._moves else None
+        if buffers is not None and all(
+            elements.dtype is (torch.int8 if scales is not None else layout[2])
+            for (elements, scales), layout in zip(buffers, layouts, strict=True)
+        ):
+            cache.adopt(buffers, trunk, layouts)
+            return
+        cache.append_everywhere(1, trunk, layouts)
+        for place, parts in pieces:
+            put(cache, 0, place, parts)
 
     def _rest(self, column: int) -> dict[str, Any]:
         """The arguments of a call for the columns from this one on."""
@@ -256,8 +277,8 @@ class Prompts:
         self._prefix_cache.count(len(lengths), n_known, self._n_read + left)
 
 
-def _reader_of(found: Found) -> Callable[[int, int], Parts]:
-    return lambda first, end: joined([parts for _, parts in found.parts(first, end)])
+def _reader_of(found: Found) -> Callable[[int, int], list[Parts]]:
+    return lambda first, end: [parts for _, parts in found.parts(first, end)]
 
 
 def _is_plain(model: Model, inputs: dict[str, Any], cache_name: str) -> bool:

@@ -100,5 +100,8 @@ class StepPrograms(Protocol):
     ) -> StepProgram | None:
         """The program for n_new tokens in each of n_rows rows; None if they have to go module by module."""
 
+    def at_all(self, model: nn.Module, kv_cache: str | None = None) -> StepProgram | None:
+        """The program for what it may be used for, which tells how modules read a cache of this kind."""
+
     def holds(self, program: StepProgram) -> bool:
         """Whether this is still the model's program, for the next step of a request that runs no code of its user."""

@@ -19,17 +19,19 @@ from hfopt.program.adapters import AdaptedProgram, Choice
 from hfopt.program.decoder import build
 from hfopt.program.listing import Listing
 from hfopt.program.program import Program
-from hfopt.program.rehearsal import difference
+from hfopt.program.rehearsal import difference, is_quicker
 from hfopt.program.watch import Watch
 
 logger = logging.getLogger(__name__)
+
+_FEW = 32  # tokens that take little longer than the weights to be read
 
 
 @dataclass
 class _Made:
     """What was made of a model while `watch` holds. rehearsed: kinds of cache with which the program was tried.
 
-    adapted: with the adapters of the last request.
+    adapted: with the adapters of the last request. quicker: whether the program is, for a few tokens, by number of threads.
     """
 
     watch: Watch
@@ -37,6 +39,7 @@ class _Made:
     reason: str | None
     rehearsed: set[str | None] = field(default_factory=set)
     adapted: AdaptedProgram | None = None
+    quicker: dict[int, bool] = field(default_factory=dict)
 
     def with_adapters(self) -> Program | AdaptedProgram | None:
         """The program with what adapters add now; raises Unreadable."""
@@ -76,17 +79,41 @@ class Programs:
 
         It has given the bits of the modules, with this kind of cache.
         """
+        program = self.at_all(model, kv_cache)
+        plain: Program | None
+        if isinstance(program, AdaptedProgram):
+            # for another number of rows, peft's own layers say what is wrong
+            plain = program.program if program.choice.fits(n_rows) else None
+        else:
+            plain = program
+        if plain is None or (
+            self._leaves_to_torch(plain, n_rows, n_new)
+            and not (n_rows * n_new <= _FEW and self._is_quicker(model, plain, kv_cache))
+        ):
+            return None
+        return program
+
+    def at_all(self, model: nn.Module, kv_cache: str | None = None) -> Program | AdaptedProgram | None:
+        """The program of the model for what it may be used for, whichever calls torch's kernels are quicker for; None if
+        there is none."""
         if not is_plain_inference(model, (), {}) or captured_outputs() is not None:
             return None
         made = self._rehearsed(model, kv_cache)
-        if made.program is None or self._leaves_to_torch(made.program, n_rows, n_new):
-            return None
         try:
-            program = made.with_adapters()
+            return made.with_adapters()
         except Unreadable:
             return None
-        # for another number of rows, peft's own layers say what is wrong
-        return None if isinstance(program, AdaptedProgram) and not program.choice.fits(n_rows) else program
+
+    def _is_quicker(self, model: nn.Module, program: Program, kv_cache: str | None) -> bool:
+        """Whether this program of the model is to make calls for a few tokens all the same: measured once."""
+        made, n_threads = self._made, torch.get_num_threads()
+        if self._kernels != "auto" or made is None or made.program is not program:
+            return False
+        if n_threads not in made.quicker:
+            with self._lock:
+                if n_threads not in made.quicker:
+                    made.quicker[n_threads] = is_quicker(model, program, kv_cache)
+        return made.quicker[n_threads]
 
     def _leaves_to_torch(self, program: Program, n_rows: int, n_new: int) -> bool:
         """Whether modules would compute something in torch's kernels: there may be one answer for all tokens and another

@@ -8,6 +8,7 @@ scale, a window) shows in no first step.
 import inspect
 import itertools
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -31,6 +32,8 @@ _N_LAST_BITS = 4
 _N_PROMPT, _N_PADDED = 20, 2
 _MAX_PROMPT = 64  # tokens; longer windows are outgrown by a token alone
 _N_BEYOND = 2  # tokens that have left a window
+_N_RACED, _RACES = 16, 3
+_RACED_BYTES = 1 << 30  # of weights, beside the reading of which what comes with modules hardly counts
 # whatever the configuration asks for
 _OPTIONAL = {"logits_to_keep": 1, "output_attentions": False, "output_hidden_states": False}
 
@@ -66,6 +69,21 @@ def difference(model: nn.Module, program: Program, kv_cache: str | None = None) 
     except Exception as error:  # noqa: BLE001  (whatever a foreign forward raises)
         return f"it could not be tried ({type(error).__name__}: {error})"
     return None
+
+
+def is_quicker(model: nn.Module, program: Program, kv_cache: str | None = None) -> bool:
+    """Whether a program reads a few tokens in less time than the modules, though torch's kernels are quicker than its own:
+    between kernels, modules take time too. Not measured for large models, nor with adapters.
+    """
+    if program.adapted or program.listing.n_bytes > _RACED_BYTES:
+        return False
+    generator, seconds = torch.Generator().manual_seed(1), []
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        stage = _Stage(shadow(model), program, kv_cache, generator)
+        for _ in range(_RACES + 1):  # the first pair compiles
+            seconds.append(stage.race(_N_RACED))
+    ours, theirs = map(min, zip(*seconds[1:], strict=True))
+    return ours < theirs
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
@@ -136,6 +154,18 @@ class _Stage(NamedTuple):
         for position in sorted((far, *program.breaks.first_beyond)) if self._takes_positions else (n_past,):
             yield from self._step(cache, None, torch.tensor([[position]]), seen, "behind a long text")
             cache.crop(-1)
+
+    def race(self, n_new: int) -> tuple[float, float]:
+        """Seconds that so many tokens of a prompt take the program, and the modules."""
+        tokens, positions = self._tokens(1, n_new), torch.arange(n_new)[None]
+        theirs, ours = self._cache(), self._cache()
+        begin = time.perf_counter()
+        appended = ours.append_everywhere(1, n_new, self.program.layouts)
+        assert appended is not None, "an empty cache takes a prompt"
+        self.program.prefill(tokens.numpy(), positions.numpy(), appended, Mask("causal"))
+        middle = time.perf_counter()
+        self._call(theirs, tokens, positions, torch.ones(1, n_new, dtype=torch.bool))
+        return middle - begin, time.perf_counter() - middle
 
     def _step(
         self, theirs: IndirectCache, ours: IndirectCache | None, positions: Tensor, seen: Tensor, where: str
