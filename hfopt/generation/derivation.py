@@ -11,6 +11,7 @@ from transformers import LogitsProcessor
 
 from hfopt.errors import InvalidInput
 
+from .selection import argmax
 from .speculation import Guess
 
 if TYPE_CHECKING:
@@ -64,23 +65,57 @@ class Derivation(LogitsProcessor):
             return torch.from_numpy(np.minimum(scores.detach().numpy(), limits, out=limits))
         return torch.minimum(scores, torch.from_numpy(limits).to(scores))
 
-    def _limits(self, n_logits: int) -> np.ndarray:
-        """Of scores: float32 [n_rows, n_logits], infinite."""
+    def choose(self, logits: Tensor) -> np.ndarray:
+        """`argmax` of these scores, int64 [n_rows], without all of them: logits [n_rows, n_logits], of any floats.
+
+        Few of the model's favourites are forbidden, and where one is, few tokens are allowed as a rule.
+        """
+        self._fill()
+        chosen = argmax(logits).numpy()
+        for index, token in enumerate(chosen.tolist()):
+            bits = self._mask[index].view(np.uint8)
+            if token >> 3 < len(bits) and bits[token >> 3] >> (token & 7) & 1:
+                continue
+            scores = logits[index]
+            if scores[token].isnan():  # which stays what it is
+                continue
+            allowed = np.flatnonzero(np.unpackbits(bits, count=logits.shape[1], bitorder="little"))
+            if len(allowed):
+                left = scores[torch.from_numpy(allowed)][None]
+                best = int(argmax(left))
+                # where all is -inf, the first token is as good as any
+                chosen[index] = 0 if left[0, best].isneginf() else allowed[best]
+            else:
+                self._check_known(logits.shape[1], False)
+                chosen[index] = 0
+        return chosen
+
+    def _fill(self) -> None:
+        """Set the bits of what may follow."""
         for index, row in enumerate(self._rows):
             if row.has_ended:
                 self._mask[index] = self._ends
             else:
                 row.fill(self._mask, index)
+
+    def _limits(self, n_logits: int) -> np.ndarray:
+        """Of scores: float32 [n_rows, n_logits], infinite."""
+        self._fill()
         limits = _LIMITS.take(self._mask.view(np.uint8), axis=0, mode="clip").reshape(len(self._rows), -1)
         n_known = limits.shape[1]
         if n_logits > n_known:  # tables of embeddings may be longer than vocabularies
             return np.pad(limits, ((0, 0), (0, n_logits - n_known)), constant_values=-np.inf)
-        if n_logits < self._vocabulary.vocab_size and not (limits[:, :n_logits] > 0).any(1).all():
+        if n_logits < self._vocabulary.vocab_size:
+            self._check_known(n_logits, bool((limits[:, :n_logits] > 0).any(1).all()))
+        return limits[:, :n_logits]
+
+    def _check_known(self, n_logits: int, is_known: bool) -> None:
+        """Raises InvalidInput if a model with fewer logits than tokens has none of a token that may follow."""
+        if n_logits < self._vocabulary.vocab_size and not is_known:
             raise InvalidInput(
                 f"the model has {n_logits} logits and the tokenizer of the grammar {self._vocabulary.vocab_size} tokens: "
                 "the next token is none that the model knows"
             )
-        return limits[:, :n_logits]
 
     def guess(self, n: int) -> Guess | None:
         """At most n tokens of each row that have to follow; None unless all rows have such, and one of them goes on."""
