@@ -540,7 +540,8 @@ def test_the_best_allowed_token_is_that_of_all_scores(
     dtype: torch.dtype, n_logits: int, tokenizer: Any
 ) -> None:
     derivation = hfopt.Grammar.regex("[a-z]+", tokenizer)._begin(3)
-    derivation.add(np.array([tokenizer.encode("a")[0], END, tokenizer.encode("b")[0]]))  # the second has ended
+    ended = [tokenizer.encode("a")[0], END, tokenizer.encode("b")[0]]
+    derivation.add(np.array(ended))
     generator = torch.Generator().manual_seed(0)
     ids = torch.zeros(3, 0, dtype=torch.int64)
     allowed = derivation(ids, torch.zeros(3, n_logits)).isfinite()

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 
 from hfopt.errors import InvalidInput
 
-from .selection import argmax
+from .selection import argmax_allowed
 from .speculation import Guess
 
 if TYPE_CHECKING:
@@ -60,34 +60,26 @@ class Derivation(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores float [n_rows, n_logits], with -inf for tokens that cannot follow what was added; a tensor of its own."""
+        self._fill()
+        return self._limited(scores)
+
+    def _limited(self, scores: Tensor) -> Tensor:
+        """The scores under the mask as it is."""
         limits = self._limits(scores.shape[1])
         if scores.is_cpu and scores.dtype is torch.float32:
             return torch.from_numpy(np.minimum(scores.detach().numpy(), limits, out=limits))
         return torch.minimum(scores, torch.from_numpy(limits).to(scores))
 
     def choose(self, logits: Tensor) -> np.ndarray:
-        """`argmax` of these scores, int64 [n_rows], without all of them: logits [n_rows, n_logits], of any floats.
-
-        Few of the model's favourites are forbidden, and where one is, few tokens are allowed as a rule.
-        """
+        """`argmax` of these scores, int64 [n_rows], without a copy of them: logits [n_rows, n_logits], of any floats."""
         self._fill()
-        chosen = argmax(logits).numpy()
-        for index, token in enumerate(chosen.tolist()):
-            bits = self._mask[index].view(np.uint8)
-            if token >> 3 < len(bits) and bits[token >> 3] >> (token & 7) & 1:
-                continue
-            scores = logits[index]
-            if scores[token].isnan():  # which stays what it is
-                continue
-            allowed = np.flatnonzero(np.unpackbits(bits, count=logits.shape[1], bitorder="little"))
-            if len(allowed):
-                left = scores[torch.from_numpy(allowed)][None]
-                best = int(argmax(left))
-                # where all is -inf, the first token is as good as any
-                chosen[index] = 0 if left[0, best].isneginf() else allowed[best]
-            else:
-                self._check_known(logits.shape[1], False)
-                chosen[index] = 0
+        chosen = argmax_allowed(logits.detach(), self._mask)
+        if chosen is None:
+            return torch.argmax(self._limited(logits), dim=-1).numpy()
+        n_logits = logits.shape[1]
+        if (chosen < 0).any():
+            self._check_known(n_logits, False)
+            chosen[chosen < 0] = 0  # where all is -inf, the first token is as good as any
         return chosen
 
     def _fill(self) -> None:
@@ -99,8 +91,7 @@ class Derivation(LogitsProcessor):
                 row.fill(self._mask, index)
 
     def _limits(self, n_logits: int) -> np.ndarray:
-        """Of scores: float32 [n_rows, n_logits], infinite."""
-        self._fill()
+        """Of scores under the mask: float32 [n_rows, n_logits], infinite."""
         limits = _LIMITS.take(self._mask.view(np.uint8), axis=0, mode="clip").reshape(len(self._rows), -1)
         n_known = limits.shape[1]
         if n_logits > n_known:  # tables of embeddings may be longer than vocabularies

@@ -3,6 +3,7 @@
 The kernels are imported at the first call, because `import hfopt` must not load Numba.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,18 @@ def argmax(logits: Tensor) -> Tensor:
     from hfopt.functional.sampling import argmax as kernel
 
     return kernel(logits)
+
+
+def argmax_allowed(logits: Tensor, bits: np.ndarray) -> np.ndarray | None:
+    """`argmax` among the tokens whose bits are set, -1 where none is; None if the kernel cannot read the logits.
+
+    [n_rows, n_tokens] and int32 [n_rows, words] to int64 [n_rows].
+    """
+    if not _is_readable(logits):
+        return None
+    from hfopt.functional.sampling import argmax_allowed as kernel
+
+    return kernel(logits, bits)
 
 
 def drawn(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
