@@ -1,9 +1,12 @@
 """Argmax, and log-softmax with top-k over beams, against torch; the self-test."""
 
+import numpy as np
 import pytest
 import torch
 
 from hfopt import functional
+from hfopt.errors import InvalidInput
+from hfopt.functional.sampling import argmax_allowed
 from hfopt.kernels import sampling, selftest
 from tests.reference import DTYPES, Guarded, assert_same_on_threads, like
 
@@ -17,6 +20,29 @@ def test_argmax(dtype: torch.dtype, size: int) -> None:
     logits = torch.randn(5, size).to(dtype)  # with equals in bfloat16
     assert torch.equal(functional.argmax(logits), logits.double().argmax(-1))
     assert torch.equal(functional.argmax(logits[2]), logits[2].double().argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_argmax_of_what_is_allowed(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    for size, n_words in ((1000, 40), (3000, 94), (3000, 20), (5, 1)):
+        logits = torch.randn(6, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+        logits[1, size // 2] = torch.nan
+        flags = rng.random((6, n_words, 32)) < 0.3
+        flags[2], flags[3] = False, True
+        bits = np.packbits(flags.reshape(6, -1), axis=1, bitorder="little").view(np.int32)
+        allowed = np.zeros((6, size), bool)
+        allowed[:, : 32 * n_words] = flags.reshape(6, -1)[:, :size]
+        logits[4, allowed[4]] = -torch.inf
+        limited = torch.where(torch.from_numpy(allowed) | logits.isnan(), logits.double(), -torch.inf)
+        expected = limited.argmax(-1).numpy()
+        expected[~(allowed.any(1) | logits.isnan().any(1).numpy())] = -1
+        assert argmax_allowed(logits, bits).tolist() == expected.tolist()
+    for bad in (bits[:2], bits.astype(np.int64), bits[:, :0], bits[0], np.asfortranarray(np.tile(bits, 2))):
+        with pytest.raises(InvalidInput, match="bits is"):
+            argmax_allowed(logits, bad)
+    with pytest.raises(InvalidInput, match="logits has shape"):
+        argmax_allowed(logits[0], bits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

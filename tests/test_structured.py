@@ -532,3 +532,32 @@ def test_the_first_that_has_a_guess_is_asked() -> None:
     parts[0].token = 4
     assert set(both.guess(1, 9)[0].tolist()) == {4}  # type: ignore[index]
     assert both.ahead(8) >= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n_logits", [1792, 1800, 900])
+def test_the_best_allowed_token_is_that_of_all_scores(
+    dtype: torch.dtype, n_logits: int, tokenizer: Any
+) -> None:
+    derivation = hfopt.Grammar.regex("[a-z]+", tokenizer)._begin(3)
+    ended = [tokenizer.encode("a")[0], END, tokenizer.encode("b")[0]]
+    derivation.add(np.array(ended))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(3, 0, dtype=torch.int64)
+    allowed = derivation(ids, torch.zeros(3, n_logits)).isfinite()
+    logits = torch.randn(3, n_logits, generator=generator)
+    cases = [logits, torch.where(allowed, logits, 9.0), torch.where(allowed, 2.0, logits), allowed + logits]
+    cases += [torch.where(allowed, -torch.inf, logits), torch.full_like(logits, -torch.inf)]
+    cases += [torch.where(torch.arange(n_logits) == 77, torch.nan, logits), logits.round()]
+    for case in cases:
+        case = case.to(dtype)
+        before = case.clone()
+        expected = derivation(ids, case.float()).argmax(-1)
+        assert derivation.choose(case).tolist() == expected.tolist()
+        assert torch.equal(case.nan_to_num(1e4), before.nan_to_num(1e4))
+
+
+def test_no_allowed_token_has_a_logit(tokenizer: Any) -> None:
+    derivation = hfopt.Grammar.regex("[ab]", tokenizer)._begin(1)
+    with pytest.raises(InvalidInput, match="10 logits"):
+        derivation.choose(torch.zeros(1, 10))

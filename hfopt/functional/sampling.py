@@ -1,5 +1,6 @@
 """Choosing tokens from logits."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,28 @@ def argmax(logits: Tensor) -> Tensor:
     if n_rows:
         prepare_threads()
         kernels.argmax(ELEMENTS[logits.dtype], address, n_rows, size, out.data_ptr())
+    return out
+
+
+def argmax_allowed(logits: Tensor, bits: np.ndarray) -> np.ndarray:
+    """`argmax` of logits with -inf for tokens that are not allowed; -1 in rows without any that is.
+
+    logits [n_rows, vocabulary], its last dimension contiguous, of one of `DTYPES`; bits int32 [n_rows, words], contiguous:
+    token t is allowed if bit t % 32 of word t // 32 is set, and not beyond the words. Returns int64 [n_rows]. Raises
+    `InvalidInput`.
+    """
+    logits, address = check_rows("logits", logits)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise InvalidInput(f"logits has shape {tuple(logits.shape)}: [rows, a vocabulary] is needed")
+    n_rows, size = logits.shape
+    is_right = bits.dtype == np.int32 and bits.ndim == 2 and bits.flags.c_contiguous
+    if not is_right or len(bits) != n_rows or bits.shape[1] == 0:
+        given = f"{bits.dtype} {bits.shape}"
+        raise InvalidInput(f"bits is {given}: int32 {(n_rows, 'words')}, contiguous, is needed")
+    out = np.empty(n_rows, np.int64)
+    if n_rows:
+        prepare_threads()
+        kernels.argmax_allowed(ELEMENTS[logits.dtype], address, n_rows, size, bits, out.ctypes.data)
     return out
 
 

@@ -11,6 +11,7 @@ from transformers import LogitsProcessor
 
 from hfopt.errors import InvalidInput
 
+from .selection import argmax_allowed
 from .speculation import Guess
 
 if TYPE_CHECKING:
@@ -59,28 +60,53 @@ class Derivation(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores float [n_rows, n_logits], with -inf for tokens that cannot follow what was added; a tensor of its own."""
+        self._fill()
+        return self._limited(scores)
+
+    def _limited(self, scores: Tensor) -> Tensor:
+        """The scores under the mask as it is."""
         limits = self._limits(scores.shape[1])
         if scores.is_cpu and scores.dtype is torch.float32:
             return torch.from_numpy(np.minimum(scores.detach().numpy(), limits, out=limits))
         return torch.minimum(scores, torch.from_numpy(limits).to(scores))
 
-    def _limits(self, n_logits: int) -> np.ndarray:
-        """Of scores: float32 [n_rows, n_logits], infinite."""
+    def choose(self, logits: Tensor) -> np.ndarray:
+        """`argmax` of these scores, int64 [n_rows], without a copy of them: logits [n_rows, n_logits], of any floats."""
+        self._fill()
+        chosen = argmax_allowed(logits.detach(), self._mask)
+        if chosen is None:
+            return torch.argmax(self._limited(logits), dim=-1).numpy()
+        n_logits = logits.shape[1]
+        if (chosen < 0).any():
+            self._check_known(n_logits, False)
+            chosen[chosen < 0] = 0  # where all is -inf, the first token is as good as any
+        return chosen
+
+    def _fill(self) -> None:
+        """Set the bits of what may follow."""
         for index, row in enumerate(self._rows):
             if row.has_ended:
                 self._mask[index] = self._ends
             else:
                 row.fill(self._mask, index)
+
+    def _limits(self, n_logits: int) -> np.ndarray:
+        """Of scores under the mask: float32 [n_rows, n_logits], infinite."""
         limits = _LIMITS.take(self._mask.view(np.uint8), axis=0, mode="clip").reshape(len(self._rows), -1)
         n_known = limits.shape[1]
         if n_logits > n_known:  # tables of embeddings may be longer than vocabularies
             return np.pad(limits, ((0, 0), (0, n_logits - n_known)), constant_values=-np.inf)
-        if n_logits < self._vocabulary.vocab_size and not (limits[:, :n_logits] > 0).any(1).all():
+        if n_logits < self._vocabulary.vocab_size:
+            self._check_known(n_logits, bool((limits[:, :n_logits] > 0).any(1).all()))
+        return limits[:, :n_logits]
+
+    def _check_known(self, n_logits: int, is_known: bool) -> None:
+        """Raises InvalidInput if a model with fewer logits than tokens has none of a token that may follow."""
+        if n_logits < self._vocabulary.vocab_size and not is_known:
             raise InvalidInput(
                 f"the model has {n_logits} logits and the tokenizer of the grammar {self._vocabulary.vocab_size} tokens: "
                 "the next token is none that the model knows"
             )
-        return limits[:, :n_logits]
 
     def guess(self, n: int) -> Guess | None:
         """At most n tokens of each row that have to follow; None unless all rows have such, and one of them goes on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 from collections import deque
@@ -128,11 +129,13 @@ class Grammar(LogitsProcessor):
 
 
 class _Processors(LogitsProcessorList):
-    """Without a look at the signature of each in every step, which takes as long as a mask."""
+    """Of those that take nothing but tokens and scores, without a look at the signature of each in every step, which takes
+    as long as a mask.
+    """
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         for each in self:
-            scores = each(input_ids, scores, **kwargs)
+            scores = each(input_ids, scores)
         return scores
 
 
@@ -144,11 +147,23 @@ def begun(
     """
     parts = [each._begin(n_rows) if type(each) is Grammar else each for each in processors]
     guesses = [Speculation(each, MOST, costs) for each in parts if isinstance(each, Derivation)]
+    if type(processors) is LogitsProcessorList and all(map(_takes_two, parts)):
+        processors = _Processors(parts)
+    elif guesses:
+        processors = LogitsProcessorList(parts)
     if not guesses:
         return processors, speculation
     if speculation is not None:
         guesses.append(speculation)
-    return _Processors(parts), InTurn(guesses) if len(guesses) > 1 else guesses[0]
+    return processors, InTurn(guesses) if len(guesses) > 1 else guesses[0]
+
+
+def _takes_two(processor: Any) -> bool:
+    """Whether a processor is given tokens and scores alone."""
+    try:
+        return len(inspect.signature(processor.__call__).parameters) == 2
+    except (TypeError, ValueError):
+        return False
 
 
 def _library() -> Any:

@@ -12,6 +12,7 @@ from hfopt import host
 from ._types import Ids, Model, Outputs
 from .collected import Collected
 from .decoding import CALL_SECONDS, Greedy, Pace
+from .derivation import Derivation
 from .draft import Choice, DraftModel
 from .grammar import begun
 from .lookup import PromptLookup
@@ -109,11 +110,19 @@ class _Pick:
     def __init__(self, logits_processor: LogitsProcessorList, is_random: bool, collected: Collected) -> None:
         self._logits_processor, self._is_random, self._collected = logits_processor, is_random, collected
         # processors may write into what they get, and what is returned outlives the step
-        self._copies = bool(logits_processor) or not (collected.scores is None and collected.logits is None)
+        keeps = not (collected.scores is None and collected.logits is None)
+        self._copies = bool(logits_processor) or keeps
+        self._derivation: Derivation | None = None
+        if len(logits_processor) == 1 and not (is_random or keeps):
+            (only,) = logits_processor
+            self._derivation = only if isinstance(only, Derivation) else None
 
     def __call__(self, outputs: Outputs, ids: Ids) -> np.ndarray:
         """int64 [n_rows]; ids: all tokens so far, [n_rows, length]."""
         logits = outputs.logits[:, -1]
+        if self._derivation is not None:
+            self._collected.add_outputs(outputs)
+            return self._derivation.choose(logits)
         if self._copies:
             logits = logits.to(copy=True, dtype=torch.float32, device=ids.device)
         scores = self._logits_processor(ids, logits)

@@ -3,11 +3,14 @@
 The kernels are imported at the first call, because `import hfopt` must not load Numba.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hfopt import host
 from hfopt.words import DTYPES
+
+_FEW = 1 << 17  # logits of which numpy has the largest before a kernel has begun
 
 
 def _is_readable(logits: Tensor) -> bool:
@@ -18,9 +21,24 @@ def argmax(logits: Tensor) -> Tensor:
     """The first index of the largest logit of each row: [n_rows, n_tokens] to int64 [n_rows]."""
     if not _is_readable(logits):
         return torch.argmax(logits, dim=-1)
+    if logits.dtype is torch.float32 and logits.numel() <= _FEW and not logits.requires_grad:
+        # its first of equals and its NaN are torch's
+        return torch.from_numpy(logits.numpy().argmax(-1))
     from hfopt.functional.sampling import argmax as kernel
 
     return kernel(logits)
+
+
+def argmax_allowed(logits: Tensor, bits: np.ndarray) -> np.ndarray | None:
+    """`argmax` among the tokens whose bits are set, -1 where none is; None if the kernel cannot read the logits.
+
+    [n_rows, n_tokens] and int32 [n_rows, words] to int64 [n_rows].
+    """
+    if not _is_readable(logits):
+        return None
+    from hfopt.functional.sampling import argmax_allowed as kernel
+
+    return kernel(logits, bits)
 
 
 def drawn(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -105,6 +105,41 @@ def argmax(like, x, n_rows, size, out):
         out[row] = place_of_largest(shifted(x, row * size), size, maxima[row])
 
 
+_argmax = body(argmax.__wrapped__)
+
+
+@body
+def _best_allowed(x, size, bits, n_words):
+    """First index of the largest of those values whose bit is set; 0 if all of them are -inf, -1 if no bit is set."""
+    best, place = LOWEST, -1
+    for word in range(min(n_words, (size + 31) // 32)):
+        left = bits[word]
+        if left != 0:
+            for token in range(32 * word, min(32 * word + 32, size)):
+                if left >> (token & 31) & 1 != 0:
+                    place = max(place, 0)
+                    value = load_scalar(x, token)
+                    if value > best:
+                        best, place = value, token
+    return place
+
+
+@launch
+def argmax_allowed(like, x, n_rows, size, bits, out):
+    """out[r] = index of the largest of x[r] with -inf for what is not allowed, -1 if nothing is; a NaN stays what it is.
+
+    As in `argmax`; bits int32 [n_rows, words]: of allowed indices, the lowest first, 0 beyond the words.
+    """
+    _argmax(like, x, n_rows, size, out)
+    x, out, n_words = address_as(x, pointer(like)), integers_at(out), bits.shape[1]
+    for row in range(n_rows):
+        values, allowed, place = shifted(x, row * size), shifted(pointer(bits), row * n_words), out[row]
+        value = load_scalar(values, place)
+        is_allowed = place < 32 * n_words and allowed[min(place // 32, n_words - 1)] >> (place & 31) & 1 != 0
+        if value == value and not is_allowed:
+            out[row] = _best_allowed(values, size, allowed, n_words)
+
+
 # ---- log-softmax and top-k ------------------------------------------------------------------------------------------
 
 
