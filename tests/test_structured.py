@@ -516,6 +516,9 @@ class _Fixed:
     def add(self, tokens: np.ndarray) -> None:
         self.n_added += 1
 
+    def meanwhile(self) -> None:
+        pass
+
     def guess(self, n: int) -> Any:
         from hfopt.generation.speculation import Guess
 

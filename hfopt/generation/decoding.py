@@ -185,6 +185,8 @@ class Decoding:
         if room is None:
             return None
         run, positions, appended, mask = room
+        if guessed is None and self._speculation is not None:
+            self._speculation.meanwhile()
         try:
             logits = run.logits(given if n_new > 1 else tokens, positions, appended, mask)
         except BaseException:  # its columns have not been written, or nobody gets to know of them: Ctrl-C

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +35,7 @@ class Derivation(LogitsProcessor):
     def __init__(self, matcher: LLMatcher, vocabulary: LLTokenizer, n_rows: int) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
         self._rows = self._begun(n_rows)
+        self._filling: Future[None] | None = None  # of the mask, for what has been added
         self._mask = np.zeros((n_rows, (vocabulary.vocab_size + 31) // 32), np.int32)
         self._ends = np.zeros(self._mask.shape[1] * 32, np.uint8)
         self._ends[vocabulary.eos_tokens] = 1
@@ -41,13 +44,26 @@ class Derivation(LogitsProcessor):
     def _begun(self, n_rows: int) -> list[_Row]:
         return [_Row(self._matcher.deep_copy(), self._vocabulary) for _ in range(n_rows)]
 
+    def meanwhile(self) -> None:
+        """Let another thread set the bits of what may follow, which takes as long as a small model's layer."""
+        if self._filling is None:
+            self._filling = _worker().submit(self._set)
+
+    def _settle(self) -> None:
+        """Wait for the other thread: rows are for one at a time."""
+        if self._filling is not None:
+            self._filling.exception()
+            self._filling = None
+
     def add(self, tokens: np.ndarray) -> None:
         """The next token of each row, int64 [n_rows]."""
+        self._settle()
         for row, token in zip(self._rows, tokens.tolist(), strict=True):
             row.add(token)
 
     def restart(self, texts: np.ndarray) -> None:
         """Rows are these instead, int64 [n_rows, length], from the first token of an answer on."""
+        self._settle()
         self._rows = self._begun(len(self._rows))
         for row, text in zip(self._rows, texts.tolist(), strict=True):
             for token in text:
@@ -55,6 +71,7 @@ class Derivation(LogitsProcessor):
 
     def reorder(self, rows: list[int]) -> None:
         """Row i becomes what row `rows[i]` is."""
+        self._settle()
         if rows != list(range(len(rows))):
             self._rows = [self._rows[each].copy() for each in rows]
 
@@ -83,7 +100,14 @@ class Derivation(LogitsProcessor):
         return chosen
 
     def _fill(self) -> None:
-        """Set the bits of what may follow."""
+        """Set the bits of what may follow, or wait until they are."""
+        filling, self._filling = self._filling, None
+        if filling is None:
+            self._set()
+        else:
+            filling.result()
+
+    def _set(self) -> None:
         for index, row in enumerate(self._rows):
             if row.has_ended:
                 self._mask[index] = self._ends
@@ -110,6 +134,7 @@ class Derivation(LogitsProcessor):
 
     def guess(self, n: int) -> Guess | None:
         """At most n tokens of each row that have to follow; None unless all rows have such, and one of them goes on."""
+        self._settle()
         rows = []
         for row in self._rows:
             rows.append(row.forced(n))
@@ -119,6 +144,17 @@ class Derivation(LogitsProcessor):
         if all(row.has_ended or row.has_to_end for row in self._rows):
             return None
         return Guess(np.array([tokens[:n] for tokens in rows], np.int64), chance=1.0)
+
+
+_workers: dict[int, ThreadPoolExecutor] = {}  # by process: a child of `fork` has none of its parent's threads
+
+
+def _worker() -> ThreadPoolExecutor:
+    """The thread that sets bits while kernels of a step run."""
+    worker = _workers.get(os.getpid())
+    if worker is None:
+        worker = _workers[os.getpid()] = ThreadPoolExecutor(1, "hfopt-grammar")
+    return worker
 
 
 class _Row:

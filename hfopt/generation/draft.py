@@ -148,6 +148,9 @@ class DraftModel:
         n_known = int((guessed < self._vocabulary).all(0).cumprod().sum())
         return Guess(guessed[:, :n_known]) if n_known else None
 
+    def meanwhile(self) -> None:
+        """Nothing: it needs the next token first."""
+
     def _go_on(self, n: int, made: list[np.ndarray]) -> None:
         """Add at most n tokens behind the text to `made`, int64 [n_rows] each."""
         if self._decoding is None:

@@ -26,6 +26,9 @@ class PromptLookup:
         for row, token in zip(self._rows, tokens.tolist(), strict=True):
             row.add(token)
 
+    def meanwhile(self) -> None:
+        """Nothing: its index is up to date."""
+
     def guess(self, n: int) -> Guess | None:
         """n tokens of each row; None unless all have been where they are now. Its kind is the shortest n-gram's length."""
         found = []

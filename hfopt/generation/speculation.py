@@ -47,6 +47,9 @@ class Guesser(Protocol):
     def guess(self, n: int) -> Guess | None:
         """At most n tokens of each row behind those; None without an idea."""
 
+    def meanwhile(self) -> None:
+        """A step without guesses begins: until the next token is chosen it may do what it has to do then."""
+
 
 class StepCosts:
     """What calls of a program for some tokens of some rows take on this machine: measured in requests, a running mean."""
@@ -145,6 +148,10 @@ class Speculation:
         if n_right == n_guessed and self._guesser.seconds == 0:
             self._pause, self._left = _FIRST_PAUSE, 0
 
+    def meanwhile(self) -> None:
+        """See `Guesser.meanwhile`."""
+        self._guesser.meanwhile()
+
     def note_call(self, n_rows: int, n_tokens: int, seconds: float) -> None:
         """A step for so many tokens in each row has taken this long."""
         self._costs.note(n_rows, n_tokens, seconds)
@@ -204,6 +211,10 @@ class InTurn:
 
     def note(self, n_guessed: int, n_right: int) -> None:
         self._asked.note(n_guessed, n_right)
+
+    def meanwhile(self) -> None:
+        for each in self._parts:
+            each.meanwhile()
 
     def note_call(self, n_rows: int, n_tokens: int, seconds: float) -> None:
         self._parts[0].note_call(n_rows, n_tokens, seconds)  # they share the costs
