@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import hfopt
-from hfopt.errors import InvalidInput, RankError
+from hfopt.errors import InvalidInput, RankError, UnsupportedModel
 from hfopt.host import split_options
 from hfopt.patches.tensor_plan import plan_for
 
@@ -140,6 +140,26 @@ def one_is_killed(after: int) -> tuple[str, float]:
     except RankError as error:
         return str(error), time.monotonic() - last[0]
     return "nothing", 0.0
+
+
+def parts_are_not_saved() -> str:
+    """What is said of a quantised model that is saved."""
+    model = hfopt.optimize(model_of("llama"), quantization="int8")
+    try:
+        model.state_dict()
+    except UnsupportedModel as error:
+        return str(error)
+    return "nothing"
+
+
+def until_killed() -> str:
+    """What a process says whose partner is killed at some time: while it loads, proves, reads a prompt, or makes steps."""
+    try:
+        model = hfopt.optimize(model_of("llama"))
+        while True:
+            model.generate(PROMPT, **STEPS, do_sample=False)
+    except (RankError, RuntimeError) as error:  # of ours, or of gloo in what transformers and torch do
+        return f"{type(error).__name__}: {error}"
 
 
 def saved() -> bool:

@@ -1,5 +1,10 @@
 """Models that transformers has split over processes."""
 
+import os
+import random
+import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +14,7 @@ from tests.parallel_work import FAMILIES
 from tests.ranks import Ranks, results
 
 QUICK = ("llama", "opt")
+N_KILLS, LOADED = 200, 12.0  # seconds in which a process loads a model and makes its first requests
 
 
 def call(name: str, *arguments: Any) -> tuple[str, tuple[Any, ...]]:
@@ -57,6 +63,24 @@ def test_a_process_that_is_killed_ends_the_request_of_the_others() -> None:
     (((said, seconds),), nothing) = Ranks(2, call("one_is_killed", 7)).wait(killed=[1])
     assert said.startswith("rank 1 (pid ") and "has ended" in said and not nothing
     assert seconds < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(N_KILLS))
+def test_a_process_may_be_killed_at_any_moment(moment: int) -> None:
+    ranks = Ranks(2, call("until_killed"))
+    time.sleep(random.Random(moment).uniform(0, LOADED))
+    os.kill(ranks.processes[1].id, signal.SIGKILL)
+    begin = time.monotonic()
+    ((said,), nothing) = ranks.wait(killed=[1])
+    assert said and not nothing
+    assert time.monotonic() - begin < 10
+    assert not list(Path("/dev/shm").glob("hfopt-*"))
+
+
+def test_quantised_parts_are_not_saved() -> None:
+    ((said, _),) = results(2, call("parts_are_not_saved"))
+    assert "save a model that is not split" in said
 
 
 def test_what_is_saved_is_the_whole_model() -> None:

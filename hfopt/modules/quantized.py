@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hfopt import functional
-from hfopt.errors import InvalidInput
+from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import QuantizedWeights
 from hfopt.functional.linear import Rows
 from hfopt.host import Conv1D, Features
@@ -110,6 +110,13 @@ class QuantizedLinear(nn.Linear):
         if self.original is not None:
             self.original.data = fn(self.original.data)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if "shard" in self.__dict__:
+            raise UnsupportedModel(
+                "each process has quantised a part of its own, which no file can hold: save a model that is not split"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         *_, errors = args
