@@ -145,6 +145,7 @@ def one_is_killed(after: int) -> tuple[str, float]:
 def parts_are_not_saved() -> str:
     """What is said of a quantised model that is saved."""
     model = hfopt.optimize(model_of("llama"), quantization="int8")
+    assert len(model.hfopt.quantized) == 15
     try:
         model.state_dict()
     except UnsupportedModel as error:

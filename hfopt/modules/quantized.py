@@ -162,6 +162,8 @@ def empty_linear(linear: nn.Module, format: Format, *, ordered: bool = False) ->
 
 def _change(linear: nn.Module, format: Format, tensors: dict[str, torch.Tensor], keep_original: bool) -> None:
     weight: Any = linear._parameters.pop("weight")
+    if "shard" in linear.__dict__ and not keep_original:
+        linear.__dict__["shard"].forget()
     n_inputs, n_outputs = Features.of(linear)
     linear.__dict__.update(
         in_features=n_inputs,

@@ -31,6 +31,10 @@ class Shard:
         # as transformers cuts: the last parts are shorter where the number does not divide
         self.first = min(ranks.rank * -(-n // ranks.size), n)
 
+    def forget(self) -> None:
+        """Let go of the weights as transformers has split them, which are in the memory of the float ones."""
+        self.weights.clear()
+
     def __deepcopy__(self, memo: Any) -> Shard:
         return self  # parts of a copy belong to the same processes
 
