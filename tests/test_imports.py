@@ -22,6 +22,7 @@ IMPORTS: dict[str, set[str]] = {
     "quantization": {"errors", "host"},
     "machine": {"errors", "kernels"},
     "save": {"checkpoints", "errors"},
+    "streaming": {"errors", "machine"},
     "chat": {"cache", "errors", "host", "words"},
     "cache": {"errors", "host", "machine"},
     "warmup": {"functional", "optimize", "quantization", "words"},
@@ -32,8 +33,18 @@ IMPORTS: dict[str, set[str]] = {
     "functional": {"cache", "errors", "kernels", "machine", "quantization", "words"},
     "generation": {"cache", "errors", "functional", "host", "machine", "progress", "words"},
     "modules": {"errors", "functional", "host", "quantization", "words"},
-    "patches": {"cache", "errors", "functional", "host", "modules", "quantization", "words"},
-    "program": {"cache", "errors", "functional", "host", "kernels", "modules", "patches", "words"},
+    "patches": {"cache", "errors", "functional", "host", "modules", "quantization", "streaming", "words"},
+    "program": {
+        "cache",
+        "errors",
+        "functional",
+        "host",
+        "kernels",
+        "modules",
+        "patches",
+        "streaming",
+        "words",
+    },
     "cli": {"bench", "console", "errors", "functional", "generation", "host", "kernels", "machine", "words"},
     "report": {
         "errors",
@@ -44,6 +55,7 @@ IMPORTS: dict[str, set[str]] = {
         "model_proof",
         "patches",
         "program",
+        "streaming",
         "words",
     },
     "load": {
@@ -56,6 +68,7 @@ IMPORTS: dict[str, set[str]] = {
         "optimize",
         "progress",
         "quantization",
+        "streaming",
         "words",
     },
     "__init__": {
@@ -101,6 +114,7 @@ IMPORTS: dict[str, set[str]] = {
         "progress",
         "quantization",
         "report",
+        "streaming",
         "words",
     },
 }

@@ -24,6 +24,7 @@ from hfopt.kernels.linear.rows import ROW_LIMIT
 from hfopt.patches.angles import AngleTables
 from hfopt.program.listing import Listing
 from hfopt.program.run import Run, prefill
+from hfopt.streaming import LayerStream
 
 if TYPE_CHECKING:
     from hfopt.cache import AppendedEverywhere, Layout
@@ -139,6 +140,7 @@ class Program(NamedTuple):
         tuple[Any, ...], ...
     ]  # of each place where adapters add something: of each matrix, its layer or None
     is_exact: bool  # whether logits have the bits of the model's own, which takes torch's tanh to limit them
+    stream: LayerStream | None = None  # that weights come from
 
     @property
     def windows(self) -> set[int]:
