@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Bytes of a float weight that are in memory at a time while it is converted or quantised
 SLICE = 1 << 24
+# Bytes of a tensor that may be in memory beside a model that stays on disk
+_SMALL = 1 << 16
 # Tensors of old checkpoints that models compute for themselves now
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
 
@@ -150,7 +152,7 @@ class Weights:
             reason = f"{min(self.by_inputs)} is a Conv1D, whose weight has to be laid otherwise"
         for name, tensor in self.names.items():
             key = next(iter(self.tied[name]), None)
-            if reason is None and key is not None and tensor.nbytes > SLICE // 16:
+            if reason is None and key is not None and tensor.nbytes > _SMALL:
                 if self.checkpoint.is_joined(key):
                     reason = f"{name} is made of several tensors"
                 elif self.checkpoint[key].dtype != DTYPE_NAMES[tensor.dtype]:

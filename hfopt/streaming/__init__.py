@@ -1,6 +1,6 @@
 """Models that are larger than memory: layers are read from their files while others are computed."""
 
-from hfopt.streaming.attach import DiskUse, attach, detach, disk_use, settle, stream_of, turn_of
+from hfopt.streaming.model import DiskUse, attach, detach, disk_use, settle, stream_of, turn_of
 from hfopt.streaming.stream import LayerStream, Turn
 
 __all__ = [
