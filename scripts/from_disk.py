@@ -104,9 +104,9 @@ def main() -> int:
         return 0
     n_bytes = sum(file.stat().st_size for file in arguments.folder.glob("*.safetensors"))
     memory = arguments.memory or str(n_bytes * 2 // 3)
-    budget = {} if memory == "all" else {"max_memory": {"cpu": int(memory) if memory.isdigit() else memory}}
+    budget = None if memory == "all" else {"cpu": int(memory) if memory.isdigit() else memory}
     begin = time.perf_counter()
-    model: Any = hfopt.load(arguments.folder, device_map="disk", **budget)
+    model: Any = hfopt.load(arguments.folder, device_map="disk", max_memory=budget)
     print(
         f"{env.cpu_path()}; {torch.get_num_threads()} threads; files of {n_bytes / 2**20:,.0f} MiB",
         flush=True,

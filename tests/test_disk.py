@@ -99,7 +99,7 @@ def streamed(model: Any) -> LayerStream:
     ids=str,
 )
 def test_tokens_are_those_of_the_model_in_memory(tmp_path, dtype, quantization):
-    made = llama(dtype, tie_word_embeddings=dtype is torch.bfloat16)
+    made: Any = llama(dtype, tie_word_embeddings=dtype is torch.bfloat16)
     if quantization is not None:
         hfopt.optimize(made, quantization=quantization)
     hfopt.save(made, tmp_path)
@@ -132,6 +132,14 @@ def test_memory_is_bounded_whoever_runs_the_layers(model, monkeypatch):
     edges = 2 * mmap.PAGESIZE * len(stream.parts)  # pages that parts have in common
     assert 0 < most <= kept + stream.split.window + edges
     assert kept + stream.split.window <= stream.budget
+
+
+def test_each_step_reads_no_part_twice(model):
+    tokens(model)
+    stream = streamed(model)
+    before = stream.bytes_read
+    tokens(model)
+    assert 0 < stream.bytes_read - before <= 12 * stream.step_bytes + stream.split.window
 
 
 def test_nothing_is_read_again_where_all_fits(folder):

@@ -55,7 +55,7 @@ class LayerStream:
         self._users = [0] * len(self.parts)
         self._position = 0
         self._reader: threading.Thread | None = None
-        self._n_read, self._seconds = 0, 0.0
+        self.bytes_read, self._seconds = 0, 0.0
 
     @property
     def step_bytes(self) -> int:
@@ -65,7 +65,7 @@ class LayerStream:
     @property
     def rate(self) -> float | None:
         """Bytes a second at which parts have been read so far."""
-        return self._n_read / self._seconds if self._seconds else None
+        return self.bytes_read / self._seconds if self._seconds else None
 
     def clear(self) -> None:
         """Give back all pages that are not to be here, whoever has touched them."""
@@ -92,6 +92,8 @@ class LayerStream:
         """Let a part go, if nobody else is in it."""
         with self._changed:
             self._users[place] -= 1
+            if self._position == place:
+                self._position = (place + 1) % len(self.parts)  # its own turn is the farthest away now
             is_over = self._users[place] == 0 and place not in self._kept
             if is_over:
                 self._states[place] = _GOING
@@ -134,7 +136,7 @@ class LayerStream:
             for each in self.parts[place].extents:
                 pages.fetch(each)
             with self._changed:
-                self._n_read += self._sizes[place]
+                self.bytes_read += self._sizes[place]
                 self._seconds += time.perf_counter() - begin
                 self._states[place] = _HERE
                 self._changed.notify_all()
