@@ -26,7 +26,7 @@ from hfopt.console import models
 from hfopt.machine import env, pages
 from hfopt.streaming import DiskUse, disk_use
 
-_PROBE_BYTES = 1 << 30
+_PROBE_BYTES, _LAYER = 1 << 30, 1 << 27
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -42,16 +42,22 @@ class Disk:
                 target.flush()
                 os.fsync(target.fileno())
         self._storage = torch.UntypedStorage.from_file(str(file), False, _PROBE_BYTES)
-        self._extents = pages.extents([(self._storage.data_ptr(), _PROBE_BYTES)])
+        (self._all,) = pages.extents([(self._storage.data_ptr(), _PROBE_BYTES)])
 
     def rate(self) -> float:
-        """Bytes a second, of a cold file."""
-        pages.give_back(self._extents)
+        """Bytes a second, of a cold file, of which no more than two layers' worth is in memory at a time."""
+        pages.give_back([self._all])
         begin = time.perf_counter()
-        for each in self._extents:
-            pages.fetch(each)
+        behind = None
+        for first in range(0, _PROBE_BYTES, _LAYER):
+            address, offset = self._all.address + first, self._all.offset + first
+            part = self._all._replace(address=address, n_bytes=_LAYER, offset=offset)
+            pages.fetch(part)
+            if behind is not None:
+                pages.give_back([behind])
+            behind = part
         seconds = time.perf_counter() - begin
-        pages.give_back(self._extents)
+        pages.give_back([self._all])
         return _PROBE_BYTES / seconds
 
 
@@ -69,16 +75,16 @@ def _disk(model: Any) -> DiskUse:
     return use
 
 
-def _measure(model: Any, disk: Disk, ids: torch.Tensor, n_tokens: int) -> tuple[float, float, float]:
-    """(seconds of a token, bytes fetched for each, rate of the disk before and after it)."""
+def _measure(model: Any, disk: Disk, ids: torch.Tensor, n_tokens: int) -> tuple[float, float, int, float]:
+    """(seconds of a token, bytes fetched for each, bytes in memory then, rate of the disk before and after it)."""
     before = disk.rate()
     fetched = env.bytes_fetched()
     with hfopt.record_latency(model) as timings:
         model.generate(ids, max_new_tokens=n_tokens + 1, do_sample=False)
     fetched = env.bytes_fetched() - fetched
-    after = disk.rate()
+    present, after = _disk(model).present, disk.rate()
     # the prompt reads as much as a token
-    return statistics.mean(timings.next), fetched / (n_tokens + 1), 2 / (1 / before + 1 / after)
+    return statistics.mean(timings.next), fetched / (n_tokens + 1), present, 2 / (1 / before + 1 / after)
 
 
 def main() -> int:
@@ -116,9 +122,9 @@ def main() -> int:
     disk, ratios, most = Disk(arguments.folder), [], 0
     model.generate(ids, max_new_tokens=2, do_sample=False)
     for _ in range(arguments.rounds):
-        seconds, fetched, rate = _measure(model, disk, ids, arguments.tokens)
+        seconds, fetched, present, rate = _measure(model, disk, ids, arguments.tokens)
         use = _disk(model)
-        most = max(most, use.present)
+        most = max(most, present)
         ratios.append(seconds / (use.step / rate))
         print(
             f"  {1e3 * seconds:8.1f} ms a token, {use.step / 2**20:,.0f} MiB a step ({fetched / 2**20:,.0f} MiB fetched); "
