@@ -216,6 +216,39 @@ def test_systems_that_cannot_be_asked_for_pages(model, expected, monkeypatch):
     assert torch.equal(tokens(model), expected)
 
 
+def test_systems_that_do_not_say_what_was_written(folder, expected, tmp_path, monkeypatch):
+    model = load(folder)
+    monkeypatch.setattr(linux, "PROC", tmp_path)
+    assert torch.equal(tokens(model), expected)
+    assert streamed(model).step_bytes == 0  # nothing is given back
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_reader_that_fails_is_followed_by_another(model, expected, monkeypatch):
+    fetch, calls = pages.fetch, []
+
+    def fails_at_times(extent: pages.Extent) -> None:
+        calls.append(extent)
+        if len(calls) % 3 == 0:
+            raise MemoryError
+        fetch(extent)
+
+    monkeypatch.setattr(pages, "fetch", fails_at_times)
+    assert torch.equal(tokens(model), expected)
+    assert len(calls) > 6
+
+
+def test_an_interrupt_leaves_nobody_in_a_part(model, expected, monkeypatch):
+    stream = streamed(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(stream._changed, "wait", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(stream, "_states", [0] * len(stream.parts))
+        with pytest.raises(KeyboardInterrupt):
+            tokens(model)
+    assert not any(stream._users)
+    assert torch.equal(tokens(model), expected)
+
+
 # ---- copies and the way back ------------------------------------------------------------------------------------
 
 

@@ -103,7 +103,7 @@ def _advise(address: int, n_bytes: int, advice: int) -> int:
 def give_back(parts: Sequence[Extent]) -> bool:
     """Let these pages go, out of the memory of this process and, unless others have them mapped, of the system.
 
-    False, nothing changed, if somebody has written into them: they would lose that.
+    False, nothing changed, if somebody may have written into them: they would lose that.
     """
     if any(_is_written(*each.whole_pages) for each in parts):
         return False
@@ -118,10 +118,13 @@ def give_back(parts: Sequence[Extent]) -> bool:
 
 
 def _is_written(address: int, n_bytes: int) -> bool:
-    """Whether a page has become memory of this process's own."""
-    with open(linux.PROC / "self" / "pagemap", "rb", buffering=0) as file:
-        file.seek(address // _PAGE * 8)
-        words = np.frombuffer(file.read(n_bytes // _PAGE * 8), np.uint64)
+    """Whether a page has become memory of this process's own, or nobody can tell."""
+    try:
+        with open(linux.PROC / "self" / "pagemap", "rb", buffering=0) as file:
+            file.seek(address // _PAGE * 8)
+            words = np.frombuffer(file.read(n_bytes // _PAGE * 8), np.uint64)
+    except OSError:
+        return True
     return bool((((words & (_PRESENT | _SWAPPED)) != 0) & ((words & _OF_FILE) == 0)).any())
 
 

@@ -83,9 +83,13 @@ class LayerStream:
         with self._changed:
             self._users[place] += 1
             self._position = place
-            while self._states[place] != _HERE:
-                self._read_on()
-                self._changed.wait()
+            try:
+                while self._states[place] != _HERE:
+                    self._read_on()
+                    self._changed.wait()
+            except BaseException:  # Ctrl-C: the block is not entered
+                self._users[place] -= 1
+                raise
             self._read_on()
 
     def leave(self, place: int) -> None:
@@ -119,13 +123,20 @@ class LayerStream:
         self._changed.notify_all()
 
     def _read(self) -> None:
+        try:
+            self._read_parts()
+        finally:  # who waits begins another one
+            with self._changed:
+                self._reader = None
+                self._changed.notify_all()
+
+    def _read_parts(self) -> None:
         while True:
             with self._changed:
                 place = self._next()
                 if place is None:
                     if self._changed.wait(_IDLE) or self._next() is not None:
                         continue
-                    self._reader = None
                     return
                 victim = self._victim(place)
                 self._states[place if victim is None else victim] = _COMING if victim is None else _GOING
@@ -133,13 +144,15 @@ class LayerStream:
                 self._give_back(victim)
                 continue
             begin = time.perf_counter()
-            for each in self.parts[place].extents:
-                pages.fetch(each)
-            with self._changed:
-                self.bytes_read += self._sizes[place]
-                self._seconds += time.perf_counter() - begin
-                self._states[place] = _HERE
-                self._changed.notify_all()
+            try:
+                for each in self.parts[place].extents:
+                    pages.fetch(each)
+            finally:  # what is missing is read when it is touched
+                with self._changed:
+                    self.bytes_read += self._sizes[place]
+                    self._seconds += time.perf_counter() - begin
+                    self._states[place] = _HERE
+                    self._changed.notify_all()
 
     def _next(self) -> int | None:
         """The part to be read next: one that somebody waits for, or else the first that is not here, if there is room."""
