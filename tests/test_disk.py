@@ -39,7 +39,8 @@ def llama(dtype: torch.dtype, **options: Any) -> Any:
         **{"tie_word_embeddings": False, **options},
     )
     torch.manual_seed(3)
-    return LlamaForCausalLM(config).to(dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(dtype).eval()
 
 
 @pytest.fixture(scope="module")
