@@ -26,6 +26,7 @@ from hfopt.machine.cores import fit_threads
 from hfopt.optimize import optimize
 from hfopt.patches.tensor_plan import plan_for
 from hfopt.progress import progress
+from hfopt.streaming import attach, settle
 from hfopt.words import DTYPES, dtypes_in_words, in_words
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def load(
     speculation: Literal["lookup"] | None = None,
     calibration: Calibration | None = None,
     tensor_parallel: bool = False,
+    device_map: Literal["cpu", "disk"] = "cpu",
+    max_memory: Mapping[str, int | str] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """A causal language model from safetensors, optimised; beside the result it takes less than 1 GB of memory.
@@ -63,12 +66,18 @@ def load(
             checkpoint is read a second time.
         tensor_parallel: split the layers over the processes that torchrun has started, each of which reads its own part: a
             checkpoint of floats, by the plan of transformers, or that of hfopt where it has none.
+        device_map: "disk" for a model that is larger than memory: its layers are read from the files while others are
+            computed, over and over, but for those that fit into memory. The files must hold what kernels read, floats of
+            this dtype or what `hfopt.save` wrote, and must not change while the model lives.
+        max_memory: {"cpu": bytes, or "8GiB"}, with device_map="disk": how much of the weights is in memory at a time. None:
+            four fifths of what is available.
         kwargs: revision, token, cache_dir, subfolder, local_files_only, force_download and proxies, of the Hub;
             attn_implementation and trust_remote_code.
 
     Weights that need no conversion stay in the pages of their file.
-    Raises InvalidInput for arguments, UnsupportedModel for checkpoints that hfopt does not read, and CorruptCheckpoint
-    where a file is damaged, tensors are missing, have another shape than the configuration says, or hold NaN or Inf.
+    Raises InvalidInput for arguments, max_memory that is too little among them, UnsupportedModel for checkpoints that hfopt
+    does not read, or not from disk, and CorruptCheckpoint where a file is damaged, tensors are missing, have another shape
+    than the configuration says, or hold NaN or Inf.
 
     Example:
         >>> import hfopt
@@ -89,6 +98,8 @@ def load(
         raise InvalidInput(
             f"load has no arguments {unknown}; beside its own there are {sorted((*_HUB, *_MODEL))}"
         )
+    budget = _budget(device_map, max_memory)
+    on_disk = device_map == "disk"
     wanted = None if quantization is None else HfoptConfig.of(quantization)
     hub = {name: kwargs[name] for name in _HUB if name in kwargs}
     trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
@@ -107,7 +118,7 @@ def load(
         return optimize(model, quantization=quantization, kv_cache=kv_cache, speculation=speculation)
     model = _empty_model(source, config, dtype, options)
     fit_threads()  # before the kernels that pack
-    weights = Weights(model, checkpoint, dtype, stored, wanted)
+    weights = Weights(model, checkpoint, dtype, stored, wanted, on_disk=on_disk)
     calibrator = None
     if calibration is not None:
         if not weights.quantised:
@@ -116,7 +127,10 @@ def load(
     weights.fill()
     _load_generation_config(model, source, hub)
     declare(model)
-    optimize(model.eval(), kv_cache=kv_cache, speculation=speculation)
+    if on_disk:
+        attach(model, budget)
+    optimize(model.eval(), kv_cache=kv_cache, speculation=speculation, strict=on_disk)
+    settle(model)
     if calibrator is not None:
         batches = calibrator.measure({path: weights.linears[path] for path in weights.quantised})
         with progress("hfopt quantises weights", len(weights.quantised)) as advance:
@@ -125,6 +139,24 @@ def load(
     report: Any = model.hfopt
     model.__dict__["hfopt"] = replace(report, left=weights.left)
     return model
+
+
+def _budget(device_map: str, max_memory: Mapping[str, int | str] | None) -> int | None:
+    """Bytes of memory for weights; None if nothing is said."""
+    if device_map not in ("cpu", "disk"):
+        raise InvalidInput(f"device_map = {device_map!r}: 'cpu' or 'disk' is allowed")
+    if max_memory is None:
+        return None
+    try:
+        ((device, size),) = max_memory.items()
+        budget = int(accelerate.utils.convert_file_size_to_int(size))
+    except (AttributeError, TypeError, ValueError):
+        device, budget = "", 0
+    if device != "cpu" or budget < 1 or device_map != "disk":
+        raise InvalidInput(
+            f"max_memory = {max_memory!r}, device_map = {device_map!r}: {{'cpu': bytes or '8GiB'}} is allowed, with 'disk'"
+        )
+    return budget
 
 
 def _config(source: str, options: dict[str, Any]) -> Config:

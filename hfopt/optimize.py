@@ -25,6 +25,7 @@ from hfopt.machine.cores import fit_threads
 from hfopt.progress import compile_progress, progress
 from hfopt.quantization import Format, InputStatistics, QuantizationConfig, config_of
 from hfopt.report import Report
+from hfopt.streaming import detach
 from hfopt.words import DTYPES, dtypes_in_words
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def restore(model: Model) -> Model:
         raise InvalidInput(f"model is a {type(model).__name__}: a torch.nn.Module is needed")
     check_originals(model)
     restore_classes(model)
+    detach(model)
     unpack(model)
     give_back_parts(model)
     for module in model.modules():

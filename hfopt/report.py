@@ -16,7 +16,8 @@ from hfopt.errors import InvalidInput
 from hfopt.host import Adapter, adapters_in
 from hfopt.machine import env
 from hfopt.machine.cores import Cores, cores_of_process
-from hfopt.words import counted, dtype_name
+from hfopt.streaming import DiskUse, disk_use
+from hfopt.words import counted, dtype_name, table
 
 if TYPE_CHECKING:
     from hfopt.functional.choice import Choice
@@ -40,8 +41,8 @@ class Report:
     model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and values are cached as floats all the
     same, or None. speculation: the argument of `optimize`. keeps_prompts: whether there is a `prefix_cache`; rereads: why it
     is of no use with this model, or None. quantized: Linears with packed weights. left: those that `quantization` left as
-    they are, and why. adapters: of LoRA, around Linears. advice: in words, which dtype would be faster, and at what cost; or
-    None.
+    they are, and why. adapters: of LoRA, around Linears. disk: what steps read from there, or None. advice: in words, which
+    dtype would be faster, and at what cost; or None.
 
     Example:
         >>> import hfopt
@@ -76,6 +77,7 @@ class Report:
     quantized: tuple[Quantized, ...]
     left: dict[str, str]
     adapters: tuple[Adapter, ...]
+    disk: DiskUse | None
     advice: str | None
     memory_before: int
     memory_after: int
@@ -117,6 +119,7 @@ class Report:
             quantized=quantized(walk.model),
             left=dict(left),
             adapters=adapters_in(walk.model),
+            disk=disk_use(walk.model),
             advice=_advice(dtypes),
             choices=tuple(each for each in choice.choices() if each.dtype in dtypes),
             memory_before=memory_before,
@@ -146,6 +149,8 @@ class Report:
         step = "is one call" if self.by_module is None else f"goes module by module: {self.by_module}"
         adapters = f"; LoRA adapters: {', '.join(map(str, self.adapters))}" if self.adapters else ""
         lines.append(f"a decode step {step}{adapters}")
+        if self.disk is not None:
+            lines.append(str(self.disk))
         if self.advice is not None:
             lines.append(self.advice)
         if self.loops:
@@ -167,12 +172,12 @@ class Report:
         if self.window is not None:
             lines.append(f"layers of a window of {self.window:,} tokens cache little more than those")
         if self.swapped:
-            lines += ["", *_table(("swapped", "from", "to", "probe differs by"), self._swapped_rows())]
+            lines += ["", *table(("swapped", "from", "to", "probe differs by"), self._swapped_rows())]
         if self.quantized:
             saved = sum(module.saved_bytes for module in self.quantized) / 2**20
             lines += [
                 "",
-                *_table(("quantised", "format", "MiB each", "MiB saved each"), self._quantized_rows()),
+                *table(("quantised", "format", "MiB each", "MiB saved each"), self._quantized_rows()),
             ]
             lines.append(f"{saved:,.1f} MiB saved in all")
             lines += [
@@ -184,22 +189,22 @@ class Report:
         if self.left:
             lines += [
                 "",
-                *_table(("not quantised", "reason"), _grouped((p, (r,)) for p, r in self.left.items())),
+                *table(("not quantised", "reason"), _grouped((p, (r,)) for p, r in self.left.items())),
             ]
         if self.idle:
             lines += [
                 "",
-                *_table(
+                *table(
                     ("swapped, but not in use now", "reason"),
                     _grouped((p, (r,)) for p, r in self.idle.items()),
                 ),
             ]
         if self.kept:
             rows = _grouped((module.path, (_short(module.old_class), module.reason)) for module in self.kept)
-            lines += ["", *_table(("kept", "class", "reason"), rows)]
+            lines += ["", *table(("kept", "class", "reason"), rows)]
         if "auto" in self.kernels:
             head = (f"auto with {counted(self.threads, 'thread')}", "kernels", "torch's time / hfopt's")
-            lines += ["", *_table(head, self._choice_rows())]
+            lines += ["", *table(head, self._choice_rows())]
         return "\n".join(lines)
 
     def _choice_rows(self) -> list[tuple[str, ...]]:
@@ -339,12 +344,3 @@ def _ranges(values: list[int]) -> str:
         else:
             parts.append([value])
     return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    rule = tuple("-" * width for width in widths)
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, rule, *rows)
-    ]

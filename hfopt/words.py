@@ -1,4 +1,4 @@
-"""How exceptions and dtypes are put into messages and reports, and which dtypes there are kernels for."""
+"""How exceptions, dtypes and tables are put into messages and reports, and which dtypes there are kernels for."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ def dtypes_in_words(last: str = "") -> str:
     """Those of weights: `torch.float32, torch.bfloat16 or torch.float16`; with a last one more."""
     *first, end = [*map(str, DTYPES), *filter(None, [last])]
     return f"{', '.join(first)} or {end}"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines of text with aligned columns."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    rule = tuple("-" * width for width in widths)
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, rule, *rows)
+    ]

@@ -29,7 +29,12 @@ _NAMES = ("hfopt-a", "hfopt-b")
 _ADDRESSES = ("10.77.61.1", "10.77.61.2")
 _LINKS = ("hfopt-veth-a", "hfopt-veth-b")
 _PORT = 29577
-_SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8}
+_SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+}
 
 
 def requests(model: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ IMPORTS: dict[str, set[str]] = {
     "quantization": {"errors", "host"},
     "machine": {"errors", "kernels"},
     "save": {"checkpoints", "errors"},
+    "streaming": {"errors", "machine"},
     "chat": {"cache", "errors", "host", "words"},
     "cache": {"errors", "host", "machine"},
     "warmup": {"functional", "optimize", "quantization", "words"},
@@ -33,7 +34,17 @@ IMPORTS: dict[str, set[str]] = {
     "functional": {"cache", "errors", "kernels", "machine", "quantization", "words"},
     "generation": {"distributed", "cache", "errors", "functional", "host", "machine", "progress", "words"},
     "modules": {"distributed", "errors", "functional", "host", "quantization", "words"},
-    "patches": {"distributed", "cache", "errors", "functional", "host", "modules", "quantization", "words"},
+    "patches": {
+        "distributed",
+        "cache",
+        "errors",
+        "functional",
+        "host",
+        "modules",
+        "quantization",
+        "streaming",
+        "words",
+    },
     "program": {
         "distributed",
         "cache",
@@ -43,6 +54,7 @@ IMPORTS: dict[str, set[str]] = {
         "kernels",
         "modules",
         "patches",
+        "streaming",
         "words",
     },
     "cli": {"bench", "console", "errors", "functional", "generation", "host", "kernels", "machine", "words"},
@@ -55,6 +67,7 @@ IMPORTS: dict[str, set[str]] = {
         "model_proof",
         "patches",
         "program",
+        "streaming",
         "words",
     },
     "load": {
@@ -68,6 +81,7 @@ IMPORTS: dict[str, set[str]] = {
         "optimize",
         "progress",
         "quantization",
+        "streaming",
         "words",
     },
     "__init__": {
@@ -115,6 +129,7 @@ IMPORTS: dict[str, set[str]] = {
         "progress",
         "quantization",
         "report",
+        "streaming",
         "words",
     },
 }

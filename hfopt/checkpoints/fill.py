@@ -16,10 +16,11 @@ from transformers.utils.logging import tqdm
 from hfopt.checkpoints.foreign import read_linear
 from hfopt.checkpoints.hf_config import HfoptConfig, linears_of
 from hfopt.checkpoints.names import Matching
-from hfopt.checkpoints.packed_files import check_packed
+from hfopt.checkpoints.packed_files import DTYPE_NAMES, check_packed
 from hfopt.checkpoints.reader import FLOATS, Checkpoint, check_finite, check_header
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
 from hfopt.host import Conv1D, Features
+from hfopt.machine.pages import extents, give_back
 from hfopt.modules.quantized import PREFIX, quantize_linear
 from hfopt.quantization import Format, InputStatistics, Packed, layout_of, packed_from
 from hfopt.quantization.layout import BLOCK, aligned
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Bytes of a float weight that are in memory at a time while it is converted or quantised
 SLICE = 1 << 24
+# Bytes of a tensor that may be in memory beside a model that stays on disk
+_SMALL = 1 << 16
 # Tensors of old checkpoints that models compute for themselves now
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
 
@@ -36,7 +39,8 @@ class Weights:
     """Fills a model whose parameters are on the device `meta` with the tensors of a checkpoint.
 
     stored: the checkpoint's quantization_config. wanted: what linear layers are to become that it holds as floats.
-    Names and shapes are checked here, before anything is read.
+    on_disk: all large tensors stay in their files, as they are there. Names and shapes are checked here, before anything is
+    read.
     """
 
     def __init__(
@@ -46,8 +50,11 @@ class Weights:
         dtype: torch.dtype,
         stored: Mapping[str, Any],
         wanted: HfoptConfig | None,
+        *,
+        on_disk: bool = False,
     ) -> None:
         self.model, self.checkpoint, self.dtype, self.stored = model, checkpoint, dtype, stored
+        self.on_disk = on_disk
         self.linears = linears_of(model)
         self.by_inputs = {path for path, linear in self.linears.items() if isinstance(linear, Conv1D)}
         self.names = dict(model.state_dict(keep_vars=True))
@@ -68,6 +75,8 @@ class Weights:
         self.packers = self._packers(wanted)
         self._check_unexpected(unexpected, matching)
         self._check_plain()
+        if on_disk:
+            self._check_stays()
 
     def _has_place(self, name: str) -> bool:
         path, _, part = name.rpartition(".")
@@ -134,6 +143,26 @@ class Weights:
         if missing:
             raise self._corrupt(f"it lacks {len(missing)} tensors, {missing[0]!r} among them")
 
+    def _check_stays(self) -> None:
+        """Raise UnsupportedModel where weights would have to be made, in memory, of what is in the files."""
+        reason = None
+        if self.quantised or self.stored.get("quant_method") not in (None, "hfopt"):
+            reason = "its weights are to be packed"
+        elif self.by_inputs:
+            reason = f"{min(self.by_inputs)} is a Conv1D, whose weight has to be laid otherwise"
+        for name, tensor in self.names.items():
+            key = next(iter(self.tied[name]), None)
+            if reason is None and key is not None and tensor.nbytes > _SMALL:
+                if self.checkpoint.is_joined(key):
+                    reason = f"{name} is made of several tensors"
+                elif self.checkpoint[key].dtype != DTYPE_NAMES[tensor.dtype]:
+                    reason = f"{key!r} is {self.checkpoint[key].dtype}, and to be {tensor.dtype}"
+        if reason is not None:
+            raise UnsupportedModel(
+                f"{self.checkpoint.source}: {reason}. A model that stays on disk has to be there as kernels read it: "
+                "save it once with hfopt.save, on a machine with enough memory"
+            )
+
     def _check_unexpected(self, keys: Iterable[str], matching: Matching) -> None:
         ignored = (*(self.model._keys_to_ignore_on_load_unexpected or ()), *_COMPUTED)
         keys = [key for key in keys if not any(re.search(pattern, key) for pattern in ignored)]
@@ -170,7 +199,7 @@ class Weights:
         (n_inputs, n_outputs), tensors = Features.of(self.linears[path]), {}
         for part, key in self.parts[path].items():
             tensor = self.checkpoint.read(key)
-            check_finite(self.checkpoint.source, key, tensor)
+            self._check_numbers(key, tensor)
             tensors[part.removeprefix(PREFIX)] = aligned(tensor)
         return packed_from(format, n_outputs, n_inputs, tensors)
 
@@ -257,6 +286,13 @@ class Weights:
             filled.setdefault(id(tensor), (known, key))
         module._parameters[name] = known
 
+    def _check_numbers(self, key: str, stored: torch.Tensor) -> None:
+        """Raises CorruptCheckpoint for NaN and Inf; the numbers are not kept in memory for it if they stay on disk."""
+        for each in stored.view(-1).split(SLICE) if self.on_disk else (stored,):
+            check_finite(self.checkpoint.source, key, each)
+            if self.on_disk:
+                give_back(extents([(each.data_ptr(), each.nbytes)]))
+
     def _is_same(self, key: str, other: str) -> bool:
         return key == other or torch.equal(self.checkpoint.read(key), self.checkpoint.read(other))
 
@@ -266,7 +302,7 @@ class Weights:
             return self.checkpoint.joined(key, dtype)
         stored = self.checkpoint.read(key)
         if stored.dtype == dtype:
-            check_finite(self.checkpoint.source, key, stored)
+            self._check_numbers(key, stored)
             return stored
         out = torch.empty(stored.shape, dtype=dtype)
         pairs = zip(stored.view(-1).split(SLICE // 8), out.view(-1).split(SLICE // 8), strict=True)

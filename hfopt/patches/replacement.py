@@ -1,5 +1,6 @@
 """The change of class: a module stays the same object with all it holds, and gets a subclass of its class."""
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Mapping
@@ -15,11 +16,13 @@ from hfopt.modules.guards import DO_NOTHING, is_bare, is_plain_inference
 from hfopt.modules.records import Records
 from hfopt.modules.weights import original_class
 from hfopt.patches.facts import Facts
+from hfopt.streaming import turn_of
 
 # of an output: None for a tensor, else the length of a tuple that begins with it, and where the rest is None
 Form: TypeAlias = int | None
 
 _CLASSES: dict[Any, Any] = {}
+_AT_ONCE = contextlib.nullcontext()
 
 
 class Record(Records):
@@ -75,13 +78,18 @@ class Replacement(nn.Module):
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and is_swapped(self) and is_plain_inference(self, args, kwargs):
-            given = self._hfopt_arguments.read(args, kwargs) if self._hfopt.facts.hold(self) else None
-            output = None if given is None else self.compute(**given)
-            if output is not None:
-                form = self._hfopt.form
-                return output if form is None else (output, *[None] * (form - 1))
-        return super().forward(*args, **kwargs)
+        with turn_of(self) or _AT_ONCE:
+            if (
+                not torch.compiler.is_compiling()
+                and is_swapped(self)
+                and is_plain_inference(self, args, kwargs)
+            ):
+                given = self._hfopt_arguments.read(args, kwargs) if self._hfopt.facts.hold(self) else None
+                output = None if given is None else self.compute(**given)
+                if output is not None:
+                    form = self._hfopt.form
+                    return output if form is None else (output, *[None] * (form - 1))
+            return super().forward(*args, **kwargs)
 
     def idle_reason(self) -> str | None:
         """In words, why kernels cannot do any call of this module as it is now; None if they can."""

@@ -18,6 +18,7 @@ from hfopt.program.builder import Builder, Value
 from hfopt.program.embeddings import position_table, scale_of, token_table
 from hfopt.program.program import Program
 from hfopt.program.recorder import Recorder, swapped
+from hfopt.streaming import stream_of
 
 # attributes and fields that change nothing in what a decoder computes, or what the rehearsal shows
 _HARMLESS = frozenset(
@@ -40,7 +41,7 @@ def build(model: nn.Module) -> Program:
     program = _built(model)
     if program is None:
         raise UnsupportedModel(f"{type(model).__name__} gives no logits of its own")
-    return program
+    return program._replace(stream=stream_of(model))
 
 
 def obstacle(model: nn.Module) -> str | None:

@@ -26,6 +26,7 @@ from hfopt.modules.sharded import Shard
 from hfopt.patches.angles import AngleTables
 from hfopt.program.listing import Listing
 from hfopt.program.run import Run, prefill
+from hfopt.streaming import LayerStream
 
 if TYPE_CHECKING:
     from hfopt.cache import AppendedEverywhere, Layout
@@ -150,6 +151,7 @@ class Program(NamedTuple):
     ]  # of each place where adapters add something: of each matrix, its layer or None
     ranks: Ranks | None  # the processes that have the model together
     is_exact: bool  # whether logits have the bits of the model's own, which takes torch's tanh to limit them
+    stream: LayerStream | None = None  # that weights come from
 
     @property
     def windows(self) -> set[int]:

@@ -21,6 +21,7 @@ from hfopt.kernels.attention import cache_record as records
 from hfopt.kernels.attention.seen import BYTES
 from hfopt.kernels.instruction import OP, UNKNOWN_INDEX
 from hfopt.program.memory import LINE
+from hfopt.program.sections import sections_of
 
 if TYPE_CHECKING:
     from hfopt.cache import AppendedEverywhere, Buffers
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "prefill"]
 
+_AT_ONCE = contextlib.nullcontext()
 _NO_MASK = np.empty((0, 0), np.uint8)
 _NO_EOS = np.empty(0, np.int64)
 
@@ -76,6 +78,7 @@ class Run:
         self._n_positions = self._stretch = 0  # that tables have rows for; see `Breaks`
         self._rows: list[Tensor] = []
         self._buffers: list[Buffers] = []
+        self._sections = sections_of(program)
         self._storages = [tensor.untyped_storage() for tensor in program.tensors()]
         self._deltas, self._given = deltas, NO_DELTAS
         if deltas is not None:
@@ -183,9 +186,9 @@ class Run:
             raise InvalidInput(f"scratch is for {self.n_new} tokens of a row: one is needed")
         hidden = self._checked(tokens, positions, appended, mask)
         n_columns = appended.first.n_new
-        chosen = np.empty(
-            (min(n_columns, self.program.breaks.n_alike(int(positions.max()))), self.n_rows), np.int64
-        )
+        # sections are gone through for one step
+        n_steps = self.program.breaks.n_alike(int(positions.max())) if len(self._sections) == 1 else 1
+        chosen = np.empty((min(n_columns, n_steps), self.n_rows), np.int64)
         if finished is not None and (finished.dtype != np.bool_ or finished.shape != (self.n_rows,)):
             given = f"{finished.dtype} {finished.shape}"
             raise InvalidInput(f"finished is {given}: bool {(self.n_rows,)} is needed")
@@ -242,51 +245,58 @@ class Run:
         self.reach(int(ids[1].max()) + n_steps)
         in_prefix = 0 if first.in_suffix else n_ahead
         prepare_threads()
-        with contextlib.nullcontext() if program.ranks is None else program.ranks.running():
-            outcome: int = kernels.run_step(
-                ELEMENTS[program.dtype],
-                self.held,
-                program.code,
-                program.formats if program.is_quantized else None,
-                program.scalars,
-                n_rows,
-                self.n_new,
-                self.n_last,
-                self.arena,
-                self.scratch,
-                self.threads,
-                self.tables,
-                ids,
-                self.records,
-                first.prefix_len - in_prefix,
-                first.suffix_len - (n_ahead - in_prefix),
-                first.in_suffix,
-                first.prefix_row,
-                first.table,
-                kind,
-                hidden,
-                logits.data_ptr(),
-                program.n_logits,
-                chosen,
-                self.none_finished if finished is None else finished,
-                pad,
-                eos,
-                self._given,
-                None if program.ranks is None else program.ranks.words,
-            )
-        if outcome <= -kernels.UNKNOWN_OPERATION:
-            number = -kernels.UNKNOWN_OPERATION - outcome
-            raise InvalidInput(
-                f"instruction {number} has operation {program.code[number, OP]}: below "
+        outcome = 0
+        for section in self._sections:
+            is_last = section is self._sections[-1]
+            with section.turn, _AT_ONCE if program.ranks is None else program.ranks.running():
+                outcome = kernels.run_step(
+                    ELEMENTS[program.dtype],
+                    self.held,
+                    section.code,
+                    section.formats,
+                    section.scalars,
+                    n_rows,
+                    self.n_new,
+                    self.n_last,
+                    self.arena,
+                    self.scratch,
+                    self.threads,
+                    self.tables,
+                    ids,
+                    self.records,
+                    first.prefix_len - in_prefix,
+                    first.suffix_len - (n_ahead - in_prefix),
+                    first.in_suffix,
+                    first.prefix_row,
+                    first.table,
+                    kind,
+                    hidden,
+                    logits.data_ptr(),
+                    program.n_logits,
+                    chosen if is_last else chosen[:0],
+                    self.none_finished if finished is None else finished,
+                    pad,
+                    eos,
+                    self._given,
+                    None if program.ranks is None else program.ranks.words,
+                )
+            if outcome < 0:
+                raise self._wrong(-outcome, section.first)
+        return outcome
+
+    def _wrong(self, what: int, first: int) -> InvalidInput:
+        """What a launch has found in the instructions from this one on."""
+        if what >= kernels.UNKNOWN_OPERATION:
+            number = first + what - kernels.UNKNOWN_OPERATION
+            return InvalidInput(
+                f"instruction {number} has operation {self.program.code[number, OP]}: below "
                 f"{len(kernels.INSTRUCTIONS)} is needed, and formats where it is one of quantised layers"
             )
-        if outcome == -UNKNOWN_INDEX:
-            raise InvalidInput(f"tokens {ids[0]} at positions {ids[1]}: the model's tables have no such rows")
-        if outcome < 0:
-            raise InvalidInput(
-                "the cache names rows that it has not, or has left behind tokens that are seen"
+        if what == UNKNOWN_INDEX:
+            return InvalidInput(
+                f"tokens {self.ids[0]} at positions {self.ids[1]}: the model's tables have no such rows"
             )
-        return outcome
+        return InvalidInput("the cache names rows that it has not, or has left behind tokens that are seen")
 
 
 def prefill(
