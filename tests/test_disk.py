@@ -242,7 +242,14 @@ def test_a_reader_that_fails_is_followed_by_another(model, expected, monkeypatch
 def test_an_interrupt_leaves_nobody_in_a_part(model, expected, monkeypatch):
     stream = streamed(model)
     with monkeypatch.context() as patched:
-        patched.setattr(stream._changed, "wait", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        wait = stream._changed.wait
+
+        def interrupted(*args):
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            return wait(*args)
+
+        patched.setattr(stream._changed, "wait", interrupted)
         patched.setattr(stream, "_states", [0] * len(stream.parts))
         with pytest.raises(KeyboardInterrupt):
             tokens(model)
