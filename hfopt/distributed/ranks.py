@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hfopt.distributed.cluster import ClusterGroup
 from hfopt.distributed.group import SharedGroup
+from hfopt.distributed.placement import take_share
 from hfopt.kernels.shared.member import DONE
 
 LIMIT = 10.0  # seconds after which a rank that has not come is taken for one that hangs
@@ -36,6 +37,7 @@ class Ranks:
     """
 
     def __init__(self, group: Any) -> None:
+        take_share(group)  # before threads start that wait for others
         self._group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.lock = threading.RLock()
