@@ -70,6 +70,7 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
 
         if ranks.n_ranks() > 1:
             return ranks.run_as_rank(args.function, args)
-        if args.tp is not None and args.tp > 1:
-            return ranks.start(args.tp, arguments)
+        n = args.tp or args.n_ranks
+        if n > 1:
+            return ranks.start(n, arguments)
     return args.function(args)

@@ -20,13 +20,15 @@ from hfopt.errors import HfoptError, InvalidInput, RankError
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-_PATIENCE = 10  # seconds that ranks have to end after a signal
+# Ctrl-C ends them at once and without a word, while they import too
+_RANK = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); from hfopt.cli import main; sys.exit(main())"
 _FAILED, _WRONG = 1, 2  # exit codes
 
 
-def add_tensor_parallel(parser: argparse.ArgumentParser, what: str, default: int | None = None) -> None:
-    """The flag --tp."""
-    parser.add_argument("--tp", type=positive, default=default, metavar="N", help=what)
+def add_tensor_parallel(parser: argparse.ArgumentParser, what: str, default: int = 1) -> None:
+    """The flag --tp; where `together` is set, the command may run in ranks, as many as `default` unless the flag says it."""
+    parser.add_argument("--tp", type=positive, metavar="N", help=what)
+    parser.set_defaults(n_ranks=default)
 
 
 def n_ranks() -> int:
@@ -41,7 +43,7 @@ def start(n: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what happened is said below
+    logging.disable()  # what has happened is said below
     with tempfile.TemporaryDirectory(prefix="hfopt-ranks-") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -52,23 +54,24 @@ def start(n: int, arguments: Sequence[str]) -> int:
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
-            shutdown_timeout=_PATIENCE,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "hfopt", *arguments)
+            elastic_launch(config, sys.executable)("-c", _RANK, *arguments)
         except SignalException as error:
             return 128 + int(error.sigval)
         except ChildFailedError as error:
             return _tell(error.failures)
+        finally:
+            logging.disable(logging.NOTSET)
     return 0
 
 
 def _tell(failures: "dict[int, ProcessFailure]") -> int:
     """Print why a command has failed; its exit code."""
     said = {rank: _message(each) for rank, each in failures.items()}
-    # those who say that another one is gone are not the first cause
-    causes = [rank for rank in said if not said[rank].startswith(RankError.__name__)]
+    # those who say that another one is gone, and those who were ended because of it, are not the cause
+    causes = [rank for rank in said if not said[rank].startswith((RankError.__name__, signal.SIGTERM.name))]
     rank = min(causes or said)
     sys.stderr.write(f"hfopt: rank {rank}: {said[rank].partition(': ')[2]}\n")
     code = failures[rank].exitcode
@@ -80,7 +83,7 @@ def _message(failure: "ProcessFailure") -> str:
     if isinstance(failure.message, dict):
         return str(failure.message["message"])
     if failure.exitcode < 0:
-        return f"signal: {failure.signal_name()} has ended it"
+        return f"{failure.signal_name()}: it has been ended by {failure.signal_name()}"
     return f"exit: it has ended with {failure.exitcode}"
 
 

@@ -29,6 +29,7 @@ from .ranks import add_tensor_parallel, n_ranks
 logger = logging.getLogger(__name__)
 
 _BEAMS = 4
+_INTERNAL = ("function", "together", "n_ranks")  # no arguments of the user's
 _STOCK, _OPTIMIZED = "stock", "optimized"
 
 
@@ -125,7 +126,9 @@ def run(args: argparse.Namespace) -> int:
             f"--num-warmup={args.num_warmup} must be at least 0 and below --num-iter={args.num_iter}"
         )
     if n_ranks() > 1 and args.random_weights is not None:
-        raise InvalidInput("--random-weights: processes split what a checkpoint holds, so name one by --model-id")
+        raise InvalidInput(
+            "--random-weights: processes split what a checkpoint holds, so name one by --model-id"
+        )
     pair, tokenizer = _load_pair(args)
     inputs = _inputs(args, pair.stock, tokenizer)
     options = _options(args, tokenizer)
@@ -250,9 +253,8 @@ def _ratios(samples: dict[str, list[Sample]]) -> dict[str, float | bool]:
 def _figures(
     args: argparse.Namespace, samples: dict[str, list[Sample]], summaries: dict[str, Summary]
 ) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "arguments": {key: value for key, value in vars(args).items() if key not in ("function", "together")}
-    }
+    arguments = {key: value for key, value in vars(args).items() if key not in _INTERNAL}
+    figures: dict[str, Any] = {"arguments": arguments}
     for name, summary in summaries.items():
         figures[name] = dataclasses.asdict(summary) | {
             "sequences": samples[name][-1].sequences.tolist(),

@@ -26,8 +26,8 @@ _done: list[bool] = []  # once in a process: later numbers of threads are the us
 def take_share(group: dist.ProcessGroup | None) -> None:
     """Keep this process to its share of the cores of its machine; all ranks of a group call it at the same time.
 
-    Ranks that may run on different processors already stay where they are, and all do where a user says so (`machine.pinning`);
-    threads are shared out all the same.
+    Ranks that may run on different processors already stay where they are, and all do where a user says so
+    (`machine.pinning`); threads are shared out all the same.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     facts = exchange(facts_of_process(), size, group)
@@ -56,12 +56,12 @@ def take_share(group: dist.ProcessGroup | None) -> None:
     where = f"processors {in_words(cpus)} (memory node {in_words(nodes)})"
     # one of a machine's ranks is enough to say so
     level = logging.WARNING if rank == here[0] else logging.INFO
-    logger.log(level, "Rank %d of %d keeps to %s, with %s; the others of this machine to equal shares. %s=0 in the environment"
-               " leaves them where they are.", rank, size, where, threads, VARIABLE)  # fmt: skip
+    logger.log(level, "Rank %d of %d keeps to %s, with %s; the others of this machine to equal shares. %s=0 in the"
+               " environment leaves them where they are.", rank, size, where, threads, VARIABLE)  # fmt: skip
 
 
 def threads_of(share: Sequence[Core], ranks: Sequence[Facts]) -> int:
-    """Threads of a rank with this share: one on each core, and no more than its part of the quota that they have together."""
+    """Threads for a share: one on each core, and no more than its part of the quota that all have together."""
     quotas = [facts.quota for facts in ranks if facts.quota is not None]
     granted = min(quotas, default=math.inf) / len(ranks)
     return max(1, math.floor(min(len(share), granted + 0.5)))

@@ -113,7 +113,7 @@ def share_threads(n: int, root: Path = linux.ROOT) -> None:
 
 
 def _chosen(threads: int, root: Path) -> str | None:
-    """By what a user has said that there shall be so many threads; None if torch, or `fit_threads`, begins with that number."""
+    """By what a user has said that there shall be so many threads; None if torch or `fit_threads` has chosen."""
     for name in _VARIABLES:
         if os.environ.get(name) and not (name == _VARIABLES[0] and _is_of_torchrun(root)):
             return f"{name}={os.environ[name]}"

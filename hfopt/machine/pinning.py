@@ -30,8 +30,8 @@ def obstacle() -> str | None:
 def pin(cpus: Collection[int], nodes: Collection[int]) -> bool:
     """Let all threads of this process, and those that they will start, run on these processors alone; False if it may not.
 
-    New memory comes from these nodes first, and from others when they are full, unless a policy is in force already. What has been
-    allocated stays where it is. Processes that this one starts inherit both.
+    New memory comes from these nodes first, and from others when they are full, unless a policy is in force already. What
+    has been allocated stays where it is. Processes that this one starts inherit both.
     """
     try:
         os.sched_setaffinity(0, cpus)
@@ -53,7 +53,7 @@ def _threads() -> list[int]:
 
 
 def _prefer(nodes: Collection[int]) -> None:
-    """Take memory of these nodes first, in this thread and those that it starts; without effect where a container forbids it."""
+    """Take memory of these nodes first, in this thread and those that it starts; no effect where a container forbids it."""
     if platform.machine() not in _CALLS or not nodes:
         return
     set_policy, get_policy = _CALLS[platform.machine()]
@@ -65,6 +65,8 @@ def _prefer(nodes: Collection[int]) -> None:
     for node in nodes:
         words[node // _WORD] |= 1 << node % _WORD
     n_bits = ctypes.c_ulong(_WORD * len(words) + 1)  # the kernel takes one off
-    for policy in (_PREFERRED_MANY, _PREFERRED)[: 2 if len(nodes) == 1 else 1]:  # kernels before 5.15 prefer one alone
+    for policy in (_PREFERRED_MANY, _PREFERRED)[
+        : 2 if len(nodes) == 1 else 1
+    ]:  # kernels before 5.15 prefer one alone
         if not system(ctypes.c_long(set_policy), ctypes.c_int(policy), words, n_bits):
             return

@@ -11,14 +11,14 @@ from hfopt.machine import linux
 
 
 class Core(NamedTuple):
-    """A physical core. node: of the memory that is near it. cpus: numbers of its logical processors, those that may be used."""
+    """A physical core. node: of the memory near it. cpus: numbers of its logical processors, those that may be used."""
 
     node: int
     cpus: tuple[int, ...]
 
 
 def physical_cores(allowed: Iterable[int], root: Path = linux.ROOT) -> list[Core]:
-    """Of these logical processors, in the order of nodes. root: of the tree of files that tells; each is a core where none does."""
+    """Of these logical processors, in the order of nodes; each is a core where no file tells. root: of the tree of files."""
     nodes = {}
     for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
         for cpu in _numbers(linux.text(folder / "cpulist")):
@@ -33,8 +33,8 @@ def physical_cores(allowed: Iterable[int], root: Path = linux.ROOT) -> list[Core
 def share_of(cores: Sequence[Core], index: int, n: int) -> list[Core]:
     """What the process `index` of n takes: as many as each other one, since all wait for the slowest.
 
-    cores: in the order of nodes. Shares are whole nodes, or lie in one, where the numbers divide. Logical processors are shared
-    where there are not enough cores; nothing where there are not enough of those.
+    cores: in the order of nodes. Shares are whole nodes, or lie in one, where the numbers divide. Logical processors are
+    shared where there are not enough cores; nothing where there are not enough of those.
     """
     if len(cores) < n:
         cores = [Core(core.node, (cpu,)) for core in cores for cpu in core.cpus]
