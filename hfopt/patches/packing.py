@@ -12,6 +12,7 @@ from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.host import LINEARS, Conv1D, Features, by_outputs
 from hfopt.modules.guards import has_own_forward
 from hfopt.modules.quantized import QuantizedLinear, quantize_linear, unquantize_linear
+from hfopt.modules.sharded import ShardedLinear
 from hfopt.modules.weights import original_class
 from hfopt.patches.linear import Linear
 from hfopt.patches.replacement import Replacement, swap, unswap
@@ -124,7 +125,7 @@ def _decoder(model: nn.Module) -> nn.Module:
 
 def _obstacle(model: nn.Module, path: str, module: nn.Module) -> str | None:
     """Reason in words why this Linear cannot be quantised; None if it can."""
-    if original_class(module) not in LINEARS:
+    if original_class(module) not in (*LINEARS, ShardedLinear):
         return f"it is a {type(module).__name__}"
     if "_hf_hook" in module.__dict__ or has_own_forward(module):
         return "its forward is wrapped (accelerate, tensor parallelism)"
