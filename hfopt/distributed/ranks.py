@@ -71,6 +71,12 @@ class Ranks:
 
     # ---- decisions ------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """In the block, one may take its time: compiling, or measuring on a busy machine."""
+        with self._shared.limited(_BETWEEN_REQUESTS):
+            yield
+
     def first(self, value: int) -> int:
         """What the first of them has given."""
         told = torch.tensor([value], dtype=torch.long, device="cpu")
@@ -87,7 +93,7 @@ class Ranks:
         # without words as long as all are equal
         digest = hashlib.blake2b(repr(sorted(parts.items())).encode(), digest_size=16).digest()
         own = torch.frombuffer(bytearray(digest), dtype=torch.long)[None]
-        with self._shared.limited(_BETWEEN_REQUESTS):
+        with self.patient():
             told = self._collectives.all_gather(own)
         if bool((told == told[0]).all()):
             return None

@@ -165,6 +165,8 @@ def _change(linear: nn.Module, format: Format, tensors: dict[str, torch.Tensor],
         original=weight if keep_original else None,
         _own=Records(),
     )
+    if "shard" in linear.__dict__ and not keep_original:
+        linear.__dict__["shard"].weights["weight"] = None  # the same memory, as transformers has it
     linear.__class__ = QuantizedLinear
     for name, tensor in tensors.items():
         linear.register_buffer(PREFIX + name, tensor)
