@@ -18,8 +18,9 @@ _SECONDS = 0.005  # from look to look
 
 def save(folder: Path, **sizes: int) -> None:
     """A Llama in bfloat16."""
-    names = {"vocab_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
-    config = LlamaConfig(**names, **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    names: Any = {"vocab_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+    names |= sizes
+    config = LlamaConfig(**names, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16).to_empty(device="cpu")
@@ -43,7 +44,7 @@ def growth(small: str, folder: str, options: dict[str, Any]) -> int:
 
     watching = threading.Thread(target=watch)
     watching.start()
-    model = hfopt.load(folder, tensor_parallel=True, **options)
+    model: Any = hfopt.load(folder, tensor_parallel=True, **options)
     loaded.set()
     watching.join()
     assert not model.hfopt.left
