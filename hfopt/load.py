@@ -214,11 +214,14 @@ def _empty_model(source: str, config: Config, dtype: torch.dtype, options: dict[
 
 def _split_model(source: str, config: Config, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     """The part that this one of torchrun's processes has of the model, read by transformers."""
+    from hfopt.distributed.placement import begin_ranks  # here, because it loads Numba
+
     size = int(os.environ.get("WORLD_SIZE", "0"))
     if size < 1:
         raise InvalidInput(
             "tensor_parallel=True needs processes: start the script with torchrun --nproc-per-node N"
         )
+    begin_ranks()  # before memory is taken
     own = {name: options[name] for name in _MODEL if name in options}
     empty = _empty_model(source, config, dtype, own)
     split = split_options(empty, plan_for(empty), size)

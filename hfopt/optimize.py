@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -122,7 +122,7 @@ def optimize(
         agreed = () if ranks is None else (ranks.agree,)
         packing = None if config is None else Packing(model, config)
         walk, programs = Walk(model, *agreed), Programs(kernels, kv_cache, *agreed)
-        with compile_progress():
+        with compile_progress(), nullcontext() if ranks is None else ranks.patient():
             walk.apply()
             verdict = None if generator is None else verdict_on(walk, generator)
     try:
@@ -238,12 +238,14 @@ def _together(model: nn.Module, kernels: Kernels) -> Ranks | None:
             logger.warning("%s stays split as it is: %s.", type(model).__name__, sharding)
             return None
         ranks = Ranks(sharding.group)
-        flaw = take_parts(model, sharding, ranks)
+        with ranks.patient():
+            flaw = take_parts(model, sharding, ranks)
         if flaw is not None:
             logger.warning("%s stays split as it is: %s.", type(model).__name__, flaw)
             return None
     if kernels == "auto":
-        settle(next(model.parameters()).dtype, ranks.first)
+        with ranks.patient():
+            settle(next(model.parameters()).dtype, ranks.first)
     return ranks
 
 

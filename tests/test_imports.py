@@ -57,7 +57,19 @@ IMPORTS: dict[str, set[str]] = {
         "streaming",
         "words",
     },
-    "cli": {"bench", "console", "errors", "functional", "generation", "host", "kernels", "machine", "words"},
+    "cli": {
+        "bench",
+        "console",
+        "distributed",
+        "errors",
+        "functional",
+        "generation",
+        "host",
+        "kernels",
+        "machine",
+        "words",
+    },
+    "__main__": {"cli"},
     "report": {
         "errors",
         "functional",
@@ -71,6 +83,7 @@ IMPORTS: dict[str, set[str]] = {
         "words",
     },
     "load": {
+        "distributed",
         "patches",
         "cache",
         "calibration",
@@ -193,7 +206,8 @@ def test_imports_go_one_way() -> None:
 
 
 def test_rooms_files_and_functions_are_small() -> None:
-    assert len(list(PACKAGE.glob("*.py"))) <= 12 and len(list((PACKAGE / "cli").glob("*.py"))) <= 10
+    rooms = {file.name for file in PACKAGE.glob("*.py")} - {"__main__.py"}  # a door
+    assert len(rooms) <= 12 and len(list((PACKAGE / "cli").glob("*.py"))) <= 10
     for source in SOURCES:
         text = source.read_text()
         assert len(text.splitlines()) <= 350, source

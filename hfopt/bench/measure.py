@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import Cache, PreTrainedModel
 
 import hfopt
@@ -86,6 +87,8 @@ def generate(model: Any, case: Case) -> Sample:
     """Run one case on a model that already is in the state that the case asks for."""
     torch.manual_seed(0)
     given = {} if case.cache is None else {str(host.REQUEST_CACHE): case.cache()}
+    if dist.is_initialized():
+        dist.barrier()  # or the time until another one comes would count
     env.reset_peak_memory()
     begin = time.perf_counter()
     with hfopt.record_latency(model) as timings:

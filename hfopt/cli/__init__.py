@@ -55,9 +55,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_messages()
     args = _parser().parse_args(arguments)
     try:
-        return args.function(args)
+        return _run(args, sys.argv[1:] if arguments is None else arguments)
     except HfoptError as error:
         sys.stderr.write(f"hfopt: {error}\n")
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Run the command, in processes that have a model together if it can be and they are asked for."""
+    if getattr(args, "together", False):
+        from . import ranks
+
+        if ranks.n_ranks() > 1:
+            return ranks.run_as_rank(args.function, args)
+        n = args.tp or args.n_ranks
+        if n > 1:
+            return ranks.start(n, arguments)
+    return args.function(args)

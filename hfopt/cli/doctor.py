@@ -9,9 +9,13 @@ from packaging.version import Version
 from hfopt import generation, host
 from hfopt.bench import roofline
 from hfopt.console.output import progress, say, show_table
+from hfopt.errors import InvalidInput
 from hfopt.machine import env
 from hfopt.machine.cores import cores_of_process, fit_threads
 from hfopt.words import counted
+
+from . import doctor_ranks
+from .ranks import add_tensor_parallel
 
 _OLDEST = {"transformers": host.OLDEST}
 
@@ -19,11 +23,22 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `hfopt doctor`: none."""
+    """The flags of `hfopt doctor`."""
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        dest="together",
+        help="where processes that have a model together run, and how long their sums take",
+    )
+    add_tensor_parallel(parser, "with --distributed: start N processes (default: 2)", default=2)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 if the kernels cannot be loaded, or one fails its self-test."""
+    if args.together:
+        return doctor_ranks.run(args)
+    if args.tp is not None:
+        raise InvalidInput("--tp needs --distributed")
     obstacle = env.kernel_obstacle()
     if obstacle is not None:
         _show(_machine())

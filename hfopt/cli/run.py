@@ -24,9 +24,12 @@ from hfopt.console.arguments import (
 from hfopt.console.output import progress, say, write_json
 from hfopt.errors import InvalidInput
 
+from .ranks import add_tensor_parallel, n_ranks
+
 logger = logging.getLogger(__name__)
 
 _BEAMS = 4
+_INTERNAL = ("function", "together", "n_ranks")  # no arguments of the user's
 _STOCK, _OPTIMIZED = "stock", "optimized"
 
 
@@ -36,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_quantization(parser, "turn the weights of the optimised model into a format")
     add_kv_cache(parser, "cache keys and values of the optimised model")
+    parser.set_defaults(together=True)
+    add_tensor_parallel(
+        parser, "split the model over N processes of this machine (of several: torchrun ... -m hfopt run)"
+    )
     parser.add_argument("--prompt", help="the text to continue")
     parser.add_argument(
         "--input-tokens", type=positive, metavar="N", help="a prompt of N tokens instead of --prompt"
@@ -84,22 +91,32 @@ def _load_pair(args: argparse.Namespace) -> tuple[Pair, PreTrainedTokenizerBase 
     """The stock model and the optimised one. Where that is quantised, the stock model is loaded for --compare alone."""
     tokenizer = load_tokenizer(args)
     if args.quantization is None:
-        model = load_model(args)
+        model = _stock(args)
         return Pair(model, model, args.kv_cache), tokenizer
     # first the one whose float weights are freed: both never are in memory as floats
     if args.random_weights is None:
-        optimized = hfopt.load(
-            args.model_id or hfopt.embedded_model(),
-            dtype=getattr(torch, args.dtype),
-            quantization=args.quantization,
-            kv_cache=args.kv_cache,
-            trust_remote_code=args.trust_remote_code,
-        )
+        optimized = _load(args, args.quantization)
     else:
         model = load_model(args)
         optimized = hfopt.optimize(model, quantization=args.quantization, kv_cache=args.kv_cache)
-    stock = load_model(args) if args.compare else optimized
+    stock = _stock(args) if args.compare else optimized
     return Pair(stock, optimized, args.kv_cache), tokenizer
+
+
+def _stock(args: argparse.Namespace) -> PreTrainedModel:
+    """The model as transformers has it, split by it in several processes."""
+    return load_model(args) if n_ranks() == 1 else hfopt.restore(_load(args, None))
+
+
+def _load(args: argparse.Namespace, quantization: str | None) -> PreTrainedModel:
+    return hfopt.load(
+        args.model_id or hfopt.embedded_model(),
+        dtype=getattr(torch, args.dtype),
+        quantization=quantization,
+        kv_cache=args.kv_cache,
+        trust_remote_code=args.trust_remote_code,
+        tensor_parallel=n_ranks() > 1,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,6 +124,10 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.num_warmup < args.num_iter:
         raise InvalidInput(
             f"--num-warmup={args.num_warmup} must be at least 0 and below --num-iter={args.num_iter}"
+        )
+    if n_ranks() > 1 and args.random_weights is not None:
+        raise InvalidInput(
+            "--random-weights: processes split what a checkpoint holds, so name one by --model-id"
         )
     pair, tokenizer = _load_pair(args)
     inputs = _inputs(args, pair.stock, tokenizer)
@@ -232,9 +253,8 @@ def _ratios(samples: dict[str, list[Sample]]) -> dict[str, float | bool]:
 def _figures(
     args: argparse.Namespace, samples: dict[str, list[Sample]], summaries: dict[str, Summary]
 ) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "arguments": {key: value for key, value in vars(args).items() if key != "function"}
-    }
+    arguments = {key: value for key, value in vars(args).items() if key not in _INTERNAL}
+    figures: dict[str, Any] = {"arguments": arguments}
     for name, summary in summaries.items():
         figures[name] = dataclasses.asdict(summary) | {
             "sequences": samples[name][-1].sequences.tolist(),

@@ -4,7 +4,9 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,20 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.segment import Segments
+from transformers.utils import logging as transformers_logging
 
 from hfopt.errors import InvalidInput
 
 _errors = Console(stderr=True)
+
+
+def silence() -> None:
+    """Show and write nothing from now on but errors: another process does."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+    _errors.quiet = True
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def say(text: str) -> None:
@@ -88,6 +100,8 @@ def show_table(columns: list[str], rows: list[list[str]]) -> None:
 
 def write_json(target: str, figures: dict[str, Any]) -> None:
     """Write figures to the file `target`, or to standard output for '-'."""
+    if _errors.quiet:
+        return
     text = json.dumps(figures, indent=2, default=str) + "\n"
     if target == "-":
         sys.stdout.write(text)

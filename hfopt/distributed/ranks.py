@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hfopt.distributed.cluster import ClusterGroup
 from hfopt.distributed.group import SharedGroup
+from hfopt.distributed.placement import take_share
 from hfopt.kernels.shared.member import DONE
 
 LIMIT = 10.0  # seconds after which a rank that has not come is taken for one that hangs
@@ -36,6 +37,7 @@ class Ranks:
     """
 
     def __init__(self, group: Any) -> None:
+        take_share(group)  # before threads start that wait for others
         self._group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.lock = threading.RLock()
@@ -69,6 +71,12 @@ class Ranks:
 
     # ---- decisions ------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """In the block, one may take its time: compiling, or measuring on a busy machine."""
+        with self._shared.limited(_BETWEEN_REQUESTS):
+            yield
+
     def first(self, value: int) -> int:
         """What the first of them has given."""
         told = torch.tensor([value], dtype=torch.long, device="cpu")
@@ -85,7 +93,7 @@ class Ranks:
         # without words as long as all are equal
         digest = hashlib.blake2b(repr(sorted(parts.items())).encode(), digest_size=16).digest()
         own = torch.frombuffer(bytearray(digest), dtype=torch.long)[None]
-        with self._shared.limited(_BETWEEN_REQUESTS):
+        with self.patient():
             told = self._collectives.all_gather(own)
         if bool((told == told[0]).all()):
             return None

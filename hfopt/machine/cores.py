@@ -106,16 +106,35 @@ def fit_threads(root: Path = linux.ROOT) -> None:
     )
 
 
+def share_threads(n: int, root: Path = linux.ROOT) -> None:
+    """Let torch, and the kernels with it, run on n threads, unless the user has said how many."""
+    if _chosen(torch.get_num_threads(), root) is None:
+        torch.set_num_threads(n)
+
+
 def _chosen(threads: int, root: Path) -> str | None:
-    """By what a user has said that there shall be so many threads; None if torch begins with that number by itself."""
+    """By what a user has said that there shall be so many threads; None if torch or `fit_threads` has chosen."""
     for name in _VARIABLES:
-        if os.environ.get(name):
+        if os.environ.get(name) and not (name == _VARIABLES[0] and _is_of_torchrun(root)):
             return f"{name}={os.environ[name]}"
+    if threads == 1 and _is_of_torchrun(root):
+        return None
     siblings = {}
     for file in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list"):
         siblings[int(file.parts[-3][3:])] = linux.text(file)
-    numbers = {os.cpu_count() or 1}
+    numbers = {os.cpu_count() or 1, cores_of_process(root).usable}
     for cores in (siblings.keys(), _allowed()):  # the mask may have changed since
         # of all, or of each pair of hyperthreads one
         numbers |= {len(cores), len({siblings.get(core, str(core)) for core in cores})}
     return None if threads in numbers else "torch.set_num_threads()"
+
+
+def _is_of_torchrun(root: Path) -> bool:
+    """Whether torchrun has set OMP_NUM_THREADS, to 1, because the user has not: it is not in what torchrun began with."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get(_VARIABLES[0]) != "1":
+        return False
+    try:
+        begun_with = (root / "proc" / str(os.getppid()) / "environ").read_bytes()
+    except OSError:
+        return False
+    return not any(each.startswith(f"{_VARIABLES[0]}=".encode()) for each in begun_with.split(b"\0"))
