@@ -38,7 +38,8 @@ Logits = tuple[Tensor, ...]
 def verdict_on(walk: Walk, model: Any, ranks: Ranks | None = None) -> Verdict:
     """Undo the walk if its modules give this model other logits, and say what that means for its requests.
 
-    model: the part that generates. ranks: the processes that ask together. Raises KernelError and ForkedProcess, which say nothing about the model.
+    model: the part that generates. ranks: the processes that ask together. Raises KernelError and ForkedProcess, which say
+    nothing about the model.
     """
     if not walk.swapped_now and generation.is_installed(model):
         return generation.installed(model).verdict

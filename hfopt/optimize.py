@@ -79,8 +79,8 @@ def optimize(
             same calls. See the page on context parallelism for the requests in which each rank does everything.
 
     Without `quantization` no weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
-    Raises InvalidInput, RankError (ranks that cannot share memory), UnsupportedDevice (parameters outside CPU memory), UnsupportedModel and KernelError (another Numba
-    than the kernels are written for); no class has changed then.
+    Raises InvalidInput, RankError (ranks that cannot share memory), UnsupportedDevice (parameters outside CPU memory),
+    UnsupportedModel and KernelError (another Numba than the kernels are written for); no class has changed then.
 
     Where torch has more threads than fit into what the affinity mask and the cgroup quota leave, the first call in a process
     lowers their number and logs it, unless OMP_NUM_THREADS or `torch.set_num_threads` has said how many.

@@ -22,7 +22,7 @@ from hfopt.cache.appended import Appended, AppendedEverywhere, Buffers
 from hfopt.cache.codes import KV_CACHES, check_kv_cache
 from hfopt.cache.layer import IndirectLayer
 from hfopt.cache.row_map import RowMap
-from hfopt.cache.sharded import Share, ShardedLayer
+from hfopt.cache.sharded import ShardedLayer, Share
 from hfopt.cache.storage import Layout
 from hfopt.cache.window import WindowLayer
 from hfopt.errors import InvalidInput

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +12,8 @@ from hfopt.cache.layer import IndirectLayer
 from hfopt.cache.row_map import RowMap
 from hfopt.errors import InvalidInput
 
+Heads: TypeAlias = tuple[int, int, int]  # of queries, of keys, channels of one
+
 
 class Ring(Protocol):
     """The processes, as `distributed.Ring` has them; this one is `rank` of `size`."""
@@ -21,10 +22,10 @@ class Ring(Protocol):
     size: int
 
     def attend_prompt(
-        self, qkv: Tensor, appended: Appended, n_tokens: int, scoring: Any, *heads: int, by: Any
+        self, qkv: Tensor, appended: Appended, n_tokens: int, scoring: Any, heads: Heads, *, by: Any
     ) -> Tensor: ...
 
-    def attend_step(self, qkv: Tensor, appended: Appended, scoring: Any, *heads: int) -> Tensor: ...
+    def attend_step(self, qkv: Tensor, appended: Appended, scoring: Any, heads: Heads) -> Tensor: ...
 
 
 class Share(NamedTuple):
@@ -77,12 +78,12 @@ class ShardedLayer(IndirectLayer):
         self.n_tokens += 1
         return appended
 
-    def attend(self, qkv: Tensor, appended: Appended, scoring: Any, heads: Sequence[int], by: Any) -> Tensor:
+    def attend(self, qkv: Tensor, appended: Appended, scoring: Any, heads: Heads, by: Any) -> Tensor:
         """Attention of the tokens that have been appended and written: see `functional.attend`."""
         ring = self.share.ring
         if appended.n_new > 1:
-            return ring.attend_prompt(qkv, appended, self.share.n_tokens, scoring, *heads, by=by)
-        return ring.attend_step(qkv, self.appended(1, 0), scoring, *heads)
+            return ring.attend_prompt(qkv, appended, self.share.n_tokens, scoring, heads, by=by)
+        return ring.attend_step(qkv, self.appended(1, 0), scoring, heads)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         raise InvalidInput("a cache that processes have together is for hfopt's attention only")

@@ -234,7 +234,9 @@ class SharedGroup:
 
 
 def shared_segment(rank: int, size: int, capacity: int, group: dist.ProcessGroup | None) -> Segment:
-    """Memory of a group, with buffers of so many bytes, of which no file is left; raises `RankError` on all ranks or none."""
+    """Memory of a group, with buffers of so many bytes, of which no file is left; raises `RankError` on all ranks or
+    none.
+    """
     segment, error = None, None
     try:
         if rank == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +16,8 @@ from hfopt.functional import Kernels, Mask, Scoring, attend, attend_part, join_p
 from hfopt.kernels.shared import member as layout
 
 if TYPE_CHECKING:
-    from hfopt.cache import Appended
+    from hfopt.cache.appended import Appended
+    from hfopt.cache.sharded import Heads
     from hfopt.distributed.segment import Segment
 
 _PATIENCE = 1800.0  # seconds for which ranks wait for each other at a layer of a prompt
@@ -53,9 +56,7 @@ class Ring:
         appended: Appended,
         n_tokens: int,
         scoring: Scoring,
-        n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
+        heads: Heads,
         *,
         by: Kernels,
     ) -> Tensor:
@@ -65,16 +66,15 @@ class Ring:
         All ranks call it for the same layers of the same prompt. Raises `InvalidInput`, `RankError`.
         """
         n_rows, chunks = len(appended.prefix_row), self.chunks(n_tokens)
-        own, shape = appended.prefix, (2, n_rows, n_kv_heads, n_tokens, head_dim)
+        own, shape = appended.prefix, (2, n_rows, heads[1], n_tokens, heads[2])
         keys = self._shared(shape, own.dtype)
         place = 0
         for chunk in chunks:
             n = chunk.stop - chunk.start
             keys[:, :, :, chunk] = own[:, :n_rows, :, place : place + n]
             place += n
-        with self._group.limited(_PATIENCE):
-            self._group.barrier()
-        attended, heads = [], (n_heads, n_kv_heads, head_dim)
+        self._group.barrier()
+        attended = []
         for chunk, given in zip(
             chunks, qkv.split([each.stop - each.start for each in chunks], 1), strict=True
         ):
@@ -87,23 +87,37 @@ class Ring:
         qkv: Tensor,
         appended: Appended,
         scoring: Scoring,
-        n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
+        heads: Heads,
     ) -> Tensor:
         """`attend` of one new token a row to the tokens of all ranks.
 
         appended: with the tokens of this rank, the new one among them in one rank only. All ranks call it with the same
         queries. Raises `InvalidInput`, `RankError`.
         """
-        part = attend_part(qkv, appended, scoring, n_heads, n_kv_heads, head_dim)
+        part = attend_part(qkv, appended, scoring, *heads)
         parts = self._group.all_gather(part, 1)
-        return join_parts(parts, scoring, n_heads, head_dim, qkv.dtype)
+        return join_parts(parts, scoring, heads[0], heads[2], qkv.dtype)
 
     def of_last(self, logits: Tensor) -> Tensor:
         """Those of the last token of a prompt, which rank 0 has; of all ranks in place."""
+        return self._group.broadcast(logits)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """In the block, a prompt is read together, in which ranks may wait for each other for long. An exception ends the
+        group: the others would take what this rank does next for its part of the prompt.
+        """
+        try:
+            with self._group.limited(_PATIENCE):
+                yield
+        except BaseException:
+            self._group.close()
+            raise
+
+    def meet(self) -> None:
+        """Wait for all ranks behind a prompt that each has read for itself, some faster than others."""
         with self._group.limited(_PATIENCE):
-            return self._group.broadcast(logits)
+            self._group.barrier()
 
     def _shared(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Memory of all ranks for keys and values of a layer, which none reads any more.

@@ -40,8 +40,9 @@ def attend_part(
     like = ELEMENTS[qkv.dtype], held_by(appended, qkv.dtype)
     cache = record, appended.prefix_len, appended.suffix_len, appended.prefix_row, appended.table, 0
     numbers = scoring.numbers(n_heads, qkv.dtype)
-    given = address, width, n_rows, *cache, _NO_BYTES, *numbers, n_heads
-    if decode.attend_decode(*like, *given, parts.data_ptr(), True):
+    queries = address, width, n_rows
+    out = n_heads, parts.data_ptr(), True
+    if decode.attend_decode(*like, *queries, *cache, _NO_BYTES, *numbers, *out):
         raise InvalidInput(_WRONG_ROWS)
     return parts
 

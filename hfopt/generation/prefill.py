@@ -76,8 +76,16 @@ class Prefill:
         inputs = with_cache(self._model, inputs, self._cache)
         self.given = host.cache_in(inputs.values())
         ring = installed(self._model).ring
-        if ring is not None and self._is_shared(inputs):
+        if ring is None:
+            return self._read(inputs)
+        if self._is_shared(inputs):
             return read_shared(self._model, ring, inputs, self.given)
+        try:
+            return self._read(inputs)
+        finally:
+            ring.meet()
+
+    def _read(self, inputs: dict[str, Any]) -> Outputs:
         prompts = Prompts.of(self._model, inputs, moves=self._moves) if self._reads_beginnings else None
         if prompts is None:
             return self._outputs(inputs)
@@ -120,7 +128,7 @@ class Prefill:
         return repeat_rows(outputs, n_prompts, self._copies)
 
     def _is_shared(self, inputs: dict[str, Any]) -> bool:
-        """Whether processes read these tokens together: a long prompt without padding, over a cache for this request only."""
+        """Whether processes read these tokens together: a long prompt without padding, over a cache of its own."""
         is_whole = self._reads_beginnings and self._moves and is_private()
         if not is_whole or not self._is_plain(inputs):
             return False

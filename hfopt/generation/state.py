@@ -39,9 +39,9 @@ class Installed:
 
     programs: that prompts and decode steps are taken from, None if modules make them. kv_cache: of the caches that requests
     get. verdict: on this model. lookup: how requests guess tokens that say nothing of it. prefix_cache: that they take
-    beginnings of prompts from. ranks: the processes that have the model together, or make requests together, None if this one
-    is alone. ring: what reads long prompts together. costs: of steps, as far as they are known; draft_costs: of those that
-    guess for others.
+    beginnings of prompts from. ranks: the processes that make requests together, with parts of the model or a whole one
+    each, None if this one is alone. ring: what reads long prompts together. costs: of steps, as far as they are known;
+    draft_costs: of those that guess for others.
     """
 
     programs: StepPrograms | None = None
