@@ -76,7 +76,7 @@ def optimize(
         prefix_cache: where all requests find what earlier prompts began with, unless `generate` is given another one.
         context_parallel: the ranks of torch.distributed, processes of one machine that have the whole model each, share
             prompts of 1,024 tokens and more: each reads, and keeps in its cache, its share of the tokens. All ranks make the
-            same calls. See the page on context parallelism for the requests in which each rank does everything.
+            same calls. docs/context_parallel.md has the requests in which each rank does everything.
 
     Without `quantization` no weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
     Raises InvalidInput, RankError (ranks that cannot share memory), UnsupportedDevice (parameters outside CPU memory),

@@ -184,6 +184,7 @@ def whole_requests() -> list[tuple[bool, bool]]:
 def other_settings() -> list[bool]:
     """Whether tokens are theirs with eager attention, with guesses, with 8-bit weights; of a prompt behind a shorter one."""
     found = []
+    options: dict[str, Any]
     for attention, options in (("eager", {}), ("sdpa", {"speculation": "lookup"})):
         model = model_of("llama", attn_implementation=attention)
         expected = [model.generate(prompt(1, n), **STEPS, do_sample=False) for n in (N_TOKENS, 1500)]

@@ -85,7 +85,7 @@ def test_parts_are_checked() -> None:
     ]
     for given in wrong:
         with pytest.raises(InvalidInput):
-            functional.attend_part(*given, *HEADS)
+            functional.attend_part(given[0], given[1], given[2], *HEADS)
     parts = functional.attend_part(qkv, appended, scoring, *HEADS)
     for each, heads, dtype in (
         (parts[..., :-1], 4, torch.float32),
