@@ -17,7 +17,7 @@ from hfopt.functional import Scoring
 from tests.context_work import ALONE, FAMILIES, N_TOKENS, model_of
 from tests.ranks import Ranks, results
 
-HEADS = 4, 2, 24
+HEADS = 4, 2, 24  # heads of queries, of keys, channels
 QUICK = ("llama",)
 
 
@@ -36,9 +36,9 @@ def held(keys: Tensor, dtype: torch.dtype) -> Any:
     return cache.layers[0].appended(1, 0)
 
 
-def attended(qkv: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
+def attended(qkv: Tensor, keys: Tensor, scoring: Scoring, size: int) -> Tensor:
     """Attention in float64."""
-    n_heads, n_kv_heads, size = HEADS
+    n_heads, n_kv_heads, _ = HEADS
     queries = qkv[..., : n_heads * size].unflatten(-1, (n_heads, size))[:, 0].double()
     k, v = keys.double().repeat_interleave(n_heads // n_kv_heads, 2)
     scores = torch.einsum("rhd,rhnd->rhn", queries, k) * scoring.scale
@@ -51,9 +51,12 @@ def attended(qkv: Tensor, keys: Tensor, scoring: Scoring) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("size", (16, 24, 64))
 @pytest.mark.parametrize("cuts", ((0, 100, 101, 300), (0, 300), (0, 7, 7, 300)))
-def test_joined_parts_are_attention_over_all_keys(dtype: torch.dtype, cuts: tuple[int, ...]) -> None:
-    n_heads, n_kv_heads, size = HEADS
+def test_joined_parts_are_attention_over_all_keys(
+    dtype: torch.dtype, cuts: tuple[int, ...], size: int
+) -> None:
+    n_heads, n_kv_heads, _ = HEADS
     torch.manual_seed(0)
     qkv = torch.randn(2, 1, (n_heads + 2 * n_kv_heads) * size).to(dtype)
     keys = torch.randn(2, 2, n_kv_heads, cuts[-1], size).to(dtype)
@@ -61,12 +64,14 @@ def test_joined_parts_are_attention_over_all_keys(dtype: torch.dtype, cuts: tupl
     for sinks, softcap in ((None, None), (torch.randn(n_heads).to(dtype), None), (None, 5.0)):
         scoring = Scoring(0.3, softcap, sinks=sinks)
         parts = [
-            functional.attend_part(qkv, held(keys[:, :, :, begin:end], dtype), scoring, *HEADS)
+            functional.attend_part(
+                qkv, held(keys[:, :, :, begin:end], dtype), scoring, n_heads, n_kv_heads, size
+            )
             for begin, end in itertools.pairwise(cuts)
             if end > begin
         ]
         found = functional.join_parts(torch.cat(parts, 1), scoring, n_heads, size, dtype)
-        expected = attended(qkv, keys, scoring)
+        expected = attended(qkv, keys, scoring, size)
         tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
         assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
 

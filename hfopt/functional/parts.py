@@ -33,7 +33,7 @@ def attend_part(
     if n_new != 1 or appended.skipped or scoring.slopes is not None or scoring.window is not None:
         given = f"qkv has {n_new} new tokens a row, appended.skipped is {appended.skipped}"
         raise InvalidInput(f"{given}: parts are of one new token, without skipped ones, slopes and windows")
-    parts = torch.empty(n_rows * n_heads, 1, part_floats(head_dim, qkv.itemsize), device="cpu")
+    parts = torch.empty(n_rows * n_heads, 1, _size(head_dim, qkv.dtype), device="cpu")
     if not parts.numel():
         return parts
     prepare_threads()
@@ -54,7 +54,7 @@ def join_parts(parts: Tensor, scoring: Scoring, n_heads: int, head_dim: int, dty
     overwritten. scoring: as for `attend_part`. Raises `InvalidInput`.
     """
     n_queries, n_parts = parts.shape[:2] if parts.dim() == 3 else (0, 0)
-    size = part_floats(head_dim, dtype.itemsize) if dtype in ELEMENTS else 0
+    size = _size(head_dim, dtype) if dtype in ELEMENTS else 0
     address = check_array("parts", parts, (n_queries, n_parts, size), torch.float32)
     if n_queries % n_heads:
         raise InvalidInput(f"parts are of {n_queries} queries: a multiple of {n_heads} heads is needed")
@@ -64,3 +64,8 @@ def join_parts(parts: Tensor, scoring: Scoring, n_heads: int, head_dim: int, dty
     sizes = n_parts, n_queries, n_heads, head_dim
     decode.join_parts(ELEMENTS[dtype], address, *sizes, sinks, out.data_ptr())
     return out
+
+
+def _size(head_dim: int, dtype: torch.dtype) -> int:
+    """float32 numbers of a part of queries of this dtype."""
+    return part_floats(head_dim, 2 if dtype is torch.bfloat16 else 4)  # float16 is widened to float32

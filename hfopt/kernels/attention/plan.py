@@ -88,7 +88,8 @@ layout_of = body(layout)
 
 
 def part_floats(head_dim, item_size):
-    """float32 numbers of a part of a query, see `partials`; item_size: bytes of an element of queries, 4 or 2."""
+    """float32 numbers of a part of a query, see `partials`; item_size: 2 for pairs in a unit, which are
+    those of bfloat16, 4 for other queries."""
     units = 4 // item_size * LANES
     return (head_dim + units - 1) // units * units + LANES
 
