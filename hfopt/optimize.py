@@ -273,18 +273,17 @@ def _with_whole_models(model: nn.Module) -> Ranks:
     return ranks
 
 
-def _ring(generator: Any, verdict: Verdict | None, ranks: Ranks) -> Ring | None:
-    """What reads long prompts of this model together; None, with a warning, if each process reads all of them."""
+def _ring(generator: Any, verdict: Verdict | None, ranks: Ranks) -> Ring:
+    """What reads long prompts of this model together, or, with a warning, does not."""
     from hfopt.distributed import Ring
     from hfopt.model_proof import ring_flaw
 
     ring = Ring(ranks)
     flaw = (verdict and (verdict.refusal or verdict.obstacle)) or ring_flaw(generator, ring)
-    flaw = ranks.agree(flaw)
-    if flaw is None:
-        return ring
-    logger.warning("Each process reads all of the prompts of %s: %s.", type(generator).__name__, flaw)
-    return None
+    ring.refusal = ranks.agree(flaw)
+    if ring.refusal is not None:
+        logger.warning("Each process reads all prompts of %s: %s.", type(generator).__name__, ring.refusal)
+    return ring
 
 
 def _is_offloaded(model: nn.Module, name: str) -> bool:

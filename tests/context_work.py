@@ -1,5 +1,6 @@
 """What each of several processes does with a model that each has, and prompts that they share; see `tests.ranks`."""
 
+import copy
 import os
 import signal
 import time
@@ -198,6 +199,30 @@ def other_settings() -> list[bool]:
     expected = alone.generate(prompt(), **STEPS, do_sample=False)
     found.append(torch.equal(model.generate(prompt(), **STEPS, do_sample=False), expected))
     return found
+
+
+def declined() -> tuple[bool, bool]:
+    """Whether a model with attention of its own, which stores keys as it likes, is told apart, and its tokens are theirs."""
+    model = model_of("llama")
+    attention = model.model.layers[1].self_attn
+    attention.__class__ = type("OwnAttention", (type(attention),), {"forward": _own_forward})
+    expected = model.generate(prompt(), **STEPS, do_sample=False)
+    hfopt.optimize(model, context_parallel=True)
+    with shared() as caches:
+        found = model.generate(prompt(), **STEPS, do_sample=False)
+    return not caches, torch.equal(expected, found)
+
+
+def _own_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return super(type(self), self).forward(hidden_states * 1.5, *args, **kwargs)
+
+
+def copied() -> bool:
+    """Whether a copy of a model shares prompts too."""
+    model = hfopt.optimize(model_of("llama"), context_parallel=True)
+    with shared() as caches:
+        found = [each.generate(prompt(), **STEPS, do_sample=False) for each in (model, copy.deepcopy(model))]
+    return len(caches) == 2 and torch.equal(*found)
 
 
 def refused() -> list[str]:

@@ -173,8 +173,10 @@ def test_tokens_of_other_families(size: int) -> None:
 @pytest.mark.slow
 def test_models_and_requests_that_need_whole_prompts() -> None:
     alone = [call("each_reads_all", name) for name in ALONE]
-    *of_models, requests, settings = results(2, *alone, call("whole_requests"), call("other_settings"))
-    assert of_models == [[(True, True)] * 2] * len(ALONE)
+    others = [call(name) for name in ("declined", "whole_requests", "other_settings", "copied")]
+    *of_models, requests, settings, copies = results(2, *alone, *others)
+    assert copies == [True] * 2
+    assert of_models == [[(True, True)] * 2] * (len(ALONE) + 1)
     assert requests == [[(True, True)] * 7] * 2
     assert settings == [[True] * 3] * 2
 

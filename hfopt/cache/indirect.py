@@ -98,7 +98,7 @@ class IndirectCache(DynamicCache):
     @property
     def is_sharded(self) -> bool:
         """Whether other processes have some of its tokens."""
-        return any(isinstance(layer, ShardedLayer) for layer in self.layers)
+        return bool(self.layers) and isinstance(self.layers[0], ShardedLayer)
 
     def emptied(self, config: Config) -> IndirectCache:
         """A new cache of this kind, for as many copies, with nothing in it."""

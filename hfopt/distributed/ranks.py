@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hfopt.distributed.cluster import ClusterGroup
 from hfopt.distributed.group import SharedGroup
+from hfopt.errors import UnsupportedModel
 from hfopt.kernels.shared.member import DONE
 
 LIMIT = 10.0  # seconds after which a rank that has not come is taken for one that hangs
@@ -52,6 +53,12 @@ class Ranks:
             self.words = np.array([self.shared.address, self._status.ctypes.data], np.int64)
         watch = threading.Thread(target=_watch, args=(weakref.ref(self.shared),), daemon=True)
         watch.start()
+
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        return self  # a copy of a model belongs to the same processes
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedModel("a model that processes have together cannot be pickled: use save_pretrained")
 
     # ---- sums -----------------------------------------------------------------------------------------------------------
 

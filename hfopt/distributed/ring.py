@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,14 +35,19 @@ class Ring:
     Behind the prompt a rank keeps keys and values of its own tokens only. Each new token is attended to in n parts, whose
     unfinished softmaxes are joined in the order of ranks, with the same bits on all of them.
 
-    ranks: all of one machine.
+    ranks: all of one machine. refusal: in words, why each of them reads all of every prompt, or None.
     """
+
+    refusal: str | None = None
 
     def __init__(self, ranks: Ranks) -> None:
         self.rank, self.size = ranks.rank, ranks.size
         self._group, self._processes = ranks.shared, ranks.group
         self._segment: Segment | None = None
         self._capacity = self._turn = 0
+
+    def __deepcopy__(self, memo: Any) -> Ring:
+        return self  # prompts of a copied model are shared with the same ranks
 
     def chunks(self, n_tokens: int) -> list[slice]:
         """The tokens that this rank has of a prompt, in two pieces."""

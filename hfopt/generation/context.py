@@ -50,7 +50,5 @@ def read_shared(model: Model, ring: Ring, inputs: dict[str, Any], cache: Indirec
     positions = torch.cat([torch.arange(each.start, each.stop, device="cpu") for each in chunks])
     cache.shard(Share(ring, n_tokens, len(positions)))
     given = {"input_ids": ids[:, positions], "position_ids": positions[None], "attention_mask": None}
-    with ring.reading():
-        outputs = model(**{**inputs, **given})
-        logits = ring.of_last(outputs.logits[:, -1:].contiguous())
-    return host.causal_output(logits, cache)
+    outputs = model(**{**inputs, **given})
+    return host.causal_output(ring.of_last(outputs.logits[:, -1:].contiguous()), cache)

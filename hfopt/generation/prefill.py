@@ -78,8 +78,9 @@ class Prefill:
         ring = installed(self._model).ring
         if ring is None:
             return self._read(inputs)
-        if self._is_shared(inputs):
-            return read_shared(self._model, ring, inputs, self.given)
+        if ring.refusal is None and self._is_shared(inputs):
+            with ring.reading():
+                return read_shared(self._model, ring, inputs, self.given)
         try:
             return self._read(inputs)
         finally:
