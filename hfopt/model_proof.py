@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from hfopt import generation
+from hfopt import generation, host
+from hfopt.cache import IndirectCache
+from hfopt.distributed import Ranks, Ring
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.generation import Installed, StepProgram, StepPrograms, Verdict
 from hfopt.host import is_capture, vocabulary
 from hfopt.patches.probe import allowed
 from hfopt.patches.scene import shaken
 from hfopt.patches.shadow import shadow
-from hfopt.patches.sharding import ranks_of
 from hfopt.patches.walk import Walk
 
 logger = logging.getLogger(__name__)
@@ -34,10 +35,11 @@ _WRAPPED = ("forward", "_hf_hook")
 Logits = tuple[Tensor, ...]
 
 
-def verdict_on(walk: Walk, model: Any) -> Verdict:
+def verdict_on(walk: Walk, model: Any, ranks: Ranks | None = None) -> Verdict:
     """Undo the walk if its modules give this model other logits, and say what that means for its requests.
 
-    model: the part that generates. Raises KernelError and ForkedProcess, which say nothing about the model.
+    model: the part that generates. ranks: the processes that ask together. Raises KernelError and ForkedProcess, which say
+    nothing about the model.
     """
     if not walk.swapped_now and generation.is_installed(model):
         return generation.installed(model).verdict
@@ -53,7 +55,7 @@ def verdict_on(walk: Walk, model: Any) -> Verdict:
     if walk.swapped_now and (reason := walk.agree(trial(_read).difference(model))) is not None:
         walk.refuse(f"the model as a whole {reason}")
     asked = _Asked()
-    requests = trial(_generated, programs=asked)
+    requests = trial(_generated, programs=asked, ranks=ranks)
     if isinstance(requests.expected, Exception):
         return Verdict()
     if (reason := walk.agree(requests.difference(model))) is not None:
@@ -65,6 +67,40 @@ def verdict_on(walk: Walk, model: Any) -> Verdict:
         if asked.steps
         else "its class has other ways to prepare or to make the steps of a request"
     )
+
+
+def ring_flaw(model: Any, ring: Ring) -> str | None:
+    """In words, why prompts of this model are not read by several processes together: one is, and some steps behind it, and
+    read alone.
+    """
+    twin, n_tokens = shadow(model, is_short=True, is_exact=True), 4 * ring.size + 1
+    ids = torch.randint(1, vocabulary(model), (2, n_tokens), generator=torch.Generator().manual_seed(7))
+    config = twin.config.get_text_config(decoder=True)
+    name = host.cache_argument(type(model).forward)
+    if not generation.can_share(twin, IndirectCache(config), n_tokens):
+        return "its layers or its positions need all tokens of a prompt"
+
+    def read(shares: bool) -> Logits | Exception:
+        cache = IndirectCache(config)
+        inputs = {"input_ids": ids, "use_cache": True, "return_dict": True, str(name): cache}
+
+        def ask() -> Logits:
+            prompt = generation.read_shared(twin, ring, inputs, cache) if shares else twin(**inputs)
+            found = [prompt.logits[:, -1]]
+            for step in range(ring.size + 1):
+                more = {
+                    "input_ids": ids[:, step : step + 1],
+                    "position_ids": torch.tensor([[n_tokens + step]]),
+                }
+                found.append(twin(**{**inputs, **more}).logits[:, -1])
+            return tuple(found)
+
+        return _outcome(ask)
+
+    expected = read(False)
+    if isinstance(expected, Exception):
+        return f"it raises {type(expected).__name__}: {str(expected)[:160]}"
+    return _Trial(expected, lambda: expected, read(True)).difference(model)
 
 
 def _can_be_asked(model: Any) -> bool:
@@ -124,7 +160,9 @@ def _read(model: Any) -> Logits | Exception:
     return _outcome(lambda: (model(**_prompts(model), use_cache=False, return_dict=True).logits[:, -1],))
 
 
-def _generated(model: Any, programs: StepPrograms | None = None) -> Logits | Exception:
+def _generated(
+    model: Any, programs: StepPrograms | None = None, ranks: Ranks | None = None
+) -> Logits | Exception:
     """Logits of each step of beams behind the prompts, [rows, vocabulary]; or what the request raises.
 
     programs: for our loops and cache; None for transformers' own.
@@ -140,7 +178,7 @@ def _generated(model: Any, programs: StepPrograms | None = None) -> Logits | Exc
     )
     generation.uninstall(model)
     if programs is not None:
-        generation.install(model, Installed(programs, ranks=ranks_of(model)))
+        generation.install(model, Installed(programs, ranks=ranks))
     generate = model.generate if programs is not None else functools.partial(type(model).generate, model)
     chosen = LogitsProcessorList([_Chosen()])
     return _outcome(lambda: tuple(generate(**_prompts(model), logits_processor=chosen).logits))

@@ -29,7 +29,7 @@ from hfopt.streaming import detach
 from hfopt.words import DTYPES, dtypes_in_words
 
 if TYPE_CHECKING:
-    from hfopt.distributed import Ranks
+    from hfopt.distributed import Ranks, Ring
     from hfopt.functional import Kernels
     from hfopt.generation import Verdict
     from hfopt.patches.walk import Walk
@@ -52,6 +52,7 @@ def optimize(
     calibration: Calibration | None = None,
     speculation: Literal["lookup"] | None = None,
     prefix_cache: PrefixCache | None = None,
+    context_parallel: bool = False,
 ) -> Model:
     """Make a model generate faster on the CPU, in place; it is returned, with its report as `model.hfopt`.
 
@@ -74,10 +75,13 @@ def optimize(
             reading of the weights, as `generate(prompt_lookup_num_tokens=...)` does for one request. Tokens stay what they
             are. How many are guessed follows from what checks cost and how many guesses were right.
         prefix_cache: where all requests find what earlier prompts began with, unless `generate` is given another one.
+        context_parallel: the ranks of torch.distributed, processes of one machine that have the whole model each, share
+            prompts of 1,024 tokens and more: each reads, and keeps in its cache, its share of the tokens. All ranks make the
+            same calls. docs/context_parallel.md has the requests in which each rank does everything.
 
     Without `quantization` no weight is copied, and `restore` undoes all but the conversion. Harmless when repeated.
-    Raises InvalidInput, UnsupportedDevice (parameters outside CPU memory), UnsupportedModel and KernelError (another Numba
-    than the kernels are written for); no class has changed then.
+    Raises InvalidInput, RankError (ranks that cannot share memory), UnsupportedDevice (parameters outside CPU memory),
+    UnsupportedModel and KernelError (another Numba than the kernels are written for); no class has changed then.
 
     Where torch has more threads than fit into what the affinity mask and the cgroup quota leave, the first call in a process
     lowers their number and logs it, unless OMP_NUM_THREADS or `torch.set_num_threads` has said how many.
@@ -118,19 +122,20 @@ def optimize(
         calibrator = None if calibration is None else Calibrator(model, calibration)
         if dtype is not None:
             _convert(model, dtype)
-        ranks = _together(model, kernels)
+        ranks = _together(model, kernels, context_parallel=context_parallel)
         agreed = () if ranks is None else (ranks.agree,)
         packing = None if config is None else Packing(model, config)
         walk, programs = Walk(model, *agreed), Programs(kernels, kv_cache, *agreed)
         with compile_progress(), nullcontext() if ranks is None else ranks.patient():
             walk.apply()
-            verdict = None if generator is None else verdict_on(walk, generator)
+            verdict = None if generator is None else verdict_on(walk, generator, ranks)
     try:
         if strict:
             _check_whole(walk, programs, verdict)
         if generator is not None:
             verdict = verdict or generation.Verdict()
-            state = generation.Installed(programs, kv_cache, verdict, lookup, prefix_cache, ranks)
+            ring = _ring(generator, verdict, ranks) if ranks is not None and context_parallel else None
+            state = generation.Installed(programs, kv_cache, verdict, lookup, prefix_cache, ranks, ring)
             generation.install(generator, state)
         batches: Iterable[Mapping[str, InputStatistics | None]] = ()
         if packing is not None:
@@ -221,15 +226,15 @@ def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
         raise UnsupportedDevice(f"parameter {name} {where}: all parameters have to be in CPU memory")
 
 
-def _together(model: nn.Module, kernels: Kernels) -> Ranks | None:
+def _together(model: nn.Module, kernels: Kernels, *, context_parallel: bool) -> Ranks | None:
     """The processes that transformers has split the model over, once its layers are ours; None if there are none, or if
-    they stay what they are.
+    they stay what they are. context_parallel: all processes, each of which has a whole model.
     """
     from hfopt.distributed import Ranks
     from hfopt.functional.choice import settle
     from hfopt.patches.sharding import ranks_of, take_parts
 
-    ranks = ranks_of(model)
+    ranks = _with_whole_models(model) if context_parallel else ranks_of(model)
     if ranks is None:
         sharding = sharding_of(model)
         if sharding is None:
@@ -247,6 +252,42 @@ def _together(model: nn.Module, kernels: Kernels) -> Ranks | None:
         with ranks.patient():
             settle(next(model.parameters()).dtype, ranks.first)
     return ranks
+
+
+def _with_whole_models(model: nn.Module) -> Ranks:
+    """All processes, for `context_parallel`; raises InvalidInput if there are none, or none that have all of the model."""
+    from hfopt.distributed import Ranks
+    from hfopt.patches.sharding import ranks_of
+
+    generator = generation.generator_of(model)
+    if generator is None:
+        raise InvalidInput(f"context_parallel: {type(model).__name__} does not generate")
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise InvalidInput(
+            "context_parallel: torch.distributed is not initialised: call init_process_group first"
+        )
+    if ranks_of(model) is not None or sharding_of(model) is not None:
+        raise InvalidInput(f"context_parallel: {type(model).__name__} is split over processes already")
+    known = generation.installed(generator)
+    if known.ring is not None and known.ranks is not None and not known.ranks.shared.is_over:
+        return known.ranks
+    ranks = Ranks(None)
+    if ranks.shared.size != ranks.size:
+        raise InvalidInput(f"context_parallel: the {ranks.size} ranks are on more than one machine")
+    return ranks
+
+
+def _ring(generator: Any, verdict: Verdict | None, ranks: Ranks) -> Ring:
+    """What reads long prompts of this model together, or, with a warning, does not."""
+    from hfopt.distributed import Ring
+    from hfopt.model_proof import ring_flaw
+
+    ring = Ring(ranks)
+    flaw = (verdict and (verdict.refusal or verdict.obstacle)) or ring_flaw(generator, ring)
+    ring.refusal = ranks.agree(flaw)
+    if ring.refusal is not None:
+        logger.warning("Each process reads all prompts of %s: %s.", type(generator).__name__, ring.refusal)
+    return ring
 
 
 def _is_offloaded(model: nn.Module, name: str) -> bool:

@@ -194,7 +194,7 @@ def _attend_within(
     q_row = (n_heads + 2 * cache.n_kv_heads) * cache.size
     scoring = scores.Scoring(np.float32(0.1), np.float32(0.0), 0, 0, 0, 0)
     attention.attend_rows(
-        cache, q, q_row, n_rows, n_heads, 0, 0, scoring, scratch, threads, out, n_heads * cache.size
+        cache, q, q_row, n_rows, n_heads, 0, 0, scoring, scratch, threads, out, n_heads * cache.size, False
     )
 
 
@@ -460,7 +460,7 @@ def test_nothing_is_written_outside(
     kinds, no_mask = (bits(qkv)[0, 0, :0], cache.prefix.ravel()[:0]), np.zeros((0, 0, 0), np.uint8)
     given, numbers = (*kinds, qkv.data_ptr(), qkv.shape[-1], 2), Scoring(0.2).numbers(n_heads, dtype)
     if n_new == 1:
-        attention.attend_decode(*given, *parts, no_mask, *numbers, n_heads, out.array.ctypes.data)
+        attention.attend_decode(*given, *parts, no_mask, *numbers, n_heads, out.array.ctypes.data, False)
     else:
         mask = CAUSAL, 0, no_mask
         attention_prefill.attend_prefill(

@@ -3,6 +3,7 @@
 from hfopt.cache.cropping import crop_to
 from hfopt.cache.indirect import KV_CACHES, Appended, AppendedEverywhere, Buffers, IndirectCache
 from hfopt.cache.prefix import PrefixCache
+from hfopt.cache.sharded import ShardedLayer, Share
 from hfopt.cache.storage import Layout
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "IndirectCache",
     "Layout",
     "PrefixCache",
+    "ShardedLayer",
+    "Share",
     "crop_to",
 ]

@@ -22,6 +22,7 @@ from hfopt.cache.appended import Appended, AppendedEverywhere, Buffers
 from hfopt.cache.codes import KV_CACHES, check_kv_cache
 from hfopt.cache.layer import IndirectLayer
 from hfopt.cache.row_map import RowMap
+from hfopt.cache.sharded import ShardedLayer, Share
 from hfopt.cache.storage import Layout, Segment
 from hfopt.cache.window import WindowLayer
 from hfopt.errors import InvalidInput
@@ -88,6 +89,16 @@ class IndirectCache(DynamicCache):
                 self.layers[index] = IndirectLayer(*made, kv_cache=kv_cache)
             elif window is not None:
                 self.layers[index] = WindowLayer(window, *made, kv_cache=kv_cache)
+
+    def shard(self, share: Share) -> None:
+        """Let this empty cache, whose layers all see everything, be for one prompt that several processes have."""
+        n = len(self.layers)
+        self.layers = [ShardedLayer(share, self._rows, n - 1 - index) for index in range(n)]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes have some of its tokens."""
+        return bool(self.layers) and isinstance(self.layers[0], ShardedLayer)
 
     def emptied(self, config: Config) -> IndirectCache:
         """A new cache of this kind, for as many copies, with nothing in it."""

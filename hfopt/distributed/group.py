@@ -71,7 +71,7 @@ class SharedGroup:
         self._process = os.getpid()
         self._facts = exchange(facts_of_process(), self.size, group)
         check_one_machine(self._facts)
-        self._segment: Segment | None = _shared_segment(self.rank, self.size, group)
+        self._segment: Segment | None = shared_segment(self.rank, self.size, _CAPACITY, group)
         self._watched = [Watched(facts.process) for facts in self._facts]
         self._had_ended = False  # a process, when that was looked after
         self._failure: str | None = None
@@ -233,20 +233,22 @@ class SharedGroup:
 # ---- how a group comes about ---------------------------------------------------------------------------------
 
 
-def _shared_segment(rank: int, size: int, group: dist.ProcessGroup | None) -> Segment:
-    """The memory of a group, of which no file is left; raises `RankError` on all ranks or none."""
+def shared_segment(rank: int, size: int, capacity: int, group: dist.ProcessGroup | None) -> Segment:
+    """Memory of a group, with buffers of so many bytes, of which no file is left; raises `RankError` on all ranks or
+    none.
+    """
     segment, error = None, None
     try:
         if rank == 0:
             try:
-                segment = Segment.create(size, _CAPACITY)
+                segment = Segment.create(size, capacity)
             except RankError as failure:
                 error = str(failure)
         said = exchange((segment.name if segment else None, error), size, group)
         name, error = said[0]
         if rank > 0 and name is not None:
             try:
-                segment = Segment.open(name, size, _CAPACITY)
+                segment = Segment.open(name, size, capacity)
             except RankError as failure:
                 error = str(failure)
         errors = exchange(error, size, group)

@@ -18,6 +18,7 @@ from torch import Tensor
 from hfopt.distributed.cluster import ClusterGroup
 from hfopt.distributed.group import SharedGroup
 from hfopt.distributed.placement import take_share
+from hfopt.errors import UnsupportedModel
 from hfopt.kernels.shared.member import DONE
 
 LIMIT = 10.0  # seconds after which a rank that has not come is taken for one that hangs
@@ -31,14 +32,15 @@ class Ranks:
     Sums go through memory that the ranks of a machine share.
 
     rank, size: of this process, and how many there are. words: for the collectives of a program, int64 [2], see
-    `kernels.instruction.Group`; None of several machines. lock: held while a request runs.
+    `kernels.instruction.Group`; None of several machines. lock: held while a request runs. group: of
+    torch.distributed, None for all. shared: those of this machine.
 
     Methods raise `RankError` when a rank has ended, does not come within `LIMIT`, or does something else.
     """
 
     def __init__(self, group: Any) -> None:
         take_share(group)  # before threads start that wait for others
-        self._group = group
+        self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.lock = threading.RLock()
         self._status = np.full(1, DONE, np.int64)
@@ -46,13 +48,19 @@ class Ranks:
         # the ranks of a part of all processes have to be of one machine
         is_whole = self.size == dist.get_world_size()
         self._collectives = ClusterGroup(limit=LIMIT) if is_whole else SharedGroup(group, limit=LIMIT)
-        self._shared = (
+        self.shared = (
             self._collectives.shared if isinstance(self._collectives, ClusterGroup) else self._collectives
         )
-        if self._shared.size == self.size:
-            self.words = np.array([self._shared.address, self._status.ctypes.data], np.int64)
-        watch = threading.Thread(target=_watch, args=(weakref.ref(self._shared),), daemon=True)
+        if self.shared.size == self.size:
+            self.words = np.array([self.shared.address, self._status.ctypes.data], np.int64)
+        watch = threading.Thread(target=_watch, args=(weakref.ref(self.shared),), daemon=True)
         watch.start()
+
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        return self  # a copy of a model belongs to the same processes
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedModel("a model that processes have together cannot be pickled: use save_pretrained")
 
     # ---- sums -----------------------------------------------------------------------------------------------------------
 
@@ -63,18 +71,18 @@ class Ranks:
     @contextmanager
     def running(self) -> Iterator[None]:
         """In the block a program runs, whose collectives use `words`."""
-        with self._shared.used():
+        with self.shared.used():
             yield
         status, self._status[0] = int(self._status[0]), DONE
         if status != DONE:
-            self._shared.look(status)
+            self.shared.look(status)
 
     # ---- decisions ------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def patient(self) -> Iterator[None]:
         """In the block, one may take its time: compiling, or measuring on a busy machine."""
-        with self._shared.limited(_BETWEEN_REQUESTS):
+        with self.shared.limited(_BETWEEN_REQUESTS):
             yield
 
     def first(self, value: int) -> int:
@@ -108,7 +116,7 @@ class Ranks:
     def _told(self, value: Any) -> list[Any]:
         """What each of them has given, in order."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
 

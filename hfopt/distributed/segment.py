@@ -35,8 +35,8 @@ class Segment:
     def __init__(self, name: str, file: int, n_bytes: int) -> None:
         self.name = name
         self._memory = mmap.mmap(file, n_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._bytes = np.frombuffer(self._memory, np.uint8)
-        self.address = self._bytes.ctypes.data
+        self.bytes = np.frombuffer(self._memory, np.uint8)
+        self.address = self.bytes.ctypes.data
 
     @classmethod
     def create(cls, size: int, capacity: int) -> Segment:
@@ -99,7 +99,7 @@ class Segment:
             os.unlink(FOLDER / self.name)
 
     def _head(self) -> np.ndarray:
-        return self._bytes[: 8 * layout.HEAD_WORDS].view(np.int64)
+        return self.bytes[: 8 * layout.HEAD_WORDS].view(np.int64)
 
     def failure(self) -> tuple[int, int]:
         """(why the group has failed, the rank that said so); 0, 0 if it has not."""
@@ -113,12 +113,12 @@ class Segment:
             word[0] = reason | rank << 8
 
     def _failure_word(self) -> np.ndarray:
-        return self._bytes[layout.FAILURE : layout.FAILURE + 8].view(np.int64)
+        return self.bytes[layout.FAILURE : layout.FAILURE + 8].view(np.int64)
 
     def rank_words(self, rank: int) -> np.ndarray:
         """Words of a rank: see `kernels.shared.member`."""
         first = layout.RANKS + rank * layout.RANK
-        return self._bytes[first : first + layout.RANK].view(np.int64)
+        return self.bytes[first : first + layout.RANK].view(np.int64)
 
 
 def _head(size: int, capacity: int, nonce: str) -> list[int]:

@@ -25,6 +25,7 @@ from .lora import (
 )
 from .mixed import MixedWeights
 from .norm import Norm, fast_layer_norm, layer_norm, norm, norm_heads, rms_norm
+from .parts import attend_part, join_parts
 from .quantized import QuantizedWeights, quantized_linear
 from .rotary import rotate, rotate_and_store
 from .rotary_embedding import rotary_embedding
@@ -56,6 +57,7 @@ __all__ = [
     "add_rms_norm",
     "argmax",
     "attend",
+    "attend_part",
     "bgmv_expand",
     "bgmv_expand_slice",
     "bgmv_shrink",
@@ -66,6 +68,7 @@ __all__ = [
     "fast_layer_norm",
     "gelu_mul",
     "indirect_access_kv_cache_attention",
+    "join_parts",
     "layer_norm",
     "linear",
     "log_softmax_top_k",

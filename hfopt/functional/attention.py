@@ -122,7 +122,9 @@ def attend(
     lengths = appended.prefix_len, appended.suffix_len
     cache = (record, *lengths, appended.prefix_row, appended.table, appended.skipped)
     if n_new == 1:
-        wrong = decode.attend_decode(*like, address, width, n_rows, *cache, hidden, *numbers, n_heads, target)
+        wrong = decode.attend_decode(
+            *like, address, width, n_rows, *cache, hidden, *numbers, n_heads, target, False
+        )
     else:
         kind = KINDS[mask.kind]
         sizes = (address, width, n_rows, n_new)

@@ -134,7 +134,9 @@ def attend_sequences(q: Tensor, q_ends: np.ndarray, keys: KeyBlocks, manner: Man
         if n_new == 1:
             n, table, mask = _aligned(keys, first, end, manner.band.left)
             cache = keys.record(n), 0, n, prefix_row, table, 0
-            wrong = decode.attend_decode(*like, *at, *cache, mask, *numbers, 0, SIGNED, n_heads, target_row)
+            wrong = decode.attend_decode(
+                *like, *at, *cache, mask, *numbers, 0, SIGNED, n_heads, target_row, False
+            )
         else:
             n, zeros = int(keys.lengths[first]), np.zeros(end - first, np.int64)
             table, _ = keys.table(first, end, zeros, zeros, n)

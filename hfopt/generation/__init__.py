@@ -3,6 +3,7 @@
 from hfopt.host import generator_of
 
 from .conditions import obstacle
+from .context import can_share, read_shared
 from .generate import (
     cache_obstacle,
     check_prefix_cache,
@@ -34,6 +35,7 @@ __all__ = [
     "StepRun",
     "Verdict",
     "cache_obstacle",
+    "can_share",
     "check_prefix_cache",
     "generate",
     "generator_of",
@@ -51,6 +53,7 @@ __all__ = [
     "prefix_obstacle",
     "prepare_cache",
     "prove",
+    "read_shared",
     "record_latency",
     "refusals",
     "share_prompts",

@@ -93,7 +93,7 @@ class Decoding:
     def of(cls, model: Model, cache: Any, model_kwargs: dict[str, Any], pace: Pace) -> Self | None:
         """Begin behind a prompt, with the last position and the mask in `model_kwargs`; None if no program can."""
         mask, programs = model_kwargs.get("attention_mask"), installed(model).programs
-        if programs is None or not isinstance(cache, IndirectCache):
+        if programs is None or not isinstance(cache, IndirectCache) or cache.is_sharded:
             return None
         positions = positions_of(model, model_kwargs.get("position_ids"), cache.get_seq_length(), 1)
         if any(model_kwargs.get(name) for name in LOOKS_INSIDE) or wanted(model):

@@ -14,7 +14,8 @@ from hfopt.cache import IndirectCache
 
 from ._types import Model, Outputs
 from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
-from .prefixes import Prompts
+from .context import LEAST, can_share, read_shared
+from .prefixes import Prompts, is_private
 from .prompt import one_row_per_prompt, repeat_rows, share_prompts, unshare_prompts
 from .protocols import StepProgram
 from .state import installed
@@ -74,6 +75,18 @@ class Prefill:
     def __call__(self, **inputs: Any) -> Outputs:
         inputs = with_cache(self._model, inputs, self._cache)
         self.given = host.cache_in(inputs.values())
+        ring = installed(self._model).ring
+        if ring is None:
+            return self._read(inputs)
+        if ring.refusal is None and self._is_shared(inputs):
+            with ring.reading():
+                return read_shared(self._model, ring, inputs, self.given)
+        try:
+            return self._read(inputs)
+        finally:
+            ring.meet()
+
+    def _read(self, inputs: dict[str, Any]) -> Outputs:
         prompts = Prompts.of(self._model, inputs, moves=self._moves) if self._reads_beginnings else None
         if prompts is None:
             return self._outputs(inputs)
@@ -114,6 +127,16 @@ class Prefill:
         rows: Any = torch.arange(n_prompts, device="cpu").repeat_interleave(self._copies)
         cache.reorder_cache(rows)
         return repeat_rows(outputs, n_prompts, self._copies)
+
+    def _is_shared(self, inputs: dict[str, Any]) -> bool:
+        """Whether processes read these tokens together: a long prompt without padding, over a cache of its own."""
+        is_whole = self._reads_beginnings and self._moves and is_private()
+        if not is_whole or not self._is_plain(inputs):
+            return False
+        text = _Text.of(self._model, inputs, 0)
+        if text is None or text.tokens.shape[1] < LEAST or not text.is_unpadded:
+            return False
+        return can_share(self._model, self.given, text.tokens.shape[1])
 
     def _is_plain(self, inputs: dict[str, Any]) -> bool:
         """Whether a call asks for no more than the logits of the last token of a text, from a model that just reads it."""
@@ -180,6 +203,14 @@ class _Text(NamedTuple):
         if mask is not None and not bool((mask != 0).any(dim=1).all()):
             return None  # what a token sees that sees nothing depends on the kind of attention
         return cls(tokens, positions, mask, n_past)
+
+    @property
+    def is_unpadded(self) -> bool:
+        """Whether each token has its column as its position, and sees all those before it."""
+        n_new = self.tokens.shape[1]
+        columns = torch.arange(self.n_past, self.n_past + n_new, device="cpu")
+        in_order = self.positions is None or bool((self.positions == columns).all())
+        return in_order and (self.mask is None or bool((self.mask != 0).all()))
 
     def read(self, program: StepProgram, cache: IndirectCache) -> Tensor | None:
         """Logits [n_rows, 1, n_logits]; None, with nothing changed, for a long text, one that the program does not take, and

@@ -55,6 +55,11 @@ def request(prefix_cache: PrefixCache | None, *, has_own_cache: bool) -> Iterato
         _request.reset(token)
 
 
+def is_private() -> bool:
+    """Whether the request of this thread takes no beginnings from anywhere, over a cache that nobody else sees."""
+    return _request.get() == Request(has_own_cache=True)
+
+
 class Prompts:
     """The prompts of a request whose cache is empty: rows of tokens, each behind its padding.
 

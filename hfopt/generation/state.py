@@ -14,7 +14,7 @@ from .protocols import StepPrograms
 from .speculation import StepCosts
 
 if TYPE_CHECKING:  # it loads Numba
-    from hfopt.distributed import Ranks
+    from hfopt.distributed import Ranks, Ring
 
 _ATTRIBUTE = "_hfopt_generation"  # of an optimized model
 
@@ -39,8 +39,9 @@ class Installed:
 
     programs: that prompts and decode steps are taken from, None if modules make them. kv_cache: of the caches that requests
     get. verdict: on this model. lookup: how requests guess tokens that say nothing of it. prefix_cache: that they take
-    beginnings of prompts from. ranks: the processes that have the model together, None if this one has all of it. costs: of
-    steps, as far as they are known; draft_costs: of those that guess for others.
+    beginnings of prompts from. ranks: the processes that make requests together, with parts of the model or a whole one
+    each, None if this one is alone. ring: what reads long prompts together. costs: of steps, as far as they are known;
+    draft_costs: of those that guess for others.
     """
 
     programs: StepPrograms | None = None
@@ -49,6 +50,7 @@ class Installed:
     lookup: host.Lookup | None = None
     prefix_cache: PrefixCache | None = None
     ranks: Ranks | None = None
+    ring: Ring | None = None
     costs: StepCosts = field(default_factory=StepCosts, compare=False)
     draft_costs: StepCosts = field(default_factory=StepCosts, compare=False)
 

@@ -220,7 +220,7 @@ def _attend_decode(dtype: type, is_coded: bool, is_bent: bool) -> float:
     cache = (record, 290, 4, np.zeros(2, np.int32), table, 0, _NO_MASK)
     likes: tuple[Array, Array] = np.empty(0, dtype), np.empty(0, buffers[0].dtype)
     scoring, kept = _scoring(dtype, 2, is_bent)
-    attention.attend_decode(*likes, _address(qkv), 4 * 24, 2, *cache, *scoring, 2, _address(out))
+    attention.attend_decode(*likes, _address(qkv), 4 * 24, 2, *cache, *scoring, 2, _address(out), False)
     worst = 0.0
     for row in range(2):
         tokens = [suffix[:, table[row, t], 0, t] for t in range(4)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hfopt import functional
-from hfopt.cache import IndirectCache
+from hfopt.cache import IndirectCache, ShardedLayer
 from hfopt.functional import Epilogue, Mask, Norm, Weights
 from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
@@ -196,6 +196,8 @@ class Eager:
         mask = _mask(cache, shown, kind, sizes, is_windowed=is_windowed, hides=hides)
         if not attention.takes_bias(bias, cache, mask, sizes):
             raise Declined
+        if cache.is_sharded and not _is_whole_view(attention, mask, n_new):
+            raise Declined
         cos, sin = rotary(cache, n_past, self._dtype)
         if cos is not None and not are_angles(cos, n_rows, n_new):
             raise Declined
@@ -237,8 +239,18 @@ class Eager:
         return past._replace(appended=appended)
 
     def attend(self, attention: Any, qkv: Tensor, past: Past) -> Tensor:
-        heads = attention._hfopt.spec.heads
+        heads, layers = attention._hfopt.spec.heads, past.cache.layers
+        layer = layers[past.layer] if past.layer < len(layers) else None
+        if isinstance(layer, ShardedLayer):
+            return layer.attend(qkv, past.appended, attention.scoring, heads, self._by)
         return functional.attend(qkv, past.appended, past.mask, attention.scoring, *heads, by=self._by)
+
+
+def _is_whole_view(attention: Any, mask: Mask, n_new: int) -> bool:
+    """Whether new tokens see all those before them, wherever these are."""
+    scoring = attention.scoring
+    sees_all = mask.kind == ("causal" if n_new > 1 else "none") and scoring.window is None
+    return sees_all and scoring.slopes is None and attention._hfopt.spec.stores
 
 
 def _takes_appends(cache: Any, layer: int) -> bool:

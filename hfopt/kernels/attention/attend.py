@@ -77,9 +77,8 @@ def _run(like, held, operands, step):
             mask = step.mask + before + skipped if step.mask != 0 else 0
             seen, scratch = (mask, step.mask_row), (step.scratch, step.threads)
             rows = shifted(q, token * q_row), n_new * q_row, n_rows, n_heads
-            attend_rows(
-                opened, *rows, *seen, scoring, *scratch, shifted(out, token * out_row), n_new * out_row
-            )
+            target = shifted(out, token * out_row), n_new * out_row
+            attend_rows(opened, *rows, *seen, scoring, *scratch, *target, False)
     else:
         skipped = skipped_keys(own.window, n_keys, n_new)
         opened = _open(cache, own.layer, held, skipped, 0)

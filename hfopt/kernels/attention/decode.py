@@ -15,8 +15,16 @@ import numpy as np
 
 from hfopt.kernels.attention.cache_view import Cache, holds, key_of, names_all, open_cache, valid_rows
 from hfopt.kernels.attention.chunk import Following, Item, attend_chunk
-from hfopt.kernels.attention.partials import join_partials
-from hfopt.kernels.attention.plan import DONE, JOINED, Plan, layout_of, plan_rows, sort_by_prefix_row
+from hfopt.kernels.attention.partials import join_partials, leave_part
+from hfopt.kernels.attention.plan import (
+    DONE,
+    JOINED,
+    Plan,
+    layout_of,
+    part_size,
+    plan_rows,
+    sort_by_prefix_row,
+)
 from hfopt.kernels.attention.scoring import Scoring, sink_of, skipped_keys
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import (
@@ -29,7 +37,7 @@ from hfopt.kernels.jit.parallel import (
     parallel_for,
     usable_threads,
 )
-from hfopt.kernels.simd.constants import LOG2_E, ZERO
+from hfopt.kernels.simd.constants import LOG2_E, ONE, ZERO
 from hfopt.kernels.simd.pointer import (
     address_as,
     address_of,
@@ -66,6 +74,7 @@ class _Problem(NamedTuple):
     order: Any  # row numbers, sorted by prefix row; "place" is a place in it
     starts: Any  # order[starts[g]:starts[g + 1]] read one row of the prefix
     partials: Any  # float32 [n_kv_heads, places, group, spans, padded + 16], see MAX
+    is_part: Any  # whether they are left as parts
 
 
 # ---- an item of work -------------------------------------------------------------------------------------------------
@@ -151,9 +160,14 @@ def _join(index, problem, out, out_row):
     here = shifted(problem.partials, index * n_slots * partial_size)
     head = kv_head * problem.group + query % problem.group
     row = problem.order[query // problem.group]
-    target = shifted(out, row * out_row + head * cache.size)
-    sink = sink_of(problem.scoring, head, problem.q)
-    join_partials(here, n_slots, partial_size, cache.size, problem.padded, sink, as_units(out, out), target)
+    if problem.is_part:
+        part = shifted(floats_at(address_of(out)), row * out_row + head * partial_size)
+        leave_part(here, n_slots, partial_size, problem.padded, part)
+    else:
+        target = shifted(out, row * out_row + head * cache.size)
+        sink = sink_of(problem.scoring, head, problem.q)
+        size, like = cache.size, as_units(out, out)
+        join_partials(here, n_slots, partial_size, size, problem.padded, sink, like, target)
 
 
 @body
@@ -187,13 +201,17 @@ def _attend_task(worker, problem, counters, rooms, room_size, out, out_row):
 
 
 @body
-def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scratch, threads, out, out_row):
+def attend_rows(
+    cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scratch, threads, out, out_row, is_part
+):
     """out[r, head] = softmax(scores of q[r, head] and the keys of row r) values of row r, scores as a `Scoring` says;
     0 for a row without visible keys.
 
     The cache must name valid rows, and begin with the window. Pointers to q, rows `q_row` elements apart, and to out,
     n_heads size in rows `out_row` apart; addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes`
     for so many threads, on a 64-byte boundary.
+
+    is_part: without sinks, as parts of a softmax over more keys, for `join_parts`: out has `part_size` float32 a head.
     """
     item_size = 4 // units_ratio(q)
     sizes = n_heads, cache.n_kv_heads, cache.size, item_size, threads
@@ -220,6 +238,7 @@ def attend_rows(cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scrat
         order,
         starts,
         floats_at(scratch + places.partials),
+        is_part,
     )
     shared = problem, counters, scratch + places.rooms, places.room, out, out_row
     parallel_for(_attend_task, plan.threads, plan.threads, shared)
@@ -247,6 +266,7 @@ def attend_decode(
     ranked,
     n_heads,
     out,
+    is_part,
 ):
     """`attend_rows`; returns 0, or 1 and does nothing if the cache names rows that it has not, or has not all tokens but the
     skipped ones.
@@ -269,6 +289,24 @@ def attend_decode(
     scratch = (address_of(pointer(room)) + 63) // 64 * 64
     seen = address_of(pointer(mask)) + before if mask.size > 0 else 0, mask.shape[2]
     scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window, ranked)
-    attend_rows(cache, q, q_row, n_rows, n_heads, *seen, scoring, scratch, threads, out, n_heads * cache.size)
+    size = part_size(cache.size, item_size) if is_part else cache.size
+    problem = cache, q, q_row, n_rows, n_heads, *seen, scoring
+    attend_rows(*problem, scratch, threads, out, n_heads * size, is_part)
     room[0] = 0  # the last use of the scratch: it must live until here
     return 0
+
+
+@launch
+def join_parts(like, parts, n_parts, n_queries, n_heads, head_dim, sinks, out):
+    """out = values weighted by the softmax over all parts of each query and its sink.
+
+    Addresses of parts, float32 [n_queries, n_parts, `part_size`], which are overwritten, sinks [n_heads] or 0, and out
+    [n_queries, head_dim], of the type of `like`. Query q is of head q % n_heads.
+    """
+    out, parts = address_as(out, pointer(like)), floats_at(parts)
+    size = part_size(head_dim, 4 // units_ratio(out))
+    scoring = Scoring(ONE, ZERO, 0, sinks, 0, 0)
+    for query in range(n_queries):
+        here, target = shifted(parts, query * n_parts * size), shifted(out, query * head_dim)
+        sink = sink_of(scoring, query % n_heads, out)
+        join_partials(here, n_parts, size, head_dim, size - LANES, sink, parts, target)

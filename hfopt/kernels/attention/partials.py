@@ -1,6 +1,7 @@
 """Unfinished softmaxes of decode attention: the weighted values of a query over some keys, and statistics behind them.
 
-They are merged as the chunks of a span are read, and joined over the spans in the end.
+They are merged as the chunks of a span are read, and joined over the spans in the end; or those of a query are merged into
+one, its *part* of a softmax over keys that others have too, which `join_partials` joins with theirs.
 """
 
 from hfopt.kernels.attention.tile import weight_of
@@ -35,6 +36,19 @@ def merge_partial(fresh, partial, size, like):
     store_scalar(there, MAX, largest)
     store_scalar(there, SUM, total)
     store_scalar(there, SEEN, ONE)
+
+
+@body
+def leave_part(partials, n_slots, step, size, part):
+    """part = the unfinished softmax over all slots of one query, `step` apart: the weighted values, as many as `size`, and
+    statistics behind them.
+    """
+    for column in range(0, size + LANES, LANES):
+        store(part, column, splat(ZERO))
+    for slot in range(n_slots):
+        here = shifted(partials, slot * step)
+        if load_scalar(here, size + SEEN) > ZERO:
+            merge_partial(here, part, size, part)
 
 
 @body

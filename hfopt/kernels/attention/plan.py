@@ -87,6 +87,16 @@ def scratch_bytes(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
 layout_of = body(layout)
 
 
+def part_floats(head_dim, item_size):
+    """float32 numbers of a part of a query, see `partials`; item_size: 2 for pairs in a unit, which are
+    those of bfloat16, 4 for other queries."""
+    units = 4 // item_size * LANES
+    return (head_dim + units - 1) // units * units + LANES
+
+
+part_size = body(part_floats)
+
+
 @body
 def sort_by_prefix_row(prefix_row, n_rows, order, starts):
     """order: row numbers sorted by prefix row; order[starts[g]:starts[g + 1]] have the same one. Returns how many."""
