@@ -130,10 +130,14 @@ def main() -> int:
         one = [Worker(arguments, given.ranks)]
         one[0].end()
         ranks = [Worker(arguments, 1, "--store", store, "--rank", str(rank)) for rank in range(given.ranks)]
+        rounds: list[tuple[dict[str, float], dict[str, float]]] = []
         try:
             for worker in ranks:
                 worker.end()
-            rounds = [(together(one), together(ranks)) for _ in range(given.rounds)]
+            for _ in range(given.rounds):
+                rounds.append((together(one), together(ranks)))
+                seconds = "  ".join(f"{each['prompt']:.2f} s" for each in rounds[-1])
+                print(f"prompt by one process, by {given.ranks} ranks: {seconds}", flush=True)
         finally:
             for worker in (*one, *ranks):
                 worker.close()

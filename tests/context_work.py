@@ -112,7 +112,7 @@ def tokens_are_theirs(name: str) -> tuple[list[bool], list[list[tuple[int, int]]
     return [all(torch.equal(first, other) for other in others) for first, *others in kinds], held
 
 
-def scores(dtype: torch.dtype, options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def scores(dtype: torch.dtype, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Of each step of a request in float32, in this dtype, and in this dtype by all processes together."""
     kept, tokens = [], None
     model = model_of("llama", dtype)
@@ -183,8 +183,8 @@ def whole_requests() -> list[tuple[bool, bool]]:
 def other_settings() -> list[bool]:
     """Whether tokens are theirs with eager attention, with guesses, with 8-bit weights; of a prompt behind a shorter one."""
     found = []
-    settings: list[tuple[str, dict[str, Any]]] = [("eager", {}), ("sdpa", {"speculation": "lookup"})]
-    for attention, options in settings:
+    kinds: tuple[tuple[str, dict[str, Any]], ...] = (("eager", {}), ("sdpa", {"speculation": "lookup"}))
+    for attention, options in kinds:
         model = model_of("llama", attn_implementation=attention)
         expected = [model.generate(prompt(1, n), **STEPS, do_sample=False) for n in (N_TOKENS, 1500)]
         hfopt.optimize(model, context_parallel=True, **options)
