@@ -92,6 +92,7 @@ def tokens_are_theirs(name: str) -> list[bool]:
 def logits(name: str, dtype: torch.dtype, options: dict[str, Any]) -> list[Tensor]:
     """Of each step of a request, twice."""
     model = hfopt.optimize(model_of(name, dtype), strict=True, **options)
+    assert bool(model.hfopt.quantized) == ("quantization" in options)
     found = []
     for _ in range(2):
         outputs = model.generate(

@@ -91,7 +91,7 @@ def _load_pair(args: argparse.Namespace) -> tuple[Pair, PreTrainedTokenizerBase 
     """The stock model and the optimised one. Where that is quantised, the stock model is loaded for --compare alone."""
     tokenizer = load_tokenizer(args)
     if args.quantization is None:
-        model = _stock(args)
+        model = load_model(args) if n_ranks() == 1 else _load(args, None)
         return Pair(model, model, args.kv_cache), tokenizer
     # first the one whose float weights are freed: both never are in memory as floats
     if args.random_weights is None:
@@ -99,16 +99,14 @@ def _load_pair(args: argparse.Namespace) -> tuple[Pair, PreTrainedTokenizerBase 
     else:
         model = load_model(args)
         optimized = hfopt.optimize(model, quantization=args.quantization, kv_cache=args.kv_cache)
-    stock = _stock(args) if args.compare else optimized
+    stock = optimized
+    if args.compare:
+        stock = load_model(args) if n_ranks() == 1 else hfopt.restore(_load(args, None))
     return Pair(stock, optimized, args.kv_cache), tokenizer
 
 
-def _stock(args: argparse.Namespace) -> PreTrainedModel:
-    """The model as transformers has it, split by it in several processes."""
-    return load_model(args) if n_ranks() == 1 else hfopt.restore(_load(args, None))
-
-
 def _load(args: argparse.Namespace, quantization: str | None) -> PreTrainedModel:
+    """The optimised model of a checkpoint, or the part of it that this process has."""
     return hfopt.load(
         args.model_id or hfopt.embedded_model(),
         dtype=getattr(torch, args.dtype),
