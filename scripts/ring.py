@@ -4,7 +4,8 @@
     python scripts/ring.py llama-2-7b --tokens 16384 --ranks 4
 
 Each round asks one after the other; processes that are not asked sleep. Printed are medians of the rounds, that of the
-quotients of each round, and what a process holds of keys and values.
+quotients of each round, the seconds of all cores (of the whole request, which others that use the machine disturb less), and
+what a process holds of keys and values.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from hfopt.console import models
 from hfopt.generation import prefill
 from hfopt.machine import env
 
+_PRINTED = (("prompt", "s", 1.0), ("cores", "s", 1.0), ("step", "ms", 1e3), ("bytes", "MiB", 2.0**-20))
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -65,9 +68,11 @@ def _note_caches(caches: list[IndirectCache]) -> None:
 
 
 def _ask(model: Any, ids: Tensor, steps: int) -> dict[str, float]:
+    begin = time.process_time()
     with hfopt.record_latency(model) as latency:
         model.generate(ids, max_new_tokens=steps + 1, min_new_tokens=steps + 1, do_sample=False)
-    return {"prompt": latency.first[0], "step": statistics.median(latency.next)}
+    cores = time.process_time() - begin
+    return {"prompt": latency.first[0], "step": statistics.median(latency.next), "cores": cores}
 
 
 def _held(cache: IndirectCache) -> int:
@@ -99,11 +104,12 @@ class Worker:
 
 
 def together(workers: list[Worker]) -> dict[str, float]:
-    """What the slowest of them says."""
+    """What the slowest of them says; of the time of cores the sum."""
     for worker in workers:
         worker.begin()
     said = [worker.end() for worker in workers]
-    return {name: max(each[name] for each in said) for name in said[0]}
+    kinds = {name: [each[name] for each in said] for name in said[0]}
+    return {name: sum(each) if name == "cores" else max(each) for name, each in kinds.items()}
 
 
 def main() -> int:
@@ -141,7 +147,7 @@ def main() -> int:
         finally:
             for worker in (*one, *ranks):
                 worker.close()
-    for name, unit, factor in (("prompt", "s", 1.0), ("step", "ms", 1e3), ("bytes", "MiB", 2.0**-20)):
+    for name, unit, factor in _PRINTED:
         alone, shared = ([factor * each[place][name] for each in rounds] for place in (0, 1))
         quotient = statistics.median(ours / theirs for theirs, ours in zip(alone, shared, strict=True))
         numbers = (
