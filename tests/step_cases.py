@@ -76,10 +76,10 @@ def passes(monkeypatch: pytest.MonkeyPatch, rehearsals: list[str | None]) -> lis
         finally:
             del found[n_before:]
 
-    def proven(walk: Any, model: Model) -> Any:
+    def proven(walk: Any, model: Model, ranks: Any = None) -> Any:
         n_before = len(found)
         try:
-            return verdict_on(walk, model)
+            return verdict_on(walk, model, ranks)
         finally:
             del found[n_before:]
 
