@@ -15,7 +15,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hfopt import generation, host
 from hfopt.cache import IndirectCache
-from hfopt.distributed import Ranks, Ring
+from hfopt.distributed.ranks import Ranks
+from hfopt.distributed.ring import Ring
 from hfopt.errors import ForkedProcess, KernelError
 from hfopt.generation import Installed, StepProgram, StepPrograms, Verdict
 from hfopt.host import is_capture, vocabulary

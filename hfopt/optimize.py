@@ -29,7 +29,8 @@ from hfopt.streaming import detach
 from hfopt.words import DTYPES, dtypes_in_words
 
 if TYPE_CHECKING:
-    from hfopt.distributed import Ranks, Ring
+    from hfopt.distributed.ranks import Ranks
+    from hfopt.distributed.ring import Ring
     from hfopt.functional import Kernels
     from hfopt.generation import Verdict
     from hfopt.patches.walk import Walk
@@ -230,7 +231,7 @@ def _together(model: nn.Module, kernels: Kernels, *, context_parallel: bool) -> 
     """The processes that transformers has split the model over, once its layers are ours; None if there are none, or if
     they stay what they are. context_parallel: all processes, each of which has a whole model.
     """
-    from hfopt.distributed import Ranks
+    from hfopt.distributed.ranks import Ranks
     from hfopt.functional.choice import settle
     from hfopt.patches.sharding import ranks_of, take_parts
 
@@ -256,7 +257,7 @@ def _together(model: nn.Module, kernels: Kernels, *, context_parallel: bool) -> 
 
 def _with_whole_models(model: nn.Module) -> Ranks:
     """All processes, for `context_parallel`; raises InvalidInput if there are none, or none that have all of the model."""
-    from hfopt.distributed import Ranks
+    from hfopt.distributed.ranks import Ranks
     from hfopt.patches.sharding import ranks_of
 
     generator = generation.generator_of(model)
@@ -279,7 +280,7 @@ def _with_whole_models(model: nn.Module) -> Ranks:
 
 def _ring(generator: Any, verdict: Verdict | None, ranks: Ranks) -> Ring:
     """What reads long prompts of this model together, or, with a warning, does not."""
-    from hfopt.distributed import Ring
+    from hfopt.distributed.ring import Ring
     from hfopt.model_proof import ring_flaw
 
     ring = Ring(ranks)

@@ -11,7 +11,7 @@ from torch import Tensor
 import hfopt
 from hfopt import functional
 from hfopt.cache import IndirectCache, ShardedLayer, Share
-from hfopt.distributed import Ring
+from hfopt.distributed.ring import Ring
 from hfopt.errors import InvalidInput
 from hfopt.functional import Scoring
 from tests.context_work import ALONE, FAMILIES, N_TOKENS, model_of

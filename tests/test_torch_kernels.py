@@ -21,6 +21,7 @@ from hfopt.functional import LinearWeights, Mask, Scoring, choice
 from hfopt.functional.activation import ACTIVATIONS
 from hfopt.kernels.linear.rows import ROW_LIMIT
 from hfopt.patches.replacement import Replacement
+from hfopt.program import programs
 from tests import reference
 from tests.generation_cases import FAMILIES, gptj, llama, prompts
 from tests.reference import DTYPES, assert_as_exact_as_torch, bits
@@ -53,6 +54,7 @@ EPILOGUES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def torch_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_measure", lambda operation, dtype, size: [0.5] * choice.PAIRS)
+    monkeypatch.setattr(programs, "is_quicker", lambda *arguments: False)
 
 
 @pytest.fixture

@@ -2,7 +2,5 @@
 
 from hfopt.distributed.cluster import ClusterGroup
 from hfopt.distributed.group import SharedGroup
-from hfopt.distributed.ranks import Ranks
-from hfopt.distributed.ring import Ring
 
-__all__ = ["ClusterGroup", "Ranks", "Ring", "SharedGroup"]
+__all__ = ["ClusterGroup", "SharedGroup"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,14 +18,14 @@ from ._types import Model
 from .state import installed
 
 if TYPE_CHECKING:  # it loads Numba
-    from hfopt.distributed import Ranks
+    from hfopt.distributed.ranks import Ranks
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
-def elapsed(ranks: Ranks | None, begin: float) -> float:
-    """Seconds since `begin`, of `time.perf_counter`: those of the first process."""
-    seconds = time.perf_counter() - begin
+def of_first(ranks: Ranks | None, seconds: float) -> float:
+    """What has taken so long here: the seconds of the first process."""
+
     return seconds if ranks is None else ranks.first(int(seconds * 1e9)) / 1e9
 
 

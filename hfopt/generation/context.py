@@ -13,7 +13,7 @@ from hfopt.cache import IndirectCache, Share
 from ._types import Model, Outputs
 
 if TYPE_CHECKING:  # it loads Numba
-    from hfopt.distributed import Ring
+    from hfopt.distributed.ring import Ring
 
 # Tokens of a prompt; of fewer, what there is to wait for in each layer, and in each step behind it, is more than what is
 # saved.

@@ -12,7 +12,7 @@ from torch import Tensor
 from hfopt.cache import AppendedEverywhere, IndirectCache
 
 from ._types import Model
-from .agreement import elapsed
+from .agreement import of_first
 from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, spans, wanted
 from .protocols import StepProgram, StepPrograms, StepRun
 from .selection import argmax
@@ -193,7 +193,7 @@ class Decoding:
             self._cache.crop(-n_new)
             raise
         if self._speculation is not None:
-            self._speculation.note_call(n_rows, n_new, elapsed(self._ranks, begin))
+            self._speculation.note_call(n_rows, n_new, of_first(self._ranks, time.perf_counter() - begin))
         return logits
 
     def _end_check(self) -> None:
@@ -283,7 +283,8 @@ class Decoding:
         except BaseException:  # its columns have not been written, or nobody gets to know of them: Ctrl-C
             self._cache.crop(-n_steps)
             raise
-        self._n_steps, self._seconds = len(chosen), elapsed(self._ranks, begin) / len(chosen)
+        self._n_steps = len(chosen)
+        self._seconds = of_first(self._ranks, time.perf_counter() - begin) / len(chosen)
         if self._speculation is not None:
             self._speculation.note_call(len(tokens), 1, self._seconds)
         if len(chosen) < n_steps:

@@ -17,7 +17,7 @@ from hfopt.cache import IndirectCache
 from hfopt.errors import HfoptError
 
 from ._types import Ids, Model
-from .agreement import elapsed
+from .agreement import of_first
 from .decoding import Decoding, Greedy, Pace
 from .prefill import Prefill
 from .selection import argmax, drawn
@@ -26,7 +26,7 @@ from .speculation import Guess
 from .state import installed
 
 if TYPE_CHECKING:  # it loads Numba
-    from hfopt.distributed import Ranks
+    from hfopt.distributed.ranks import Ranks
 
 _GREEDY = Greedy(np.empty(0, np.int64), 0)
 
@@ -144,7 +144,7 @@ class DraftModel:
         guessed = self._guessed = np.stack(made, 1)
         if not is_first and n_unread <= 2:  # as many calls as tokens
             costs = installed(self._model).draft_costs
-            costs.note(self._n_rows, 1, elapsed(self._ranks, begin) / len(made))
+            costs.note(self._n_rows, 1, of_first(self._ranks, time.perf_counter() - begin) / len(made))
         n_known = int((guessed < self._vocabulary).all(0).cumprod().sum())
         return Guess(guessed[:, :n_known]) if n_known else None
 

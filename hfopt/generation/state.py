@@ -14,7 +14,8 @@ from .protocols import StepPrograms
 from .speculation import StepCosts
 
 if TYPE_CHECKING:  # it loads Numba
-    from hfopt.distributed import Ranks, Ring
+    from hfopt.distributed.ranks import Ranks
+    from hfopt.distributed.ring import Ring
 
 _ATTRIBUTE = "_hfopt_generation"  # of an optimized model
 

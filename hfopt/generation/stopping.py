@@ -16,7 +16,7 @@ from .agreement import agreed
 from .latency import TokenClock
 
 if TYPE_CHECKING:  # it loads Numba
-    from hfopt.distributed import Ranks
+    from hfopt.distributed.ranks import Ranks
 
 
 def runs_foreign_code(parts: Iterable[Any]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hfopt.distributed import Ranks
+from hfopt.distributed.ranks import Ranks
 from hfopt.errors import UnsupportedModel
 from hfopt.host import Features, Split, is_sharded, local_part
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hfopt.distributed import Ranks
+from hfopt.distributed.ranks import Ranks
 from hfopt.host import Sharding, Split, local_part
 from hfopt.modules.sharded import give_back, is_part, take_part
 

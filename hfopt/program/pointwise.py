@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hfopt.distributed import Ranks
+from hfopt.distributed.ranks import Ranks
 from hfopt.errors import InvalidInput, UnsupportedModel
 from hfopt.functional import Norm, Weights, Xielu
 from hfopt.functional.activation import CODES

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfopt.distributed import Ranks
+from hfopt.distributed.ranks import Ranks
 from hfopt.errors import InvalidInput
 from hfopt.functional.attention import Mask
 from hfopt.functional.checks import check_contiguous, check_floats
