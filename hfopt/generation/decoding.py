@@ -79,8 +79,7 @@ class Decoding:
         self._has_flags = are_flags
         # no program that is not given positions reads these
         self._positions, self._mask = np.zeros(1, np.int64) if positions is None else positions, mask
-        self._is_alone, self._wait, self._speculation = pace
-        self._ranks = installed(model).ranks
+        (self._is_alone, self._wait, self._speculation), self._ranks = pace, installed(model).ranks
         self._program: StepProgram | None = None
         self._run: StepRun | None = None
         self._checks: dict[int, StepRun] = {}  # by tokens of a row
