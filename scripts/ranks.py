@@ -128,7 +128,7 @@ def main() -> None:
         config = named_config(options.shape, options.layers)
         random_model(config, getattr(torch, options.dtype)).save_pretrained(folder)
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.ranks}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HFOPT_PIN": "0"}
         command = [*launcher, __file__, *sys.argv[1:], "--folder", folder]
         sys.exit(subprocess.run(command, env=environment, check=False).returncode)
 
