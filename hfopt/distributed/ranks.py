@@ -90,6 +90,11 @@ class Ranks:
         told = torch.tensor([value], dtype=torch.long, device="cpu")
         return int(self._collectives.broadcast(told))
 
+    def first_flags(self, flags: np.ndarray) -> np.ndarray:
+        """The same of several at once: bool [n]."""
+        told: np.ndarray = self._collectives.broadcast(torch.from_numpy(flags.copy())).numpy()
+        return told
+
     def agree(self, reason: str | None) -> str | None:
         """The reason against something that the first rank with one has given, in words; None if none has."""
         given = ((rank, each) for rank, each in enumerate(self._told(reason)) if each is not None)

@@ -25,7 +25,6 @@ _PLAIN = (bool, int, float, str, bytes, type(None))
 
 def of_first(ranks: Ranks | None, seconds: float) -> float:
     """What has taken so long here: the seconds of the first process."""
-
     return seconds if ranks is None else ranks.first(int(seconds * 1e9)) / 1e9
 
 
@@ -33,9 +32,7 @@ def agreed(ranks: Ranks | None, hits: np.ndarray | None, n_rows: int) -> np.ndar
     """Which rows stop, bool [n_rows] or None: those of the first process."""
     if ranks is None:
         return hits
-    told = np.array(
-        [ranks.first(int(each)) for each in (np.zeros(n_rows, np.bool_) if hits is None else hits)], np.bool_
-    )
+    told = ranks.first_flags(np.zeros(n_rows, np.bool_) if hits is None else hits)
     return told if told.any() else None
 
 

@@ -98,47 +98,39 @@ class _Sum(torch.autograd.Function):
         )
 
 
-class ShardedLinear(nn.Linear):
-    """`y = x W^T + b` of which this process has some rows or columns of W.
-
-    in_features and out_features are those of the part. A bias that is added to a sum is 0 in all processes but the first.
-    """
+class _Part(nn.Module):
+    """In front of a class of layers: of its weights this process has a part."""
 
     shard: Shard
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.shard.join(F.linear(self.shard.cut(input), self.weight, self.bias))
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        _save(self, destination, prefix, keep_vars)
+        # what transformers has given this process: it knows how to put the parts together
+        for name, weight in self.shard.weights.items():
+            if weight is not None:
+                destination[prefix + name] = weight if keep_vars else weight.detach()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         raise UnsupportedModel(_NO_LOADING)
 
 
-class _ShardedRows(nn.Embedding):
-    """In front of the class of an embedding: of its rows this process has some."""
+class ShardedLinear(_Part, nn.Linear):
+    """`y = x W^T + b` of which this process has some rows or columns of W.
 
-    shard: Shard
+    in_features and out_features are those of the part. A bias that is added to a sum is 0 in all processes but the first.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.shard.join(F.linear(self.shard.cut(input), self.weight, self.bias))
+
+
+class _ShardedRows(_Part, nn.Embedding):
+    """In front of the class of an embedding: of its rows this process has some."""
 
     def forward(self, input: Tensor) -> Tensor:
         places = input - self.shard.first
         is_other = (places < 0) | (places >= self.shard.n_own)
         found: Tensor = super().forward(places.masked_fill(is_other, 0))
         return cast(Tensor, _Sum.apply(found.masked_fill(is_other[..., None], 0), self.shard.ranks))
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        _save(self, destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        raise UnsupportedModel(_NO_LOADING)
-
-
-def _save(module: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
-    """What transformers has given this process: it knows how to put the parts together."""
-    for name, weight in module.shard.weights.items():
-        if weight is not None:
-            destination[prefix + name] = weight if keep_vars else weight.detach()
 
 
 @functools.cache

@@ -18,25 +18,19 @@ def plan_for(model: nn.Module) -> dict[str, str] | None:
 
     Attention works on all heads in each process, because how a model tells its heads apart may depend on how many there are.
     """
+    known = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
     for family in dict.fromkeys((*families_of(model), *FAMILIES)):
         plan = dict(_rules(model, family))
-        linears = {
-            path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)
-        }
-        layer = f"{_prefix(family)}{family.decoder.layers}.*"
-        if plan and all(path.replace(layer, layer[:-1] + "0") in linears for path in plan):
+        layer = f"{family.decoder.path}.{family.decoder.layers}.*"
+        if all(path.replace(layer, layer[:-1] + "0") in known for path in plan):
             return plan
     return None
 
 
-def _prefix(family: Family) -> str:
-    return f"{family.decoder.path}."
-
-
 def _rules(model: Any, family: Family) -> Iterator[tuple[str, str]]:
     decoder, layer, attention = family.decoder, family.layer, family.attention
-    prefix = f"{_prefix(family)}{decoder.layers}.*."
-    yield f"{_prefix(family)}{decoder.tokens}", _EMBEDDING
+    prefix = f"{decoder.path}.{decoder.layers}.*."
+    yield f"{decoder.path}.{decoder.tokens}", _EMBEDDING
     for name in attention.inputs:
         yield f"{prefix}{layer.attention}.{name}", _ROWS_GATHERED
     yield f"{prefix}{layer.attention}.{attention.output}", _COLUMNS_CUT
