@@ -21,7 +21,7 @@ from hfopt.checkpoints.foreign import READERS
 from hfopt.checkpoints.hf_config import HfoptConfig
 from hfopt.checkpoints.reader import FLOATS, Checkpoint
 from hfopt.errors import CorruptCheckpoint, InvalidInput, UnsupportedModel
-from hfopt.host import Config, split_options
+from hfopt.host import Config, can_split, split_options
 from hfopt.machine.cores import fit_threads
 from hfopt.optimize import optimize
 from hfopt.patches.tensor_plan import plan_for
@@ -68,9 +68,9 @@ def load(
             checkpoint of floats, by the plan of transformers, or that of hfopt where it has none.
         device_map: "disk" for a model that is larger than memory: its layers are read from the files while others are
             computed, over and over, but for those that fit into memory. The files must hold what kernels read, floats of
-            this dtype or what `hfopt.save` wrote, and must not change while the model lives.
-        max_memory: {"cpu": bytes, or "8GiB"}, with device_map="disk": how much of the weights is in memory at a time. None:
-            four fifths of what is available.
+            this dtype or (in one process) what `hfopt.save` wrote, and must not change while the model lives.
+        max_memory: {"cpu": bytes, or "8GiB"}, with device_map="disk": how much of the weights is in memory at a time, in each
+            process. None: four fifths of what is available, shared out.
         kwargs: revision, token, cache_dir, subfolder, local_files_only, force_download and proxies, of the Hub;
             attn_implementation and trust_remote_code.
 
@@ -114,8 +114,17 @@ def load(
             raise UnsupportedModel(
                 f"{source}: tensor_parallel is for checkpoints of floats, without calibration"
             )
-        model = _split_model(source, config, dtype, {**hub, **options})
-        return optimize(model, quantization=quantization, kv_cache=kv_cache, speculation=speculation)
+        empty = _empty_model(source, config, dtype, options)
+        if on_disk:
+            Weights(empty, checkpoint, dtype, stored, wanted, on_disk=True)  # checks that they can stay
+        model = _split_model(source, empty, dtype, {**hub, **options}, by_rows=on_disk)
+        if on_disk:
+            attach(model, budget, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        optimize(
+            model, quantization=quantization, kv_cache=kv_cache, speculation=speculation, strict=on_disk
+        )
+        settle(model)
+        return model
     model = _empty_model(source, config, dtype, options)
     fit_threads()  # before the kernels that pack
     weights = Weights(model, checkpoint, dtype, stored, wanted, on_disk=on_disk)
@@ -212,8 +221,13 @@ def _empty_model(source: str, config: Config, dtype: torch.dtype, options: dict[
     return model
 
 
-def _split_model(source: str, config: Config, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
-    """The part that this one of torchrun's processes has of the model, read by transformers."""
+def _split_model(
+    source: str, empty: PreTrainedModel, dtype: torch.dtype, options: dict[str, Any], *, by_rows: bool
+) -> PreTrainedModel:
+    """The part that this one of torchrun's processes has of the model, read by transformers.
+
+    empty: the model without weights. by_rows: as in `plan_for`, whatever plan transformers has.
+    """
     from hfopt.distributed.placement import begin_ranks  # here, because it loads Numba
 
     size = int(os.environ.get("WORLD_SIZE", "0"))
@@ -222,9 +236,9 @@ def _split_model(source: str, config: Config, dtype: torch.dtype, options: dict[
             "tensor_parallel=True needs processes: start the script with torchrun --nproc-per-node N"
         )
     begin_ranks()  # before memory is taken
-    own = {name: options[name] for name in _MODEL if name in options}
-    empty = _empty_model(source, config, dtype, own)
-    split = split_options(empty, plan_for(empty), size)
+    split = split_options(
+        None if can_split(empty, size) and not by_rows else plan_for(empty, by_rows=by_rows), size
+    )
     if split is None:
         raise UnsupportedModel("tensor_parallel=True: the installed transformers splits no models")
     try:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import hfopt
 from hfopt.errors import InvalidInput, RankError, UnsupportedModel
-from hfopt.host import split_options
+from hfopt.host import can_split, split_options
 from hfopt.patches.tensor_plan import plan_for
 
 _SIZES = {
@@ -35,6 +35,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"vocab_size": 1000, **_GQA, "tie_word_embeddings": True}),
     # a vocabulary and a feed-forward block that do not divide
     "uneven": ("LlamaConfig", {"vocab_size": 1001, **_GQA, "intermediate_size": 353, **_BIASES}),
+    # fewer heads of keys than there may be processes
+    "few": ("LlamaConfig", {"vocab_size": 1000, **_GQA, "num_key_value_heads": 2}),
     "gptj": ("GPTJConfig", {"vocab_size": 1000, "rotary_dim": 8}),
     "opt": ("OPTConfig", {"vocab_size": 1000, "ffn_dim": 352, "word_embed_proj_dim": 128}),
     "qwen3": ("Qwen3Config", {"vocab_size": 1000, **_GQA, "head_dim": 16}),
@@ -60,7 +62,8 @@ def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
         folders = [tempfile.mkdtemp()]
         model.save_pretrained(folders[0])
     dist.broadcast_object_list(folders)
-    options: Any = split_options(model, plan_for(model), dist.get_world_size())
+    n = dist.get_world_size()
+    options: Any = split_options(None if can_split(model, n) else plan_for(model), n)
     return AutoModelForCausalLM.from_pretrained(str(folders[0]), dtype=dtype, **options).eval()
 
 
@@ -174,3 +177,13 @@ def saved() -> bool:
     dist.barrier()
     whole = AutoModelForCausalLM.from_pretrained(Path(folders[0]))
     return bool(torch.allclose(whole(PROMPT).logits, expected, atol=1e-5))
+
+
+def from_disk(folder: str, share: float) -> tuple[Tensor, int, int]:
+    """Tokens by a part of a model that stays on disk, but for a share of it; bytes of it that a step reads, and of all."""
+    os.environ["WORLD_SIZE"] = str(dist.get_world_size())
+    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) // dist.get_world_size()
+    budget = {"cpu": int(share * size)}
+    model: Any = hfopt.load(folder, tensor_parallel=True, device_map="disk", max_memory=budget)
+    use = hfopt.explain(model).disk
+    return _requests(model)[0], use.step, size

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import hfopt
 from tests.parallel_memory import save
-from tests.parallel_work import FAMILIES
+from tests.parallel_work import FAMILIES, MASK, PROMPT, STEPS
 from tests.ranks import Ranks, results
 
 QUICK = ("llama", "opt")
@@ -77,6 +79,17 @@ def test_a_process_may_be_killed_at_any_moment(moment: int) -> None:
     assert said and not nothing
     assert time.monotonic() - begin < 10
     assert not list(Path("/dev/shm").glob("hfopt-*"))
+
+
+def test_parts_stay_on_disk(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 1000}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8)).save_pretrained(tmp_path)
+    given = {"input_ids": PROMPT, "attention_mask": MASK, **STEPS, "do_sample": False}
+    whole: Any = hfopt.load(tmp_path)
+    expected = whole.generate(**given)
+    for tokens, step, size in results(2, call("from_disk", str(tmp_path), 0.6))[0]:
+        assert torch.equal(tokens, expected)
+        assert 0 < step < size
 
 
 def test_quantised_parts_are_not_saved() -> None:

@@ -89,6 +89,7 @@ from hfopt.host.rotary import (  # noqa: E402
 from hfopt.host.sharding import (  # noqa: E402
     Sharding,
     Split,
+    can_split,
     is_sharded,
     keeps_step,
     local_part,
@@ -144,6 +145,7 @@ __all__ = [
     "cache_given",
     "cache_in",
     "cached_length",
+    "can_split",
     "captured_outputs",
     "casts_inputs",
     "causal_output",

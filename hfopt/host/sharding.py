@@ -33,6 +33,7 @@ _LINEARS = {
     "rowwise_split_input": Split(1, True),
     "rowwise_rep": Split(1, True),
 }
+_KEYS = ("k_proj", "qkv_proj", "query_key_value")  # linear layers that make the heads of keys
 _EMBEDDINGS = {"embedding_rowwise": Split(0, True)}
 _WHOLE = frozenset({"replicated_with_grad_allreduce", "replicate"})
 
@@ -79,15 +80,25 @@ def sharding_of(model: nn.Module) -> Sharding | str | None:
     return Sharding(mesh.get_group(), splits)
 
 
-def split_options(model: Any, plan: dict[str, str] | None, n: int) -> dict[str, Any] | None:
-    """Arguments of `from_pretrained` that split a model like this one over n processes; None if this release has none.
+def split_options(plan: dict[str, str] | None, n: int) -> dict[str, Any] | None:
+    """Arguments of `from_pretrained` that split a model over n processes; None if this release has none.
 
-    plan: where its class has none of its own.
+    plan: None for that of the model's class.
     """
     if "tp_plan" not in inspect.signature(DistributedConfig).parameters:
         return None
-    rules: Any = "auto" if getattr(model, "tp_plan", None) else plan
+    rules: Any = "auto" if plan is None else plan
     return {"distributed_config": DistributedConfig(tp_size=n, tp_plan=rules)}
+
+
+def can_split(model: Any, n: int) -> bool:
+    """Whether transformers has a plan for the class of a model that gives each of n processes whole heads."""
+    plan, config = getattr(model, "tp_plan", None), model.config.get_text_config(decoder=True)
+    if not plan:
+        return False
+    names = "num_attention_heads", "num_key_value_heads"
+    splits_heads = any(style == "colwise" and path.endswith(_KEYS) for path, style in plan.items())
+    return not splits_heads or all((getattr(config, name, None) or 0) % n == 0 for name in names)
 
 
 def keeps_step(model: Any) -> bool:

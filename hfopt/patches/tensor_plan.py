@@ -13,14 +13,17 @@ _ROWS, _COLUMNS = "colwise", "rowwise"
 _ROWS_GATHERED, _COLUMNS_CUT, _EMBEDDING = "colwise_gather_output", "rowwise_split_input", "embedding_rowwise"
 
 
-def plan_for(model: nn.Module) -> dict[str, str] | None:
+def plan_for(model: nn.Module, *, by_rows: bool = False) -> dict[str, str] | None:
     """Of each Linear that is split, how; None for a model whose parts no record names. It may be one without weights.
 
     Attention works on all heads in each process, because how a model tells its heads apart may depend on how many there are.
+    by_rows: each process has rows of all matrices, which lie together in a file, and all results are gathered.
     """
     known = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
     for family in dict.fromkeys((*families_of(model), *FAMILIES)):
         plan = dict(_rules(model, family))
+        if by_rows:
+            plan = {path: style if style == _EMBEDDING else _ROWS_GATHERED for path, style in plan.items()}
         layer = f"{family.decoder.path}.{family.decoder.layers}.*"
         if all(path.replace(layer, layer[:-1] + "0") in known for path in plan):
             return plan

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hfopt.errors import InvalidInput, UnsupportedModel
+from hfopt.host import is_sharded, local_part
 from hfopt.machine import pages
 from hfopt.machine.memory import available_memory
 from hfopt.streaming.budget import split
@@ -55,13 +56,14 @@ def _mib(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:,.0f} MiB"
 
 
-def attach(model: Any, budget: int | None) -> None:
+def attach(model: Any, budget: int | None, n_processes: int = 1) -> None:
     """Let the layers and the head of a model come from the files that its weights are mapped from.
 
-    budget: bytes of memory for weights; None for four fifths of what is available. Raises `InvalidInput` if the largest
+    budget: bytes of memory for weights; None for four fifths of what is available, shared out to the processes of this
+    machine that load such a model. Raises `InvalidInput` if the largest
     layer does not fit, and `UnsupportedModel` for a model without a list of layers.
     """
-    budget = int(_SHARE * available_memory()) if budget is None else budget
+    budget = int(_SHARE * available_memory() / n_processes) if budget is None else budget
     modules = _parts(model)
     owned = [_tensors(module) for module in modules.values()]
     counts = Counter(address for tensors in owned for address in tensors)
@@ -111,14 +113,18 @@ def _parts(model: Any) -> dict[str, nn.Module]:
 
 def _tensors(module: nn.Module) -> dict[int, Tensor]:
     """Its parameters and buffers, by their addresses."""
-    return {each.data_ptr(): each.detach() for each in (*module.parameters(), *module.buffers())}
+    found = (
+        local_part(each) if is_sharded(each) else each.detach()
+        for each in (*module.parameters(), *module.buffers())
+    )
+    return {each.data_ptr(): each for each in found}
 
 
 def _looked_up(model: nn.Module, owned: Iterable[dict[int, Tensor]]) -> list[Tensor]:
     """Tables of which steps read single rows."""
     known = {address for tensors in owned for address in tensors}
-    tables = (each.weight.detach() for each in model.modules() if isinstance(each, nn.Embedding))
-    return [each for each in tables if each.data_ptr() not in known]
+    tables = (_tensors(each) for each in model.modules() if isinstance(each, nn.Embedding))
+    return [each for table in tables for address, each in table.items() if address not in known]
 
 
 def settle(model: nn.Module) -> None:
