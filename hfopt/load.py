@@ -69,8 +69,8 @@ def load(
         device_map: "disk" for a model that is larger than memory: its layers are read from the files while others are
             computed, over and over, but for those that fit into memory. The files must hold what kernels read, floats of
             this dtype or (in one process) what `hfopt.save` wrote, and must not change while the model lives.
-        max_memory: {"cpu": bytes, or "8GiB"}, with device_map="disk": how much of the weights is in memory at a time, in each
-            process. None: four fifths of what is available, shared out.
+        max_memory: {"cpu": bytes, or "8GiB"}, with device_map="disk": how much of the weights is in memory at a time, in
+            each process. None: four fifths of what is available, shared out.
         kwargs: revision, token, cache_dir, subfolder, local_files_only, force_download and proxies, of the Hub;
             attn_implementation and trust_remote_code.
 
@@ -120,9 +120,7 @@ def load(
         model = _split_model(source, empty, dtype, {**hub, **options}, by_rows=on_disk)
         if on_disk:
             attach(model, budget, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        optimize(
-            model, quantization=quantization, kv_cache=kv_cache, speculation=speculation, strict=on_disk
-        )
+        optimize(model, quantization=quantization, kv_cache=kv_cache, speculation=speculation, strict=on_disk)
         settle(model)
         return model
     model = _empty_model(source, config, dtype, options)

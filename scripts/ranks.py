@@ -6,6 +6,10 @@
 Each round times a greedy request with the whole model (rank 0, one thread a rank; the others sleep) and one with its parts
 (one thread each): the prompt's first token, and the tokens behind it. Printed are medians and the median of the rounds'
 ratios, and what sums of a step cost by themselves.
+
+The last lines are a model of what more ranks give: a step takes what one thread takes for what is no weights, the bytes of
+the weights / what the ranks' cores read together, and the sums. It is made of measurements with one thread, of the memory,
+and of sums, and set beside the step that was measured.
 """
 
 import argparse
@@ -16,7 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -25,6 +29,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import hfopt
+from hfopt.bench.roofline import BandwidthMeter, bytes_per_step
 from hfopt.console.models import named_config, random_model
 from hfopt.distributed import SharedGroup
 from hfopt.machine import env
@@ -42,10 +47,9 @@ def timed(model: Any, prompt: torch.Tensor, n_new: int) -> tuple[float, float]:
     return first, (time.perf_counter() - begin - first) / n_new
 
 
-def sums(model: Any, group: SharedGroup, dtype: torch.dtype) -> float:
-    """Seconds of the sums of a step, by themselves."""
-    config = model.config.get_text_config()
-    x = torch.zeros(config.hidden_size, dtype=dtype)
+def sum_of(group: SharedGroup, n: int, dtype: torch.dtype) -> float:
+    """Seconds of a sum of n values."""
+    x = torch.zeros(n, dtype=dtype)
     spans = []
     for _ in range(5):
         group.barrier()
@@ -53,7 +57,35 @@ def sums(model: Any, group: SharedGroup, dtype: torch.dtype) -> float:
         for _ in range(200):
             group.all_reduce(x)
         spans.append((time.perf_counter() - begin) / 200)
-    return statistics.median(spans) * (2 * config.num_hidden_layers + 1)
+    return statistics.median(spans)
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes a second that so many threads read."""
+    torch.set_num_threads(threads)
+    found = BandwidthMeter().measure()
+    torch.set_num_threads(1)
+    return found
+
+
+class Scaling(NamedTuple):
+    """What a step of n ranks is made of: bytes of weights, seconds of what is none; rates of memory, of one core and of all
+    cores of a socket; how many sums, and seconds of one: so many, and so many more for each rank beside the first.
+    """
+
+    n_bytes: float
+    rest: float
+    alone: float
+    socket: float
+    n_sums: int
+    latency: float
+    by_rank: float
+
+    def seconds(self, n_ranks: int, n_sockets: int = 1) -> float:
+        """Of a step."""
+        rate = n_sockets * min(n_ranks / n_sockets * self.alone, self.socket)
+        sums = self.n_sums * (self.latency + (n_ranks - 1) * self.by_rank)
+        return self.rest + self.n_bytes / rate + sums
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -75,21 +107,30 @@ def measure(options: argparse.Namespace) -> None:
     prompt = torch.randint(
         5, parts.config.vocab_size, (1, options.prompt), generator=torch.Generator().manual_seed(0)
     )
+    ones, rates = (
+        [],
+        [],
+    )  # seconds of steps with one thread; bytes a second of one, and of as many as there are ranks
     taken: dict[str, list[tuple[float, float]]] = {"whole": [], "parts": []}
     for k in range(options.rounds + 1):  # the first one compiles
         if whole is not None:
             torch.set_num_threads(size)
             found = timed(whole, prompt, options.new)
             torch.set_num_threads(1)
+            alone = timed(whole, prompt[:, :1], options.new)[1]
             if k:
                 taken["whole"].append(found)
+                ones.append(alone)
+                rates.append((bandwidth(1), bandwidth(size)))
         dist.barrier()
         found = timed(parts, prompt, options.new)
         if k:
             taken["parts"].append(found)
         dist.barrier()
-    seconds = sums(parts, group, dtype)
+    hidden, n_sums = parts.config.hidden_size, 2 * parts.config.num_hidden_layers + 1
+    one_sum, long_sum = (sum_of(group, n, dtype) for n in (hidden, 4 * hidden))
     if rank == 0:
+        assert whole is not None
         shape = f"{options.shape}, {parts.config.num_hidden_layers} layers, {options.dtype}"
         print(f"{size} ranks of one thread; {shape}, quantization {options.quantization}; {env.cpu_model()}")
         print(f"prompt of {options.prompt}, {options.new} new tokens, {options.rounds} rounds")
@@ -101,7 +142,24 @@ def measure(options: argparse.Namespace) -> None:
                 f"{size} ranks {1e3 * statistics.median(all_of_them):.2f} ms, ratio {statistics.median(ratios):.3f} "
                 f"({min(ratios):.3f} to {max(ratios):.3f})"
             )
-        print(f"sums of a step by themselves: {1e3 * seconds:.3f} ms")
+        print(f"sums of a step by themselves: {1e3 * n_sums * one_sum:.3f} ms")
+        by_rank = (long_sum - one_sum) / 3 / (size - 1)
+        n_bytes = bytes_per_step(whole, 1, options.prompt, 1, options.new)
+        core, socket = (statistics.median(each) for each in zip(*rates, strict=True))
+        rest = max(statistics.median(ones) - n_bytes / core, 0.0)
+        latency = one_sum - (size - 1) * by_rank
+        model = Scaling(n_bytes, rest, core, socket, n_sums, latency, by_rank)
+        print(
+            f"one thread: a token {1e3 * statistics.median(ones):.2f} ms, of which {1e3 * rest:.2f} ms read no weights"
+        )
+        print(f"memory: one core {core / 1e9:.1f} GB/s, {size} cores {socket / 1e9:.1f} GB/s")
+        measured = statistics.median(each[1] for each in taken["parts"])
+        here = model.seconds(size)
+        print(f"{size} ranks: predicted {1e3 * here:.2f} ms, measured / predicted {measured / here:.3f}")
+        for n in (2, 4, 8):
+            print(
+                f"{n} ranks on 2 sockets with this memory each: predicted {1e3 * model.seconds(n, 2):.2f} ms"
+            )
     dist.barrier()
     os._exit(0)  # gloo's threads may wait
 

@@ -186,4 +186,5 @@ def from_disk(folder: str, share: float) -> tuple[Tensor, int, int]:
     budget = {"cpu": int(share * size)}
     model: Any = hfopt.load(folder, tensor_parallel=True, device_map="disk", max_memory=budget)
     use = hfopt.explain(model).disk
+    assert use is not None
     return _requests(model)[0], use.step, size

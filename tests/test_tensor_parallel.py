@@ -82,7 +82,7 @@ def test_a_process_may_be_killed_at_any_moment(moment: int) -> None:
 
 
 def test_parts_stay_on_disk(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 1000}
+    sizes: Any = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 1000}
     LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8)).save_pretrained(tmp_path)
     given = {"input_ids": PROMPT, "attention_mask": MASK, **STEPS, "do_sample": False}
     whole: Any = hfopt.load(tmp_path)
