@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from hfopt.host import Adapter, adapters_in
 from hfopt.machine import env
 from hfopt.machine.cores import Cores, cores_of_process
 from hfopt.streaming import DiskUse, disk_use
-from hfopt.words import counted, dtype_name, table
+from hfopt.words import counted, dtype_name, grouped, table
 
 if TYPE_CHECKING:
     from hfopt.functional.choice import Choice
@@ -41,8 +40,9 @@ class Report:
     model's dtypes. kv_cache: the argument of `optimize`; float_cache: why keys and values are cached as floats all the
     same, or None. speculation: the argument of `optimize`. keeps_prompts: whether there is a `prefix_cache`; rereads: why it
     is of no use with this model, or None. quantized: Linears with packed weights. left: those that `quantization` left as
-    they are, and why. adapters: of LoRA, around Linears. disk: what steps read from there, or None. advice: in words, which
-    dtype would be faster, and at what cost; or None.
+    they are, and why. adapters: of LoRA, around Linears. together: in words, what processes share of the work; None for one
+    that works alone. disk: what steps read from there, or None. advice: in words, which dtype would be faster, and at what
+    cost; or None.
 
     Example:
         >>> import hfopt
@@ -77,6 +77,7 @@ class Report:
     quantized: tuple[Quantized, ...]
     left: dict[str, str]
     adapters: tuple[Adapter, ...]
+    together: str | None
     disk: DiskUse | None
     advice: str | None
     memory_before: int
@@ -119,6 +120,7 @@ class Report:
             quantized=quantized(walk.model),
             left=dict(left),
             adapters=adapters_in(walk.model),
+            together=_together(state),
             disk=disk_use(walk.model),
             advice=_advice(dtypes),
             choices=tuple(each for each in choice.choices() if each.dtype in dtypes),
@@ -149,6 +151,8 @@ class Report:
         step = "is one call" if self.by_module is None else f"goes module by module: {self.by_module}"
         adapters = f"; LoRA adapters: {', '.join(map(str, self.adapters))}" if self.adapters else ""
         lines.append(f"a decode step {step}{adapters}")
+        if self.together is not None:
+            lines.append(self.together)
         if self.disk is not None:
             lines.append(str(self.disk))
         if self.advice is not None:
@@ -189,18 +193,18 @@ class Report:
         if self.left:
             lines += [
                 "",
-                *table(("not quantised", "reason"), _grouped((p, (r,)) for p, r in self.left.items())),
+                *table(("not quantised", "reason"), grouped((p, (r,)) for p, r in self.left.items())),
             ]
         if self.idle:
             lines += [
                 "",
                 *table(
                     ("swapped, but not in use now", "reason"),
-                    _grouped((p, (r,)) for p, r in self.idle.items()),
+                    grouped((p, (r,)) for p, r in self.idle.items()),
                 ),
             ]
         if self.kept:
-            rows = _grouped((module.path, (_short(module.old_class), module.reason)) for module in self.kept)
+            rows = grouped((module.path, (_short(module.old_class), module.reason)) for module in self.kept)
             lines += ["", *table(("kept", "class", "reason"), rows)]
         if "auto" in self.kernels:
             head = (f"auto with {counted(self.threads, 'thread')}", "kernels", "torch's time / hfopt's")
@@ -215,7 +219,7 @@ class Report:
         return rows
 
     def _quantized_rows(self) -> list[tuple[str, ...]]:
-        return _grouped(
+        return grouped(
             (each.path, (each.format, f"{each.n_bytes / 2**20:,.1f}", f"{each.saved_bytes / 2**20:,.1f}"))
             for each in self.quantized
         )
@@ -225,7 +229,7 @@ class Report:
         for module in self.swapped:
             key = (module.old_class, module.new_class)
             worst[key] = max(worst.get(key, 0.0), module.proof or 0.0)
-        return _grouped(
+        return grouped(
             (
                 module.path,
                 (
@@ -278,6 +282,17 @@ def explain(model: nn.Module) -> Report:
     return replace(now, kept=kept, memory_after=done.memory_after)
 
 
+def _together(state: generation.Installed) -> str | None:
+    if state.ranks is None:
+        return None
+    size = state.ranks.size
+    if state.ring is None:
+        return f"{size} processes have the model together: each has a part of every layer"
+    if state.ring.refusal is not None:
+        return f"each of {size} processes reads all prompts: {state.ring.refusal}"
+    return f"{size} processes read prompts of {generation.LEAST_TOGETHER:,} tokens and more together"
+
+
 def _advice(dtypes: Collection[str]) -> str | None:
     """What float16 costs on a CPU that multiplies bfloat16; None elsewhere."""
     if "float16" not in dtypes or not env.has_bfloat16_products():
@@ -307,40 +322,3 @@ def _steps(model: nn.Module) -> tuple[str | None, Listing | None]:
 
 def _short(class_name: str) -> str:
     return class_name.rpartition(".")[2]
-
-
-def _grouped(entries: Iterable[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
-    """Rows of (paths, *columns): paths that differ only in numbers or in their last name are put together."""
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for path, columns in entries:
-        groups.setdefault((re.sub(r"\d+", "#", path), columns), []).append(path)
-    siblings: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (_, columns), paths in groups.items():
-        parent, _, name = _merged(paths).rpartition(".")
-        siblings.setdefault((parent, columns), []).append(name)
-    return [(_joined(parent, names), *columns) for (parent, columns), names in siblings.items()]
-
-
-def _joined(parent: str, names: list[str]) -> str:
-    """`layers.0-15.mlp`, or `layers.0-15.{mlp, self_attn}` for several names."""
-    together = names[0] if len(names) == 1 else f"{{{', '.join(names)}}}"
-    return f"{parent}.{together}" if parent else together or "(the model itself)"
-
-
-def _merged(paths: list[str]) -> str:
-    texts = re.split(r"\d+", paths[0])
-    numbers = zip(*(map(int, re.findall(r"\d+", path)) for path in paths), strict=True)
-    merged = texts[0]
-    for text, values in zip(texts[1:], numbers, strict=True):
-        merged += _ranges(sorted(set(values))) + text
-    return merged
-
-
-def _ranges(values: list[int]) -> str:
-    parts: list[list[int]] = []
-    for value in values:
-        if parts and value == parts[-1][-1] + 1:
-            parts[-1].append(value)
-        else:
-            parts.append([value])
-    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

@@ -103,6 +103,8 @@ def tokens_are_theirs(name: str) -> tuple[list[bool], list[list[tuple[int, int]]
     model = model_of(name)
     expected = _requests(model)
     hfopt.optimize(model, context_parallel=True)
+    said = f"{dist.get_world_size()} processes read prompts of 1,024 tokens and more together"
+    assert model.hfopt.together == said
     with shared() as caches:
         ours, again = _requests(model), _requests(model)
     hfopt.restore(model)
@@ -143,6 +145,7 @@ def each_reads_all(name: str) -> tuple[bool, bool]:
     """Whether a model that needs whole prompts is told apart, and its tokens are theirs."""
     expected = model_of(name).generate(prompt(), **STEPS, do_sample=False)
     model = hfopt.optimize(model_of(name), context_parallel=True)  # dynamic angles follow from texts before
+    assert f"each of {dist.get_world_size()} processes reads all prompts" in str(model.hfopt)
     with shared() as caches:
         found = model.generate(prompt(), **STEPS, do_sample=False)
     return not caches, torch.equal(expected, found)

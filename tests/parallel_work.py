@@ -85,6 +85,7 @@ def tokens_are_theirs(name: str) -> list[bool]:
     model = model_of(name)
     expected = _requests(model)
     hfopt.optimize(model, strict=True)
+    assert str(dist.get_world_size()) in model.hfopt.together
     ours, again = _requests(model), _requests(model)
     hfopt.restore(model)
     theirs = _requests(model)

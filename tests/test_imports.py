@@ -22,7 +22,7 @@ IMPORTS: dict[str, set[str]] = {
     "quantization": {"errors", "host"},
     "machine": {"errors", "kernels"},
     "save": {"checkpoints", "errors"},
-    "streaming": {"errors", "machine"},
+    "streaming": {"errors", "host", "machine"},
     "chat": {"cache", "errors", "host", "words"},
     "cache": {"errors", "host", "machine"},
     "warmup": {"functional", "optimize", "quantization", "words"},

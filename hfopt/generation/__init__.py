@@ -3,7 +3,7 @@
 from hfopt.host import generator_of
 
 from .conditions import obstacle
-from .context import can_share, read_shared
+from .context import LEAST_TOGETHER, can_share, read_shared
 from .generate import (
     cache_obstacle,
     check_prefix_cache,
@@ -25,6 +25,7 @@ from .protocols import StepProgram, StepPrograms, StepRun
 from .state import NOTHING, Installed, Verdict, installed, keep
 
 __all__ = [
+    "LEAST_TOGETHER",
     "MODES",
     "NOTHING",
     "Grammar",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # it loads Numba
 
 # Tokens of a prompt; of fewer, what there is to wait for in each layer, and in each step behind it, is more than what is
 # saved.
-LEAST = 1024
+LEAST_TOGETHER = 1024
 
 
 def can_share(model: Model, cache: IndirectCache, n_tokens: int) -> bool:

@@ -14,7 +14,7 @@ from hfopt.cache import IndirectCache
 
 from ._types import Model, Outputs
 from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, wanted
-from .context import LEAST, can_share, read_shared
+from .context import LEAST_TOGETHER, can_share, read_shared
 from .prefixes import Prompts, is_private
 from .prompt import one_row_per_prompt, repeat_rows, share_prompts, unshare_prompts
 from .protocols import StepProgram
@@ -134,7 +134,7 @@ class Prefill:
         if not is_whole or not self._is_plain(inputs):
             return False
         text = _Text.of(self._model, inputs, 0)
-        if text is None or text.tokens.shape[1] < LEAST or not text.is_unpadded:
+        if text is None or text.tokens.shape[1] < LEAST_TOGETHER or not text.is_unpadded:
             return False
         return can_share(self._model, self.given, text.tokens.shape[1])
 
