@@ -7,7 +7,7 @@ import pytest
 
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, next_share, parallel_for
-from hfopt.kernels.linear import tiles as linear_tiles
+from hfopt.kernels.linear import panels
 from hfopt.kernels.simd.pointer import pointer
 
 THREADS = [1, 2, 3, 4, 7, 8, 16, 31, 64, 127, 128]
@@ -27,7 +27,7 @@ def _shares(counter, total, n_threads, firsts):
 
 @launch
 def _split(n_tiles, n_panels, n_threads):
-    return linear_tiles.split_tiles(n_tiles, n_panels, n_threads)
+    return panels.split_tiles(n_tiles, n_panels, n_threads)
 
 
 @body
@@ -72,7 +72,7 @@ def test_shares_leave_no_thread_idle(total: int) -> None:
 def test_tiles_are_split_finely_enough(n_tiles: int, n_panels: int) -> None:
     for n_threads in range(1, 129):
         group, n_parts = _split(n_tiles, n_panels, n_threads)
-        assert 1 <= group <= linear_tiles.PANELS and 1 <= n_parts <= n_tiles
+        assert 1 <= group <= panels.PANELS and 1 <= n_parts <= n_tiles
         n_groups = -(-n_panels // group)
         # work of an item at most: a group of panels and the largest part of the tiles
         largest = group * -(-n_tiles // n_parts)

@@ -35,7 +35,7 @@ def _content_key() -> str:
     for source in sorted(package.rglob("*.py")):
         digest.update(source.relative_to(package).as_posix().encode() + source.read_bytes())
     versions = (numba.__version__, llvmlite.__version__, cpu.LLVM_VERSION, sys.version_info[:3])
-    target = (cpu.CPU_NAME, sorted(cpu.FEATURES), bool(openmp.RUNTIME))
+    target = (cpu.CPU_NAME, sorted(cpu.FEATURES), cpu.HAS_AMX_BF16, bool(openmp.RUNTIME))
     digest.update(repr((versions, target)).encode())
     return digest.hexdigest()[:20]
 

@@ -10,7 +10,7 @@ summed by one thread in a fixed order, so the bits do not depend on the number o
 from typing import Any, NamedTuple
 
 from hfopt.kernels.instruction import NONE
-from hfopt.kernels.jit.parallel import body
+from hfopt.kernels.jit.parallel import body, inlined
 from hfopt.kernels.linear.activation import activate
 from hfopt.kernels.simd.memory import load_part, store, store_part
 from hfopt.kernels.simd.pointer import address_as, item_bytes, shifted
@@ -102,8 +102,7 @@ def columns_of(layer, matrix, first):
     return Columns(count, bias, gate_bias, place)
 
 
-@body
-def finish(layer, columns, row, value, gate):
+def _finish(layer, columns, row, value, gate):
     """Epilogue of a block in one row: bias, activation, gate, residuals, rounding, store.
 
     `value` belongs to the only matrix, or with `gated` to the second one, and `gate` to the first.
@@ -124,6 +123,11 @@ def finish(layer, columns, row, value, gate):
         store(out, place, value)
     else:
         store_part(out, place, count, value)
+
+
+finish = body(_finish)
+# the same where many rows make it dear to hand over a layer; bits may be others, as those of many rows are
+finish_inlined = inlined(_finish)
 
 
 # ---- instructions ----------------------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ import numpy as np
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
 from hfopt.kernels.linear.blocks import Linear, columns_of, count_blocks, find_block, finish, weight_rows
+from hfopt.kernels.linear.matrix_rows import multiply_in_tiles, packed_bytes
 from hfopt.kernels.simd import tile
 from hfopt.kernels.simd.dot_tile import Chain, dot_tile
+from hfopt.kernels.simd.matrix import has_tiles
 from hfopt.kernels.simd.pointer import address_as, address_of, as_units, item_bytes, pointer, shifted
 from hfopt.kernels.simd.types import LANES
 
@@ -198,6 +200,8 @@ def _rows_block(index, rows, layer):
 @body
 def rows_scratch(x, n_rows, size):
     """float32 of scratch that `multiply_rows` needs."""
+    if has_tiles(x):
+        return (packed_bytes(n_rows, size) + 3) // 4
     per_unit = tile.units_ratio(x)
     return ((size + per_unit - 1) // per_unit + LANES) * _packed_rows(n_rows) + LANES
 
@@ -205,6 +209,9 @@ def rows_scratch(x, n_rows, size):
 @body
 def multiply_rows(x, n_rows, layer, scratch):
     """layer.out = epilogue(x W^T + b) for 1 to 64 rows at x; scratch: pointer to `rows_scratch` float32."""
+    if has_tiles(x):
+        multiply_in_tiles(x, n_rows, layer, address_of(scratch))
+        return
     size, n_packed = layer.size, _packed_rows(n_rows)
     packed = as_units(shifted(scratch, tile.to_cache_line(scratch)), x)
     packing = (x, n_rows, size, packed, n_packed)

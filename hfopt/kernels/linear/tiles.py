@@ -1,8 +1,4 @@
-"""Linear layers of many rows: packed panels of weights and register tiles.
-
-A *panel* is 32 output columns, two `linear.blocks`: two that follow each other, or with `gated` the same 16 columns
-of both matrices.
-"""
+"""Linear layers of many rows: packed panels of weights and register tiles."""
 
 from typing import Any, NamedTuple
 
@@ -12,19 +8,19 @@ from hfopt.kernels.instruction import Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, next_share, parallel_for, usable_threads
 from hfopt.kernels.linear.blocks import (
-    SIZE,
     Linear,
     LinearColumns,
     columns_of,
     count_blocks,
-    field_of,
-    find_block,
     finish,
     gather_residuals,
     weight_rows,
 )
+from hfopt.kernels.linear.matrix_tiles import multiply_panels, panels_scratch
+from hfopt.kernels.linear.panels import PANELS, half_panel, split_tiles
 from hfopt.kernels.linear.rows import ROW_LIMIT, multiply_rows, rows_scratch
 from hfopt.kernels.simd.constants import LINE
+from hfopt.kernels.simd.matrix import has_tiles
 from hfopt.kernels.simd.memory import load
 from hfopt.kernels.simd.pointer import (
     address_as,
@@ -42,7 +38,6 @@ from hfopt.kernels.simd.types import LANES
 TILE_COLUMNS = 2 * LANES
 # Packed weights at a time: 4 panels x 512 units x 32 columns x 4 bytes stay in an L2 cache (256 KB), and the part of x that
 # they meet (14 rows x 512 units, 28 KB) in an L1 cache; x is read once for every 128 columns.
-PANELS = 4
 PANEL_UNITS = 512
 
 
@@ -95,19 +90,6 @@ def _pack(source, n_rows, readable, size, first, last, target, width, stride):
             index = row * size + unit * per_unit
             copy_unit(source, index, valid if row < n_rows else 0, target, place)
         unit += 1
-
-
-@body
-def half_panel(layer, panel, half):
-    """(matrix, first row, rows) behind 16 of the 32 columns of a panel; 0 rows behind the last block."""
-    if layer.gated:
-        matrix, first = half, panel * LANES
-    else:
-        index = 2 * panel + half
-        if index >= count_blocks(layer):
-            return 0, 0, 0
-        matrix, first = find_block(layer, index)
-    return matrix, first, min(field_of(layer, matrix, SIZE) - first, LANES)
 
 
 @body
@@ -168,16 +150,6 @@ def _pack_tile(tile, x, size, tiles):
 
 
 @body
-def split_tiles(n_tiles, n_panels, n_threads):
-    """(panels of a group, parts that the tiles of x are split into) so that the last groups leave no thread idle for long.
-
-    Small groups read x more often, and weights are packed anew for each part.
-    """
-    group = max(1, min(PANELS, n_panels // (8 * n_threads)))
-    return group, min(n_tiles, max(1, 4 * n_threads // n_panels))
-
-
-@body
 def _worker(worker, counter, tiles, layer, scratch):
     """Shares of all panels of all parts of the rows, as long as there are any, with scratch of its own."""
     n_panels = (count_blocks(layer) + (0 if layer.gated else 1)) // (1 if layer.gated else 2)
@@ -231,6 +203,8 @@ def _units(x, size):
 @body
 def tiles_scratch(x, n_rows, size, threads):
     """Bytes of scratch that `multiply_tiles` needs on so many threads."""
+    if has_tiles(x):
+        return panels_scratch(n_rows, size, threads)
     _, _, packed, panels, sums = _sizes(n_rows, _units(x, size))
     return LINE + 4 * (packed + threads * (panels + sums))
 
@@ -238,6 +212,9 @@ def tiles_scratch(x, n_rows, size, threads):
 @body
 def multiply_tiles(x, n_rows, layer, scratch, threads):
     """layer.out = epilogue(x W^T + b) for many rows at x; scratch: `tiles_scratch` bytes, at a multiple of 64."""
+    if has_tiles(x):
+        multiply_panels(x, n_rows, layer, scratch, threads)
+        return
     size, n_workers = layer.size, min(usable_threads(), threads)
     n_units = _units(x, size)
     tile_rows, n_tiles, packed, panel_floats, sum_floats = _sizes(n_rows, n_units)
