@@ -3,6 +3,7 @@
 import pickle
 import signal
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch.distributed as dist
 torch.set_num_threads(1)
 rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=size)
+open(store + "-" + sys.argv[1], "w").close()
 found = []
 for name, arguments in pickle.loads(bytes.fromhex(sys.argv[4])):
     module, _, function = name.partition(":")
@@ -31,11 +33,17 @@ class Ranks:
 
     def __init__(self, size: int, *calls: tuple[str, Sequence[Any]]) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        store = str(Path(self._folder.name, "store"))
+        self._store = str(Path(self._folder.name, "store"))
         self.processes = [
-            fresh.Process(_CODE, str(rank), str(size), store, pickle.dumps(calls).hex())
+            fresh.Process(_CODE, str(rank), str(size), self._store, pickle.dumps(calls).hex())
             for rank in range(size)
         ]
+
+    def begin(self) -> None:
+        """Wait until all of them have found each other."""
+        for rank in range(len(self.processes)):
+            while not Path(f"{self._store}-{rank}").exists():
+                time.sleep(0.01)
 
     def wait(self, killed: Sequence[int] = ()) -> list[list[Any]]:
         """What the functions have returned on each rank; nothing on those that were killed. A failure is an

@@ -72,6 +72,7 @@ def test_a_process_that_is_killed_ends_the_request_of_the_others() -> None:
 @pytest.mark.parametrize("moment", range(N_KILLS))
 def test_a_process_may_be_killed_at_any_moment(moment: int) -> None:
     ranks = Ranks(2, call("until_killed"))
+    ranks.begin()
     time.sleep(random.Random(moment).uniform(0, LOADED))
     os.kill(ranks.processes[1].id, signal.SIGKILL)
     begin = time.monotonic()
