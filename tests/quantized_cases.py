@@ -95,6 +95,12 @@ class Matrix:
         )
         return cls(packed, values * rows.astype(np.float64)[:, None])
 
+    def rounded(self) -> "Matrix":
+        """With weights that are bfloat16 before they are scaled by rows."""
+        rows = self.packed.row_scales.double().flatten()[: len(self.values), None]
+        values = (torch.from_numpy(self.values) / rows).float().bfloat16().double() * rows
+        return Matrix(self.packed, values.numpy())
+
 
 def weights_of(matrices: list[Matrix], biases: list[Tensor | None], form: Format) -> QuantizedWeights:
     """The record of these matrices."""

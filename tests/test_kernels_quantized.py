@@ -12,6 +12,8 @@ from torch import Tensor
 from hfopt.errors import InvalidInput
 from hfopt.functional.activation import ACTIVATIONS
 from hfopt.functional.quantized import Compute, QuantizedWeights, quantized_linear, terms_of
+from hfopt.kernels.jit import cpu
+from hfopt.kernels.linear.matrix_quantized import LEAST_ROWS
 from hfopt.kernels.linear.quantized import quantized_linear as quantized_kernel
 from hfopt.quantization import QuantizedMatrix
 from tests import reference
@@ -56,13 +58,37 @@ def _check(
     weights = weights_of(matrices, biases, form)
     ours = quantized_linear(x, weights, compute=compute, **options)
     assert ours.dtype == x.dtype
-    near = quantized_x(x, form) if compute == "int8" else x.double().numpy()
+    near = quantized_x(x, form) if compute == "int8" and not keeps_x(x) else x.double().numpy()
+    exact = expected(x.double().numpy(), matrices, biases, **options)
+    if keeps_x(x) and compute == "int8":
+        matrices = [each.rounded() for each in matrices]
     limit = CLOSE if x.dtype == torch.float32 else ROUNDED
     assert noise(ours, expected(near, matrices, biases, **options)) < limit
     if not options.get("gated"):  # a product of two results has the errors of both
-        exact = expected(x.double().numpy(), matrices, biases, **options)
         assert noise(ours, exact) < LIMITS[compute] + (0 if x.dtype == torch.float32 else ROUNDED)
     return ours
+
+
+def keeps_x(x: Tensor) -> bool:
+    """Whether weights become bfloat16 for it, on this machine, and x is not quantised."""
+    rows, size = x.shape
+    return cpu.HAS_AMX_BF16 and x.dtype == torch.bfloat16 and rows >= LEAST_ROWS and size % 32 == 0
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_many_rows_of_bfloat16(form: Format, compute: Compute) -> None:
+    group = form.group or 32
+    for rows, size, columns in (
+        (LEAST_ROWS, group, [37]),
+        (97, 2048 + 2 * group, [16, 47]),
+        (300, 3 * group, [130]),
+    ):
+        _check(_case(rows, columns, size, form, torch.bfloat16), form, compute)
+        x, matrices = _case(rows, [40, 40], size, form, torch.bfloat16)
+        residual = x.new_ones(rows, 40)
+        options: dict[str, Any] = {"activation": "silu", "gated": True, "residuals": (residual,)}
+        _check((x, matrices), form, compute, **options)
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
@@ -88,9 +114,11 @@ def test_columns(columns: int, dtype: torch.dtype, compute: Compute) -> None:
     for form in SHORT:
         x, matrices = _case(66, [columns], 256, form, dtype)
         bias = torch.randn(columns).to(dtype)
-        together = _check((x, matrices), form, compute, [bias])
+        _check((x, matrices), form, compute, [bias])
+        weights = weights_of(matrices, [bias], form)
+        together = quantized_linear(x[: LEAST_ROWS - 1], weights, compute=compute)
         for rows in (1, 8):
-            few = quantized_linear(x[:rows], weights_of(matrices, [bias], form), compute=compute)
+            few = quantized_linear(x[:rows], weights, compute=compute)
             assert torch.equal(few, together[:rows])
 
 

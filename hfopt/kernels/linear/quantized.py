@@ -2,6 +2,8 @@
 
     y = epilogue(row_scale * sum over groups of scale_x scale_w (sum of code_x (code_w - zero)) + b)
 
+Many rows of bfloat16 are left as they are where the target has tile registers (`matrix_quantized`).
+
 What 8 bits leave of a row of x can be quantised again, as a second and a third *term* of the row: with enough of them
 nothing counts that is left, and only the weights are quantised. They are rows like any others until their results are added.
 
@@ -9,8 +11,8 @@ The weights of a *block*, 16 output columns, follow each other in memory: codes 
 says what a unit is), scales float16 [blocks, groups, 16], zero points uint8 [blocks, groups, 16], and scales of whole rows
 float32 [blocks, 16]. Inputs are padded to whole units and columns to whole blocks.
 
-Sums of products are exact, and groups are added one after the other: a row has the same bits whatever the number of rows
-and of threads.
+Sums of products are exact, and groups are added one after the other: a row has the same bits whatever the number of threads,
+and of rows (of bfloat16 with tile registers: of up to 64).
 """
 
 from typing import Any, NamedTuple
@@ -19,8 +21,9 @@ import numpy as np
 
 from hfopt.kernels.instruction import Format, Instruction, read_fields
 from hfopt.kernels.jit.launch import launch
-from hfopt.kernels.jit.parallel import body, parallel_for, threads_for
+from hfopt.kernels.jit.parallel import body, parallel_for, threads_for, usable_threads
 from hfopt.kernels.linear.blocks import LinearColumns, gather_residuals
+from hfopt.kernels.linear.matrix_quantized import can_unpack, multiply_unpacked, unpacked_scratch
 from hfopt.kernels.linear.quantized_rows import (
     Rows,
     count_words,
@@ -41,8 +44,9 @@ from hfopt.kernels.linear.quantized_strip import (
     zero_point,
 )
 from hfopt.kernels.linear.quantized_tile import FEW_BLOCKS, MORE_BLOCKS, TILE_ROWS
+from hfopt.kernels.simd.matrix import has_tiles
 from hfopt.kernels.simd.memory import store
-from hfopt.kernels.simd.pointer import address_as, floats_at, integers_at, pointer, shifted
+from hfopt.kernels.simd.pointer import address_as, address_of, floats_at, integers_at, pointer, shifted
 from hfopt.kernels.simd.tile import stack_addresses, stack_floats, to_cache_line
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import splat
@@ -105,18 +109,23 @@ def _multiply_strip(index, rows, layer, work):
 
 
 @body
-def quantized_scratch(n_rows, size, group, terms):
-    """float32 of scratch that `multiply_quantized` needs."""
+def quantized_scratch(x, n_rows, size, group, terms, threads):
+    """float32 of scratch that `multiply_quantized` needs for rows like x, on so many threads."""
+    if has_tiles(x) and can_unpack(n_rows, size, group, terms):
+        return (unpacked_scratch(size, threads) + 3) // 4
     x_group = group_of_x(group, terms)
     return packed_rows(n_rows * terms) * (count_words(size) + 2 * ((size + x_group - 1) // x_group)) + LANES
 
 
 @body
-def multiply_quantized(x, n_rows, layer, terms, scratch):
+def multiply_quantized(x, n_rows, layer, terms, scratch, threads):
     """layer.out = epilogue(x W^T + b) for n_rows rows at x, each the sum of so many rows of codes.
 
     scratch: pointer to `quantized_scratch` float32.
     """
+    if has_tiles(x) and can_unpack(n_rows, layer.size, layer.group, terms):
+        multiply_unpacked(x, n_rows, layer, address_of(scratch), threads)
+        return
     n_terms, size, group = n_rows * terms, layer.size, group_of_x(layer.group, terms)
     n_packed = packed_rows(n_terms)
     words, n_groups = shifted(scratch, to_cache_line(scratch)), (size + group - 1) // group
@@ -170,8 +179,9 @@ def quantized_linear(
     """
     x, out = address_as(x, pointer(like)), address_as(out, pointer(like))
     layer = open_layer(size, table, scaling, bits, group, levels, gated, code, residuals, out, width)
-    room = np.empty(quantized_scratch(n_rows, size, group, terms), np.float32)
-    multiply_quantized(x, n_rows, layer, terms, pointer(room))
+    threads = usable_threads()
+    room = np.empty(quantized_scratch(x, n_rows, size, group, terms, threads), np.float32)
+    multiply_quantized(x, n_rows, layer, terms, pointer(room), threads)
     room[0] = 0  # the last use of the scratch: it must live until here
 
 
@@ -198,14 +208,14 @@ def _run(like, held, operands, step):
         format.group,
         format.levels,
     )
-    scratch = floats_at(step.scratch)
-    multiply_quantized(address_as(operands.x, like), operands.n, layer, format.terms, scratch)
+    x, scratch = address_as(operands.x, like), floats_at(step.scratch)
+    multiply_quantized(x, operands.n, layer, format.terms, scratch, step.threads)
 
 
 @body
 def _scratch_bytes(like, own, format, sizes):
     format = read_fields(format, Format)
-    return 4 * quantized_scratch(sizes.n, sizes.size, format.group, format.terms)
+    return 4 * quantized_scratch(like, sizes.n, sizes.size, format.group, format.terms, sizes.threads)
 
 
 QUANTIZED_LINEAR = Instruction(

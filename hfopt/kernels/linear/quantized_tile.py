@@ -29,7 +29,7 @@ def _splat_bytes(value: int) -> ir.Constant:
     return ir.Constant(I32X, [ir.Constant(I32, value * 0x01010101)] * LANES)
 
 
-def _unpack(builder, unit, kind, levels):
+def unpack(builder, unit, kind, levels):
     """Unsigned codes of 4 inputs a lane, one vector for each 4 inputs of a unit."""
     if kind == CODES:
         return [unit]
@@ -41,7 +41,7 @@ def _unpack(builder, unit, kind, levels):
 # ---- memory by address ------------------------------------------------------------------------------------------------
 
 
-def _load_at(builder, address, offset, vector_type):
+def load_at(builder, address, offset, vector_type):
     pointer = builder.inttoptr(builder.add(address, offset), vector_type.as_pointer())
     return builder.load(pointer, align=1)
 
@@ -51,20 +51,20 @@ def _prefetch_at(builder, address, offset):
     simd.emit_prefetch(builder, start, intp(0))
 
 
-def _load_halves(builder, address, offset):
+def load_halves(builder, address, offset):
     """16 finite float16 as float32: shifted into place and scaled, which is exact and needs no instruction of its own."""
-    bits = builder.sext(_load_at(builder, address, offset, simd.I16X), I32X)
+    bits = builder.sext(load_at(builder, address, offset, simd.I16X), I32X)
     # the sign has been copied into the upper bits of the exponent
     bits = builder.and_(builder.shl(bits, simd.splat_int(13)), simd.splat_int(0x8FFFE000 - (1 << 32)))
     return builder.fmul(builder.bitcast(bits, F32X), simd.splat_float(2.0**112))
 
 
-def _load_bytes(builder, address, offset):
-    return builder.zext(_load_at(builder, address, offset, I8X), I32X)
+def load_bytes(builder, address, offset):
+    return builder.zext(load_at(builder, address, offset, I8X), I32X)
 
 
-def _load_levels(builder, address):
-    quarter = _load_at(builder, address, intp(0), I8X)
+def load_levels(builder, address):
+    quarter = load_at(builder, address, intp(0), I8X)
     lanes = [k % LANES for k in range(UNIT)]
     four = builder.shuffle_vector(
         quarter, ir.Constant(I8X, None), ir.Constant(ir.VectorType(I32, UNIT), lanes)
@@ -149,7 +149,7 @@ class _Tile:
     def __init__(self, shape: _Shape, first_block: int, builder, args):
         self.shape, self.builder = shape, builder
         self.a = a = _Arguments(*args)
-        self.table = _load_levels(builder, a.levels) if shape.kind == LEVELS else None
+        self.table = load_levels(builder, a.levels) if shape.kind == LEVELS else None
         self.codes_at = self._blocks(first_block, a.w, a.near, a.far)
         self.scales_at = self._blocks(first_block, a.scales, a.scales_near, a.scales_far)
         self.zeros_at = self._blocks(first_block, a.zeros, a.zeros_near, a.zeros_far)
@@ -211,7 +211,7 @@ class _Tile:
             with differing:
                 values = []
                 for each in self.zeros_at:
-                    values.append(_load_bytes(builder, each, of_w))
+                    values.append(load_bytes(builder, each, of_w))
                     _prefetch_at(builder, each, builder.add(of_w, a.zeros_next))
                 for (j, i), slot in zip(places, slots[0], strict=True):
                     builder.store(builder.mul(offset_of(i), values[j]), slot)
@@ -238,13 +238,13 @@ class _Tile:
         builder, a, (n_rows, n_blocks, kind) = self.builder, self.a, self.shape
         place = builder.mul(unit, intp(UNIT))
         words = builder.mul(unit, intp(self.shape.parts * n_rows))
-        units = [_load_at(builder, each, place, I32X) for each in self.codes_at]
+        units = [load_at(builder, each, place, I32X) for each in self.codes_at]
         later = builder.add(place, a.ahead)
         behind = builder.icmp_signed(">=", later, self.end)
         later = builder.add(later, builder.select(behind, self.jump, intp(0)))
         for each in self.codes_at:
             _prefetch_at(builder, each, later)
-        codes = [_unpack(builder, each, kind, self.table) for each in units]
+        codes = [unpack(builder, each, kind, self.table) for each in units]
         for part in range(self.shape.parts):
             for i in range(n_rows):
                 word = builder.add(words, intp(part * n_rows + i))
@@ -270,7 +270,7 @@ class _Tile:
                 offset = builder.shl(of_w, intp(1))
                 for each in self.scales_at:
                     _prefetch_at(builder, each, builder.add(offset, self.a.scales_next))
-                scales = [_load_halves(builder, each, offset) for each in self.scales_at]
+                scales = [load_halves(builder, each, offset) for each in self.scales_at]
                 self._add_scaled(totals, of_x, scales)
             with by_row:
                 self._add_scaled(totals, of_x, None)
