@@ -2,12 +2,12 @@
 
     python scripts/speculation.py --rows check                    llama-3.2-1b: bfloat16, int8, int4
     python scripts/speculation.py --rows lookup                   the embedded model, against itself and stock transformers
-    python scripts/speculation.py --rows lookup --dtype bfloat16  the same in 16 bits
+    python scripts/speculation.py --rows lookup --dtype bfloat16 --shape llama-160m      one that no cache holds
 
-`check`: one call of the program for 2, 4, 8 and 16 tokens against one for one token. `lookup`, for the embedded model, is
-an editing task: the answer repeats a prompt of 400 tokens with some of them replaced. The model is too small to
-edit, so that a logits processor dictates the answer to all contestants; each token is computed, and processed, all the same.
-And a text in which nothing repeats, dictated too or, at random weights, the model's own.
+`check`: one call of the program for 2, 4, 8 and 16 tokens against one for one token. `lookup` is an editing task: the
+answer repeats a prompt of 400 tokens with some of them replaced. The embedded model is too small to edit, and shapes have
+random weights, so that a logits processor dictates the answer to all contestants; each token is computed, and processed, all
+the same. And a text in which nothing repeats, dictated too or, at random weights, the model's own.
 """
 
 import argparse
@@ -103,10 +103,14 @@ def check(shape: str, rounds: int) -> None:
             print(f"    {n:3} tokens {ratio(seconds, str(n), '1')}")
 
 
-def lookup(rounds: int, dtype: torch.dtype) -> None:
-    path = hfopt.embedded_model()
-    stock = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-    plain = hfopt.optimize(AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval())
+def _model(shape: str | None, dtype: torch.dtype) -> Any:
+    if shape is None:
+        return AutoModelForCausalLM.from_pretrained(hfopt.embedded_model(), dtype=dtype).eval()
+    return models.random_model(models.named_config(shape), dtype)
+
+
+def lookup(shape: str | None, rounds: int, dtype: torch.dtype) -> None:
+    stock, plain = _model(shape, dtype), hfopt.optimize(_model(shape, dtype))
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(10, plain.config.vocab_size, (1, _PROMPT), generator=generator)
     edit = prompt[0, :_ANSWER].clone()
@@ -135,7 +139,7 @@ def lookup(rounds: int, dtype: torch.dtype) -> None:
         for each in contestants.values():
             assert torch.equal(each()[0, _PROMPT:], answer)
         seconds = turns(contestants, rounds)
-        print(f"{title}, {dtype}: {_ANSWER} tokens behind {_PROMPT}")
+        print(f"{shape or 'embedded model'}, {dtype}, {title}: {_ANSWER} tokens behind {_PROMPT}")
         for name, times in seconds.items():
             print(f"    {name:18} {_ANSWER / statistics.median(times):7.0f} tokens/s")
         for name in ("plain", "stock", "stock with lookup"):
@@ -145,7 +149,7 @@ def lookup(rounds: int, dtype: torch.dtype) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rows", choices=("check", "lookup"), required=True)
-    parser.add_argument("--shape", default="llama-3.2-1b")
+    parser.add_argument("--shape", help="default: llama-3.2-1b for check, the embedded model for lookup")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of lookup"
     )
@@ -153,9 +157,9 @@ def main() -> int:
     arguments = parser.parse_args()
     print(f"hfopt {hfopt.__version__}, torch {torch.__version__}, {env.cpu_path()}, {env.threads()} threads")
     if arguments.rows == "check":
-        check(arguments.shape, arguments.rounds)
+        check(arguments.shape or "llama-3.2-1b", arguments.rounds)
     else:
-        lookup(arguments.rounds, getattr(torch, arguments.dtype))
+        lookup(arguments.shape, arguments.rounds, getattr(torch, arguments.dtype))
     return 0
 
 
