@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,10 +61,10 @@ def sum_of(group: SharedGroup, n: int, dtype: torch.dtype) -> float:
     return statistics.median(spans)
 
 
-def bandwidth(threads: int) -> float:
+def bandwidth(meter: BandwidthMeter, threads: int) -> float:
     """Bytes a second that so many threads read."""
     torch.set_num_threads(threads)
-    found = BandwidthMeter().measure()
+    found = meter.measure(passes=2)
     torch.set_num_threads(1)
     return found
 
@@ -88,6 +89,28 @@ class Scaling(NamedTuple):
         return self.rest + self.n_bytes / rate + sums
 
 
+class Round(NamedTuple):
+    """Seconds of a step with one thread and with the ranks; bytes a second of one core and of as many as there are ranks."""
+
+    alone: float
+    together: float
+    core: float
+    socket: float
+
+
+def scalings(
+    rounds: list[Round], n_bytes: float, n_sums: int, sums: tuple[float, float], size: int
+) -> list[Scaling]:
+    """By what was measured in each round; sums: seconds of one of a step, and of one that is four times as long."""
+    one, long = sums
+    by_rank = (long - one) / 3 / (size - 1)
+    latency = one - (size - 1) * by_rank
+    return [
+        Scaling(n_bytes, each.alone - n_bytes / each.core, each.core, each.socket, n_sums, latency, by_rank)
+        for each in rounds
+    ]
+
+
 def measure(options: argparse.Namespace) -> None:
     """In each rank."""
     dist.init_process_group("gloo")
@@ -103,29 +126,27 @@ def measure(options: argparse.Namespace) -> None:
         torch.set_num_threads(1)
     dist.barrier()
     parts = hfopt.load(options.folder, dtype=dtype, tensor_parallel=True, quantization=options.quantization)
-    group = SharedGroup()
+    group, meter = SharedGroup(), BandwidthMeter()
+    alone = core = socket = 1.0  # of the first rank alone
     prompt = torch.randint(
         5, parts.config.vocab_size, (1, options.prompt), generator=torch.Generator().manual_seed(0)
     )
-    ones, rates = (
-        [],
-        [],
-    )  # seconds of steps with one thread; bytes a second of one, and of as many as there are ranks
+    rounds: list[Round] = []
     taken: dict[str, list[tuple[float, float]]] = {"whole": [], "parts": []}
     for k in range(options.rounds + 1):  # the first one compiles
         if whole is not None:
             torch.set_num_threads(size)
             found = timed(whole, prompt, options.new)
             torch.set_num_threads(1)
-            alone = timed(whole, prompt[:, :1], options.new)[1]
             if k:
                 taken["whole"].append(found)
-                ones.append(alone)
-                rates.append((bandwidth(1), bandwidth(size)))
+                alone = timed(whole, prompt, options.new)[1]
+                core, socket = bandwidth(meter, 1), bandwidth(meter, size)
         dist.barrier()
         found = timed(parts, prompt, options.new)
         if k:
             taken["parts"].append(found)
+            rounds.append(Round(alone, found[1], core, socket))
         dist.barrier()
     hidden, n_sums = parts.config.hidden_size, 2 * parts.config.num_hidden_layers + 1
     one_sum, long_sum = (sum_of(group, n, dtype) for n in (hidden, 4 * hidden))
@@ -143,23 +164,26 @@ def measure(options: argparse.Namespace) -> None:
                 f"({min(ratios):.3f} to {max(ratios):.3f})"
             )
         print(f"sums of a step by themselves: {1e3 * n_sums * one_sum:.3f} ms")
-        by_rank = (long_sum - one_sum) / 3 / (size - 1)
         n_bytes = bytes_per_step(whole, 1, options.prompt, 1, options.new)
-        core, socket = (statistics.median(each) for each in zip(*rates, strict=True))
-        rest = max(statistics.median(ones) - n_bytes / core, 0.0)
-        latency = one_sum - (size - 1) * by_rank
-        model = Scaling(n_bytes, rest, core, socket, n_sums, latency, by_rank)
+        models = scalings(rounds, n_bytes, n_sums, (one_sum, long_sum), size)
+
+        def middle(values: Iterable[float]) -> float:
+            return statistics.median(values)
+
         print(
-            f"one thread: a token {1e3 * statistics.median(ones):.2f} ms, of which {1e3 * rest:.2f} ms read no weights"
+            f"one thread: a token {1e3 * middle(each.alone for each in rounds):.2f} ms, "
+            f"{1e3 * middle(each.rest for each in models):.2f} ms of it beside reading weights; memory: "
+            f"one core {middle(each.core for each in rounds) / 1e9:.1f} GB/s, "
+            f"{size} cores {middle(each.socket for each in rounds) / 1e9:.1f} GB/s"
         )
-        print(f"memory: one core {core / 1e9:.1f} GB/s, {size} cores {socket / 1e9:.1f} GB/s")
-        measured = statistics.median(each[1] for each in taken["parts"])
-        here = model.seconds(size)
-        print(f"{size} ranks: predicted {1e3 * here:.2f} ms, measured / predicted {measured / here:.3f}")
+        quotients = [each.together / model.seconds(size) for each, model in zip(rounds, models, strict=True)]
+        predicted = middle(model.seconds(size) for model in models)
+        print(
+            f"{size} ranks: predicted {1e3 * predicted:.2f} ms; measured / predicted {middle(quotients):.3f}"
+        )
         for n in (2, 4, 8):
-            print(
-                f"{n} ranks on 2 sockets with this memory each: predicted {1e3 * model.seconds(n, 2):.2f} ms"
-            )
+            predicted = middle(model.seconds(n, 2) for model in models)
+            print(f"{n} ranks on 2 sockets with this memory each: predicted {1e3 * predicted:.2f} ms")
     dist.barrier()
     os._exit(0)  # gloo's threads may wait
 
