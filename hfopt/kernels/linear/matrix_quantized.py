@@ -11,8 +11,18 @@ from numba import types
 from numba.extending import intrinsic
 
 from hfopt.kernels.jit.parallel import body, next_share, parallel_for, usable_threads
-from hfopt.kernels.linear.blocks import WEIGHT, columns_of, count_blocks, field_of, finish_inlined
-from hfopt.kernels.linear.panels import half_panel
+from hfopt.kernels.linear.blocks import WEIGHT, columns_of, field_of, finish_inlined
+from hfopt.kernels.linear.matrix_rows import FEATURES
+from hfopt.kernels.linear.matrix_tiles import (
+    CHUNKS,
+    PAIRS,
+    TILE,
+    begin_sums,
+    keep_sums,
+    panels_together,
+    room_bytes,
+)
+from hfopt.kernels.linear.panels import count_panels, half_panel
 from hfopt.kernels.linear.quantized_strip import ROW_SCALES, SCALES, ZEROS, scaling_of, zero_point
 from hfopt.kernels.linear.quantized_tile import (
     CODES,
@@ -34,16 +44,10 @@ from hfopt.kernels.simd.pointer import address_of, floats_at, integers_at
 from hfopt.kernels.simd.types import F32X, I32X, LANES, float32x
 from hfopt.kernels.simd.vector import splat
 
-LEAST_ROWS = (
-    65  # fewer rows have the bits of one, and for them codes take longer to unpack than x to quantise
-)
-_FEATURES = 32  # of a chunk
+# fewer rows have the bits of one, and for them codes take longer to unpack than x to quantise
+LEAST_ROWS = 65
 _ROWS = matrix.ROWS
 _LINE = matrix.LINE
-_TILE = _ROWS * _LINE  # bytes
-_CHUNKS = 64  # at a time
-_PAIRS = 8  # of tiles of x at a time, which with 64 chunks are 1 MB
-_PANELS = 16  # most of a group: the same part of x is read for all of them
 
 
 def _vector_at(emit, doc):
@@ -105,15 +109,9 @@ class _Work(NamedTuple):
 
 
 @body
-def _room_bytes():
-    """Of a worker: an unpacked panel, and the sums of a group [panels, pairs, 4 tiles], which wait for the next chunks."""
-    return _CHUNKS * 2 * _TILE + _PANELS * _PAIRS * 4 * _TILE
-
-
-@body
 def unpacked_scratch(size, threads):
     """Bytes of scratch that `multiply_unpacked` needs on so many threads."""
-    return 2 * _LINE + _ROWS * size * 2 + threads * _room_bytes()
+    return 2 * _LINE + _ROWS * size * 2 + threads * room_bytes()
 
 
 @body
@@ -125,10 +123,10 @@ def _unpack_half(layer, number, first, chunks, room):
     codes = field_of(layer, number, WEIGHT) + block * n_units * UNIT
     scales, zeros = scaling_of(layer, number, SCALES), scaling_of(layer, number, ZEROS)
     scale, zero = splat(1.0), splat(float(zero_point(layer)))
-    units = _FEATURES // per_unit  # of a chunk
+    units = FEATURES // per_unit  # of a chunk
     group_units = n_units if layer.group == 0 else layer.group // per_unit
     for chunk in range(chunks[0], chunks[1]):
-        target = room + 2 * (chunk - chunks[0]) * _TILE
+        target = room + 2 * (chunk - chunks[0]) * TILE
         for place in range(units):
             unit = chunk * units + place
             if unit % group_units == 0 or unit == chunks[0] * units:
@@ -137,7 +135,7 @@ def _unpack_half(layer, number, first, chunks, room):
                     scale = _scales_at(scales + group * 2 * LANES)
                 if zeros != 0:
                     zero = _zeros_at(zeros + group * LANES)
-            source, pairs = codes + unit * UNIT, target + place * (_TILE // units)
+            source, pairs = codes + unit * UNIT, target + place * (TILE // units)
             if layer.bits == 8:
                 _unpack_unit(source, layer.levels, scale, zero, pairs, CODES)
             elif layer.levels == 0:
@@ -157,30 +155,18 @@ def _tile_of_x(work, stride, row):
 @body
 def _multiply(weights, x, y, stride, n_chunks, sums, goes_on):
     """sums (+)= products of two tiles of x with a panel: [2 tiles of x, 2 halves]."""
-    if goes_on:
-        matrix.load(0, sums, _LINE)
-        matrix.load(1, sums + _TILE, _LINE)
-        matrix.load(2, sums + 2 * _TILE, _LINE)
-        matrix.load(3, sums + 3 * _TILE, _LINE)
-    else:
-        matrix.clear(0)
-        matrix.clear(1)
-        matrix.clear(2)
-        matrix.clear(3)
+    begin_sums(sums, goes_on)
     for chunk in range(n_chunks):
-        here = weights + chunk * 2 * _TILE
+        here = weights + chunk * 2 * TILE
         matrix.load(4, x + chunk * _LINE, stride)
         matrix.load(6, here, _LINE)
         matrix.multiply(0, 4, 6)
-        matrix.load(7, here + _TILE, _LINE)
+        matrix.load(7, here + TILE, _LINE)
         matrix.multiply(1, 4, 7)
         matrix.load(5, y + chunk * _LINE, stride)
         matrix.multiply(2, 5, 6)
         matrix.multiply(3, 5, 7)
-    matrix.store(0, sums, _LINE)
-    matrix.store(1, sums + _TILE, _LINE)
-    matrix.store(2, sums + 2 * _TILE, _LINE)
-    matrix.store(3, sums + 3 * _TILE, _LINE)
+    keep_sums(sums)
 
 
 @body
@@ -197,7 +183,7 @@ def _finish_panel(layer, panel, row, n_rows, sums):
             else:
                 columns = columns_of(layer, number, column)
                 for place in range(last):
-                    own = floats_at(sums + place // _ROWS * 2 * _TILE + place % _ROWS * _LINE)
+                    own = floats_at(sums + place // _ROWS * 2 * TILE + place % _ROWS * _LINE)
                     value, gate = load(own, half * 256) * scale, load(own, 0) * gate_scale
                     finish_inlined(layer, columns, row + place, value, gate)
 
@@ -205,22 +191,22 @@ def _finish_panel(layer, panel, row, n_rows, sums):
 @body
 def _group(layer, work, first_panel, last_panel, pairs, room):
     """Some panels for some rows; room: of the worker."""
-    sums, stride, n_chunks = room + _CHUNKS * 2 * _TILE, layer.size * 2, layer.size // _FEATURES
-    for first in range(0, n_chunks, _CHUNKS):
-        last = min(first + _CHUNKS, n_chunks)
+    sums, stride, n_chunks = room + CHUNKS * 2 * TILE, layer.size * 2, layer.size // FEATURES
+    for first in range(0, n_chunks, CHUNKS):
+        last = min(first + CHUNKS, n_chunks)
         for each in range(first_panel, last_panel):
             for half in range(2):
                 number, column, count = half_panel(layer, each, half)
                 if count > 0:
-                    _unpack_half(layer, number, column, (first, last), room + half * _TILE)
+                    _unpack_half(layer, number, column, (first, last), room + half * TILE)
             for pair in range(pairs[0], pairs[1]):
                 row = 2 * pair * _ROWS
                 place = first * _LINE
                 x = _tile_of_x(work, stride, row) + place
                 y = _tile_of_x(work, stride, row + _ROWS) + place
                 own = sums
-                if n_chunks > _CHUNKS:
-                    own = sums + ((each - first_panel) * _PAIRS + pair - pairs[0]) * 4 * _TILE
+                if n_chunks > CHUNKS:
+                    own = sums + ((each - first_panel) * PAIRS + pair - pairs[0]) * 4 * TILE
                 _multiply(room, x, y, stride, last - first, own, first > 0)
                 if last == n_chunks:
                     _finish_panel(layer, each, row, work.n_rows, own)
@@ -231,9 +217,9 @@ def _worker(worker, counter, layer, work):
     """Shares of all groups of panels, of all parts of the rows, as long as there are any."""
     config = tile.stack_floats(16)
     n_pairs = (work.n_rows + 2 * _ROWS - 1) // (2 * _ROWS)
-    n_parts = (n_pairs + _PAIRS - 1) // _PAIRS
+    n_parts = (n_pairs + PAIRS - 1) // PAIRS
     n_groups = (work.n_panels + work.n_together - 1) // work.n_together
-    room = work.room + worker * _room_bytes()
+    room = work.room + worker * room_bytes()
     matrix.configure(address_of(config), _ROWS, _ROWS, _ROWS, 0, 0)
     while True:
         start, end = next_share(counter, n_groups * n_parts, work.n_workers)
@@ -254,7 +240,7 @@ def can_unpack(n_rows, size, group, terms):
 
     A row of one term loses more to its 8 bits than scaled weights do to bfloat16; with more terms nothing is to be lost.
     """
-    return n_rows >= LEAST_ROWS and size % _FEATURES == 0 and (terms == 1 or group == 0)
+    return n_rows >= LEAST_ROWS and size % FEATURES == 0 and (terms == 1 or group == 0)
 
 
 @body
@@ -263,8 +249,8 @@ def multiply_unpacked(x, n_rows, layer, scratch, threads):
     n_workers, size = min(usable_threads(), threads), layer.size
     first = (scratch + _LINE - 1) // _LINE * _LINE
     counter, padded = integers_at(first), first + _LINE
-    n_panels = (count_blocks(layer) + (0 if layer.gated else 1)) // (1 if layer.gated else 2)
-    n_together = max(1, min(_PANELS, n_panels // (4 * n_workers)))
+    n_panels = count_panels(layer)
+    n_together = panels_together(n_panels, n_workers)
     rest, row_bytes = n_rows % _ROWS, 2 * size
     copy_bytes(address_of(x) + (n_rows - rest) * row_bytes, rest * row_bytes, padded)
     room = padded + _ROWS * row_bytes

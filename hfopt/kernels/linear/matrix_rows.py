@@ -172,7 +172,7 @@ def _multiply_two(sweep, x, y):
 
 
 @body
-def copy_tail(weights, stride, n_rows, n_bytes, room):
+def _copy_tail(weights, stride, n_rows, n_bytes, room):
     """n_bytes of each row behind its whole chunks, and 0."""
     for row in range(n_rows):
         source, target = bytes_at(weights + row * stride), bytes_at(room + row * _LINE)
@@ -196,7 +196,7 @@ def _block_sums(packed, place, weights, size, n_rows, following, room, sums):
     n_whole, tail = size // FEATURES, size % FEATURES
     first, stride = address_of(weights), size * item
     if tail > 0:
-        copy_tail(first + n_whole * _LINE, stride, n_rows, tail * item, room)
+        _copy_tail(first + n_whole * _LINE, stride, n_rows, tail * item, room)
     sweep = _Sweep(first, stride, n_whole, room if tail > 0 else 0, address_of(following))
     x = packed.address + place * tile_bytes(packed)
     if (place + 1) * _ROWS < packed.n_rows:

@@ -11,6 +11,12 @@ PANELS = 4  # most of a group that is worked on together
 
 
 @body
+def count_panels(layer):
+    """Number of panels."""
+    return count_blocks(layer) if layer.gated else (count_blocks(layer) + 1) // 2
+
+
+@body
 def half_panel(layer, panel, half):
     """(matrix, first row, rows) behind 16 of the 32 columns of a panel; 0 rows behind the last block."""
     if layer.gated:

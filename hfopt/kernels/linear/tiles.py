@@ -11,13 +11,12 @@ from hfopt.kernels.linear.blocks import (
     Linear,
     LinearColumns,
     columns_of,
-    count_blocks,
     finish,
     gather_residuals,
     weight_rows,
 )
 from hfopt.kernels.linear.matrix_tiles import multiply_panels, panels_scratch
-from hfopt.kernels.linear.panels import PANELS, half_panel, split_tiles
+from hfopt.kernels.linear.panels import PANELS, count_panels, half_panel, split_tiles
 from hfopt.kernels.linear.rows import ROW_LIMIT, multiply_rows, rows_scratch
 from hfopt.kernels.simd.constants import LINE
 from hfopt.kernels.simd.matrix import has_tiles
@@ -152,7 +151,7 @@ def _pack_tile(tile, x, size, tiles):
 @body
 def _worker(worker, counter, tiles, layer, scratch):
     """Shares of all panels of all parts of the rows, as long as there are any, with scratch of its own."""
-    n_panels = (count_blocks(layer) + (0 if layer.gated else 1)) // (1 if layer.gated else 2)
+    n_panels = count_panels(layer)
     n_tiles = (tiles.n_rows + tiles.tile_rows - 1) // tiles.tile_rows
     n_workers = scratch.n_workers
     n_together, n_parts = split_tiles(n_tiles, n_panels, n_workers)
