@@ -4,14 +4,16 @@ from hfopt.kernels.attention.cache_view import key_of, scale_of
 from hfopt.kernels.attention.tile import store_pair, where_up_to
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd.constants import LARGEST, ONE, ZERO
+from hfopt.kernels.simd.matrix import has_tiles
 from hfopt.kernels.simd.memory import load, load_part, load_scalar, prefetch, store
-from hfopt.kernels.simd.pointer import item_bytes, pointer_as, shifted
+from hfopt.kernels.simd.pointer import address_of, floats_at, item_bytes, pointer_as, shifted
 from hfopt.kernels.simd.tile import transpose_block, units_ratio
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import absolute, fma, max_lanes, maximum, splat, sum_lanes
 
 BLOCK = 32  # units of keys: one in float32, two in bfloat16; their scores stay in an L1 cache
 ROWS = 8  # keys, or channels of values, of a register tile: with 3 vectors 24 sums
+_TILE_ROWS = 16  # keys in a tile register
 
 
 @body
@@ -92,14 +94,15 @@ def pack_queries(
 
 @body
 def find_keys(cache, scales, row, kv_head, first, n, size, room):
-    """(pointer to the keys of n tokens from `first` on, elements from one to the next), readable up to a multiple of 8
-    keys: in the cache where they lie in a row, else copied to `room`, times their scales."""
+    """(pointer to the keys of n tokens from `first` on, elements from one to the next), readable up to as many as products
+    are made of: in the cache where they lie in a row, else copied to `room`, times their scales."""
     prefix = cache.prefix
-    n_read = rounded(n, ROWS)
+    n_read = rounded(n, _TILE_ROWS if has_tiles(room) else ROWS)
+    step = LANES * units_ratio(room) if has_tiles(room) else units_ratio(room)
     # of codes, which are smaller, copies are made, times their scales, and of float16, which is widened
     if item_bytes(prefix.keys) == item_bytes(room):
         fits = first + n <= prefix.n_tokens and first + n_read <= prefix.n_readable
-        if fits and size % units_ratio(room) == 0:
+        if fits and size % step == 0:
             return pointer_as(token_of(cache, row, kv_head, first)[0], room), size
     stride = rounded(size, LANES * units_ratio(room))
     for j in range(n_read):
@@ -115,7 +118,8 @@ def pack_values(cache, scales, row, kv_head, first, n, size, clean, values):
     """values[channel // 16, j, channel % 16] = values of n tokens from `first` on; 32 units for j, which are pairs of
     tokens in bfloat16. scales: None if the cache holds no codes.
 
-    With `clean`, 0 for what is not finite. Returns whether all are finite.
+    For tile registers each 16 x 16 units of that are transposed, and 0 behind the last token. With `clean`, 0 for what is
+    not finite. Returns whether all are finite.
     """
     probe = splat(ZERO)
     ahead = BLOCK * units_ratio(values) * size
@@ -141,4 +145,12 @@ def pack_values(cache, scales, row, kv_head, first, n, size, clean, values):
             # 0 times what is not finite is NaN
             probe = fma(low, splat(ZERO), fma(high, splat(ZERO), probe))
             store_pair(shifted(values, k * BLOCK), j // 2, LANES, 0, low, high)
+    if has_tiles(values):
+        n_pairs = (n + 1) // 2
+        for k in range(0, rounded(size, LANES) * BLOCK, LANES * BLOCK):
+            panel = shifted(values, k)
+            for place in range(n_pairs * LANES, rounded(n_pairs, LANES) * LANES, LANES):
+                store(floats_at(address_of(panel)), place, splat(ZERO))
+            for place in range(0, n_pairs * LANES, LANES * LANES):
+                transpose_block(shifted(panel, place), LANES, shifted(panel, place), LANES)
     return sum_lanes(probe) == ZERO

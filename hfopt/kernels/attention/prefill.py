@@ -18,6 +18,7 @@ import numpy as np
 
 from hfopt.kernels.attention.bend import bend_scores, powers_of
 from hfopt.kernels.attention.cache_view import holds, open_cache, valid_rows
+from hfopt.kernels.attention.matrix_block import take_tiles
 from hfopt.kernels.attention.pack import BLOCK, find_keys, pack_queries, pack_values, rounded
 from hfopt.kernels.attention.scoring import RANKED, Scoring, sink_of, slope_of
 from hfopt.kernels.attention.seen import Seen, first_key, hide, last_key, origin_of, sees_any, visible_part
@@ -35,6 +36,7 @@ from hfopt.kernels.attention.softmax import (
 )
 from hfopt.kernels.jit.launch import launch
 from hfopt.kernels.jit.parallel import body, next_index, parallel_for, threads_for, usable_threads
+from hfopt.kernels.simd import matrix
 from hfopt.kernels.simd.constants import LINE, LOWEST, ONE, ZERO
 from hfopt.kernels.simd.memory import load, load_scalar, store, store_part, store_scalar
 from hfopt.kernels.simd.pointer import (
@@ -214,6 +216,8 @@ def _attend_task(worker, counter, plan, qkv, qkv_row, n_rows, cache, seen, scori
     n_sequences = n_rows * cache.n_kv_heads
     n_parts, n_tiles = plan.n_parts, plan.n_tiles
     here = shifted(room, worker * plan.room)
+    if matrix.has_tiles(qkv):
+        take_tiles()
     while True:
         item = next_index(counter)
         if item >= n_parts * n_sequences:
@@ -223,6 +227,8 @@ def _attend_task(worker, counter, plan, qkv, qkv_row, n_rows, cache, seen, scori
         row, kv_head = index // cache.n_kv_heads, index % cache.n_kv_heads
         begin, end = part * n_tiles // n_parts, (part + 1) * n_tiles // n_parts
         attend_item(qkv, qkv_row, cache, seen, scoring, n_heads, row, kv_head, begin, end, here, out)
+    if matrix.has_tiles(qkv):
+        matrix.release()
 
 
 @body

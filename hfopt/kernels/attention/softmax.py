@@ -3,6 +3,7 @@
 Queries lie along the lanes of vectors, so arrays are [key or channel, width] with `width` queries: 16, 32 or 48.
 """
 
+from hfopt.kernels.attention.matrix_block import add_in_tiles, score_in_tiles
 from hfopt.kernels.attention.pack import BLOCK, ROWS, is_finite, rounded, scales_of, token_of
 from hfopt.kernels.attention.tile import (
     any_below,
@@ -14,6 +15,7 @@ from hfopt.kernels.attention.tile import (
 )
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd.constants import LOWEST, ZERO
+from hfopt.kernels.simd.matrix import has_tiles
 from hfopt.kernels.simd.memory import load, load_scalar, store
 from hfopt.kernels.simd.pointer import shifted
 from hfopt.kernels.simd.tile import units_ratio
@@ -43,6 +45,9 @@ def multiply(a, a_row, a_step, b, size, out, width, accumulate):
 @body
 def score_keys(queries, width, keys, stride, size, n, scores):
     """scores[j, :] = products of n keys, `stride` units apart, with the packed queries of a tile."""
+    if has_tiles(keys):
+        score_in_tiles(queries, width, keys, stride, size, n, scores)
+        return
     chain = max(_CHAIN, size // 4) if units_ratio(keys) == 1 else _CHAIN_OF_PAIRS
     units = rounded(size, units_ratio(keys)) // units_ratio(keys)
     n_parts = (units + _PART - 1) // _PART
@@ -99,6 +104,9 @@ def weigh_keys(scores, width, n, scale, weights, sums, size, stats):
 @body
 def add_values(weights, width, n, values, size, sums):
     """sums += the packed values of n keys, weighted."""
+    if has_tiles(values):
+        add_in_tiles(weights, width, n, values, size, sums)
+        return
     depth = rounded(n, units_ratio(values)) // units_ratio(values)
     for channel in range(0, size, ROWS):
         panel = shifted(values, channel // LANES * LANES * BLOCK + channel % LANES)
