@@ -51,12 +51,15 @@ MASK[0, :3] = 0
 STEPS = {"max_new_tokens": 50, "min_new_tokens": 50, "pad_token_id": 0}
 
 
-def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of random weights, split over the processes by transformers."""
+def model_of(
+    name: str, dtype: torch.dtype = torch.float32, edit: Callable[[Any], None] = lambda model: None
+) -> Any:
+    """A model of random weights, which may be edited, split over the processes by transformers."""
     kind, settings = FAMILIES[name]
     config = getattr(transformers, kind)(**{**_SIZES, **settings})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
+    edit(model)
     folders: list[str | None] = [None]
     if dist.get_rank() == 0:
         folders = [tempfile.mkdtemp()]
@@ -109,6 +112,18 @@ def logits(name: str, dtype: torch.dtype, options: dict[str, Any]) -> list[Tenso
         )
         found.append(torch.stack(outputs.logits).float())
     return found
+
+
+def largest(tokens: list[int]) -> Tensor:
+    """What greedy search chooses where these tokens have the largest logits, equal ones."""
+
+    def edit(model: Any) -> None:
+        with torch.no_grad():
+            model.lm_head.weight[tokens] = 0
+            model.lm_head.bias[tokens] = 50
+
+    model = hfopt.optimize(model_of("gptj", edit=edit), strict=True)
+    return model.generate(PROMPT, max_new_tokens=6, eos_token_id=None, do_sample=False)[:, PROMPT.shape[1] :]
 
 
 def different_requests() -> list[str]:

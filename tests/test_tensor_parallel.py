@@ -55,6 +55,13 @@ def test_bits_are_the_same_in_all_processes_and_in_each_run() -> None:
         assert all(torch.equal(first, each) for each in others)
 
 
+def test_of_equal_logits_the_first_is_chosen_whoever_has_it() -> None:
+    cases: tuple[tuple[list[int], int], ...] = (([800], 800), ([300, 800], 300), ([700, 800], 700))
+    calls = [call("largest", tokens) for tokens, _ in cases]
+    for (_, expected), found in zip(cases, results(2, *calls), strict=True):
+        assert all((tokens == expected).all() for tokens in found)
+
+
 def test_processes_that_ask_for_different_things_are_told_so() -> None:
     ((found, other),) = results(2, call("different_requests"))
     assert found == other

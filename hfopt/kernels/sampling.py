@@ -90,13 +90,9 @@ def place_of_largest(x, size, maxima):
     return place
 
 
-@launch
-def argmax(like, x, n_rows, size, out):
-    """out[r] = index of the largest of x[r].
-
-    Addresses of x [n_rows, size] of the type of `like`, and of out int64 [n_rows].
-    """
-    x, out = address_as(x, pointer(like)), integers_at(out)
+@body
+def find_largest(x, n_rows, size, out):
+    """out[r] = index of the largest of x[r]. Pointers to x [n_rows, size] and out int64 [n_rows]."""
     n_blocks = (size + BLOCK - 1) // BLOCK
     maxima = np.empty((n_rows, n_blocks), np.float32)
     n = n_rows * n_blocks
@@ -105,7 +101,10 @@ def argmax(like, x, n_rows, size, out):
         out[row] = place_of_largest(shifted(x, row * size), size, maxima[row])
 
 
-_argmax = body(argmax.__wrapped__)
+@launch
+def argmax(like, x, n_rows, size, out):
+    """`find_largest` for addresses of x [n_rows, size] of the type of `like`, and of out int64 [n_rows]."""
+    find_largest(address_as(x, pointer(like)), n_rows, size, integers_at(out))
 
 
 @body
@@ -130,8 +129,8 @@ def argmax_allowed(like, x, n_rows, size, bits, out):
 
     As in `argmax`; bits int32 [n_rows, words]: of allowed indices, the lowest first, 0 beyond the words.
     """
-    _argmax(like, x, n_rows, size, out)
     x, out, n_words = address_as(x, pointer(like)), integers_at(out), bits.shape[1]
+    find_largest(x, n_rows, size, out)
     for row in range(n_rows):
         values, allowed, place = shifted(x, row * size), shifted(pointer(bits), row * n_words), out[row]
         value = load_scalar(values, place)

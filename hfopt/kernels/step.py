@@ -36,9 +36,16 @@ from hfopt.kernels.linear.tiles import LINEAR
 from hfopt.kernels.move import PERMUTE, TAKE_LAST
 from hfopt.kernels.norm import HEAD_NORM, LAYER_NORM, RMS_NORM
 from hfopt.kernels.rope import ROTATE, ROTATE_AND_STORE
-from hfopt.kernels.sampling import argmax
-from hfopt.kernels.shared.instructions import ALL_REDUCE, GATHER, LOOK_UP_PART, TAKE_PART
-from hfopt.kernels.simd.pointer import address_of, pointer, shifted
+from hfopt.kernels.sampling import find_largest
+from hfopt.kernels.shared.instructions import (
+    ALL_REDUCE,
+    GATHER,
+    LOOK_UP_PART,
+    TAKE_PART,
+    choose,
+    is_one_piece,
+)
+from hfopt.kernels.simd.pointer import address_as, address_of, pointer, shifted
 from hfopt.kernels.xielu import XIELU
 
 # the number of an instruction, in column OP, is its place here
@@ -90,7 +97,7 @@ def _switch(part: str):
 
 
 _scratch, _check, _run = (_switch(part) for part in ("scratch", "check", "run"))
-_argmax = body(argmax.__wrapped__)
+_GATHER = INSTRUCTIONS.index(GATHER)
 
 
 @launch
@@ -123,15 +130,37 @@ def _check_all(held, code, formats, group, step):
 
 
 @body
-def _run_all(like, held, code, formats, group, scalars, step, logits):
-    """Runs instructions that were checked."""
-    for i in range(code.shape[0]):
-        row = shifted(pointer(code), i * COLUMNS)
-        x = logits if row[IN] == LOGITS else step.arena + row[IN] * step.n_tokens
-        out = logits if row[OUT] == LOGITS else step.arena + row[OUT] * step.n_tokens
-        n = step.n_rows * step.n_last if row[PER_ROW] != 0 else step.n_tokens
-        operands = Operands(x, out, n, row[SIZE], scalars[i], shifted(row, OWN), format_at(formats, i))
-        _run(row[OP], (formats, group), (like, held, operands, step))
+def _operands(code, formats, scalars, i, step, logits):
+    row = shifted(pointer(code), i * COLUMNS)
+    x = logits if row[IN] == LOGITS else step.arena + row[IN] * step.n_tokens
+    out = logits if row[OUT] == LOGITS else step.arena + row[OUT] * step.n_tokens
+    n = step.n_rows * step.n_last if row[PER_ROW] != 0 else step.n_tokens
+    return Operands(x, out, n, row[SIZE], scalars[i], shifted(row, OWN), format_at(formats, i))
+
+
+@body
+def _run_some(like, held, code, formats, group, scalars, step, logits, n):
+    """Runs the first n instructions, which were checked."""
+    for i in range(n):
+        operands = _operands(code, formats, scalars, i, step, logits)
+        _run(code[i, OP], (formats, group), (like, held, operands, step))
+
+
+@body
+def _ends_in_gather(code, group, n_logits):
+    """Whether the last instruction brings together logits of which each process has some that follow each other."""
+    if group is None:
+        return False
+    row = shifted(pointer(code), (code.shape[0] - 1) * COLUMNS)
+    return row[OP] == _GATHER and row[OUT] == LOGITS and is_one_piece(shifted(row, OWN), n_logits)
+
+
+@body
+def _choose_in_parts(like, code, formats, group, scalars, step, logits, chosen):
+    """`find_largest` of these logits: each process looks at those that it has."""
+    if group is not None:
+        last = _operands(code, formats, scalars, code.shape[0] - 1, step, logits)
+        choose(like, step.group, last, chosen)
 
 
 @body
@@ -195,9 +224,10 @@ def run_step(
     n_new]: tokens, positions; records int64 [layers, `cache_record`]; lengths the first time, in_suffix, prefix_row and
     table as in `cache.Appended`; kind as in `attention_prefill`, of mask, uint8 [n_rows, n_new keys]: empty if order
     alone hides keys; of one new token, or of some that are checked, [n_rows, keys of the last one, or more]; address of
-    logits [n_rows n_last, n_logits], of the element type. chosen int64 [n_steps, n_rows]: their `sampling.argmax` each
-    time, or no rows if the logits are wanted; behind it `pad` in rows that are finished, bool [n_rows]. The last time is
-    one that chooses any of `ends`, int64 [n], for another row. deltas int64 [4]: `deltas.Deltas`, all 0 if no row has an
+    logits [n_rows n_last, n_logits], of the element type. chosen int64 [n_steps, n_rows]: the `sampling.argmax` of
+    each time, for which those of several processes are not brought together, or no rows if the logits are wanted; behind
+    it `pad` in rows that are finished, bool [n_rows]. The last time is one that chooses any of `ends`, int64 [n], for
+    another row. deltas int64 [4]: `deltas.Deltas`, all 0 if no row has an
     adapter. group: `instruction.Group`, int64 [2], or None without instructions that need it.
     """
     elements, cached = pointer(like), pointer(held)
@@ -205,6 +235,7 @@ def run_step(
     masked = kind, address_of(pointer(mask)) if mask.size > 0 else 0, mask.shape[1]
     sizes = n_rows, n_new, n_last, n_rows * n_new
     n_steps = max(chosen.shape[0], 1)
+    in_parts = chosen.shape[0] > 0 and _ends_in_gather(code, group, n_logits)
     for k in range(n_steps):
         in_prefix = 0 if in_suffix else k
         lengths = prefix_len + in_prefix, suffix_len + k - in_prefix
@@ -225,9 +256,14 @@ def run_step(
         wrong = _check_all(cached, code, formats, group, step)
         if wrong != 0:
             return k if k > 0 else -wrong
-        _run_all(elements, cached, code, formats, group, scalars, step, logits)
+        n = code.shape[0] - 1 if in_parts else code.shape[0]
+        _run_some(elements, cached, code, formats, group, scalars, step, logits, n)
         if chosen.shape[0] > 0:
-            _argmax(like, logits, n_rows, n_logits, address_of(pointer(chosen)) + 8 * n_rows * k)
+            target = shifted(pointer(chosen), n_rows * k)
+            if in_parts:
+                _choose_in_parts(elements, code, formats, group, scalars, step, logits, target)
+            else:
+                find_largest(address_as(logits, elements), n_rows, n_logits, target)
             if not _follow(ids, chosen[k], finished, pad, ends):
                 n_steps = k + 1
                 break

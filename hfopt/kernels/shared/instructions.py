@@ -2,13 +2,26 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 from hfopt.kernels.embedding import TABLE_ADDRESS, TABLE_FIELDS, TABLE_ROWS
 from hfopt.kernels.instruction import UNKNOWN_INDEX, Group, Instruction, read_fields
 from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.move import copy_bytes
-from hfopt.kernels.shared.collectives import all_gather, all_reduce
+from hfopt.kernels.sampling import find_largest
+from hfopt.kernels.shared.collectives import all_gather, all_reduce, arg_max
 from hfopt.kernels.shared.member import DONE, NOT_YET, member_at
-from hfopt.kernels.simd.pointer import bytes_at, integers_at, item_bytes, shifted
+from hfopt.kernels.simd.constants import LOWEST
+from hfopt.kernels.simd.memory import load_scalar
+from hfopt.kernels.simd.pointer import (
+    address_as,
+    address_of,
+    bytes_at,
+    integers_at,
+    item_bytes,
+    pointer,
+    shifted,
+)
 
 # ---- collectives ------------------------------------------------------------------------------------------------------
 
@@ -68,6 +81,35 @@ def _gather(like, held, operands, step):
             piece = shifted(pieces, 3 * k)
             copy_bytes(x + piece[0] * item, piece[2] * item, out + piece[1] * item)
     _sum(like, step.group, operands.out, n * own.width)
+
+
+@body
+def is_one_piece(own, width):
+    """Whether a gather gives `width` values, of which each process has some that follow each other."""
+    own = read_fields(own, _Gather)
+    return own.n_pieces == 1 and own.width == width
+
+
+@body
+def choose(like, group, operands, chosen):
+    """chosen[r] = `sampling.argmax` of the row that a gather of one piece would give, int64, without the gather."""
+    own, size = read_fields(operands.own, _Gather), operands.size * item_bytes(like)
+    group = read_fields(group, Group)
+    pieces, status = integers_at(own.pieces), integers_at(group.status)
+    values = np.empty(operands.n, np.float32)
+    first, place, n = pieces[0], pieces[1], pieces[2]
+    for row in range(operands.n):
+        x = address_as(operands.x + row * size + first * item_bytes(like), like)
+        values[row], chosen[row] = LOWEST, place
+        if n > 0:
+            find_largest(x, 1, n, shifted(chosen, row))
+            values[row] = load_scalar(x, chosen[row])
+            chosen[row] += place
+    if status[0] == DONE:
+        found = NOT_YET
+        while found == NOT_YET:
+            found = arg_max(group.member, address_of(pointer(values)), address_of(chosen), operands.n)
+        status[0] = found
 
 
 # OUT = IN, SIZE values, of all processes side by side
