@@ -3,8 +3,9 @@
     python scripts/prefixes.py                                       both shapes, bfloat16, random weights
     python scripts/prefixes.py --shapes llama-160m --threads 1
 
-Two figures for each shape: another question on a text that a `PrefixCache` knows, against the same request without one; and
-some questions on one document in one call, against one of them alone.
+Three figures for each shape: another question on a text that a `PrefixCache` knows, against the same request without one;
+two tokens alone against that, which is the least that a first token can take, because all weights are read; and some
+questions on one document in one call, against one of them alone.
 """
 
 import argparse
@@ -69,18 +70,21 @@ def _measure(shape: str, n_layers: int | None, dtype: torch.dtype, rounds: int) 
     known, document = prompts.text(_KNOWN), prompts.text(_DOCUMENT)
     _seconds(model, prompts.questions(known[:200], 2))  # compiles
     _seconds(model, prompts.questions(known, 1), prefix_cache=prefix_cache)
-    pairs: dict[str, list[tuple[float, float]]] = {"known": [], "shared": []}
+    pairs: dict[str, list[tuple[float, float]]] = {"known": [], "least": [], "shared": []}
     for index in range(rounds):
         one, many = prompts.questions(known, 1), prompts.questions(document, _QUESTIONS)
         first: Any = lambda: _seconds(model, one, prefix_cache=prefix_cache)  # noqa: B023, E731
         other: Any = lambda: _seconds(model, one)  # noqa: B023, E731
         all_rows: Any = lambda: _seconds(model, many)  # noqa: B023, E731
         one_row: Any = lambda: _seconds(model, many[:1])  # noqa: B023, E731
-        for name, given in (("known", (first, other)), ("shared", (all_rows, one_row))):
+        least: Any = lambda: _seconds(model, one[:, -2:])  # noqa: B023, E731
+        for names, given in ((("known", "least"), (first, least, other)), (("shared",), (all_rows, one_row))):
             order = given if index % 2 else given[::-1]
             found = {id(each): each() for each in order}
-            pairs[name].append((found[id(given[0])], found[id(given[1])]))
+            for name, each in zip(names, given, strict=False):
+                pairs[name].append((found[id(each)], found[id(given[-1])]))
     _show(f"{_KNOWN:,} tokens known / read", pairs["known"])
+    _show("2 tokens alone / read", pairs["least"])
     _show(f"{_QUESTIONS} questions on {_DOCUMENT:,} tokens / 1", pairs["shared"])
     print(f"  {prefix_cache.use}", flush=True)
 

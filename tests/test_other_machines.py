@@ -45,3 +45,13 @@ def test_quantized_on_more_machines(name: str, features: str, path: str) -> None
     if not is_possible(features):
         pytest.skip("this machine could not run them")
     _assert_quantized(end(begin(name, features, path, "quantized")))
+
+
+@pytest.mark.slow
+def test_pairs_of_bfloat16_where_there_are_no_tiles() -> None:
+    features = _SKYLAKE + ",+avx512bf16"
+    if not is_possible(features):
+        pytest.skip("this machine could not run them")
+    found = end(begin("skylake-avx512", features, "AVX-512 BF16", "selftest", "quantized"))
+    assert found["wrong"] == []
+    _assert_quantized(found)
