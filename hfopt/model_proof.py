@@ -78,7 +78,8 @@ def ring_flaw(model: Any, ring: Ring) -> str | None:
     ids = torch.randint(1, vocabulary(model), (2, n_tokens), generator=torch.Generator().manual_seed(7))
     config = twin.config.get_text_config(decoder=True)
     name = host.cache_argument(type(model).forward)
-    if not generation.can_share(twin, IndirectCache(config), n_tokens):
+    # of the shortest prompt that would be: angles may be others from some length on
+    if not generation.can_share(twin, IndirectCache(config), generation.LEAST_TOGETHER):
         return "its layers or its positions need all tokens of a prompt"
 
     def read(shares: bool) -> Logits | Exception:
