@@ -7,9 +7,10 @@ PROMPT ?= Read up to
 
 # Releases of transformers, besides the newest one, that the host suite runs on; the last of 4.x is the oldest that works.
 HOSTS ?= 5.23.0 4.57.6
-# What depends on the release: names and roles, loops, modes of generate, families, and releases that do not exist yet.
+# What depends on the release: names and roles, loops, modes of generate, families. Releases that do not exist yet are made
+# from the newest one by `make test`, from these by `make tomorrow`.
 HOST_TESTS := tests/test_host.py tests/test_generation_proof.py tests/test_generation_modes.py tests/test_step.py \
-	tests/test_optimize.py tests/test_tomorrow.py tests/test_modules_rotary.py tests/test_modules_moe.py tests/test_chat.py \
+	tests/test_optimize.py tests/test_modules_rotary.py tests/test_modules_moe.py tests/test_chat.py \
 	tests/test_generation_devices.py tests/test_generation_text.py tests/test_generation_streams.py
 
 # Tests run in two processes at a time, but for those that begin processes of their own beside all others, and those of ranks,
@@ -18,12 +19,13 @@ ASKING := tests/test_tomorrow.py tests/test_other_machines.py
 RANKS := tests/test_collectives.py tests/test_tensor_parallel.py tests/test_ranks_command.py tests/test_ring.py
 BESIDE := --numprocesses=2 $(ASKING:%=--ignore=%) $(RANKS:%=--ignore=%)
 
-.PHONY: help setup demo test slow hosts lint package bench clean
+.PHONY: help setup demo test slow hosts tomorrow lint package bench clean
 
 help:
 	@echo "make demo   the embedded model, stock and optimised in one run"
 	@echo "make test   the tests (make slow: the long ones too)"
 	@echo "make hosts  the host suite on other releases of transformers (HOSTS='5.23.0 4.57.6')"
+	@echo "make tomorrow  releases that do not exist yet, made from those (make slow: the long ones)"
 	@echo "make lint   ruff and mypy"
 	@echo "make package  wheel and sdist, checked, installed into a bare environment and used"
 	@echo "make bench  the table of the README, measured on this machine"
@@ -67,6 +69,11 @@ host-%: $(VENV)/hosts/%/.installed
 	$(VENV)/hosts/$*/bin/python -m pytest -m "not slow" $(HOST_TESTS)
 
 hosts: $(HOSTS:%=host-%)
+
+tomorrow-%: $(VENV)/hosts/%/.installed
+	$(VENV)/hosts/$*/bin/python -m pytest tests/test_tomorrow.py
+
+tomorrow: $(HOSTS:%=tomorrow-%)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
