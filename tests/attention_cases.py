@@ -105,10 +105,14 @@ def check_attend(
     exact = reference.attention(q.double(), exact_keys, exact_values, seen, scoring)
     # a score that is rounded changes a weight by as much; those that are far from the largest have none
     scores = reference.attention_scores(q.double(), exact_keys, seen, scoring)
-    largest = max(scores[scores > scores.amax(-1, keepdim=True) - 16].abs().tolist(), default=0)
+    counted = scores > scores.amax(-1, keepdim=True) - 16
+    largest = max(scores[counted].abs().tolist(), default=0)
     # plain ones are float32, whatever the elements are
     is_plain = scoring.is_plain(sys.maxsize)
-    rounding = torch.finfo(torch.float32 if is_plain else qkv.dtype).eps / torch.finfo(qkv.dtype).eps
-    n_ulps = 1 + largest * rounding
+    eps, of_sums = torch.finfo(qkv.dtype).eps, torch.finfo(torch.float32).eps
+    # and as sums they are rounded by what their terms are, not by what is left of those
+    sizes = reference.attention_scores(q.double().abs(), exact_keys.abs(), seen, Scoring(abs(scoring.scale)))
+    terms = max(sizes[counted].tolist(), default=0)
+    n_ulps = 1 + max(largest * (of_sums if is_plain else eps), terms * of_sums) / eps
     assert_as_exact_as_torch(out, flat(theirs), flat(exact), n_ulps)
     return out
