@@ -314,6 +314,21 @@ def test_prefill_of_any_head_dim(dtype: torch.dtype, size: int) -> None:
     _check_prefill(dtype, 21, (6, 2, size), random_cache(dtype, 4, 2, 2, size, (40, 0), 0))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("n_new", (1, 2, 50))
+def test_a_score_of_any_size_may_be_the_largest(dtype: torch.dtype, n_new: int) -> None:
+    """A key with a score far above the others has all the weight, in the first block or in a later one."""
+    heads = (3, 1, 64)
+    for power, token in zip(range(3, 36), (7, 160) * 17, strict=False):
+        qkv, cache = random_qkv(dtype, 1, n_new, heads), random_cache(dtype, 1, 1, *heads[1:], (200, 0))
+        stored = torch.from_numpy(cache.prefix).view(dtype)[:, 0, 0]
+        query = queries_of(qkv, heads)[0, 1, -1].float()
+        stored[0, token] = (query / query.square().sum() * 10.0**power).to(dtype)
+        mask = Mask("none" if n_new == 1 else "causal")
+        out = functional.attend(qkv, cache._replace(n_new=n_new), mask, Scoring(0.125), *heads)
+        torch.testing.assert_close(out[0, -1, 64:128], stored[1, token], rtol=1e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize("make", CACHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_new", (2, 5, 50, 333))

@@ -3,6 +3,8 @@
 Queries lie along the lanes of vectors, so arrays are [key or channel, width] with `width` queries: 16, 32 or 48.
 """
 
+import numpy as np
+
 from hfopt.kernels.attention.matrix_block import add_in_tiles, score_in_tiles
 from hfopt.kernels.attention.pack import BLOCK, ROWS, is_finite, rounded, scales_of, token_of
 from hfopt.kernels.attention.tile import (
@@ -14,13 +16,13 @@ from hfopt.kernels.attention.tile import (
     where_up_to,
 )
 from hfopt.kernels.jit.parallel import body
-from hfopt.kernels.simd.constants import LOWEST, ZERO
+from hfopt.kernels.simd.constants import LOWEST, ONE, ZERO
 from hfopt.kernels.simd.matrix import has_tiles
 from hfopt.kernels.simd.memory import load, load_scalar, store
 from hfopt.kernels.simd.pointer import shifted
 from hfopt.kernels.simd.tile import units_ratio
 from hfopt.kernels.simd.types import LANES
-from hfopt.kernels.simd.vector import fence, fma, larger, splat
+from hfopt.kernels.simd.vector import absolute, fence, fma, larger, splat
 
 TILE = 48  # queries: 3 vectors; the last tile of a head may have 1 or 2
 # of each query: largest score, sum of weights, position in its tile, slope of the bias
@@ -28,6 +30,8 @@ TOP, TOTAL, LIMIT, SLOPE, STATS = range(5)
 # units of channels that are summed in a row: for float32, which has more digits to lose, a quarter of them, but not
 # fewer than 16
 _CHAIN, _CHAIN_OF_PAIRS = 16, 64
+# up to there a scaled score, rounded, is less than 1 from what it was
+_ROUNDED_BY_LITTLE = np.float32(1 << 24)
 _PART = 128  # units of channels whose queries stay in an L1 cache, while keys pass by
 
 
@@ -63,6 +67,21 @@ def score_keys(queries, width, keys, stride, size, n, scores):
 
 
 @body
+def _scale_alike(scores, width, n, column, scale, shift):
+    """What to multiply the n scores of a column by before `shift`, the largest product, is taken off: `scale`.
+
+    1 where that is so large that it was rounded by more than weights can make up for: scores become products, rounded alike.
+    """
+    far = absolute(shift)
+    if not any_below(splat(_ROUNDED_BY_LITTLE), far):
+        return splat(scale)
+    for place in range(column, n * width, width):
+        score = load(scores, place)
+        store(scores, place, where_up_to(far, splat(_ROUNDED_BY_LITTLE), score, fence(score * splat(scale))))
+    return where_up_to(far, splat(_ROUNDED_BY_LITTLE), splat(scale), splat(ONE))
+
+
+@body
 def weigh_keys(scores, width, n, scale, weights, sums, size, stats):
     """weights = 2^(scale * score - the largest so far), in place of the scores; sums and statistics are scaled to fit."""
     tops, totals = shifted(stats, TOP * TILE), shifted(stats, TOTAL * TILE)
@@ -85,17 +104,18 @@ def weigh_keys(scores, width, n, scale, weights, sums, size, stats):
             for place in range(column, size * width, width):
                 store(sums, place, load(sums, place) * factor)
             store(tops, column, top)
+        by = _scale_alike(scores, width, n, column, scale, shift)
         shift = splat(ZERO) - shift
         even, odd = splat(ZERO), splat(ZERO)
         for pair in range(n // 2):
             place = 2 * pair * width + column
-            low = weight_of(fma(load(scores, place), splat(scale), shift), weights)
-            high = weight_of(fma(load(scores, place + width), splat(scale), shift), weights)
+            low = weight_of(fma(load(scores, place), by, shift), weights)
+            high = weight_of(fma(load(scores, place + width), by, shift), weights)
             store_pair(weights, pair, width, column, low, high)
             even = even + low
             odd = odd + high
         if n % 2 == 1:
-            low = weight_of(fma(load(scores, (n - 1) * width + column), splat(scale), shift), weights)
+            low = weight_of(fma(load(scores, (n - 1) * width + column), by, shift), weights)
             store_pair(weights, n // 2, width, column, low, splat(ZERO))
             even = even + low
         store(totals, column, total + (even + odd))
