@@ -165,9 +165,8 @@ def _in_place(model: Any) -> None:
 
 def _add(model: Any) -> None:
     torch.manual_seed(3)
-    model.add_adapter("green", config(rank=3, target_modules=["v_proj", "gate_proj"]))
-    model.set_adapter("green")
-    model.eval()
+    model.add_adapter("green", config(rank=3, target_modules=["v_proj", "gate_proj"], lora_dropout=0))
+    model.set_adapter("green")  # its modules are in training mode, as peft makes them
 
 
 def _change_base(model: Any) -> None:
@@ -202,6 +201,17 @@ def test_whatever_changes_is_seen() -> None:
         assert hfopt.explain(models[0]).by_module is None, name
         with no_calls(models[0]):
             tokens(models[0])
+
+
+def test_an_adapter_that_drops_inputs_as_in_training() -> None:
+    ours, stock = pair()
+    for model in (ours, stock):
+        torch.manual_seed(5)
+        model.add_adapter("new", config(lora_dropout=0.5))
+        model.set_adapter("new")
+    assert "adapter 'new' drops inputs, as in training" in str(hfopt.explain(ours).by_module)
+    both((ours, stock), lambda model: model.eval())
+    assert_program_gives_the_same(ours, stock)
 
 
 def test_switching_makes_no_other_program() -> None:

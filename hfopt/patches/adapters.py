@@ -19,7 +19,7 @@ from hfopt.errors import InvalidInput
 from hfopt.functional import Delta, Epilogue, Kernels, Weights, activate, add_deltas, check_deltas, pieces_of
 from hfopt.functional.epilogue import PLAIN
 from hfopt.functional.linear import Rows
-from hfopt.modules.guards import DO_NOTHING, is_bare, is_bare_inside
+from hfopt.modules.guards import DO_NOTHING, is_bare_inside, is_unhooked
 from hfopt.patches.replacement import original_class
 
 
@@ -85,10 +85,15 @@ def _delta(layer: Any, name: str, part: int, dtype: torch.dtype) -> Delta | None
         return None
     linears = found.a, found.b
     for each in linears:
-        if original_class(each) is not nn.Linear or not is_bare(each) or each._parameters["bias"] is not None:
-            raise Unreadable(f"adapter {name!r} has more than two matrices, or hooks")
-    if type(found.dropout) not in DO_NOTHING or not is_bare(found.dropout):
+        if original_class(each) is not nn.Linear or each._parameters["bias"] is not None:
+            raise Unreadable(f"adapter {name!r} has more than two matrices")
+    if not all(map(is_unhooked, (*linears, found.dropout))):
+        raise Unreadable(f"adapter {name!r} has hooks, or a forward of its own")
+    if type(found.dropout) not in DO_NOTHING:
         raise Unreadable(f"adapter {name!r} has a {type(found.dropout).__name__} in front of it")
+    # peft makes adapters in training mode
+    if type(found.dropout) is nn.Dropout and found.dropout.training and found.dropout.p > 0:
+        raise Unreadable(f"adapter {name!r} drops inputs, as in training: `model.eval()` has it leave that")
     a, b = (each._parameters["weight"] for each in linears)
     if type(a) is not nn.Parameter or type(b) is not nn.Parameter:
         raise Unreadable(f"adapter {name!r} has matrices that are no plain parameters")
