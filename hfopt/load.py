@@ -27,7 +27,7 @@ from hfopt.optimize import optimize
 from hfopt.patches.tensor_plan import plan_for
 from hfopt.progress import progress
 from hfopt.streaming import attach, settle
-from hfopt.words import DTYPES, dtypes_in_words, in_words
+from hfopt.words import DTYPES, dtype_name, dtypes_in_words, in_words
 
 if TYPE_CHECKING:
     from hfopt.quantization import Format, QuantizationConfig
@@ -43,7 +43,7 @@ _BUILDING = threading.Lock()
 def load(
     path_or_id: str | os.PathLike[str],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     quantization: str | Format | QuantizationConfig | Mapping[str, Any] | None = None,
     kv_cache: str | None = None,
     speculation: Literal["lookup"] | None = None,
@@ -58,7 +58,7 @@ def load(
     Args:
         path_or_id: a folder or an id of the Hub. It may hold floats, what `hfopt.save` wrote, or layers that GPTQ, AWQ or
             compressed-tensors have quantised; those are packed for hfopt's kernels with every integer as it was.
-        dtype: float32, bfloat16 or float16, of what is not quantised. None: that of the checkpoint.
+        dtype: float32, bfloat16 or float16, of what is not quantised, or its name. None or "auto": that of the checkpoint.
         quantization: what to turn linear layers into that the checkpoint holds as floats, while they are read: a format or
             its name ("int8", "int4", "nf4"), or a config that says so for parts of the model. None: nothing.
         kv_cache, speculation: as in `optimize`.
@@ -91,8 +91,10 @@ def load(
     if not isinstance(path_or_id, str | os.PathLike):
         raise InvalidInput(f"path_or_id={path_or_id!r}: a folder or an id of the Hub is needed")
     source = os.fspath(path_or_id)
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else {dtype_name(each): each for each in DTYPES}.get(dtype, dtype)
     if dtype is not None and dtype not in DTYPES:
-        raise InvalidInput(f"dtype = {dtype}: {dtypes_in_words('None')} is allowed")
+        raise InvalidInput(f"dtype = {dtype!r}: {dtypes_in_words('None')} is allowed")
     check_kv_cache(kv_cache)
     if unknown := sorted(kwargs.keys() - {*_HUB, *_MODEL}):
         raise InvalidInput(

@@ -110,8 +110,10 @@ def test_dtypes(tmp_path, stored, caplog):
         loaded = hfopt.load(tmp_path, dtype=dtype)
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
         assert same_tensors(loaded, copy.deepcopy(model).to(dtype))
+    assert hfopt.load(tmp_path, dtype="float16").dtype is torch.float16
+    assert hfopt.load(tmp_path, dtype="auto").dtype == (stored if stored in DTYPES else torch.bfloat16)
     wrong: Any
-    for wrong in (torch.float64, "bfloat16"):
+    for wrong in (torch.float64, "float64", 16):
         with pytest.raises(InvalidInput, match="dtype = "):
             hfopt.load(tmp_path, dtype=wrong)
 
