@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,18 +22,45 @@ from hfopt.functional import choice, choice_file
 from hfopt.machine import env
 from tests import other_machines, tomorrow_answers
 
+# Tests of whole models, in which float16 takes the way of bfloat16 or float32 but for what tests of kernels and
+# `test_float16.py` look at; programs for it take minutes to compile.
+_WHOLE_MODELS = {
+    f"test_{name}"
+    for name in [
+        "decoders",
+        "families",
+        "families_alibi",
+        "families_gemma4",
+        "kv_cache",
+        "optimize",
+        "quantized_model",
+        "speculation_draft",
+        "step",
+        "step_prompts",
+        "step_several",
+    ]
+}
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make the cases slow that `thinned` leaves out."""
+    """Make the cases slow that `thinned` leaves out, and whole models in float16."""
     seen: Counter[str] = Counter()
     for item in items:
+        if item.path.stem in _WHOLE_MODELS and torch.float16 in _given(item).values():
+            item.add_marker(pytest.mark.slow)
         mark = item.get_closest_marker("thinned")
         if mark is not None:
             name = item.nodeid.partition("[")[0]
             if seen[name] % mark.args[0]:
                 item.add_marker(pytest.mark.slow)
             seen[name] += 1
+
+
+def _given(item: pytest.Item) -> dict[str, Any]:
+    """The parameters of a case."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.params if callspec is not None else {}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -42,8 +70,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     fixtures = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     if session.config.option.collectonly:
         return
-    if "elsewhere" in fixtures:
-        other_machines.begun()
+    for path in {_given(item).get("elsewhere") for item in session.items} - {None}:
+        other_machines.begun(path)
     if "ask" in fixtures:
         tomorrow_answers.begun(session)
 

@@ -60,10 +60,7 @@ def end(process: fresh.Process) -> dict[str, Any]:
 
 
 @functools.cache
-def begun() -> dict[str, fresh.Process]:
-    """All checks for the CPUs whose code this one can run, by path."""
-    return {
-        path: begin(name, features, path, "selftest", "quantized")
-        for path, (name, features) in OTHERS.items()
-        if is_possible(features)
-    }
+def begun(path: str) -> fresh.Process | None:
+    """All checks for the CPUs of a path; None if this one cannot run their code."""
+    name, features = OTHERS[path]
+    return begin(name, features, path, "selftest", "quantized") if is_possible(features) else None
