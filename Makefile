@@ -13,11 +13,10 @@ HOST_TESTS := tests/test_host.py tests/test_generation_proof.py tests/test_gener
 	tests/test_optimize.py tests/test_modules_rotary.py tests/test_modules_moe.py tests/test_chat.py \
 	tests/test_generation_devices.py tests/test_generation_text.py tests/test_generation_streams.py
 
-# Tests run in two processes at a time, but for those that begin processes of their own beside all others, and those of ranks,
-# which wait for each other on all cores.
+# Tests run in two processes at a time, but for those that begin processes of their own beside all others. In the order of
+# their names files of ranks, which wait for each other on all cores, are apart.
 ASKING := tests/test_tomorrow.py tests/test_other_machines.py
-RANKS := tests/test_collectives.py tests/test_tensor_parallel.py tests/test_ranks_command.py tests/test_ring.py
-BESIDE := --numprocesses=2 $(ASKING:%=--ignore=%) $(RANKS:%=--ignore=%)
+BESIDE := --numprocesses=2 $(ASKING:%=--ignore=%)
 
 .PHONY: help setup demo test slow hosts tomorrow lint package bench clean
 
@@ -45,14 +44,12 @@ demo: $(STAMP)
 	$(BIN)/python scripts/run.py --compare --greedy --dtype float32 --prompt "$(PROMPT)"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" $(BESIDE) --dist=loadfile --durations=40
+	$(BIN)/python -m pytest -m "not slow" $(BESIDE) --dist=loadfile --no-loadscope-reorder --durations=40
 	$(BIN)/python -m pytest -m "not slow" $(ASKING)
-	$(BIN)/python -m pytest -m "not slow" $(RANKS) --durations=10
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(BESIDE) --dist=worksteal --durations=40
 	$(BIN)/python -m pytest -m slow $(ASKING)
-	$(BIN)/python -m pytest -m slow $(RANKS)
 
 # An environment of its own, which takes all but transformers (and what that release needs otherwise) from the first one.
 $(VENV)/hosts/%/.installed: $(STAMP)

@@ -47,12 +47,15 @@ def test_tokens_of_four_processes(name: str) -> None:
     tokens_of(4, name)
 
 
-def test_bits_are_the_same_in_all_processes_and_in_each_run() -> None:
-    options: tuple[dict[str, Any], ...] = ({}, {"quantization": "int8", "kv_cache": "int8"})
-    calls = [call("logits", "llama", torch.bfloat16, each) for each in options]
-    for found in results(2, *calls):
-        first, *others = (each for of_rank in found for each in of_rank)
-        assert all(torch.equal(first, each) for each in others)
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"quantization": "int8", "kv_cache": "int8"}, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_bits_are_the_same_in_all_processes_and_in_each_run(options: dict[str, Any]) -> None:
+    (found,) = results(2, call("logits", "llama", torch.bfloat16, options))
+    first, *others = (each for of_rank in found for each in of_rank)
+    assert all(torch.equal(first, each) for each in others)
 
 
 def test_of_equal_logits_the_first_is_chosen_whoever_has_it() -> None:
