@@ -27,6 +27,8 @@ from tests import other_machines, tomorrow_answers
 _WHOLE_MODELS = {
     f"test_{name}"
     for name in [
+        "adapters",
+        "checks",
         "decoders",
         "families",
         "families_alibi",

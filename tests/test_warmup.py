@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests import fresh
 
 # After a warm-up, generates with models of families that have all there is (windows, limits, slopes, sinks, norms of heads,
@@ -40,6 +42,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_be_compiled() -> None:
     plain, quantized = json.loads(fresh.run(_PROGRAM).splitlines()[-1])
     for n_known, missing in (plain, quantized):
