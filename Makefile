@@ -24,7 +24,7 @@ help:
 	@echo "make demo   the embedded model, stock and optimised in one run"
 	@echo "make test   the tests (make slow: the long ones too)"
 	@echo "make hosts  the host suite on other releases of transformers (HOSTS='5.23.0 4.57.6')"
-	@echo "make tomorrow  releases that do not exist yet, made from those (make slow: the long ones)"
+	@echo "make tomorrow  releases that do not exist yet, made from those"
 	@echo "make lint   ruff and mypy"
 	@echo "make package  wheel and sdist, checked, installed into a bare environment and used"
 	@echo "make bench  the table of the README, measured on this machine"

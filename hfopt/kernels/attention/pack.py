@@ -3,8 +3,8 @@
 from hfopt.kernels.attention.cache_view import key_of, scale_of
 from hfopt.kernels.attention.tile import store_pair, where_up_to
 from hfopt.kernels.jit.parallel import body
+from hfopt.kernels.simd import matrix
 from hfopt.kernels.simd.constants import LARGEST, ONE, ZERO
-from hfopt.kernels.simd.matrix import has_tiles
 from hfopt.kernels.simd.memory import load, load_part, load_scalar, prefetch, store
 from hfopt.kernels.simd.pointer import address_of, floats_at, item_bytes, pointer_as, shifted
 from hfopt.kernels.simd.tile import transpose_block, units_ratio
@@ -13,7 +13,6 @@ from hfopt.kernels.simd.vector import absolute, fma, max_lanes, maximum, splat, 
 
 BLOCK = 32  # units of keys: one in float32, two in bfloat16; their scores stay in an L1 cache
 ROWS = 8  # keys, or channels of values, of a register tile: with 3 vectors 24 sums
-_TILE_ROWS = 16  # keys in a tile register
 
 
 @body
@@ -97,8 +96,9 @@ def find_keys(cache, scales, row, kv_head, first, n, size, room):
     """(pointer to the keys of n tokens from `first` on, elements from one to the next), readable up to as many as products
     are made of: in the cache where they lie in a row, else copied to `room`, times their scales."""
     prefix = cache.prefix
-    n_read = rounded(n, _TILE_ROWS if has_tiles(room) else ROWS)
-    step = LANES * units_ratio(room) if has_tiles(room) else units_ratio(room)
+    n_read, step = rounded(n, ROWS), units_ratio(room)
+    if matrix.has_tiles(room):
+        n_read, step = rounded(n, matrix.ROWS), LANES * step
     # of codes, which are smaller, copies are made, times their scales, and of float16, which is widened
     if item_bytes(prefix.keys) == item_bytes(room):
         fits = first + n <= prefix.n_tokens and first + n_read <= prefix.n_readable
@@ -145,7 +145,7 @@ def pack_values(cache, scales, row, kv_head, first, n, size, clean, values):
             # 0 times what is not finite is NaN
             probe = fma(low, splat(ZERO), fma(high, splat(ZERO), probe))
             store_pair(shifted(values, k * BLOCK), j // 2, LANES, 0, low, high)
-    if has_tiles(values):
+    if matrix.has_tiles(values):
         n_pairs = (n + 1) // 2
         for k in range(0, rounded(size, LANES) * BLOCK, LANES * BLOCK):
             panel = shifted(values, k)
