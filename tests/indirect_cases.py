@@ -43,14 +43,16 @@ def attention(
             of_head = bias if bias is None or bias.shape[1] == 1 else bias[:, one]
             parts.append(attention(of_q, of_k, of_v, scale_attn, of_head, causal))
         return torch.cat(parts, 1)
-    scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) / scale_attn
+    # queries of a head of keys are rows of one product: 71 copies of the keys would take most of the time
+    scores = q.reshape(*k.shape[:2], -1, q.shape[-1]) @ k.transpose(-1, -2) / scale_attn
+    scores = scores.reshape(*q.shape[:3], n_keys)
     if bias is not None:
         scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.double()
     if causal:
         order = torch.ones(n_new, n_keys, dtype=torch.bool).tril(n_keys - n_new)
         scores = scores.masked_fill(~order, -torch.inf)
     weights = torch.softmax(scores, -1).nan_to_num()  # 0 where nothing is seen
-    return weights @ v.repeat_interleave(group, 1)
+    return (weights.reshape(*v.shape[:2], -1, n_keys) @ v).reshape(*q.shape[:3], v.shape[-1])
 
 
 class Twins:

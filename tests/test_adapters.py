@@ -304,6 +304,19 @@ def test_others_go_module_by_module(name: str) -> None:
     assert torch.equal(tokens(ours, num_beams=4), tokens(stock, num_beams=4))
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("use_dora", "is a DoraLinearVariant"), ("lora_bias", "has more than two matrices")]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_one_layer_of_another_kind_leaves_the_others_alone(kind: str, reason: str) -> None:
+    torch.manual_seed(4)
+    adapter = config(**{kind: True}, target_modules=r".*layers\.0\.self_attn\.q_proj")
+    model = hfopt.optimize(peft.get_peft_model(llama(), adapter).eval(), kernels="hfopt")
+    kept = {each.path.partition("layers.")[2]: each.reason for each in hfopt.explain(model).kept}
+    assert kept["0.self_attn"] == f"q_proj is called itself: adapter 'default' {reason}"
+    assert "1.self_attn" not in kept
+
+
 def test_an_adapter_of_another_kind_beside_one() -> None:
     models = pair()
     for model in models:

@@ -109,6 +109,17 @@ def _delta(layer: Any, name: str, part: int, dtype: torch.dtype) -> Delta | None
     return delta
 
 
+def call_reason(layer: Any, dtype: torch.dtype) -> str | None:
+    """In words, why an adapted layer has to be called itself; None for other modules, and if kernels add what it does."""
+    if not host.is_adapted(layer):
+        return None
+    try:
+        applied(layer, 0, dtype)
+    except Unreadable as reason:
+        return str(reason)
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class AdaptedWeights:
     """The matrices of linear layers of which some have adapters; see `functional.Weights`.

@@ -16,6 +16,7 @@ from hfopt.errors import ForkedProcess, KernelError
 from hfopt.host import Arguments
 from hfopt.modules.quantized import QuantizedLinear
 from hfopt.modules.weights import original_class
+from hfopt.patches.adapters import call_reason
 from hfopt.patches.facts import layer_index
 from hfopt.patches.guards import is_sdpa
 from hfopt.patches.pattern import Pattern
@@ -100,6 +101,10 @@ def prove(
                 return Proof(flaw=f"it cannot be probed ({_in_words(error)})")
             if all(output.isfinite().all() for output in expected.values()):
                 break
+        for name in spec.reads:
+            reason = call_reason(module.get_submodule(name), dtype)
+            if reason is not None:
+                return Proof(flaw=f"{name} is called itself: {reason}", is_general=False)
         module.__class__ = replacement_class(pattern.replacement, original)
         module.__dict__["_hfopt"] = Record(spec)
         try:

@@ -14,7 +14,7 @@ from hfopt.functional import Kernels
 from hfopt.host import Conv1D, base_layer
 from hfopt.modules.guards import is_bare
 from hfopt.modules.weights import original_class
-from hfopt.patches.adapters import Unreadable, applied
+from hfopt.patches.adapters import call_reason
 from hfopt.patches.facts import INDICES
 from hfopt.patches.pattern import Pattern, Spec, obstacle
 from hfopt.patches.patterns import PATTERNS
@@ -273,9 +273,7 @@ def _idle_reason(module: Replacement, dtype: torch.dtype) -> str | None:
         base = base_layer(child)
         if not is_bare(base) and not base.training:
             return f"{name} has hooks or a forward of its own"
-        if base is not child and not child.training:
-            try:
-                applied(child, 0, dtype)
-            except Unreadable as reason:
-                return f"{name} is called itself: {reason}"
+        reason = None if child.training else call_reason(child, dtype)
+        if reason is not None:
+            return f"{name} is called itself: {reason}"
     return None
