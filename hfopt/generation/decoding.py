@@ -154,18 +154,19 @@ class Decoding:
         if program is None:
             return None
         guessed = self._guessed(program, len(tokens), most)
+        begin = time.perf_counter()  # guesses have costs of their own
         if guessed is not None and finished is not None:
             guessed[finished] = pad
         checked = self._check(program, tokens, guessed)
         if checked is None:
             return None
         self._positions += 1
-        if guessed is None:
-            return checked
-        first, *others = checked.split(1, dim=1)
-        self._n_right, self._n_guessed = 0, guessed.shape[1]
-        self._checked = [_Checked(*each) for each in zip(guessed.T, others, strict=True)]
-        return first
+        if guessed is not None:
+            checked, *others = checked.split(1, dim=1)
+            self._n_right, self._n_guessed = 0, guessed.shape[1]
+            self._checked = [_Checked(*each) for each in zip(guessed.T, others, strict=True)]
+        self._note_call(len(tokens), 1 + len(self._checked), begin)
+        return checked
 
     def _guessed(self, program: StepProgram, n_rows: int, most: int) -> np.ndarray | None:
         """Guesses of the tokens behind the next one, int64 [n_rows, n], as far as the program can check them; or None."""
@@ -179,7 +180,6 @@ class Decoding:
         """Logits [n_rows, 1 + n, n_logits] for a token of each row and n guessed ones behind it; None if modules have to."""
         given = tokens[:, None] if guessed is None else np.concatenate([tokens[:, None], guessed], 1)
         n_rows, n_new = given.shape
-        begin = time.perf_counter()
         room = self._make_room(program, n_rows, n_new, checks=n_new > 1)
         if room is None:
             return None
@@ -187,13 +187,16 @@ class Decoding:
         if guessed is None and self._speculation is not None:
             self._speculation.meanwhile()
         try:
-            logits = run.logits(given if n_new > 1 else tokens, positions, appended, mask)
+            return run.logits(given if n_new > 1 else tokens, positions, appended, mask)
         except BaseException:  # its columns have not been written, or nobody gets to know of them: Ctrl-C
             self._cache.crop(-n_new)
             raise
+
+    def _note_call(self, n_rows: int, n_tokens: int, begin: float) -> None:
+        """A step for so many tokens in each row has taken until now, with what became of its guesses."""
         if self._speculation is not None:
-            self._speculation.note_call(n_rows, n_new, of_first(self._ranks, time.perf_counter() - begin))
-        return logits
+            seconds = of_first(self._ranks, time.perf_counter() - begin)
+            self._speculation.note_call(n_rows, n_tokens, seconds)
 
     def _end_check(self) -> None:
         """Remove what has been made for guesses that were wrong, or were not needed."""
@@ -239,6 +242,7 @@ class Decoding:
         finished: np.ndarray | None,
     ) -> bool:
         """Make a step, and those behind it whose tokens were guessed; False if modules have to."""
+        begin = time.perf_counter()
         if finished is not None:
             guessed[finished] = greedy.pad
         logits = self._check(program, tokens, guessed)
@@ -257,6 +261,7 @@ class Decoding:
         if n_steps < n_new:
             self._cache.crop(n_steps - n_new)
         self._ahead = list(np.ascontiguousarray(chosen[:, :n_steps].T))
+        self._note_call(n_rows, n_new, begin)
         return True
 
     def _go_ahead(

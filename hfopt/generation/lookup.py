@@ -7,6 +7,7 @@ import numpy as np
 from .speculation import Guess
 
 _PAIR = 1 << 32  # more than any token
+_MOST_TRUST = 3  # more is not remembered
 
 
 class PromptLookup:
@@ -41,36 +42,69 @@ class PromptLookup:
 
 
 class _Text:
-    """One row."""
+    """One row, and where in it stands what is being repeated.
+
+    A copy may have other words in it: behind a token that differs it goes on with what follows in the original, as long as
+    that has been right more often than not.
+    """
 
     def __init__(self, tokens: list[int], longest: int) -> None:
         self._tokens: list[int] = []
         # of n-grams of each length, the place behind the last one and the one before: that of the text's end says nothing
         self._places: list[dict[object, tuple[int, int]]] = [{} for _ in range(longest)]
+        self._source = self._n_alike = 0  # where the next token stood before, 0 if it did not; tokens alike up to there
+        self._is_edited, self._trust = False, 1  # whether one differs before those; times that the text went on behind it
         for token in tokens:
             self.add(token)
 
     def add(self, token: int) -> None:
         tokens = self._tokens
+        if self._source:
+            self._compare(token)
         tokens.append(token)
         end = len(tokens)
         for length, places in enumerate(self._places[:end], 1):
             key = _key(tokens, length)
             places[key] = end, places.get(key, (0, 0))[0]
 
+    def _compare(self, token: int) -> None:
+        """Go on with the next token of the original, if the text still is a copy of it."""
+        is_alike = self._tokens[self._source] == token
+        if self._is_edited and self._n_alike == 0:
+            self._trust = min(max(self._trust + (1 if is_alike else -1), 0), _MOST_TRUST)
+        self._source += 1
+        if is_alike:
+            self._n_alike += 1
+        elif self._n_alike >= len(self._places):
+            self._is_edited, self._n_alike = True, 0
+        else:
+            self._source = 0
+
     def follow(self, n: int) -> tuple[int, list[int]]:
-        """(length of the n-gram, n tokens behind the last place where it stood before); no tokens if it stood nowhere."""
+        """(length of the n-gram, n tokens behind the place where it stood before); no tokens if it stood nowhere.
+
+        The place is that of the original, or the last one. The length is 0 behind a token that differs there.
+        """
+        longest = len(self._places)
+        if self._source and self._n_alike >= longest:
+            return longest, self._behind(self._source, n)
+        if self._source and self._is_edited and self._trust:
+            return 0, self._behind(self._source, n)
         tokens = self._tokens
-        for length in range(min(len(self._places), len(tokens)), 0, -1):
+        for length in range(min(longest, len(tokens)), 0, -1):
             place = self._places[length - 1][_key(tokens, length)][1]
             if place:
-                followed = tokens[place : place + n]
-                # a text that has begun to repeat goes on: what is beyond its end is what has been guessed
-                period = len(tokens) - place
-                while len(followed) < n:
-                    followed.append(followed[len(followed) - period])
-                return length, followed
+                self._source, self._n_alike, self._is_edited = place, length, False
+                return length, self._behind(place, n)
         return 0, []
+
+    def _behind(self, place: int, n: int) -> list[int]:
+        followed = self._tokens[place : place + n]
+        # a text that has begun to repeat goes on: what is beyond its end is what has been guessed
+        period = len(self._tokens) - place
+        while len(followed) < n:
+            followed.append(followed[len(followed) - period])
+        return followed
 
 
 def _key(tokens: list[int], length: int) -> object:

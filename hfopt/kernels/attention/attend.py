@@ -7,7 +7,7 @@ import numpy as np
 from hfopt.kernels.attention.cache_record import LENGTH, PREFIX, ROWS, SUFFIX
 from hfopt.kernels.attention.cache_view import holds, open_cache, valid_rows
 from hfopt.kernels.attention.decode import attend_rows
-from hfopt.kernels.attention.plan import layout_of
+from hfopt.kernels.attention.plan import layout_of, steps_alike
 from hfopt.kernels.attention.prefill import attend_tokens, most_scratch, plan_tokens
 from hfopt.kernels.attention.scoring import Scoring, skipped_keys
 from hfopt.kernels.attention.seen import Seen
@@ -70,15 +70,21 @@ def _run(like, held, operands, step):
     q_row, out_row = operands.size, n_heads * own.head_dim
     before = 0 if step.n_last > 1 else (step.n_new - n_new) * n_keys
     if n_new == 1 or step.n_last > 1:
-        for token in range(n_new):  # one after the other, each in the bits of a step
+        token = 0
+        while token < n_new:  # as many as may be at once, each in the bits of a step
             n_later = n_new - 1 - token
             skipped = skipped_keys(own.window, n_keys - n_later, 1)
-            opened = _open(cache, own.layer, held, skipped, n_later)
+            opened, n = _open(cache, own.layer, held, skipped, n_later), 1
+            if n_later > 0 and skipped_keys(own.window, n_keys, 1) == 0:
+                sizes = n_heads, own.n_kv_heads, own.head_dim, 4 // units_ratio(q), step.threads
+                n = steps_alike(opened, n_rows, layout_of(n_rows, n_new, *sizes, False).chunk, n_later + 1)
+                opened = _open(cache, own.layer, held, skipped, n_later + 1 - n)
             mask = step.mask + before + skipped if step.mask != 0 else 0
             seen, scratch = (mask, step.mask_row), (step.scratch, step.threads)
-            rows = shifted(q, token * q_row), n_new * q_row, n_rows, n_heads
-            target = shifted(out, token * out_row), n_new * out_row
+            rows = shifted(q, token * q_row), n_new * q_row, q_row, n_rows, n, n_heads
+            target = shifted(out, token * out_row), n_new * out_row, out_row
             attend_rows(opened, *rows, *seen, scoring, *scratch, *target, False)
+            token += n
     else:
         skipped = skipped_keys(own.window, n_keys, n_new)
         opened = _open(cache, own.layer, held, skipped, 0)
@@ -94,7 +100,8 @@ def _scratch_bytes(like, own, format, sizes):
     heads = own.n_heads, own.n_kv_heads, own.head_dim
     n_new = sizes.n // sizes.n_rows
     if n_new == 1 or sizes.n_last > 1:
-        return layout_of(sizes.n_rows, *heads, 4 // units_ratio(like), sizes.threads, False).n_bytes
+        item_size = 4 // units_ratio(like)
+        return layout_of(sizes.n_rows, n_new, *heads, item_size, sizes.threads, False).n_bytes
     return most_scratch(like, sizes.n_rows, n_new, *heads, sizes.threads)
 
 

@@ -29,18 +29,27 @@ MAX_KEYS = 256  # of a chunk; also a literal in `chunk`, in the sizes of stacks
 @body
 def seen_of(problem, place, first, count):
     """Bits of `count` <= 16 keys, those that the row at a place sees; first: token number of the first."""
+    behind = max(min(_last_key(problem, place) + 1 - first, count), 0)
+    seen = (1 << behind) - 1
     if problem.mask == 0:
-        return (1 << count) - 1
-    return seen_keys(bytes_at(problem.mask), problem.order[place] * problem.mask_row + first, count)
+        return seen
+    row = problem.order[place // problem.n_steps] * problem.mask_row
+    return seen_keys(bytes_at(problem.mask), row + first, count) & seen
+
+
+@body
+def _last_key(problem, place):
+    """The last key of the step that the row at a place makes."""
+    return problem.n_keys - problem.n_steps + place % problem.n_steps
 
 
 @body
 def origin_of(problem, place):
     """The first key that the row at a place sees."""
-    n_keys = problem.cache.prefix.n_tokens + problem.cache.suffix.n_tokens
     if problem.mask == 0:
         return 0
-    return first_seen(bytes_at(problem.mask), problem.order[place] * problem.mask_row, n_keys)
+    row = problem.order[place // problem.n_steps] * problem.mask_row
+    return first_seen(bytes_at(problem.mask), row, _last_key(problem, place) + 1)
 
 
 @intrinsic
@@ -121,7 +130,7 @@ def list_blocks(
     held_values = shifted(room, problem.plan.chunk * padded)
     held_distances = shifted(distances, MAX_KEYS)
     has_distances = problem.scoring.slopes != 0
-    origin = cache.prefix.n_tokens + cache.suffix.n_tokens - 1
+    origin = _last_key(problem, place)
     if problem.scoring.ranked == RANKED:
         origin = origin_of(problem, place)
     nearest = start - origin
@@ -197,6 +206,8 @@ def list_blocks(
 @inlined
 def rows_alike(problem, begin, end, first, n):
     """Whether the rows at places begin ... end see the same ones of n keys, at the same ranks if scores depend on these."""
+    if problem.n_steps > 1:  # those of one row, see `plan.steps_alike`
+        return first + n <= problem.n_keys - problem.n_steps + 1 and problem.scoring.slopes == 0
     alike = True
     if problem.mask != 0:
         if problem.scoring.ranked == RANKED:

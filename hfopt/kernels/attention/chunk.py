@@ -80,12 +80,15 @@ def query_of(problem, kv_head, number):
     """Pointer to a query of a key head, numbered over all places."""
     place, member = number // problem.group, number % problem.group
     head = kv_head * problem.group + member
-    return shifted(problem.q, problem.order[place] * problem.q_row + head * problem.cache.size)
+    first = problem.order[place // problem.n_steps] * problem.q_row + place % problem.n_steps * problem.q_step
+    return shifted(problem.q, first + head * problem.cache.size)
 
 
 @inlined
-def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, partial, row):
+def attend_blocks(problem, blocks, factors, distances, query, n_queries, is_alone, room, partial, row):
     """Unfinished softmax of n_queries <= 8 queries of a key head, from number `query` on, over some blocks.
+
+    is_alone: whether there is one, and it is not to be worked on in a tile, which sums in another order.
 
     factors: scales of the keys, and MAX_KEYS behind them of the values; None if they are no codes. distances: see
     `list_blocks`. partial: where the first one is left, and `row` floats behind it the next.
@@ -95,7 +98,7 @@ def attend_blocks(problem, blocks, factors, distances, query, n_queries, room, p
     packed = room
     weights = shifted(packed, TOGETHER * padded)
     filled = shifted(weights, TOGETHER * MAX_KEYS)
-    queries = 1 if n_queries == 1 else _TILE
+    queries = 1 if is_alone else _TILE
     tiles = (n_queries + _TILE - 1) // _TILE
     width = LANES // queries
     units = padded // units_ratio(room)
@@ -189,7 +192,7 @@ def attend_chunk(problem, item, chunk, following, next_key, room):
     here = address_of(key_of(segment, item.row, item.kv_head, first, size))
     to_values = address_of(shifted(segment.keys, segment.to_values)) - address_of(segment.keys)
     to_next = next_key - here - to_values if next_key != 0 else 0
-    begin, end = item.begin, item.end
+    begin, end, n_places = item.begin, item.end, problem.n_rows * problem.n_steps
     together = max(end - begin, 1) if rows_alike(problem, begin, end, first, n) else 1
     n_slots = plan.prefix.n_spans + plan.suffix.n_spans
     row = n_slots * partial_size
@@ -200,19 +203,28 @@ def attend_chunk(problem, item, chunk, following, next_key, room):
         kinds = item.kv_head, held
         blocks = _Blocks(*kinds, keys, values, n_blocks, n_seen, to_values, aheads)
         query, last = place * problem.group, (place + together) * problem.group
+        # a step alone would work on one query by itself
+        of_step = problem.group if problem.n_steps > 1 else last - query
+        has_last_alone = of_step % TOGETHER == 1
         while query < last:
-            partial = (item.kv_head * problem.n_rows * problem.group + query) * row + item.slot * partial_size
+            partial = (item.kv_head * n_places * problem.group + query) * row + item.slot * partial_size
             partial = shifted(problem.partials, partial)
-            count = min(last - query, TOGETHER)
+            n_left = of_step - (query - place * problem.group) % of_step if has_last_alone else last - query
+            count = min(n_left, TOGETHER)
+            is_alone = has_last_alone and count == 1
             if chunk == item.first:
                 for i in range(count):
                     store_scalar(
                         shifted(partial, i * row + problem.padded), SEEN, ONE if n_seen > 0 else ZERO
                     )
                 if n_seen > 0:
-                    attend_blocks(problem, blocks, factors, distances, query, count, scratch, partial, row)
+                    attend_blocks(
+                        problem, blocks, factors, distances, query, count, is_alone, scratch, partial, row
+                    )
             elif n_seen > 0:
-                attend_blocks(problem, blocks, factors, distances, query, count, scratch, fresh, partial_size)
+                attend_blocks(
+                    problem, blocks, factors, distances, query, count, is_alone, scratch, fresh, partial_size
+                )
                 for i in range(count):
                     source, target = shifted(fresh, i * partial_size), shifted(partial, i * row)
                     merge_partial(source, target, problem.padded, as_units(room, room))

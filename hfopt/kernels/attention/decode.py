@@ -60,7 +60,10 @@ class _Problem(NamedTuple):
 
     q: Any  # pointer to the queries of row 0
     q_row: Any  # elements from there to row 1
+    q_step: Any  # and to the next step
     n_rows: Any
+    n_steps: Any  # of each row, over one key more each
+    n_keys: Any  # that the last one sees
     n_groups: Any  # of rows that share their prefix
     group: Any  # query heads of a key head
     cache: Cache
@@ -71,7 +74,7 @@ class _Problem(NamedTuple):
     outer: Any  # factor behind tanh, for powers of 2; 0: there is none
     plan: Plan
     padded: Any  # channels of a head, with zeros up to whole vectors of units
-    order: Any  # row numbers, sorted by prefix row; "place" is a place in it
+    order: Any  # row numbers, sorted by prefix row; each has n_steps "places" that follow each other
     starts: Any  # order[starts[g]:starts[g + 1]] read one row of the prefix
     partials: Any  # float32 [n_kv_heads, places, group, spans, padded + 16], see MAX
     is_part: Any  # whether they are left as parts
@@ -91,8 +94,8 @@ def item_of(problem, index):
         span = slot = index - stream * cut.n_spans
         kv_head = stream // problem.n_groups
         group = stream - kv_head * problem.n_groups
-        end_head, begin, end = kv_head + 1, starts[group], starts[group + 1]
-        row = cache.prefix_row[problem.order[begin]]
+        row = cache.prefix_row[problem.order[starts[group]]]
+        end_head, begin, end = kv_head + 1, starts[group] * problem.n_steps, starts[group + 1] * problem.n_steps
     else:
         cut, segment, in_prefix = plan.suffix, cache.suffix, False
         stream = (index - n_prefix_items) // cut.n_spans
@@ -151,27 +154,28 @@ def attend_item(problem, item, after, follows, room):
 
 
 @inlined
-def _join(index, problem, out, out_row):
+def _join(index, problem, out, out_row, out_step):
     cache, plan = problem.cache, problem.plan
-    n_queries = problem.n_rows * problem.group
+    n_queries = problem.n_rows * problem.n_steps * problem.group
     n_slots = plan.prefix.n_spans + plan.suffix.n_spans
     kv_head, query = index // n_queries, index % n_queries
     partial_size = problem.padded + LANES
     here = shifted(problem.partials, index * n_slots * partial_size)
     head = kv_head * problem.group + query % problem.group
-    row = problem.order[query // problem.group]
+    place = query // problem.group
+    first = problem.order[place // problem.n_steps] * out_row + place % problem.n_steps * out_step
     if problem.is_part:
-        part = shifted(floats_at(address_of(out)), row * out_row + head * partial_size)
+        part = shifted(floats_at(address_of(out)), first + head * partial_size)
         leave_part(here, n_slots, partial_size, problem.padded, part)
     else:
-        target = shifted(out, row * out_row + head * cache.size)
+        target = shifted(out, first + head * cache.size)
         sink = sink_of(problem.scoring, head, problem.q)
         size, like = cache.size, as_units(out, out)
         join_partials(here, n_slots, partial_size, size, problem.padded, sink, like, target)
 
 
 @body
-def _attend_task(worker, problem, counters, rooms, room_size, out, out_row):
+def _attend_task(worker, problem, counters, rooms, room_size, out, out_row, out_step):
     """Takes items while there are any, and joins partials when all items are done.
 
     A second launch would wait for all threads. Here one that has no item left waits for a while only; the last one sees
@@ -192,17 +196,32 @@ def _attend_task(worker, problem, counters, rooms, room_size, out, out_row):
     while arrived(done) < n_items and n_looks < _PATIENCE:
         n_looks += 1
     if arrived(done) == n_items:
-        n_queries = problem.n_rows * problem.group * problem.cache.n_kv_heads
+        n_queries = problem.n_rows * problem.n_steps * problem.group * problem.cache.n_kv_heads
         first, end = next_share(joined, n_queries, problem.plan.threads)
         while first < end:
             for query in range(first, end):
-                _join(query, problem, out, out_row)
+                _join(query, problem, out, out_row, out_step)
             first, end = next_share(joined, n_queries, problem.plan.threads)
 
 
 @body
 def attend_rows(
-    cache, q, q_row, n_rows, n_heads, mask, mask_row, scoring, scratch, threads, out, out_row, is_part
+    cache,
+    q,
+    q_row,
+    q_step,
+    n_rows,
+    n_steps,
+    n_heads,
+    mask,
+    mask_row,
+    scoring,
+    scratch,
+    threads,
+    out,
+    out_row,
+    out_step,
+    is_part,
 ):
     """out[r, head] = softmax(scores of q[r, head] and the keys of row r) values of row r, scores as a `Scoring` says;
     0 for a row without visible keys.
@@ -211,20 +230,26 @@ def attend_rows(
     n_heads size in rows `out_row` apart; addresses of mask, uint8, rows `mask_row` apart, or 0, and of `scratch_bytes`
     for so many threads, on a 64-byte boundary.
 
+    n_steps: each of one key more, `q_step` and `out_step` elements apart, the last one over this cache: no more than
+    `plan.steps_alike` says. Each has the bits that it has alone.
+
     is_part: without sinks, as parts of a softmax over more keys, for `join_parts`: out has `part_size` float32 a head.
     """
     item_size = 4 // units_ratio(q)
     sizes = n_heads, cache.n_kv_heads, cache.size, item_size, threads
-    places = layout_of(n_rows, *sizes, names_all(cache))
+    places = layout_of(n_rows, n_steps, *sizes, names_all(cache))
     counters, order = integers_at(scratch), integers_at(scratch + places.order)
     starts = shifted(order, n_rows)
     n_groups = sort_by_prefix_row(cache.prefix_row, n_rows, order, starts)
-    plan = plan_rows(cache, n_rows, n_groups, n_heads, places.chunk, threads)
+    plan = plan_rows(cache, n_rows, n_steps, n_groups, n_heads, places.chunk, threads)
     counters[0] = counters[DONE] = counters[JOINED] = 0
     problem = _Problem(
         q,
         q_row,
+        q_step,
         n_rows,
+        n_steps,
+        cache.prefix.n_tokens + cache.suffix.n_tokens,
         n_groups,
         n_heads // cache.n_kv_heads,
         cache,
@@ -240,7 +265,7 @@ def attend_rows(
         floats_at(scratch + places.partials),
         is_part,
     )
-    shared = problem, counters, scratch + places.rooms, places.room, out, out_row
+    shared = problem, counters, scratch + places.rooms, places.room, out, out_row, out_step
     parallel_for(_attend_task, plan.threads, plan.threads, shared)
 
 
@@ -284,14 +309,14 @@ def attend_decode(
         return 1
     threads, item_size = usable_threads(), 4 // units_ratio(q)
     sizes = n_heads, cache.n_kv_heads, cache.size, item_size, threads
-    needed = layout_of(n_rows, *sizes, names_all(cache)).n_bytes
+    needed = layout_of(n_rows, 1, *sizes, names_all(cache)).n_bytes
     room = np.empty(needed // 8 + 9, np.int64)
     scratch = (address_of(pointer(room)) + 63) // 64 * 64
     seen = address_of(pointer(mask)) + before if mask.size > 0 else 0, mask.shape[2]
     scoring = Scoring(np.float32(scale), np.float32(softcap), slopes, sinks, window, ranked)
     size = part_size(cache.size, item_size) if is_part else cache.size
-    problem = cache, q, q_row, n_rows, n_heads, *seen, scoring
-    attend_rows(*problem, scratch, threads, out, n_heads * size, is_part)
+    problem = cache, q, q_row, 0, n_rows, 1, n_heads, *seen, scoring
+    attend_rows(*problem, scratch, threads, out, n_heads * size, 0, is_part)
     room[0] = 0  # the last use of the scratch: it must live until here
     return 0
 

@@ -43,6 +43,13 @@ class Plan(NamedTuple):
     threads: Any
 
 
+class PrefixCut(NamedTuple):
+    """Of the prefix, with the size of its chunks."""
+
+    chunk: Any
+    cut: Cut
+
+
 class Layout(NamedTuple):
     """Of the scratch, in bytes: counters, order of the rows and where it has another row of the prefix, partials, rooms."""
 
@@ -55,8 +62,8 @@ class Layout(NamedTuple):
     n_bytes: Any
 
 
-def layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads, are_named):
-    """For as many keys as there may be; item_size: bytes of an element; are_named: `names_all`."""
+def layout(n_rows, n_tokens, n_heads, n_kv_heads, head_dim, item_size, threads, are_named):
+    """For as many keys as there may be, and n_tokens steps at once; item_size: bytes of an element; are_named: `names_all`."""
     units = 4 // item_size * LANES
     padded = (head_dim + units - 1) // units * units
     chunk = MAX_KEYS
@@ -69,7 +76,7 @@ def layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads, are_named)
     n_spans = (_ITEMS + n_kv_heads - 1) // n_kv_heads + (_ITEMS + n_streams - 1) // n_streams
     if are_named:
         n_spans = max(n_spans, (_ITEMS + n_rows - 1) // n_rows)
-    rooms = partials + n_rows * n_heads * n_spans * partial
+    rooms = partials + n_rows * n_tokens * n_heads * n_spans * partial
     # keys and values that were gathered; queries, their weights, one with zeros behind it
     elements = 2 * chunk * padded + TOGETHER * (padded + MAX_KEYS) + padded
     room = TOGETHER * partial + elements * item_size
@@ -81,7 +88,7 @@ def scratch_bytes(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads):
 
     item_size: bytes of an element, 4 or 2.
     """
-    return layout(n_rows, n_heads, n_kv_heads, head_dim, item_size, threads, False).n_bytes
+    return layout(n_rows, 1, n_heads, n_kv_heads, head_dim, item_size, threads, False).n_bytes
 
 
 layout_of = body(layout)
@@ -122,23 +129,46 @@ def _cut(n_tokens, chunk, n_streams):
 
 
 @body
-def plan_rows(cache, n_rows, n_groups, n_heads, chunk, threads):
+def cut_prefix(n_tokens, n_streams, chunk):
+    """Of so many keys, in chunks of at most `chunk`."""
+    # many keys, but so few that there are chunks for many threads
+    while chunk > _MIN_KEYS and n_streams * ((n_tokens + chunk - 1) // chunk) < _ITEMS:
+        chunk //= 2
+    return PrefixCut(chunk, _cut(n_tokens, chunk, n_streams))
+
+
+@body
+def steps_alike(cache, n_rows, chunk, most):
+    """How many steps, each of one key more and the first of them over this cache, `attend_rows` may make at once, up to
+    `most`: those that cut its prefix alike, if nothing is in the suffix and no rows share their prefix.
+    """
+    if cache.suffix.n_tokens > 0:
+        return 1
+    for row in range(n_rows):
+        for other in range(row):
+            if cache.prefix_row[row] == cache.prefix_row[other]:
+                return 1
+    n_streams, n_tokens, n = cache.n_kv_heads * n_rows, cache.prefix.n_tokens, 1
+    first = cut_prefix(n_tokens, n_streams, chunk)
+    while n < most and cut_prefix(n_tokens + n, n_streams, chunk) == first:
+        n += 1
+    return n
+
+
+@body
+def plan_rows(cache, n_rows, n_steps, n_groups, n_heads, chunk, threads):
     """How `attend_rows` is to do its work; n_groups: of rows that share their prefix; at most `chunk` keys and so many
     threads."""
     prefix, suffix = cache.prefix, cache.suffix
     n_streams, suffix_heads = cache.n_kv_heads * n_groups, 1
-    n_long, n_tokens = n_streams, prefix.n_tokens
     if names_all(cache):
         # all heads of a block of keys lie side by side: few keys, so that soon the next head is read
         suffix_heads, chunk = cache.n_kv_heads, min(chunk, _MIN_KEYS)
-    # many keys, but so few that there are chunks for many threads
-    while chunk > _MIN_KEYS and n_long * ((n_tokens + chunk - 1) // chunk) < _ITEMS:
-        chunk //= 2
-    of_prefix = _cut(prefix.n_tokens, chunk, n_streams)
+    chunk, of_prefix = cut_prefix(prefix.n_tokens, n_streams, chunk)
     n_suffix_streams = cache.n_kv_heads // suffix_heads * n_rows
     of_suffix = _cut(suffix.n_tokens, chunk, n_suffix_streams)
     n_items = n_streams * of_prefix.n_spans + n_suffix_streams * of_suffix.n_spans
-    n_multiply_adds = n_rows * n_heads * (prefix.n_tokens + suffix.n_tokens) * cache.size
+    n_multiply_adds = n_rows * n_steps * n_heads * (prefix.n_tokens + suffix.n_tokens) * cache.size
     n_read = n_streams * prefix.n_tokens + cache.n_kv_heads * n_rows * suffix.n_tokens
     work = max(n_multiply_adds, n_read * cache.size * 2 * item_bytes(prefix.keys))
     threads = min(threads, threads_for(n_items, work, _PARALLEL_SIZE))
