@@ -45,7 +45,7 @@ def _assert_same(model: Model, program: Program, kv_cache: str | None = None, n_
         one, other = (
             IndirectCache(model.config.get_text_config(decoder=True), kv_cache=kv_cache) for _ in range(2)
         )
-        mask = np.ones((n_rows, 96), np.uint8)
+        mask = np.ones((n_rows, n_past + 76), np.uint8)
         if not (program.has_slopes or program.has_ranks):
             mask[-1, :3] = 0
         past = rng.integers(0, 100, (n_rows, n_past))
@@ -73,6 +73,19 @@ def _assert_same(model: Model, program: Program, kv_cache: str | None = None, n_
 def test_families(name: str, dtype: torch.dtype) -> None:
     model = proven_family(name, dtype)
     _assert_same(model, _program(model))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(4, 4, 24), (6, 2, 64), (8, 2, 32), (9, 1, 64), (17, 1, 32), (40, 2, 96)])
+def test_numbers_of_heads_and_of_keys(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Checks that end in other chunks of keys than they begin, and such of which a span has several."""
+    n_heads, n_kv_heads, size = heads
+    sizes = {"num_attention_heads": n_heads, "num_key_value_heads": n_kv_heads, "head_dim": size}
+    sizes["hidden_size"] = 8 * n_heads
+    _, model = pair(llama, **sizes, max_position_embeddings=1 << 14)
+    model.to(dtype)
+    for n_past in (58, 180, 64 * 128 // n_kv_heads - 6 if size == 32 else 250):
+        _assert_same(model, _program(model), n_past=n_past)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -27,6 +27,15 @@ MAX_KEYS = 256  # of a chunk; also a literal in `chunk`, in the sizes of stacks
 
 
 @body
+def query_of(problem, kv_head, number):
+    """Pointer to a query of a key head, numbered over all places."""
+    place, member = number // problem.group, number % problem.group
+    head = kv_head * problem.group + member
+    first = problem.order[place // problem.n_steps] * problem.q_row + place % problem.n_steps * problem.q_step
+    return shifted(problem.q, first + head * problem.cache.size)
+
+
+@body
 def seen_of(problem, place, first, count):
     """Bits of `count` <= 16 keys, those that the row at a place sees; first: token number of the first."""
     behind = max(min(_last_key(problem, place) + 1 - first, count), 0)

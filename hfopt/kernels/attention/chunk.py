@@ -6,20 +6,22 @@ memory is never idle.
 
 from typing import Any, NamedTuple
 
-from hfopt.kernels.attention.blocks import MAX_KEYS, list_blocks, rows_alike, stack_factors
+from hfopt.kernels.attention.blocks import MAX_KEYS, list_blocks, query_of, rows_alike, stack_factors
 from hfopt.kernels.attention.cache_view import key_of
 from hfopt.kernels.attention.elements import BLOCK, takes_integers
 from hfopt.kernels.attention.lanes import (
     pack_digits,
     pack_query,
 )
+from hfopt.kernels.attention.matrix_chunk import QUERIES, attend_in_tiles
 from hfopt.kernels.attention.pack import copy_row
 from hfopt.kernels.attention.partials import MAX, SEEN, SUM, merge_partial
 from hfopt.kernels.attention.scores import score_tile
 from hfopt.kernels.attention.scoring import RANKED, bias_factor, slope_of
 from hfopt.kernels.attention.weights import Bent, round_query, round_weights, weigh_scores, weigh_values
-from hfopt.kernels.jit.parallel import body, inlined
+from hfopt.kernels.jit.parallel import inlined
 from hfopt.kernels.simd.constants import ONE, ZERO
+from hfopt.kernels.simd.matrix import has_tiles
 from hfopt.kernels.simd.memory import store, store_part, store_scalar
 from hfopt.kernels.simd.pointer import (
     address_of,
@@ -35,7 +37,7 @@ from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import lane, splat
 
 _TILE = 4  # queries of a tile, if there are more than one
-TOGETHER = 8  # queries that are worked on together, in two tiles
+_TOGETHER = 8  # queries that are worked on together, in two tiles
 
 
 class Item(NamedTuple):
@@ -75,15 +77,6 @@ class _Blocks(NamedTuple):
     to_next: Any  # and from values, of each block
 
 
-@body
-def query_of(problem, kv_head, number):
-    """Pointer to a query of a key head, numbered over all places."""
-    place, member = number // problem.group, number % problem.group
-    head = kv_head * problem.group + member
-    first = problem.order[place // problem.n_steps] * problem.q_row + place % problem.n_steps * problem.q_step
-    return shifted(problem.q, first + head * problem.cache.size)
-
-
 @inlined
 def attend_blocks(problem, blocks, factors, distances, query, n_queries, is_alone, room, partial, row):
     """Unfinished softmax of n_queries <= 8 queries of a key head, from number `query` on, over some blocks.
@@ -96,8 +89,8 @@ def attend_blocks(problem, blocks, factors, distances, query, n_queries, is_alon
     size, padded = problem.cache.size, problem.padded
     scores = stack_floats(8 * 256)
     packed = room
-    weights = shifted(packed, TOGETHER * padded)
-    filled = shifted(weights, TOGETHER * MAX_KEYS)
+    weights = shifted(packed, _TOGETHER * padded)
+    filled = shifted(weights, _TOGETHER * MAX_KEYS)
     queries = 1 if is_alone else _TILE
     tiles = (n_queries + _TILE - 1) // _TILE
     width = LANES // queries
@@ -185,13 +178,13 @@ def attend_chunk(problem, item, chunk, following, next_key, room):
     keys, values, aheads = stack_addresses(16), stack_addresses(16), stack_addresses(16)
     partial_size = problem.padded + LANES
     fresh = floats_at(address_of(room))
-    held = shifted(room, TOGETHER * partial_size * units_ratio(room))
+    held = shifted(room, QUERIES * partial_size * units_ratio(room))
     scratch = shifted(held, 2 * plan.chunk * problem.padded)
     held = as_gathered(held, segment.keys)
     factors, distances = stack_factors(segment.scales), stack_floats(2 * 256 + 16)
-    here = address_of(key_of(segment, item.row, item.kv_head, first, size))
+    begins = address_of(key_of(segment, item.row, item.kv_head, first, size))
     to_values = address_of(shifted(segment.keys, segment.to_values)) - address_of(segment.keys)
-    to_next = next_key - here - to_values if next_key != 0 else 0
+    to_next = next_key - begins - to_values if next_key != 0 else 0
     begin, end, n_places = item.begin, item.end, problem.n_rows * problem.n_steps
     together = max(end - begin, 1) if rows_alike(problem, begin, end, first, n) else 1
     n_slots = plan.prefix.n_spans + plan.suffix.n_spans
@@ -205,26 +198,30 @@ def attend_chunk(problem, item, chunk, following, next_key, room):
         query, last = place * problem.group, (place + together) * problem.group
         # a step alone would work on one query by itself
         of_step = problem.group if problem.n_steps > 1 else last - query
-        has_last_alone = of_step % TOGETHER == 1
+        in_tiles = has_tiles(held)
+        most = QUERIES if in_tiles else _TOGETHER
+        has_last_alone = of_step % most == 1
         while query < last:
             partial = (item.kv_head * n_places * problem.group + query) * row + item.slot * partial_size
             partial = shifted(problem.partials, partial)
             n_left = of_step - (query - place * problem.group) % of_step if has_last_alone else last - query
-            count = min(n_left, TOGETHER)
+            count = min(n_left, most)
             is_alone = has_last_alone and count == 1
-            if chunk == item.first:
+            is_first = chunk == item.first
+            here, step = (partial, row) if is_first else (fresh, partial_size)
+            if is_first:
                 for i in range(count):
                     store_scalar(
                         shifted(partial, i * row + problem.padded), SEEN, ONE if n_seen > 0 else ZERO
                     )
-                if n_seen > 0:
+            if n_seen > 0:
+                if in_tiles and not is_alone:
+                    attend_in_tiles(problem, blocks, distances, query, count, scratch, here, step)
+                else:
                     attend_blocks(
-                        problem, blocks, factors, distances, query, count, is_alone, scratch, partial, row
+                        problem, blocks, factors, distances, query, count, is_alone, scratch, here, step
                     )
-            elif n_seen > 0:
-                attend_blocks(
-                    problem, blocks, factors, distances, query, count, is_alone, scratch, fresh, partial_size
-                )
+            if n_seen > 0 and not is_first:
                 for i in range(count):
                     source, target = shifted(fresh, i * partial_size), shifted(partial, i * row)
                     merge_partial(source, target, problem.padded, as_units(room, room))

@@ -15,6 +15,7 @@ import numpy as np
 
 from hfopt.kernels.attention.cache_view import Cache, holds, key_of, names_all, open_cache, valid_rows
 from hfopt.kernels.attention.chunk import Following, Item, attend_chunk
+from hfopt.kernels.attention.matrix_block import take_tiles
 from hfopt.kernels.attention.partials import join_partials, leave_part
 from hfopt.kernels.attention.plan import (
     DONE,
@@ -37,6 +38,7 @@ from hfopt.kernels.jit.parallel import (
     parallel_for,
     usable_threads,
 )
+from hfopt.kernels.simd import matrix
 from hfopt.kernels.simd.constants import LOG2_E, ONE, ZERO
 from hfopt.kernels.simd.pointer import (
     address_as,
@@ -95,7 +97,11 @@ def item_of(problem, index):
         kv_head = stream // problem.n_groups
         group = stream - kv_head * problem.n_groups
         row = cache.prefix_row[problem.order[starts[group]]]
-        end_head, begin, end = kv_head + 1, starts[group] * problem.n_steps, starts[group + 1] * problem.n_steps
+        end_head, begin, end = (
+            kv_head + 1,
+            starts[group] * problem.n_steps,
+            starts[group + 1] * problem.n_steps,
+        )
     else:
         cut, segment, in_prefix = plan.suffix, cache.suffix, False
         stream = (index - n_prefix_items) // cut.n_spans
@@ -182,6 +188,8 @@ def _attend_task(worker, problem, counters, rooms, room_size, out, out_row, out_
     that it is, and joins what others have left.
     """
     room = as_packed(bytes_at(rooms + worker * room_size), problem.q)
+    if matrix.has_tiles(problem.q):
+        take_tiles()
     n_items, n_done = problem.plan.n_items, 0
     index = next_index(counters)
     while index < n_items:
@@ -190,6 +198,8 @@ def _attend_task(worker, problem, counters, rooms, room_size, out, out_row, out_
         attend_item(problem, item_of(problem, index), after, following < n_items, room)
         n_done += 1
         index = following
+    if matrix.has_tiles(problem.q):
+        matrix.release()
     done, joined = shifted(counters, DONE), shifted(counters, JOINED)
     arrive(done, n_done)
     n_looks = 0

@@ -26,7 +26,7 @@ from hfopt.kernels.simd.types import F32X, I8, I16, I32X, LANES
 
 BLOCK = LANES  # rows of a block
 _SHORTS = ir.VectorType(I16, 2 * LANES)
-_AGAIN = 4096  # bytes; measured: 2048 and 8192 are worse
+AGAIN = 4096  # bytes; measured: 2048 and 8192 are worse
 
 
 def emit_ahead(builder, row, index, ahead, again):
@@ -48,7 +48,7 @@ def emit_again(builder, addresses, n_blocks, n_bytes):
     first, other = (builder.load(builder.gep(addresses, [i])) for i in (intp(0), second))
     apart = builder.sub(other, first)
     follow = builder.icmp_signed("==", apart, builder.mul(n_bytes, second))
-    return builder.select(follow, intp(_AGAIN), intp(0))
+    return builder.select(follow, intp(AGAIN), intp(0))
 
 
 def emit_block(builder, addresses, index, unit):

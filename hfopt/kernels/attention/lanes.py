@@ -152,3 +152,43 @@ def store_integers(typingctx, p, index, value):
         return context.get_dummy_value()
 
     return types.void(p, types.intp, simd.float32x), codegen
+
+
+@intrinsic
+def load_quads(typingctx, p, index):
+    """The first 4 numbers of 4 rows of 16 from p + index on, row by row."""
+
+    def codegen(context, builder, sig, args):
+        quad = ir.VectorType(F32, 4)
+        places = [builder.add(args[1], intp(row * LANES)) for row in range(4)]
+        rows = [simd.emit_load(builder, args[0], place, quad, 4) for place in places]
+        halves = [_joined(builder, *rows[i : i + 2], 8) for i in (0, 2)]
+        return _joined(builder, *halves, LANES)
+
+    return simd.float32x(types.CPointer(types.float32), types.intp), codegen
+
+
+def _joined(builder, first, second, n):
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, n), list(range(n))))
+
+
+@intrinsic
+def store_pair_quads(typingctx, p, index, x):
+    """As `tile.store_pair`: of four keys of four queries, key by key, the first two pairs, to rows of 16 units of p + index."""
+
+    def codegen(context, builder, sig, args):
+        p, index, x = args
+        bits = builder.add(builder.bitcast(x, I32X), simd.splat_int(0x8000))
+        order = [i ^ 4 for i in range(LANES)]
+        other = builder.shuffle_vector(bits, bits, ir.Constant(I32X, order))
+        units = builder.or_(
+            builder.lshr(bits, simd.splat_int(16)), builder.and_(other, simd.splat_int(-65536))
+        )
+        for row in range(2):
+            lanes = ir.Constant(ir.VectorType(I32, 4), [8 * row + i for i in range(4)])
+            there = builder.gep(p, [builder.add(index, intp(row * LANES))])
+            there = builder.bitcast(there, ir.VectorType(I32, 4).as_pointer())
+            builder.store(builder.shuffle_vector(units, units, lanes), there, align=4)
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp, simd.float32x), codegen

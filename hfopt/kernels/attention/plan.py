@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hfopt.kernels.attention.blocks import MAX_KEYS
 from hfopt.kernels.attention.cache_view import names_all
-from hfopt.kernels.attention.chunk import TOGETHER
+from hfopt.kernels.attention.matrix_chunk import QUERIES
 from hfopt.kernels.jit.parallel import body, threads_for
 from hfopt.kernels.simd.constants import LINE
 from hfopt.kernels.simd.pointer import item_bytes
@@ -77,9 +77,9 @@ def layout(n_rows, n_tokens, n_heads, n_kv_heads, head_dim, item_size, threads, 
     if are_named:
         n_spans = max(n_spans, (_ITEMS + n_rows - 1) // n_rows)
     rooms = partials + n_rows * n_tokens * n_heads * n_spans * partial
-    # keys and values that were gathered; queries, their weights, one with zeros behind it
-    elements = 2 * chunk * padded + TOGETHER * (padded + MAX_KEYS) + padded
-    room = TOGETHER * partial + elements * item_size
+    # keys and values that were gathered; queries and their weights, twice where they are in tiles, and sums
+    elements = 2 * chunk * padded + QUERIES * (4 * padded + 2 * MAX_KEYS)
+    room = QUERIES * partial + elements * item_size
     return Layout(padded, chunk, order, partials, rooms, room, rooms + threads * room)
 
 

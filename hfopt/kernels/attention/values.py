@@ -250,3 +250,33 @@ def tile_columns(typingctx, p, wide):
     (breadth,) = literal_ints(wide)
     columns = _sums(p, breadth) * LANES
     return types.intp(p, wide), lambda context, builder, sig, args: intp(columns)
+
+
+@intrinsic
+def put_pairs(typingctx, first, second, even, odd):
+    """The 32 bfloat16 at two addresses as pairs of one channel each: 16 units each at even and odd, see `put_in_order`."""
+
+    def codegen(context, builder, sig, args):
+        rows = [builder.inttoptr(each, I32.as_pointer()) for each in args[:2]]
+        rows = [simd.emit_load(builder, row, intp(0), I32X, 2) for row in rows]
+        for units, target in zip(_interleaved(builder, *rows), args[2:], strict=True):
+            builder.store(units, builder.bitcast(target, I32X.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    floats = types.CPointer(types.float32)
+    return types.void(types.intp, types.intp, floats, floats), codegen
+
+
+@intrinsic
+def put_in_order(typingctx, even, odd, out):
+    """out[32] = sums of channels of which `put_pairs` has put some at even and some at odd."""
+
+    def codegen(context, builder, sig, args):
+        sums = [simd.emit_load(builder, each, intp(0), F32X, 4) for each in args[:2]]
+        for place, value in enumerate(_in_order(builder, sums)):
+            there = builder.gep(args[2], [intp(place * LANES)])
+            builder.store(value, builder.bitcast(there, F32X.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    floats = types.CPointer(types.float32)
+    return types.void(floats, floats, floats), codegen
