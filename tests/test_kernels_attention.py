@@ -193,9 +193,9 @@ def _attend_within(
     cache = open_cache(q, pointer(record), prefix_len, suffix_len, *rows, 0)
     q_row = (n_heads + 2 * cache.n_kv_heads) * cache.size
     scoring = scores.Scoring(np.float32(0.1), np.float32(0.0), 0, 0, 0, 0)
-    rows = q, q_row, 0, n_rows, 1, n_heads
+    queries = q, q_row, 0, n_rows, 1, n_heads
     target = out, n_heads * cache.size, 0
-    attention.attend_rows(cache, *rows, 0, 0, scoring, scratch, threads, *target, False)
+    attention.attend_rows(cache, *queries, 0, 0, scoring, scratch, threads, *target, False)
 
 
 @pytest.mark.parametrize("heads", ((32, 8, 64), (12, 12, 64), (16, 1, 128)))

@@ -15,7 +15,7 @@ from hfopt import host
 
 from ._types import Ids, Model, Outputs
 from .collected import Collected
-from .decoding import Pace
+from .pace import Pace
 from .passes import Passes
 from .selection import continuations, select
 from .sequences import Sequences

@@ -14,36 +14,16 @@ from hfopt.cache import AppendedEverywhere, IndirectCache
 from ._types import Model
 from .agreement import of_first
 from .conditions import LOOKS_INSIDE, are_near, has_flags, has_gaps, has_hooks, positions_of, spans, wanted
+from .pace import CALL_SECONDS, Greedy, Pace
 from .protocols import StepProgram, StepPrograms, StepRun
 from .selection import argmax
-from .speculation import InTurn, Speculation
 from .state import installed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _COLUMN_STEP = 256
-CALL_SECONDS = 0.19  # at most about that: Python answers Ctrl-C between calls
 _MAX_STEPS = 32
-
-
-class Greedy(NamedTuple):
-    """A request that reads no logits but their `argmax`: tokens that end its rows, int64 [n], and what follows in those."""
-
-    eos: np.ndarray
-    pad: int
-
-
-class Pace(NamedTuple):
-    """How far the steps of a request may go ahead of its loop.
-
-    is_alone: no code of the user runs between the steps, in this thread. wait: seconds for which a token may stay unknown to
-    the loop after it has been made. speculation: what of the next tokens is guessed, or None.
-    """
-
-    is_alone: bool = False
-    wait: float = CALL_SECONDS
-    speculation: Speculation | InTurn | None = None
 
 
 class _Checked(NamedTuple):

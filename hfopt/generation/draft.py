@@ -18,7 +18,8 @@ from hfopt.errors import HfoptError
 
 from ._types import Ids, Model
 from .agreement import of_first
-from .decoding import Decoding, Greedy, Pace
+from .decoding import Decoding
+from .pace import Greedy, Pace
 from .prefill import Prefill
 from .selection import argmax, drawn
 from .sequences import Sequences

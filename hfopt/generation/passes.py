@@ -11,8 +11,9 @@ from hfopt import host
 from hfopt.errors import HostError, InvalidInput
 
 from ._types import Model, Outputs
-from .decoding import Decoding, Greedy, Pace
+from .decoding import Decoding
 from .inputs import position_limit
+from .pace import Greedy, Pace
 from .prefill import Prefill, with_cache
 from .restart import Unfit, broken
 from .selection import argmax

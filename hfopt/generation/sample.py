@@ -11,11 +11,11 @@ from hfopt import host
 
 from ._types import Ids, Model, Outputs
 from .collected import Collected
-from .decoding import CALL_SECONDS, Greedy, Pace
 from .derivation import Derivation
 from .draft import Choice, DraftModel
 from .grammar import begun
 from .lookup import PromptLookup
+from .pace import CALL_SECONDS, Greedy, Pace
 from .passes import Passes
 from .selection import argmax, drawn
 from .sequences import Sequences

@@ -162,8 +162,8 @@ def load_quads(typingctx, p, index):
         quad = ir.VectorType(F32, 4)
         places = [builder.add(args[1], intp(row * LANES)) for row in range(4)]
         rows = [simd.emit_load(builder, args[0], place, quad, 4) for place in places]
-        halves = [_joined(builder, *rows[i : i + 2], 8) for i in (0, 2)]
-        return _joined(builder, *halves, LANES)
+        halves = [_joined(builder, rows[i], rows[i + 1], 8) for i in (0, 2)]
+        return _joined(builder, halves[0], halves[1], LANES)
 
     return simd.float32x(types.CPointer(types.float32), types.intp), codegen
 
@@ -174,7 +174,7 @@ def _joined(builder, first, second, n):
 
 @intrinsic
 def store_pair_quads(typingctx, p, index, x):
-    """As `tile.store_pair`: of four keys of four queries, key by key, the first two pairs, to rows of 16 units of p + index."""
+    """As `tile.store_pair`, of four keys of four queries, key by key: two pairs, in rows of 16 units from p + index on."""
 
     def codegen(context, builder, sig, args):
         p, index, x = args

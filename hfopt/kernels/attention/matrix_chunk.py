@@ -4,8 +4,8 @@
     sums[query, channel] = sum over keys of weights[query, key] values[key, channel]
 
 Keys are read where they are, 16 at a time, and values are brought into pairs of keys on the way. Queries lie along the lanes
-in between, so that the softmax needs nothing across lanes. Each number is that of one query, so its bits are the same however
-many there are beside it.
+in between, so that the softmax needs nothing across lanes. Each number is that of one query, so its bits are the same
+however many there are beside it.
 """
 
 from hfopt.kernels.attention.blocks import MAX_KEYS, query_of

@@ -63,7 +63,10 @@ class Layout(NamedTuple):
 
 
 def layout(n_rows, n_tokens, n_heads, n_kv_heads, head_dim, item_size, threads, are_named):
-    """For as many keys as there may be, and n_tokens steps at once; item_size: bytes of an element; are_named: `names_all`."""
+    """For as many keys as there may be, and n_tokens steps at once.
+
+    item_size: bytes of an element; are_named: `names_all`.
+    """
     units = 4 // item_size * LANES
     padded = (head_dim + units - 1) // units * units
     chunk = MAX_KEYS
