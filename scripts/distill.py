@@ -12,7 +12,7 @@ import argparse
 import math
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -67,14 +67,14 @@ def grown(small: LlamaForCausalLM) -> LlamaForCausalLM:
 def train(
     model: LlamaForCausalLM,
     loss_of: Callable[[Tensor], Tensor],
-    texts: list[list[int]],
+    batches: Iterable[Tensor],
     steps: int,
     rate: float,
 ) -> None:
-    """AdamW over windows of the texts, in bfloat16 where that is safe; loss_of: [4, 512] tokens to a number."""
+    """AdamW over so many batches, in bfloat16 where that is safe; loss_of: a batch, int64 [n_rows, length], to a number."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
     model.train()
-    progress = tqdm(train_tiny.batches(texts, steps), total=steps, unit="step")
+    progress = tqdm(batches, total=steps, unit="step")
     for step, input_ids in enumerate(progress):
         for group in optimizer.param_groups:
             warm, rest = min(1.0, (step + 1) / WARMUP), 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -113,8 +113,9 @@ def main() -> int:
         said = log_softmax(draft(input_ids=input_ids, use_cache=False).logits.float(), -1)
         return kl_div(said.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
 
-    train(model, next_token, texts, arguments.steps[0], LEARNING_RATES[0])
-    train(draft, imitation, texts, arguments.steps[1], LEARNING_RATES[1])
+    learners = (model, next_token), (draft, imitation)
+    for (learner, loss_of), steps, rate in zip(learners, arguments.steps, LEARNING_RATES, strict=True):
+        train(learner, loss_of, train_tiny.batches(texts, steps), steps, rate)
     for name, each in (("model", model), ("draft", draft)):
         result = train_tiny.evaluate(each, tokenizer, heldout)
         print(
