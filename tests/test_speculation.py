@@ -254,6 +254,44 @@ def test_lookup_finds_what_a_scan_finds(tokens: list[int], longest: int, n: int)
         assert guess.tokens.shape == (1, n) and guess.tokens[0, : len(expected)].tolist() == expected
 
 
+def _guessed(lookup: PromptLookup, n: int = 3) -> tuple[int, list[int]] | None:
+    guess = lookup.guess(n)
+    return None if guess is None else (guess.kind, guess.tokens[0].tolist())
+
+
+def test_a_copy_goes_on_behind_a_word_that_was_edited() -> None:
+    original = list(range(100, 140))
+    lookup = PromptLookup(np.array([[*original, *original[:3]]]), 3)
+    assert _guessed(lookup) == (3, [103, 104, 105])
+    for token in (103, 1):
+        lookup.add(np.array([token]))
+    assert _guessed(lookup) == (0, [105, 106, 107])  # 104 is another
+    lookup.add(np.array([105]))
+    assert _guessed(lookup) == (0, [106, 107, 108])
+    for token in (106, 107):
+        lookup.add(np.array([token]))
+    assert _guessed(lookup) == (3, [108, 109, 110])
+    lookup.add(np.array([2]))
+    assert _guessed(lookup) == (0, [109, 110, 111])
+    lookup.add(np.array([3]))
+    assert _guessed(lookup) is None  # two in a row: the text has left the original
+
+
+def test_a_copy_that_does_not_go_on_is_not_followed() -> None:
+    original = list(range(100, 190))
+    lookup = PromptLookup(np.array([original]), 3)
+    kinds = []
+    for first in range(0, 60, 6):  # parts of three tokens, and what is in no original behind them
+        for token in original[first : first + 3]:
+            lookup.add(np.array([token]))
+        assert _guessed(lookup) == (3, original[first + 3 : first + 6])
+        lookup.add(np.array([1000 + first]))
+        kinds.append(_guessed(lookup))
+        lookup.add(np.array([2000 + first]))
+        assert _guessed(lookup) is None
+    assert kinds[0] == (0, original[4:7]) and set(kinds[1:]) == {None}
+
+
 def test_costs_between_those_that_are_known() -> None:
     costs = StepCosts()
     assert costs.seconds(1, 4) == 0
