@@ -230,7 +230,7 @@ class Decoding:
             return False
         n_rows, n_new = logits.shape[:2]
         chosen = argmax(logits.view(n_rows * n_new, -1)).view(n_rows, n_new).numpy()
-        ends = np.isin(chosen, greedy.eos)
+        ends = (chosen[..., None] == greedy.eos).any(-1)
         if finished is not None:
             chosen[finished], ends[finished] = greedy.pad, False
         # the step behind a token that no row has chosen otherwise, and that ends none

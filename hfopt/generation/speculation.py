@@ -76,6 +76,8 @@ class StepCosts:
         One that was measured only a few times may have been slow by chance: what others say counts more, so that it is tried
         again.
         """
+        if self.n_noted(n_rows, n_tokens) >= _FEW:
+            return self._seconds[n_rows, n_tokens]
         known = self._seconds
         measured = [size for rows, size in list(known) if rows == n_rows]
         measured = [size for size in measured if self.n_noted(n_rows, size) >= _FEW] or measured
