@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from scripts import train_tiny
 from scripts.distill import train
 
-STEPS, RATE, ROWS = 800, 1e-3, 4
+STEPS, RATE, ROWS = 800, 2e-3, 4
 LENGTH = 400  # tokens of a text, and of what is made of it
 CONTEXT = 1024
 _WORDS = {" the": " this", " a": " one"}

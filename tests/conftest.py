@@ -38,6 +38,7 @@ _WHOLE_MODELS = {
         "quantized_model",
         "speculation_draft",
         "step",
+        "step_inputs",
         "step_prompts",
         "step_several",
     ]

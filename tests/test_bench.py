@@ -247,12 +247,13 @@ def test_cases_alternate_on_one_model_and_are_left_as_the_last_asks(
         measure.roofline, "BandwidthMeter", lambda: iter_meter([9.0, 9.0, 4.0, 2.0, 1.0, 1.0, 3.0])
     )
     cases = bench_cases.cases_of(model, [bench_cases.Workload(5, 3)])
+    monkeypatch.setattr(measure.env, "peak_memory", lambda: 5 << 30)
     samples = measure.alternate(measure.Pair(model, model), cases, repetitions=2, warmup=1)
     assert seen == ["restore", "optimize"] * 3
     stock, optimized = samples.values()
     assert [one.bandwidth for one in stock] == [3.0, 1.0]
     assert [one.bandwidth for one in optimized] == [1.5, 2.0]
-    assert all(len(one.next) == 2 for one in stock + optimized)
+    assert all(len(one.next) == 2 and one.peak_memory == 4 << 30 for one in stock + optimized)
 
 
 def test_cases_of_two_models_run_on_their_own(
@@ -272,9 +273,10 @@ def test_cases_of_two_models_run_on_their_own(
 
 
 def iter_meter(values: list[float]) -> Any:
-    """A bandwidth meter that reads these values."""
+    """A bandwidth meter that reads these values, over memory of its own."""
 
     class Meter:
+        n_bytes = 1 << 30
         measure = iter(values).__next__
 
     return Meter()

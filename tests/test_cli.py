@@ -180,7 +180,9 @@ def test_a_cache_of_codes(config_file: str, capsys: pytest.CaptureFixture[str]) 
     assert reads["optimized"] < reads["stock"]
 
 
-@pytest.mark.parametrize("quantization", [(), ("--quantization", "int8")])
+@pytest.mark.parametrize(
+    "quantization", [(), pytest.param(("--quantization", "int8"), marks=pytest.mark.slow)]
+)
 def test_the_cache_is_of_the_kind_that_is_asked_for(
     quantization: tuple[str, ...], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

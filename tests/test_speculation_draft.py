@@ -162,7 +162,7 @@ def test_other_types_of_number(dtype: torch.dtype, kv_cache: str | None, size: i
     assert checks.right > 0
 
 
-@pytest.mark.parametrize("which", ["model", "draft"])
+@pytest.mark.parametrize("which", [pytest.param("model", marks=pytest.mark.slow), "draft"])
 def test_quantised(which: str, ours: Model, near: Model, checks: Checks) -> None:
     model = hfopt.optimize(llama(), quantization="int8") if which == "model" else ours
     draft = hfopt.optimize(noisy(), quantization="int8") if which == "draft" else near
