@@ -11,7 +11,6 @@ the embedded model, which learns the grown one's probabilities on that text (htt
 import argparse
 import math
 import sys
-import sysconfig
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from scripts import train_tiny
 
@@ -64,6 +63,17 @@ def grown(small: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
+def learner() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, list[list[int]]]:
+    """The embedded model, its tokenizer, and the tokens of each text that it was trained on; torch gets one thread and the
+    seed, as in `train_tiny.py`.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(train_tiny.SEED)
+    training, _ = train_tiny.corpus()
+    model, tokenizer = train_tiny.load(train_tiny.EMBEDDED)
+    return model, tokenizer, [tokenizer(text)["input_ids"] for text in training]
+
+
 def train(
     model: LlamaForCausalLM,
     loss_of: Callable[[Tensor], Tensor],
@@ -94,12 +104,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, nargs=2, default=STEPS, metavar=("MODEL", "DRAFT"))
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # as in `train_tiny.py`
-    torch.manual_seed(train_tiny.SEED)
-    library = Path(sysconfig.get_path("stdlib"))
-    training, _ = train_tiny.split(train_tiny.docstrings(library))
-    draft, tokenizer = train_tiny.load(train_tiny.EMBEDDED)
-    texts = [tokenizer(text)["input_ids"] for text in [*training, *train_tiny.chapters(library)]]
+    draft, tokenizer, texts = learner()
     heldout = train_tiny.read_heldout(train_tiny.EMBEDDED / train_tiny.HELDOUT)
     model = grown(draft)
 
@@ -114,8 +119,8 @@ def main() -> int:
         return kl_div(said.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
 
     learners = (model, next_token), (draft, imitation)
-    for (learner, loss_of), steps, rate in zip(learners, arguments.steps, LEARNING_RATES, strict=True):
-        train(learner, loss_of, train_tiny.batches(texts, steps), steps, rate)
+    for (one, loss_of), steps, rate in zip(learners, arguments.steps, LEARNING_RATES, strict=True):
+        train(one, loss_of, train_tiny.batches(texts, steps), steps, rate)
     for name, each in (("model", model), ("draft", draft)):
         result = train_tiny.evaluate(each, tokenizer, heldout)
         print(

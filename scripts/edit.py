@@ -9,7 +9,6 @@ few words replaced.
 
 import argparse
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from scripts import train_tiny
-from scripts.distill import train
+from scripts.distill import learner, train
 
 STEPS, RATE, ROWS = 800, 2e-3, 4
 LENGTH = 400  # tokens of a text, and of what is made of it
@@ -55,14 +54,9 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # as in `train_tiny.py`
-    torch.manual_seed(train_tiny.SEED)
-    library = Path(sysconfig.get_path("stdlib"))
-    training, _ = train_tiny.split(train_tiny.docstrings(library))
-    model, tokenizer = train_tiny.load(train_tiny.EMBEDDED)
+    model, tokenizer, texts = learner()
     model.config.max_position_embeddings = CONTEXT  # its angles are computed
-    texts = [*training, *train_tiny.chapters(library)]
-    stream = torch.tensor([token for text in texts for token in tokenizer(text)["input_ids"]])
+    stream = torch.tensor([token for text in texts for token in text])
 
     def of_answers(input_ids: Tensor) -> Tensor:
         logits = model(input_ids=input_ids[:, :-1], use_cache=False).logits[:, LENGTH - 1 :]

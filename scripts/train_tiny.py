@@ -101,6 +101,13 @@ def split(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     return training, [unique[key] for key in heldout]
 
 
+def corpus() -> tuple[list[str], list[str]]:
+    """(training, held-out) texts of this Python."""
+    library = Path(sysconfig.get_path("stdlib"))
+    training, heldout = split(docstrings(library))
+    return training + chapters(library), heldout
+
+
 def write_heldout(path: Path, texts: list[str]) -> None:
     """Keep `HELDOUT_BYTES` of the held-out texts, whole ones only, with lines of `SEPARATOR` between them."""
     kept: list[str] = []
@@ -349,9 +356,7 @@ def main() -> None:
 
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
-    library = Path(sysconfig.get_path("stdlib"))
-    training, heldout = split(docstrings(library))
-    training += chapters(library)
+    training, heldout = corpus()
     tokenizer = train_tokenizer(training)
     tokens = [tokenizer(text)["input_ids"] for text in training]
     model = new_model(tokenizer.bos_token_id)

@@ -52,13 +52,10 @@ class _Text:
         self._tokens: list[int] = []
         # of n-grams of each length, the place behind the last one and the one before: that of the text's end says nothing
         self._places: list[dict[object, tuple[int, int]]] = [{} for _ in range(longest)]
-        self._source = self._n_alike = (
-            0  # where the next token stood before, 0 if it did not; tokens alike up to there
-        )
-        self._is_edited, self._trust = (
-            False,
-            1,
-        )  # whether one differs before those; times that the text went on behind it
+        # where the next token stood before, 0 if it did not, and how many are alike up to there
+        self._source = self._n_alike = 0
+        # whether one differs before those, and how often the text went on behind such a one
+        self._is_edited, self._trust = False, 1
         for token in tokens:
             self.add(token)
 

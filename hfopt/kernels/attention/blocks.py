@@ -27,11 +27,17 @@ MAX_KEYS = 256  # of a chunk; also a literal in `chunk`, in the sizes of stacks
 
 
 @body
+def first_of(problem, place, row, step):
+    """Where that of a place begins, in what has elements `row` from a row to the next and `step` from a step to the next."""
+    return problem.order[place // problem.n_steps] * row + place % problem.n_steps * step
+
+
+@body
 def query_of(problem, kv_head, number):
     """Pointer to a query of a key head, numbered over all places."""
     place, member = number // problem.group, number % problem.group
     head = kv_head * problem.group + member
-    first = problem.order[place // problem.n_steps] * problem.q_row + place % problem.n_steps * problem.q_step
+    first = first_of(problem, place, problem.q_row, problem.q_step)
     return shifted(problem.q, first + head * problem.cache.size)
 
 
@@ -42,8 +48,9 @@ def seen_of(problem, place, first, count):
     seen = (1 << behind) - 1
     if problem.mask == 0:
         return seen
-    row = problem.order[place // problem.n_steps] * problem.mask_row
-    return seen_keys(bytes_at(problem.mask), row + first, count) & seen
+    return (
+        seen_keys(bytes_at(problem.mask), first_of(problem, place, problem.mask_row, 0) + first, count) & seen
+    )
 
 
 @body
@@ -57,8 +64,8 @@ def origin_of(problem, place):
     """The first key that the row at a place sees."""
     if problem.mask == 0:
         return 0
-    row = problem.order[place // problem.n_steps] * problem.mask_row
-    return first_seen(bytes_at(problem.mask), row, _last_key(problem, place) + 1)
+    first = first_of(problem, place, problem.mask_row, 0)
+    return first_seen(bytes_at(problem.mask), first, _last_key(problem, place) + 1)
 
 
 @intrinsic

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hfopt.kernels.attention.blocks import first_of
 from hfopt.kernels.attention.cache_view import Cache, holds, key_of, names_all, open_cache, valid_rows
 from hfopt.kernels.attention.chunk import Following, Item, attend_chunk
 from hfopt.kernels.attention.matrix_block import take_tiles
@@ -96,12 +97,8 @@ def item_of(problem, index):
         span = slot = index - stream * cut.n_spans
         kv_head = stream // problem.n_groups
         group = stream - kv_head * problem.n_groups
-        row = cache.prefix_row[problem.order[starts[group]]]
-        end_head, begin, end = (
-            kv_head + 1,
-            starts[group] * problem.n_steps,
-            starts[group + 1] * problem.n_steps,
-        )
+        row, end_head = cache.prefix_row[problem.order[starts[group]]], kv_head + 1
+        begin, end = starts[group] * problem.n_steps, starts[group + 1] * problem.n_steps
     else:
         cut, segment, in_prefix = plan.suffix, cache.suffix, False
         stream = (index - n_prefix_items) // cut.n_spans
@@ -168,8 +165,7 @@ def _join(index, problem, out, out_row, out_step):
     partial_size = problem.padded + LANES
     here = shifted(problem.partials, index * n_slots * partial_size)
     head = kv_head * problem.group + query % problem.group
-    place = query // problem.group
-    first = problem.order[place // problem.n_steps] * out_row + place % problem.n_steps * out_step
+    first = first_of(problem, query // problem.group, out_row, out_step)
     if problem.is_part:
         part = shifted(floats_at(address_of(out)), first + head * partial_size)
         leave_part(here, n_slots, partial_size, problem.padded, part)

@@ -26,7 +26,7 @@ from hfopt.kernels.simd.types import F32X, I8, I16, I32X, LANES
 
 BLOCK = LANES  # rows of a block
 _SHORTS = ir.VectorType(I16, 2 * LANES)
-AGAIN = 4096  # bytes; measured: 2048 and 8192 are worse
+_AGAIN = 4096  # bytes; measured: 2048 and 8192 are worse
 
 
 def emit_ahead(builder, row, index, ahead, again):
@@ -48,7 +48,7 @@ def emit_again(builder, addresses, n_blocks, n_bytes):
     first, other = (builder.load(builder.gep(addresses, [i])) for i in (intp(0), second))
     apart = builder.sub(other, first)
     follow = builder.icmp_signed("==", apart, builder.mul(n_bytes, second))
-    return builder.select(follow, intp(AGAIN), intp(0))
+    return builder.select(follow, intp(_AGAIN), intp(0))
 
 
 def emit_block(builder, addresses, index, unit):
@@ -99,3 +99,24 @@ def takes_integers(typingctx, like, codes):
     """Whether codes meet queries and weights of this type as integers."""
     yes = ir.Constant(ir.IntType(1), is_pairs(like) and is_codes(codes))
     return types.boolean(like, codes), lambda context, builder, sig, args: yes
+
+
+@intrinsic
+def again_of(typingctx, addresses, n_blocks, n_bytes):
+    """See `emit_again`."""
+
+    def codegen(context, builder, sig, args):
+        return emit_again(builder, *args)
+
+    return types.intp(types.CPointer(types.int64), types.intp, types.intp), codegen
+
+
+@intrinsic
+def ask_ahead(typingctx, address, ahead, again):
+    """See `emit_ahead`."""
+
+    def codegen(context, builder, sig, args):
+        emit_ahead(builder, builder.inttoptr(args[0], I8.as_pointer()), intp(0), *args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), codegen

@@ -4,6 +4,7 @@ import llvmlite.ir as ir
 from numba import types
 from numba.extending import intrinsic
 
+from hfopt.kernels.attention.tile import emit_pairs
 from hfopt.kernels.jit import compiler
 from hfopt.kernels.simd import types as simd
 from hfopt.kernels.simd.constants import INTEGERS
@@ -178,12 +179,8 @@ def store_pair_quads(typingctx, p, index, x):
 
     def codegen(context, builder, sig, args):
         p, index, x = args
-        bits = builder.add(builder.bitcast(x, I32X), simd.splat_int(0x8000))
-        order = [i ^ 4 for i in range(LANES)]
-        other = builder.shuffle_vector(bits, bits, ir.Constant(I32X, order))
-        units = builder.or_(
-            builder.lshr(bits, simd.splat_int(16)), builder.and_(other, simd.splat_int(-65536))
-        )
+        next_keys = ir.Constant(I32X, [i ^ 4 for i in range(LANES)])
+        units = emit_pairs(builder, x, builder.shuffle_vector(x, x, next_keys))
         for row in range(2):
             lanes = ir.Constant(ir.VectorType(I32, 4), [8 * row + i for i in range(4)])
             there = builder.gep(p, [builder.add(index, intp(row * LANES))])

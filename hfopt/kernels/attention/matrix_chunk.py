@@ -9,7 +9,7 @@ however many there are beside it.
 """
 
 from hfopt.kernels.attention.blocks import MAX_KEYS, query_of
-from hfopt.kernels.attention.elements import AGAIN, BLOCK
+from hfopt.kernels.attention.elements import BLOCK, again_of, ask_ahead
 from hfopt.kernels.attention.lanes import load_quads, partner, store_pair_quads
 from hfopt.kernels.attention.pack import copy_row
 from hfopt.kernels.attention.partials import MAX, SUM
@@ -20,8 +20,8 @@ from hfopt.kernels.jit.parallel import body
 from hfopt.kernels.simd import matrix
 from hfopt.kernels.simd.constants import LINE, LOWEST, ONE, ZERO
 from hfopt.kernels.simd.functions import quick_tanh
-from hfopt.kernels.simd.memory import bfloat16, load, load_scalar, prefetch, store, store_scalar
-from hfopt.kernels.simd.pointer import address_of, as_units, bytes_at, floats_at, shifted
+from hfopt.kernels.simd.memory import bfloat16, load, load_scalar, store, store_scalar
+from hfopt.kernels.simd.pointer import address_of, as_units, floats_at, shifted
 from hfopt.kernels.simd.tile import stack_floats, transpose_block
 from hfopt.kernels.simd.types import LANES
 from hfopt.kernels.simd.vector import added, fence, fma, lane, larger, splat, where_part
@@ -29,29 +29,21 @@ from hfopt.kernels.simd.vector import added, fence, fma, lane, larger, splat, wh
 QUERIES = 16  # that are worked on together
 _TILE = 16 * LANES  # floats or pairs of one
 _PAIRS = 16  # of keys of a tile of weights, two blocks
+_FEW = 4  # queries of which a vector has four keys
 
 
 @body
 def _ask(address, n_bytes, ahead, again):
-    """For the lines `ahead` bytes behind some at an address, and once more for those asked for `again` bytes earlier."""
-    here = bytes_at(address)
+    """`elements.ask_ahead` for all lines of some bytes."""
     for line in range(0, n_bytes, LINE):
-        prefetch(here, line + ahead)
-        prefetch(here, line + again)
-
-
-@body
-def _again(addresses, n_blocks, n_bytes):
-    """See `elements.emit_again`."""
-    second = 1 if n_blocks > 1 else 0
-    return AGAIN if addresses[second] - addresses[0] == second * n_bytes else 0
+        ask_ahead(address + line, ahead, again)
 
 
 @body
 def _score(blocks, queries, units, scores):
     """scores [keys, 16 queries], while the values of these keys are asked for."""
     stride, head, out = 4 * units, address_of(queries), address_of(scores)
-    again = _again(blocks.keys, blocks.n_blocks, BLOCK * stride)
+    again = again_of(blocks.keys, blocks.n_blocks, BLOCK * stride)
     for block in range(0, blocks.n_blocks, 4):
         n = min(blocks.n_blocks - block, 4)
         matrix.clear(0)
@@ -103,12 +95,10 @@ def _bend(problem, slopes, scores, distances, n):
 
 
 @body
-def _weigh(problem, slopes, scores, distances, n, like, pairs, partial, row, n_queries, padded):
-    """pairs [pair of keys, 16 queries] = 2^(score - the largest of its query), 0 behind n keys up to whole tiles."""
-    scale = problem.scale
-    if problem.outer > ZERO or problem.scoring.slopes != 0:
-        _bend(problem, slopes, scores, distances, n)
-        scale = ONE
+def _weigh(scores, scale, n, pairs):
+    """pairs [pair of keys, 16 queries] = 2^(scale * score - the largest of its query) of n keys; returns the largest scores
+    and the sums of weights, of each query in its lane.
+    """
     top, other = splat(LOWEST), splat(LOWEST)
     for key in range(0, n - 1, 2):
         top = larger(load(scores, key * LANES) * splat(scale), top)
@@ -123,38 +113,32 @@ def _weigh(problem, slopes, scores, distances, n, like, pairs, partial, row, n_q
     first, second, third, fourth = zero, zero, zero, zero
     for key in range(0, n // 4 * 4, 4):
         place = key * LANES
-        low = weight_of(fence(load(scores, place) * splat(scale)) - shift, like)
-        high = weight_of(fence(load(scores, place + LANES) * splat(scale)) - shift, like)
+        low = weight_of(fence(load(scores, place) * splat(scale)) - shift, pairs)
+        high = weight_of(fence(load(scores, place + LANES) * splat(scale)) - shift, pairs)
         store_pair(pairs, key // 2, LANES, 0, low, high)
         first, second = added(first, low), added(second, high)
-        low = weight_of(fence(load(scores, place + 2 * LANES) * splat(scale)) - shift, like)
-        high = weight_of(fence(load(scores, place + 3 * LANES) * splat(scale)) - shift, like)
+        low = weight_of(fence(load(scores, place + 2 * LANES) * splat(scale)) - shift, pairs)
+        high = weight_of(fence(load(scores, place + 3 * LANES) * splat(scale)) - shift, pairs)
         store_pair(pairs, key // 2 + 1, LANES, 0, low, high)
         third, fourth = added(third, low), added(fourth, high)
     n_left, place = n % 4, n // 4 * 4 * LANES
     if n_left > 0:
-        low = weight_of(fence(load(scores, place) * splat(scale)) - shift, like)
+        low = weight_of(fence(load(scores, place) * splat(scale)) - shift, pairs)
         first, high = added(first, low), zero
         if n_left > 1:
-            high = weight_of(fence(load(scores, place + LANES) * splat(scale)) - shift, like)
+            high = weight_of(fence(load(scores, place + LANES) * splat(scale)) - shift, pairs)
             second = added(second, high)
         store_pair(pairs, n // 4 * 2, LANES, 0, low, high)
     if n_left > 2:
-        low = weight_of(fence(load(scores, place + 2 * LANES) * splat(scale)) - shift, like)
+        low = weight_of(fence(load(scores, place + 2 * LANES) * splat(scale)) - shift, pairs)
         store_pair(pairs, n // 4 * 2 + 1, LANES, 0, low, zero)
         third = added(third, low)
-    _end_weights(
-        n, pairs, top, added(added(first, second), added(third, fourth)), partial, row, n_queries, padded
-    )
+    return top, added(added(first, second), added(third, fourth))
 
 
 @body
-def _weigh_few(problem, slopes, scores, distances, n, like, pairs, partial, row, n_queries, padded):
-    """`_weigh` of up to 4 queries, with the same bits: four keys in a vector."""
-    scale = problem.scale
-    if problem.outer > ZERO or problem.scoring.slopes != 0:
-        _bend(problem, slopes, scores, distances, n)
-        scale = ONE
+def _weigh_few(scores, scale, n, pairs):
+    """`_weigh` of up to 4 queries, with the same bits: four keys in a vector. Lanes of others have what they may."""
     top = splat(LOWEST)
     for key in range(0, n, 4):
         value = load_quads(scores, key * LANES) * splat(scale)
@@ -166,24 +150,12 @@ def _weigh_few(problem, slopes, scores, distances, n, like, pairs, partial, row,
     shift = where_up_to(top, splat(LOWEST), splat(ZERO), top)
     total = splat(ZERO)
     for key in range(0, n, 4):
-        weight = weight_of(load(scores, key * LANES) - shift, like)
+        weight = weight_of(load(scores, key * LANES) - shift, pairs)
         weight = where_part(min(4 * (n - key), LANES), weight, splat(ZERO))
         store_pair_quads(pairs, key // 2 * LANES, weight)
         total = added(total, weight)
     total = added(total, partner(total, 4))
-    total = added(total, partner(total, 8))
-    _end_weights(n, pairs, top, total, partial, row, n_queries, padded)
-
-
-@body
-def _end_weights(n, pairs, top, total, partial, row, n_queries, padded):
-    """Weights of 0 behind n keys, up to whole tiles, and the statistics of queries."""
-    for pair in range((n + 1) // 2, (n + 2 * _PAIRS - 1) // (2 * _PAIRS) * _PAIRS):
-        store_pair(pairs, pair, LANES, 0, splat(ZERO), splat(ZERO))
-    for i in range(n_queries):
-        stats = shifted(partial, i * row + padded)
-        store_scalar(stats, MAX, lane(top, i))
-        store_scalar(stats, SUM, lane(total, i))
+    return top, added(total, partner(total, 8))
 
 
 @body
@@ -195,12 +167,12 @@ def _pair_values(blocks, block, column, stride, again, is_wide, room):
         first, ahead = blocks.values[block + half] + column, blocks.to_next[block + half]
         for pair in range(BLOCK // 2):
             here, target = first + 2 * pair * stride, shifted(room, (half * BLOCK // 2 + pair) * LANES)
-            _ask(here, LINE, ahead, again)
-            _ask(here + stride, LINE, ahead, again)
+            ask_ahead(here, ahead, again)
+            ask_ahead(here + stride, ahead, again)
             put_pairs(here, here + stride, target, shifted(target, _TILE))
             if is_wide:
-                _ask(here + LINE, LINE, ahead, again)
-                _ask(here + LINE + stride, LINE, ahead, again)
+                ask_ahead(here + LINE, ahead, again)
+                ask_ahead(here + LINE + stride, ahead, again)
                 target = shifted(target, 2 * _TILE)
                 put_pairs(here + LINE, here + LINE + stride, target, shifted(target, _TILE))
     if n == 1:
@@ -213,7 +185,7 @@ def _pair_values(blocks, block, column, stride, again, is_wide, room):
 def _add_values(blocks, weights, units, tiles, sums, partial, row, n_queries):
     """partial[query, :] = the weighted values, 64 channels at a time; tiles, sums: room for 4 tiles, and for all sums."""
     stride, own, paired = 4 * units, address_of(weights), address_of(tiles)
-    again, size = _again(blocks.values, blocks.n_blocks, BLOCK * stride), 4 * _TILE
+    again, size = again_of(blocks.values, blocks.n_blocks, BLOCK * stride), 4 * _TILE
     for block in range(0, blocks.n_blocks, 2):
         is_last = block + 2 >= blocks.n_blocks
         for column in range(0, stride, 2 * LINE):
@@ -274,12 +246,22 @@ def attend_in_tiles(problem, blocks, distances, query, n_queries, room, partial,
     for unit in range(0, units, LANES):
         transpose_block(shifted(rows, unit), units, shifted(queries, unit * LANES), LANES)
     _score(blocks, queries, units, scores)
-    like = as_units(pairs, room)
-    arguments = problem, slopes, scores, distances, blocks.n, like, like, partial, row, n_queries, padded
-    if n_queries <= 4:
-        _weigh_few(*arguments)
-    else:
-        _weigh(*arguments)
+    units_of_pairs, scale, n = as_units(pairs, room), problem.scale, blocks.n
+    if problem.outer > ZERO or problem.scoring.slopes != 0:
+        _bend(problem, slopes, scores, distances, n)
+        scale = ONE
+    top, total = (
+        _weigh_few(scores, scale, n, units_of_pairs)
+        if n_queries <= _FEW
+        else _weigh(scores, scale, n, units_of_pairs)
+    )
+    for i in range(n_queries):
+        stats = shifted(partial, i * row + padded)
+        store_scalar(stats, MAX, lane(top, i))
+        store_scalar(stats, SUM, lane(total, i))
+    # keys behind n have no weight
+    for pair in range((n + 1) // 2, (n + 2 * _PAIRS - 1) // (2 * _PAIRS) * _PAIRS):
+        store_pair(units_of_pairs, pair, LANES, 0, splat(ZERO), splat(ZERO))
     for block in range(0, blocks.n_blocks, 2):
         place = block // 2 * _TILE
         transpose_block(shifted(pairs, place), LANES, shifted(weights, place), LANES)

@@ -62,8 +62,8 @@ class Layout(NamedTuple):
     n_bytes: Any
 
 
-def layout(n_rows, n_tokens, n_heads, n_kv_heads, head_dim, item_size, threads, are_named):
-    """For as many keys as there may be, and n_tokens steps at once.
+def layout(n_rows, n_steps, n_heads, n_kv_heads, head_dim, item_size, threads, are_named):
+    """For as many keys as there may be, and n_steps steps at once.
 
     item_size: bytes of an element; are_named: `names_all`.
     """
@@ -79,7 +79,7 @@ def layout(n_rows, n_tokens, n_heads, n_kv_heads, head_dim, item_size, threads, 
     n_spans = (_ITEMS + n_kv_heads - 1) // n_kv_heads + (_ITEMS + n_streams - 1) // n_streams
     if are_named:
         n_spans = max(n_spans, (_ITEMS + n_rows - 1) // n_rows)
-    rooms = partials + n_rows * n_tokens * n_heads * n_spans * partial
+    rooms = partials + n_rows * n_steps * n_heads * n_spans * partial
     # keys and values that were gathered; queries and their weights, twice where they are in tiles, and sums
     elements = 2 * chunk * padded + QUERIES * (4 * padded + 2 * MAX_KEYS)
     room = QUERIES * partial + elements * item_size

@@ -95,6 +95,14 @@ def weight_of(typingctx, x, like):
     return simd.float32x(simd.float32x, like), codegen
 
 
+def emit_pairs(builder, low, high):
+    """Units of two bfloat16, rounded to the nearest, ties away from zero."""
+    half = simd.splat_int(0x8000)
+    low, high = (builder.add(builder.bitcast(value, I32X), half) for value in (low, high))
+    low = builder.lshr(low, simd.splat_int(16))
+    return builder.or_(low, builder.and_(high, simd.splat_int(-65536)))
+
+
 @intrinsic
 def store_pair(typingctx, p, pair, width, column, low, high):
     """Columns of rows 2 pair (low) and 2 pair + 1 (high) of p[:, width], which has a row of units for each pair in bfloat16.
@@ -111,10 +119,7 @@ def store_pair(typingctx, p, pair, width, column, low, high):
                 target = builder.gep(p, [place])
                 builder.store(value, builder.bitcast(target, F32X.as_pointer()), align=4)
             return context.get_dummy_value()
-        half = simd.splat_int(0x8000)
-        low, high = (builder.add(builder.bitcast(value, I32X), half) for value in (low, high))
-        low = builder.lshr(low, simd.splat_int(16))
-        units = builder.or_(low, builder.and_(high, simd.splat_int(-65536)))
+        units = emit_pairs(builder, low, high)
         target = builder.gep(p, [builder.add(row, column)])
         builder.store(units, builder.bitcast(target, I32X.as_pointer()), align=4)
         return context.get_dummy_value()
